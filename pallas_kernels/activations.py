@@ -1,0 +1,68 @@
+"""The gated activations of expert MLPs: act(gate) · up, on float32 values of a tile or a whole array.
+
+    silu       SwiGLU of Llama, Mixtral, DeepSeek, Qwen      gate · σ(gate) · up
+    gelu       GeGLU with the exact error function
+    gelu_tanh  GeGLU with the tanh approximation (Gemma)
+    swigluoai  gpt-oss                                      gate · σ(1.702 · gate) · (up + 1)
+
+`limit` clamps before the activation: gate from above, up from both sides (gpt-oss: 7.0).
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+Activation = Literal["silu", "gelu", "gelu_tanh", "swigluoai"]
+
+_OAI_ALPHA = 1.702
+
+
+def _swigluoai(gate: jax.Array, up: jax.Array) -> jax.Array:
+    return gate * jax.nn.sigmoid(_OAI_ALPHA * gate) * (up + 1)
+
+
+def _gated_by(activation: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    return lambda gate, up: activation(gate) * up
+
+
+_GATED: Mapping[str, Callable[[jax.Array, jax.Array], jax.Array]] = MappingProxyType(
+    {
+        "silu": _gated_by(jax.nn.silu),
+        "gelu": _gated_by(functools.partial(jax.nn.gelu, approximate=False)),
+        "gelu_tanh": _gated_by(functools.partial(jax.nn.gelu, approximate=True)),
+        "swigluoai": _swigluoai,
+    }
+)
+
+
+def check_activation(activation: str, limit: float | None) -> None:
+    """Raises ValueError unless `activation` is known and `limit` is None or positive."""
+    if activation not in _GATED:
+        raise ValueError(f"unknown activation {activation!r}; expected one of {', '.join(_GATED)}")
+    if limit is not None and not limit > 0:
+        raise ValueError(f"activation_limit must be positive, or None for no clamp, got {limit}")
+
+
+def gated(gate: jax.Array, up: jax.Array, activation: Activation, limit: float | None = None) -> jax.Array:
+    """act(gate) · up, elementwise, in the dtype of the inputs.
+
+    Args:
+      gate: [..., I].
+      up: [..., I].
+      activation: see the module's page.
+      limit: clamps gate to at most `limit` and up to ±`limit` first; None for no clamp.
+    """
+    if limit is not None:
+        gate = jnp.minimum(gate, limit)
+        up = jnp.clip(up, -limit, limit)
+    return _GATED[activation](gate, up)
+
+
+def gated_halves(h: jax.Array, activation: Activation, limit: float | None = None) -> jax.Array:
+    """act(h[..., :I]) · h[..., I:] of pre-activations [..., 2I], gate first."""
+    gate, up = jnp.split(h, 2, axis=-1)
+    return gated(gate, up, activation, limit)

@@ -1,0 +1,77 @@
+"""Which implementation of an operator runs.
+
+An operator is a folder; each of its implementations is a module in it, found by name when it is first asked for:
+
+    "xla"         reference.py   plain XLA, runs anywhere, defines the answer
+    "pallas_tpu"  tpu.py         Pallas kernels for TPU
+    "pallas_gpu"  gpu.py         Pallas kernels for NVIDIA GPUs
+
+"auto" takes the kernels of the platform at hand and falls through to "xla" where they raise `Unsupported`, and says
+so once. A backend that the caller names never falls through.
+"""
+
+import functools
+import importlib
+import importlib.util
+import warnings
+from collections.abc import Mapping
+from types import MappingProxyType, ModuleType
+from typing import Any
+
+import jax
+
+MODULES: Mapping[str, str] = MappingProxyType({"xla": "reference", "pallas_tpu": "tpu", "pallas_gpu": "gpu"})
+_PREFERRED: Mapping[str, str] = MappingProxyType({"tpu": "pallas_tpu", "gpu": "pallas_gpu"})
+
+
+class Unsupported(NotImplementedError):
+    """A backend cannot do what it was asked: this dtype, this chip, this shape. The message names what it can do."""
+
+
+@functools.cache
+def available(operator: str) -> tuple[str, ...]:
+    """The backends that `operator` (a package below `pallas_kernels`) has, in the order of `MODULES`."""
+    return tuple(name for name, module in MODULES.items() if importlib.util.find_spec(_path(operator, module)))
+
+
+def check_backend(backend: str) -> None:
+    """Raises ValueError unless `backend` is "auto" or a key of `MODULES`."""
+    if backend != "auto" and backend not in MODULES:
+        raise ValueError(f"unknown backend {backend!r}; expected one of 'auto', {', '.join(map(repr, MODULES))}")
+
+
+def run(operator: str, function: str, backend: str, *args: Any, **kwargs: Any) -> Any:
+    """Calls `function` of the implementation of `operator` that `backend` picks.
+
+    Raises:
+      ValueError: `backend` is not a name of a backend.
+      Unsupported: the named backend does not exist for this operator, or cannot do what it was asked.
+    """
+    check_backend(backend)
+    if backend != "auto":
+        return getattr(_load(operator, backend), function)(*args, **kwargs)
+    preferred = _PREFERRED.get(jax.default_backend())
+    if preferred in available(operator):
+        try:
+            return getattr(_load(operator, preferred), function)(*args, **kwargs)
+        except Unsupported as reason:
+            _say_once(operator, str(reason))
+    return getattr(_load(operator, "xla"), function)(*args, **kwargs)
+
+
+def _load(operator: str, backend: str) -> ModuleType:
+    if backend not in available(operator):
+        raise Unsupported(
+            f"operator {operator!r} has no backend {backend!r}; available: 'auto', "
+            f"{', '.join(map(repr, available(operator)))}"
+        )
+    return importlib.import_module(_path(operator, MODULES[backend]))
+
+
+def _path(operator: str, module: str) -> str:
+    return f"{__package__}.{operator}.{module}"
+
+
+@functools.cache
+def _say_once(operator: str, reason: str) -> None:
+    warnings.warn(f"{operator}: falling back to the XLA reference: {reason}", stacklevel=4)

@@ -1,0 +1,229 @@
+"""The chips that kernels are tiled for and costs are modelled on.
+
+One row a chip: peak arithmetic per operand dtype, memory and link bandwidth, fast on-chip memory, and which operand
+dtypes the matrix unit takes without a conversion. Every figure is per chip (not per core), dense (no sparsity), and
+comes from the source named in the row.
+
+    chip = get_chip("h200")
+    chip.peak("float8_e4m3fn")        # 1.979e15 FLOP/s
+    chip.is_native("int8")            # True
+    get_chip("cores=64,tflops=768,gbps=8601.6")   # a DS_TPU-like chip that has no name
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+MIB = 1 << 20
+KIB = 1 << 10
+GB = 10**9
+TERA = 10**12
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What one chip can do in a second, and how much it can hold.
+
+    Attributes:
+      name: the key under which `get_chip` finds it.
+      kind: "tpu", "gpu", or "ds_tpu" for the modelled chips of the DS_TPU evaluator.
+      cores: independent cores (TensorCores, streaming multiprocessors, DS_TPU cores) that share the chip's figures.
+      peak_flops: FLOP/s of the whole chip for each operand dtype that its matrix unit multiplies natively.
+      hbm_bandwidth: bytes/s between main memory and the chip.
+      hbm_bytes: capacity of main memory in bytes.
+      link_bandwidth: bytes/s that the chip can send to its peers (one direction, all links together).
+      fast_memory_bytes: software-managed on-chip memory of one core in bytes (VMEM, shared memory, SRAM).
+      device_kinds: the strings that `jax.Device.device_kind` shows for this chip.
+      source: where the figures come from.
+    """
+
+    name: str
+    kind: Literal["tpu", "gpu", "ds_tpu"]
+    cores: int
+    peak_flops: Mapping[str, float]
+    hbm_bandwidth: float
+    hbm_bytes: float
+    link_bandwidth: float
+    fast_memory_bytes: int
+    source: str
+    device_kinds: tuple[str, ...] = ()
+
+    def is_native(self, dtype: jax.typing.DTypeLike) -> bool:
+        """Whether the matrix unit multiplies operands of `dtype` without converting them first."""
+        return jnp.dtype(dtype).name in self.peak_flops
+
+    def peak(self, dtype: jax.typing.DTypeLike) -> float:
+        """FLOP/s for operands of `dtype`.
+
+        A dtype that the matrix unit does not take is converted before the multiplication: to bfloat16 when it is
+        narrower, and so it runs at the bfloat16 rate and saves bytes only. float32 operands are counted at half the
+        bfloat16 rate unless the chip states its own figure.
+        """
+        name = jnp.dtype(dtype).name
+        if name in self.peak_flops:
+            return self.peak_flops[name]
+        bfloat16 = self.peak_flops["bfloat16"]
+        return bfloat16 / 2 if jnp.dtype(dtype).itemsize > 2 else bfloat16
+
+
+def _rates(**tflops: float) -> Mapping[str, float]:
+    return MappingProxyType({dtype: rate * TERA for dtype, rate in tflops.items()})
+
+
+def _tpu(name: str, **figures) -> Chip:
+    return Chip(name=name, kind="tpu", **figures)
+
+
+def _hopper(name: str, hbm_gb: float, hbm_tb_per_s: float, device_kinds: tuple[str, ...], source: str) -> Chip:
+    return Chip(
+        name=name,
+        kind="gpu",
+        cores=132,
+        peak_flops=_rates(
+            float16=989.4, bfloat16=989.4, float8_e4m3fn=1978.9, float8_e5m2=1978.9, int8=1978.9, float32=66.9
+        ),
+        hbm_bandwidth=hbm_tb_per_s * TERA,
+        hbm_bytes=hbm_gb * GB,
+        link_bandwidth=450 * GB,
+        fast_memory_bytes=227 * KIB,
+        device_kinds=device_kinds,
+        source=source,
+    )
+
+
+def ds_tpu_chip(name: str, cores: int, tflops: float, gbps: float, source: str) -> Chip:
+    """A chip of the DS_TPU cost model: equal cores, one peak for 8- and 16-bit operands, DRAM bandwidth in GB/s."""
+    return Chip(
+        name=name,
+        kind="ds_tpu",
+        cores=cores,
+        peak_flops=_rates(bfloat16=tflops, float16=tflops, float8_e4m3fn=tflops, float8_e5m2=tflops, int8=tflops),
+        hbm_bandwidth=gbps * GB,
+        hbm_bytes=float("inf"),
+        link_bandwidth=448 * GB,
+        fast_memory_bytes=2 * MIB,
+        source=source,
+    )
+
+
+_CLOUD_TPU = "Google Cloud TPU documentation (system architecture), 2026; VMEM from jax's tpu_info"
+
+CHIPS: Mapping[str, Chip] = MappingProxyType(
+    {
+        chip.name: chip
+        for chip in (
+            _tpu(
+                "v5e",
+                cores=1,
+                peak_flops=_rates(bfloat16=197, int8=394, float8_e5m2=197, float8_e4m3b11fnuz=197),
+                hbm_bandwidth=819 * GB,
+                hbm_bytes=16 * GB,
+                link_bandwidth=200 * GB,
+                fast_memory_bytes=128 * MIB,
+                device_kinds=("TPU v5e", "TPU v5 lite"),
+                source=_CLOUD_TPU,
+            ),
+            _tpu(
+                "v5p",
+                cores=2,
+                peak_flops=_rates(bfloat16=459, int8=918, float8_e5m2=459, float8_e4m3b11fnuz=459),
+                hbm_bandwidth=2765 * GB,
+                hbm_bytes=95 * GB,
+                link_bandwidth=600 * GB,
+                fast_memory_bytes=64 * MIB,
+                device_kinds=("TPU v5", "TPU v5p"),
+                source=_CLOUD_TPU,
+            ),
+            _tpu(
+                "v6e",
+                cores=1,
+                peak_flops=_rates(bfloat16=918, int8=1836, float8_e5m2=918, float8_e4m3b11fnuz=918),
+                hbm_bandwidth=1640 * GB,
+                hbm_bytes=32 * GB,
+                link_bandwidth=400 * GB,
+                fast_memory_bytes=128 * MIB,
+                device_kinds=("TPU v6e", "TPU v6 lite"),
+                source=_CLOUD_TPU,
+            ),
+            _tpu(
+                "v7x",
+                cores=2,
+                peak_flops=_rates(bfloat16=2307, float8_e4m3fn=4614, float8_e5m2=4614),
+                hbm_bandwidth=7380 * GB,
+                hbm_bytes=192 * GB,
+                link_bandwidth=600 * GB,
+                fast_memory_bytes=64 * MIB,
+                device_kinds=("TPU7x",),
+                source=_CLOUD_TPU,
+            ),
+            _hopper("h100", 80, 3.35, ("NVIDIA H100 80GB HBM3",), "NVIDIA H100 SXM data sheet"),
+            _hopper("h200", 141, 4.8, ("NVIDIA H200",), "NVIDIA H200 SXM data sheet"),
+            Chip(
+                name="b200",
+                kind="gpu",
+                cores=148,
+                peak_flops=_rates(
+                    float16=2250, bfloat16=2250, float8_e4m3fn=4500, float8_e5m2=4500, int8=4500, float32=80
+                ),
+                hbm_bandwidth=8 * TERA,
+                hbm_bytes=180 * GB,
+                link_bandwidth=900 * GB,
+                fast_memory_bytes=227 * KIB,
+                device_kinds=("NVIDIA B200",),
+                source="NVIDIA HGX B200 data sheet",
+            ),
+            ds_tpu_chip("seed", 64, 786.432, 11468.8, "DS_TPU evaluator, the seed's example"),
+            ds_tpu_chip("tier6", 64, 768, 11468.8, "Tier6 evaluator preset"),
+            ds_tpu_chip("v32-run", 64, 768, 8601.6, "DS_TPU evaluator, DeepSeek-V3.2 run"),
+        )
+    }
+)
+
+
+def get_chip(spec: str) -> Chip:
+    """The chip called `spec`, or the DS_TPU-like chip that `spec` describes.
+
+    Args:
+      spec: a name of `CHIPS`, in any case, or "cores=64,tflops=768,gbps=8601.6" (peak of the whole chip in TFLOP/s,
+        DRAM bandwidth of the whole chip in GB/s).
+
+    Raises:
+      ValueError: the name is unknown, or a field of the description is missing, unknown, or not a positive number.
+    """
+    if "=" in spec:
+        return _parse_chip(spec)
+    try:
+        return CHIPS[spec.lower()]
+    except KeyError:
+        raise ValueError(
+            f"unknown chip {spec!r}; expected one of {', '.join(CHIPS)}, or a description like "
+            "'cores=64,tflops=768,gbps=8601.6'"
+        ) from None
+
+
+def _parse_chip(spec: str) -> Chip:
+    example = "expected a description like 'cores=64,tflops=768,gbps=8601.6'"
+    fields: dict[str, float] = {}
+    for part in spec.split(","):
+        key, _, text = part.strip().partition("=")
+        if key not in ("cores", "tflops", "gbps"):
+            raise ValueError(f"chip description {spec!r} has an unknown field {key!r}; {example}")
+        try:
+            value = float(text)
+        except ValueError:
+            value = -1.0
+        if not 0 < value < float("inf") or (key == "cores" and value != int(value)):
+            raise ValueError(f"chip description {spec!r}: {key} must be a positive number, got {text!r}; {example}")
+        fields[key] = value
+    if missing := [key for key in ("cores", "tflops", "gbps") if key not in fields]:
+        raise ValueError(f"chip description {spec!r} lacks {', '.join(missing)}; {example}")
+    return ds_tpu_chip(spec, int(fields["cores"]), fields["tflops"], fields["gbps"], "given on the command line")
+
+
+def chip_of(device: jax.Device) -> Chip | None:
+    """The chip that `device` is, or None when no row describes it (a CPU, an unlisted accelerator)."""
+    return next((chip for chip in CHIPS.values() if device.device_kind in chip.device_kinds), None)

@@ -1,0 +1,65 @@
+"""Combine: the weighted sum of what the experts made of each token.
+
+rows [R, H], weights [T, K] -> [T, H]      out[t] = Σ_k weights[t, k] · rows[plan.inverse[t, k]]
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.backend import run
+from pallas_kernels.plan import Plan
+
+
+def combine(rows: jax.Array, plan: Plan, weights: jax.Array | None = None, *, backend: str = "auto") -> jax.Array:
+    """Sums each token's rows, weighted, in float32 and in the order of k.
+
+    Args:
+      rows: [R, H], BF16, FP16 or float32, in the order of `plan`.
+      plan: made from topk_ids [T, K].
+      weights: [T, K] floating point; None for ones (with K = 1 this undoes `dispatch`).
+      backend: "auto", "xla", "pallas_tpu" or "pallas_gpu".
+
+    Returns:
+      [T, H] in the dtype of `rows`. An assignment without a row adds nothing, whatever its weight, and rows without
+      an assignment are never read as data.
+
+    Raises:
+      ValueError: shapes do not fit the plan, or `rows` are narrower than 16 bits.
+    """
+    if rows.ndim != 2 or rows.shape[0] != plan.order.shape[0]:
+        raise ValueError(
+            f"rows must have shape [R, H] with the plan's R = {plan.order.shape[0]}, got {list(rows.shape)}"
+        )
+    if not jnp.issubdtype(rows.dtype, jnp.floating) or rows.dtype.itemsize < 2:
+        raise ValueError(f"rows must be BF16, FP16 or float32 (a sum below BF16 loses too much), got {rows.dtype}")
+    if weights is None:
+        weights = jnp.ones(plan.inverse.shape, jnp.float32)
+    if weights.shape != plan.inverse.shape:
+        raise ValueError(
+            f"weights must have the plan's shape [T, K] = {list(plan.inverse.shape)}, got {list(weights.shape)}"
+        )
+    return _combine(backend, rows, plan, weights)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _combine(backend, rows, plan, weights):
+    return run("combine", "combine", backend, rows, plan, weights)
+
+
+def _combine_fwd(backend, rows, plan, weights):
+    return _combine(backend, rows, plan, weights), (rows, plan, weights)
+
+
+def _combine_bwd(backend, residuals, dout):
+    rows, plan, weights = residuals
+    row_weights = jnp.where(plan.order >= 0, weights.reshape(-1)[jnp.maximum(plan.order, 0)], 0)
+    drows = run("dispatch", "dispatch", backend, dout, plan).astype(jnp.float32) * row_weights[:, None]
+    dweights = run("combine", "combine_dweights", backend, rows, plan, dout)
+    return drows.astype(rows.dtype), None, dweights.astype(weights.dtype)
+
+
+_combine.defvjp(_combine_fwd, _combine_bwd)
+
+__all__ = ["combine"]

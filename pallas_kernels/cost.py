@@ -1,0 +1,107 @@
+"""What each operator must do at the least: arithmetic, bytes of main memory, bytes over the links.
+
+Each input is read once and each output written once; weights count only for groups that have rows. Tiling ranks
+configurations by these, kernels hand them to the compiler (`pl.CostEstimate`), and bench turns them into floors.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.chips import Chip
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """FLOPs (a multiply-add is two), bytes to and from main memory, and bytes sent to other chips."""
+
+    flops: int = 0
+    hbm_bytes: int = 0
+    link_bytes: int = 0
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(self.flops + other.flops, self.hbm_bytes + other.hbm_bytes, self.link_bytes + other.link_bytes)
+
+    def compute_seconds(self, chip: Chip, dtype: jax.typing.DTypeLike) -> float:
+        """Time of the arithmetic alone, at the chip's peak for operands of `dtype`."""
+        return self.flops / chip.peak(dtype)
+
+    def memory_seconds(self, chip: Chip) -> float:
+        """Time of the main-memory traffic alone."""
+        return self.hbm_bytes / chip.hbm_bandwidth
+
+    def link_seconds(self, chip: Chip) -> float:
+        """Time of the traffic to other chips alone."""
+        return self.link_bytes / chip.link_bandwidth
+
+    def floor_seconds(self, chip: Chip, dtype: jax.typing.DTypeLike) -> float:
+        """The time that no implementation beats: the largest of the three, all overlapped."""
+        return max(self.compute_seconds(chip, dtype), self.memory_seconds(chip), self.link_seconds(chip))
+
+
+def _size(dtype: jax.typing.DTypeLike) -> int:
+    return jnp.dtype(dtype).itemsize
+
+
+def grouped_matmul_cost(
+    num_rows: int,
+    k: int,
+    n: int,
+    touched_groups: int,
+    *,
+    lhs_dtype: jax.typing.DTypeLike,
+    rhs_dtype: jax.typing.DTypeLike,
+    out_dtype: jax.typing.DTypeLike = jnp.bfloat16,
+) -> Cost:
+    """[num_rows, k] · [k, n] over `touched_groups` groups that have rows."""
+    weights = touched_groups * k * n * _size(rhs_dtype)
+    rows = num_rows * (k * _size(lhs_dtype) + n * _size(out_dtype))
+    return Cost(flops=2 * num_rows * k * n, hbm_bytes=weights + rows)
+
+
+def grouped_gate_up_cost(
+    num_rows: int,
+    hidden: int,
+    intermediate: int,
+    touched_groups: int,
+    *,
+    lhs_dtype: jax.typing.DTypeLike,
+    rhs_dtype: jax.typing.DTypeLike,
+    out_dtype: jax.typing.DTypeLike = jnp.bfloat16,
+) -> Cost:
+    """The fused gate/up product: twice the columns, of which half are written."""
+    dtypes = {"lhs_dtype": lhs_dtype, "rhs_dtype": rhs_dtype, "out_dtype": out_dtype}
+    unfused = grouped_matmul_cost(num_rows, hidden, 2 * intermediate, touched_groups, **dtypes)
+    return dataclasses.replace(unfused, hbm_bytes=unfused.hbm_bytes - num_rows * intermediate * _size(out_dtype))
+
+
+def plan_cost(num_tokens: int, top_k: int, num_groups: int) -> Cost:
+    """Ids read, order and inverse written, all int32, and two short vectors."""
+    return Cost(hbm_bytes=4 * (3 * num_tokens * top_k + 2 * num_groups))
+
+
+def dispatch_cost(
+    num_tokens: int,
+    num_rows: int,
+    hidden: int,
+    *,
+    in_dtype: jax.typing.DTypeLike = jnp.bfloat16,
+    out_dtype: jax.typing.DTypeLike = jnp.bfloat16,
+) -> Cost:
+    """Each token read once, each row written once, and its index read."""
+    return Cost(hbm_bytes=num_tokens * hidden * _size(in_dtype) + num_rows * (hidden * _size(out_dtype) + 4))
+
+
+def combine_cost(num_tokens: int, num_rows: int, hidden: int, *, dtype: jax.typing.DTypeLike = jnp.bfloat16) -> Cost:
+    """Each row read once with its index and weight, each token written once; a multiply-add per element of a row."""
+    return Cost(
+        flops=2 * num_rows * hidden,
+        hbm_bytes=num_rows * (hidden * _size(dtype) + 8) + num_tokens * hidden * _size(dtype),
+    )
+
+
+def all_to_all_cost(num_rows: int, hidden: int, ep: int, *, dtype: jax.typing.DTypeLike = jnp.bfloat16) -> Cost:
+    """`num_rows` rows leave each of `ep` chips for evenly spread destinations; its own share stays at home."""
+    payload = num_rows * hidden * _size(dtype)
+    return Cost(hbm_bytes=2 * payload, link_bytes=payload * (ep - 1) // ep)

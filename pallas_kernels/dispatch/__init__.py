@@ -1,0 +1,62 @@
+"""Dispatch: the row of each token copied to every place where an expert will read it.
+
+x [T, H], plan of [T, K] assignments into R rows -> [R, H]      row r = x[plan.order[r] // K]
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.backend import run
+from pallas_kernels.plan import Plan
+from pallas_kernels.quantize import QTensor, check_qtensor
+
+
+def dispatch[Rows: jax.Array | QTensor](x: Rows, plan: Plan, *, backend: str = "auto") -> Rows:
+    """Gathers token rows into the order of `plan`.
+
+    Args:
+      x: [T, H], an array, or a QTensor whose every row has its own scales (as "1x128" and "per_row" give): values
+        and scales then travel together.
+      plan: made from topk_ids [T, K].
+      backend: "auto", "xla", "pallas_tpu" or "pallas_gpu".
+
+    Returns:
+      [R, H] of the kind of `x`. Rows without an assignment are zeros (so are their scales). The gradient of an array
+      sums each token's rows in float32, in the order of k; a QTensor takes none.
+
+    Raises:
+      ValueError: `x` has not one row for each token of the plan, or scales shared between rows.
+    """
+    num_tokens = plan.inverse.shape[0]
+    if x.ndim != 2 or x.shape[0] != num_tokens:
+        raise ValueError(f"x must have shape [T, H] with the plan's T = {num_tokens} tokens, got {list(x.shape)}")
+    if isinstance(x, QTensor):
+        check_qtensor("x", x)
+        if x.scale.shape[0] != num_tokens:
+            raise ValueError(
+                f"x: rows that travel need scales of their own, got scale {list(x.scale.shape)} for {num_tokens} rows; "
+                "quantize with scaling '1x128' or 'per_row'"
+            )
+        return run("dispatch", "dispatch", backend, x, plan)
+    return _dispatch(backend, x, plan)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _dispatch(backend, x, plan):
+    return run("dispatch", "dispatch", backend, x, plan)
+
+
+def _dispatch_fwd(backend, x, plan):
+    return _dispatch(backend, x, plan), plan
+
+
+def _dispatch_bwd(backend, plan, drows):
+    ones = jnp.ones(plan.inverse.shape, jnp.float32)
+    return run("combine", "combine", backend, drows, plan, ones), None
+
+
+_dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
+
+__all__ = ["dispatch"]

@@ -1,0 +1,18 @@
+"""Gathering rows by a plan in plain XLA."""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.plan import Plan
+from pallas_kernels.quantize import QTensor
+
+
+def dispatch(x: jax.Array | QTensor, plan: Plan) -> jax.Array | QTensor:
+    """See `pallas_kernels.dispatch.dispatch`."""
+    in_use = plan.order >= 0
+    token = jnp.maximum(plan.order, 0) // plan.inverse.shape[1]
+
+    def gather(leaf: jax.Array) -> jax.Array:
+        return jnp.where(in_use[:, None], leaf[token], jnp.zeros((), leaf.dtype))
+
+    return jax.tree.map(gather, x)

@@ -1,0 +1,269 @@
+"""Grouped matrix products: row groups of one matrix times one weight matrix per group.
+
+    lhs [M, K] · rhs [G, K, N] -> [M, N]      group_sizes = [17, 31, 24]: rows 0–16 · rhs[0], 17–47 · rhs[1], …
+
+`grouped_matmul` is the plain product (the down projection), `grouped_gate_up` the fused gate/up projection with its
+gated activation. Rows past the sum of `group_sizes`, and rows of groups outside the window that `rhs` covers, are
+never read as data and come out as zeros.
+
+Operands may be quantised two ways. A `QTensor` is a constant in 8 bits (serving: no gradient reaches it). With
+`quantization=` the operands arrive in BF16 or float32 and are rounded inside; the gradient passes the rounding as if
+it were not there (straight-through) and uses the rounded operands (training).
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.activations import Activation, check_activation, gated_halves
+from pallas_kernels.backend import run
+from pallas_kernels.grouped_matmul.checks import Operand, check_operands
+from pallas_kernels.quantize import QTensor, Quantization, quantize
+
+
+def grouped_matmul(
+    lhs: Operand,
+    rhs: Operand,
+    group_sizes: jax.Array,
+    *,
+    bias: jax.Array | None = None,
+    group_offset: jax.Array | int = 0,
+    transpose_rhs: bool = False,
+    quantization: Quantization | None = None,
+    preferred_element_type: jax.typing.DTypeLike | None = None,
+    backend: str = "auto",
+) -> jax.Array:
+    """Multiplies each group of rows by that group's matrix, and adds its bias.
+
+    Args:
+      lhs: [M, K], BF16, FP16, float32, or a QTensor. Rows lie sorted by group.
+      rhs: [G, K, N] ([G, N, K] with `transpose_rhs`), the same kinds.
+      group_sizes: integer [E], E ≥ G: rows per group, for all groups that the rows are sorted by.
+      bias: [G, N], or None.
+      group_offset: the first group that `rhs` holds: rhs[g] belongs to group_sizes[group_offset + g].
+      transpose_rhs: whether rhs lies as [G, N, K] (the layout FP8 needs on Hopper).
+      quantization: round array operands to 8 bits inside, keeping gradients; None multiplies them as they are.
+      preferred_element_type: dtype of the result; default is that of lhs (bfloat16 when lhs is a QTensor).
+      backend: "auto", "xla", "pallas_tpu" or "pallas_gpu"; see `pallas_kernels.backend`.
+
+    Returns:
+      [M, N]; zeros in rows that belong to none of the G groups.
+
+    Raises:
+      ValueError: shapes or dtypes do not fit; group_sizes that are known at trace time are negative or exceed M.
+      Unsupported: a named backend cannot do this.
+    """
+    check_operands(lhs, rhs, group_sizes, bias, group_offset, transpose_rhs)
+    settings = _Settings(
+        transpose_rhs=transpose_rhs,
+        quantization=quantization,
+        out_dtype=_result_dtype(lhs, preferred_element_type),
+        backend=backend,
+    )
+    return _matmul(settings, lhs, rhs, bias, group_sizes, jnp.asarray(group_offset, jnp.int32))
+
+
+def grouped_gate_up(
+    lhs: Operand,
+    rhs: Operand,
+    group_sizes: jax.Array,
+    *,
+    bias: jax.Array | None = None,
+    activation: Activation = "silu",
+    activation_limit: float | None = None,
+    group_offset: jax.Array | int = 0,
+    quantization: Quantization | None = None,
+    preferred_element_type: jax.typing.DTypeLike | None = None,
+    backend: str = "auto",
+) -> jax.Array:
+    """act(lhs · gate + b_gate) · (lhs · up + b_up) for each group of rows: kernel one of an expert MLP.
+
+    Args:
+      lhs: [M, H], BF16, FP16, float32, or a QTensor. Rows lie sorted by group.
+      rhs: [G, H, 2I], the gate matrix in the first I columns and the up matrix in the last I.
+      group_sizes: integer [E], E ≥ G: rows per group.
+      bias: [G, 2I], or None.
+      activation: silu, gelu, gelu_tanh or swigluoai; see `pallas_kernels.activations`.
+      activation_limit: clamp before the activation, or None.
+      group_offset: the first group that `rhs` holds.
+      quantization: round array operands to 8 bits inside, keeping gradients; None multiplies them as they are.
+      preferred_element_type: dtype of the result; default is that of lhs (bfloat16 when lhs is a QTensor).
+      backend: "auto", "xla", "pallas_tpu" or "pallas_gpu".
+
+    Returns:
+      [M, I]; zeros in rows that belong to none of the G groups. Differentiation stores the pre-activations [M, 2I]
+      in the dtype of the result; wrap the call in `jax.checkpoint` to recompute them instead.
+
+    Raises:
+      ValueError: shapes or dtypes do not fit; group_sizes that are known at trace time are negative or exceed M.
+      Unsupported: a named backend cannot do this.
+    """
+    check_activation(activation, activation_limit)
+    check_operands(lhs, rhs, group_sizes, bias, group_offset, transpose_rhs=False)
+    if rhs.shape[2] % 2:
+        raise ValueError(f"rhs must be [G, H, 2I], gate and up of equal width, got {list(rhs.shape)}: 2I is odd")
+    settings = _Settings(
+        quantization=quantization,
+        out_dtype=_result_dtype(lhs, preferred_element_type),
+        activation=activation,
+        activation_limit=activation_limit,
+        backend=backend,
+    )
+    return _gate_up(settings, lhs, rhs, bias, group_sizes, jnp.asarray(group_offset, jnp.int32))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Settings:
+    """What is fixed at trace time."""
+
+    out_dtype: jnp.dtype
+    backend: str
+    quantization: Quantization | None
+    transpose_rhs: bool = False
+    activation: Activation = "silu"
+    activation_limit: float | None = None
+
+
+def _quantized(settings: _Settings, lhs: Operand, rhs: Operand) -> tuple[Operand, Operand]:
+    q = settings.quantization
+    if q is None:
+        return lhs, rhs
+    if not isinstance(lhs, QTensor):
+        lhs = quantize(lhs, q.dtype, scaling=q.lhs_scaling)
+    if not isinstance(rhs, QTensor):
+        if settings.transpose_rhs:
+            flat = quantize(rhs.mT, q.dtype, scaling=q.rhs_scaling)
+            rhs = QTensor(flat.values.mT, flat.scale.mT)
+        else:
+            rhs = quantize(rhs, q.dtype, scaling=q.rhs_scaling)
+    return lhs, rhs
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _matmul(settings, lhs, rhs, bias, group_sizes, group_offset):
+    lhs, rhs = _quantized(settings, lhs, rhs)
+    return _run_matmul(settings, lhs, rhs, bias, group_sizes, group_offset)
+
+
+def _matmul_fwd(settings, lhs, rhs, bias, group_sizes, group_offset):
+    quantized = _quantized(settings, lhs, rhs)
+    out = _run_matmul(settings, *quantized, bias, group_sizes, group_offset)
+    return out, (*quantized, _Faces.of(lhs, rhs, bias), group_sizes, group_offset)
+
+
+def _matmul_bwd(settings, residuals, dout):
+    return _operand_gradients(settings, residuals, dout)
+
+
+_matmul.defvjp(_matmul_fwd, _matmul_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _gate_up(settings, lhs, rhs, bias, group_sizes, group_offset):
+    lhs, rhs = _quantized(settings, lhs, rhs)
+    return run(
+        "grouped_matmul",
+        "grouped_gate_up",
+        settings.backend,
+        lhs,
+        rhs,
+        group_sizes,
+        bias=bias,
+        activation=settings.activation,
+        activation_limit=settings.activation_limit,
+        group_offset=group_offset,
+        out_dtype=settings.out_dtype,
+    )
+
+
+def _gate_up_fwd(settings, lhs, rhs, bias, group_sizes, group_offset):
+    quantized = _quantized(settings, lhs, rhs)
+    h = _run_matmul(settings, *quantized, bias, group_sizes, group_offset)
+    out = _activate(settings, h)
+    return out, (h, (*quantized, _Faces.of(lhs, rhs, bias), group_sizes, group_offset))
+
+
+def _gate_up_bwd(settings, residuals, dout):
+    h, rest = residuals
+    _, pullback = jax.vjp(functools.partial(_activate, settings), h)
+    (dh,) = pullback(dout)
+    return _operand_gradients(settings, rest, dh)
+
+
+_gate_up.defvjp(_gate_up_fwd, _gate_up_bwd)
+
+
+def _activate(settings: _Settings, h: jax.Array) -> jax.Array:
+    out = gated_halves(h.astype(jnp.float32), settings.activation, settings.activation_limit)
+    return out.astype(settings.out_dtype)
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _Faces:
+    """The dtypes under which the caller sees the operands; None for one that takes no gradient."""
+
+    lhs: Any
+    rhs: Any
+    bias: Any
+
+    @classmethod
+    def of(cls, *operands: Operand | None) -> "_Faces":
+        return cls(*(x.dtype if isinstance(x, jax.Array) else None for x in operands))
+
+
+def _operand_gradients(settings, residuals, dout):
+    """Cotangents of (lhs, rhs, bias, group_sizes, group_offset) for a product with cotangent `dout`."""
+    lhs, rhs, faces, group_sizes, group_offset = residuals
+    dlhs = drhs = dbias = None
+    if faces.lhs is not None:
+        backward = dataclasses.replace(settings, out_dtype=faces.lhs, transpose_rhs=not settings.transpose_rhs)
+        dlhs = _run_matmul(backward, dout, rhs, None, group_sizes, group_offset)
+    if faces.rhs is not None:
+        a, b = (dout, lhs) if settings.transpose_rhs else (lhs, dout)
+        drhs = _run_drhs(settings, a, b, group_sizes, group_offset, rhs.shape[0], faces.rhs)
+    if faces.bias is not None:
+        ones = jnp.ones((dout.shape[0], 1), dout.dtype)
+        dbias = _run_drhs(settings, ones, dout, group_sizes, group_offset, rhs.shape[0], faces.bias)[:, 0]
+    return dlhs, drhs, dbias, None, None
+
+
+def _run_matmul(settings, lhs, rhs, bias, group_sizes, group_offset):
+    return run(
+        "grouped_matmul",
+        "grouped_matmul",
+        settings.backend,
+        lhs,
+        rhs,
+        group_sizes,
+        bias=bias,
+        group_offset=group_offset,
+        transpose_rhs=settings.transpose_rhs,
+        out_dtype=settings.out_dtype,
+    )
+
+
+def _run_drhs(settings, lhs, dout, group_sizes, group_offset, num_groups, out_dtype):
+    return run(
+        "grouped_matmul",
+        "grouped_matmul_drhs",
+        settings.backend,
+        lhs,
+        dout,
+        group_sizes,
+        num_groups=num_groups,
+        group_offset=group_offset,
+        out_dtype=out_dtype,
+    )
+
+
+def _result_dtype(lhs: Operand, preferred: jax.typing.DTypeLike | None) -> jnp.dtype:
+    if preferred is not None:
+        return jnp.dtype(preferred)
+    return jnp.dtype(jnp.bfloat16) if isinstance(lhs, QTensor) else lhs.dtype
+
+
+__all__ = ["Operand", "grouped_gate_up", "grouped_matmul"]

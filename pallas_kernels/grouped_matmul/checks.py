@@ -1,0 +1,64 @@
+"""What the operands of a grouped matrix product must look like."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.concrete import is_known
+from pallas_kernels.quantize import QTensor, check_qtensor
+
+Operand = jax.Array | QTensor
+
+
+def check_operands(
+    lhs: Operand,
+    rhs: Operand,
+    group_sizes: jax.Array,
+    bias: jax.Array | None,
+    group_offset: jax.Array | int,
+    transpose_rhs: bool,
+) -> None:
+    """Raises ValueError, naming the argument, what was expected and what came, unless the operands fit together."""
+    for name, operand, rank in (("lhs", lhs, 2), ("rhs", rhs, 3)):
+        if operand.ndim != rank:
+            layout = "[M, K]" if rank == 2 else ("[G, N, K]" if transpose_rhs else "[G, K, N]")
+            raise ValueError(f"{name} must have shape {layout}, got {list(operand.shape)}")
+        if isinstance(operand, QTensor):
+            check_qtensor(name, operand)
+        elif not jnp.issubdtype(operand.dtype, jnp.floating) or operand.dtype.itemsize == 1:
+            raise ValueError(
+                f"{name} must be a BF16, FP16 or float32 array, or a QTensor (8-bit values with scales), got "
+                f"{operand.dtype}{list(operand.shape)}"
+            )
+    num_groups, depth, columns = rhs.shape if not transpose_rhs else (rhs.shape[0], rhs.shape[2], rhs.shape[1])
+    if depth != lhs.shape[1]:
+        raise ValueError(
+            f"lhs {list(lhs.shape)} and rhs {list(rhs.shape)} disagree on K: {lhs.shape[1]} and {depth}"
+            + ("" if transpose_rhs or rhs.shape[2] != lhs.shape[1] else "; is rhs [G, N, K]? pass transpose_rhs=True")
+        )
+    if group_sizes.ndim != 1 or not jnp.issubdtype(group_sizes.dtype, jnp.integer):
+        raise ValueError(f"group_sizes must be an integer vector, got {group_sizes.dtype}{list(group_sizes.shape)}")
+    if group_sizes.shape[0] < num_groups:
+        raise ValueError(f"group_sizes has {group_sizes.shape[0]} groups, rhs has {num_groups}; it must list them all")
+    if bias is not None and bias.shape != (num_groups, columns):
+        raise ValueError(f"bias must have shape [G, N] = {[num_groups, columns]}, got {list(bias.shape)}")
+    _check_values(group_sizes, group_offset, num_groups, lhs.shape[0])
+
+
+def _check_values(group_sizes: jax.Array, group_offset: jax.Array | int, num_groups: int, num_rows: int) -> None:
+    """Checks what is known at trace time; traced values, and values on other hosts, are taken on trust."""
+    if is_known(group_sizes):
+        sizes = np.asarray(group_sizes)
+        if sizes.size and (sizes.min() < 0 or sizes.sum() > num_rows):
+            raise ValueError(
+                f"group_sizes must be at least 0 and sum to at most M = {num_rows}, got {sizes.tolist()} "
+                f"with sum {sizes.sum()}"
+            )
+    if jnp.ndim(group_offset) != 0:
+        raise ValueError(f"group_offset must be a scalar, got shape {list(jnp.shape(group_offset))}")
+    largest = group_sizes.shape[0] - num_groups
+    if is_known(group_offset) and not 0 <= int(group_offset) <= largest:
+        raise ValueError(
+            f"group_offset must lie in [0, {largest}] so that the {num_groups} groups of rhs fit into "
+            f"{group_sizes.shape[0]} group_sizes, got {int(group_offset)}"
+        )

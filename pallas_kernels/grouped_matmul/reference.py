@@ -1,0 +1,168 @@
+"""Grouped matrix products in plain XLA: the definition of the answer, on any platform.
+
+Rows are cut into blocks of at most `_BLOCK_M` that lie in one group; a loop runs over the blocks in use, so that the
+work follows the rows that exist and not the static size of the buffer. Each block reads one group's weights. All
+arithmetic is in float32; 8-bit operands are dequantised first.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.activations import Activation, gated_halves
+from pallas_kernels.quantize import QTensor, dequantize
+
+_BLOCK_M = 64
+
+Operand = jax.Array | QTensor
+
+
+def grouped_matmul(
+    lhs: Operand,
+    rhs: Operand,
+    group_sizes: jax.Array,
+    *,
+    bias: jax.Array | None,
+    group_offset: jax.Array | int,
+    transpose_rhs: bool,
+    out_dtype: jax.typing.DTypeLike,
+) -> jax.Array:
+    """See `pallas_kernels.grouped_matmul.grouped_matmul`."""
+    num_columns = rhs.shape[1] if transpose_rhs else rhs.shape[2]
+
+    def block(rows: Operand, group: jax.Array) -> jax.Array:
+        return _product(rows, _take(rhs, group), bias, group, transpose_rhs)
+
+    return _map_blocks(block, lhs, group_sizes, rhs.shape[0], group_offset, num_columns, out_dtype)
+
+
+def grouped_gate_up(
+    lhs: Operand,
+    rhs: Operand,
+    group_sizes: jax.Array,
+    *,
+    bias: jax.Array | None,
+    activation: Activation,
+    activation_limit: float | None,
+    group_offset: jax.Array | int,
+    out_dtype: jax.typing.DTypeLike,
+) -> jax.Array:
+    """See `pallas_kernels.grouped_matmul.grouped_gate_up`."""
+
+    def block(rows: Operand, group: jax.Array) -> jax.Array:
+        h = _product(rows, _take(rhs, group), bias, group, transpose_rhs=False)
+        return gated_halves(h, activation, activation_limit)
+
+    return _map_blocks(block, lhs, group_sizes, rhs.shape[0], group_offset, rhs.shape[2] // 2, out_dtype)
+
+
+def grouped_matmul_drhs(
+    lhs: Operand,
+    dout: Operand,
+    group_sizes: jax.Array,
+    *,
+    num_groups: int,
+    group_offset: jax.Array | int,
+    out_dtype: jax.typing.DTypeLike,
+) -> jax.Array:
+    """lhs[rows of g]ᵀ · dout[rows of g] for each of `num_groups` groups from `group_offset` on: [G, K, N].
+
+    Groups without rows get zeros.
+    """
+
+    def body(index, accumulator):
+        group, rows, mask = _locate(index, blocks)
+        lhs_block = jnp.where(mask, _as_float32(_slice(lhs, rows, blocks.block_m)), 0)
+        dout_block = jnp.where(mask, _as_float32(_slice(dout, rows, blocks.block_m)), 0)
+        update = _dot(lhs_block.T, dout_block)
+        return accumulator.at[group].add(update)
+
+    blocks = _Blocks(group_sizes, num_groups, group_offset, num_rows=lhs.shape[0])
+    zeros = jnp.zeros((num_groups, lhs.shape[1], dout.shape[1]), jnp.float32)
+    return lax.fori_loop(0, blocks.count, body, zeros).astype(out_dtype)
+
+
+class _Blocks:
+    """Where the row blocks of a window of groups lie. Built inside the traced function, of traced arrays."""
+
+    def __init__(self, group_sizes: jax.Array, num_groups: int, group_offset: jax.Array | int, num_rows: int):
+        sizes = jnp.maximum(group_sizes.astype(jnp.int32), 0)
+        starts = jnp.cumsum(sizes) - sizes
+        self.block_m = min(_BLOCK_M, max(num_rows, 1))
+        self.num_rows = num_rows
+        self.starts = lax.dynamic_slice_in_dim(starts, group_offset, num_groups)
+        self.ends = self.starts + lax.dynamic_slice_in_dim(sizes, group_offset, num_groups)
+        per_group = -(-(self.ends - self.starts) // self.block_m)
+        self.last = jnp.cumsum(per_group)
+        self.first = self.last - per_group
+        self.count = self.last[-1]
+
+
+def _locate(index: jax.Array, blocks: _Blocks) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Group of a block, its first row, and which of its rows [block_m, 1] belong to it.
+
+    A block that would reach past the end of the buffer starts earlier; the mask leaves out what is not its own.
+    """
+    group = jnp.searchsorted(blocks.last, index, side="right")
+    begin = blocks.starts[group] + (index - blocks.first[group]) * blocks.block_m
+    first_row = jnp.clip(begin, 0, blocks.num_rows - blocks.block_m)
+    row = first_row + jnp.arange(blocks.block_m)
+    mask = (row >= begin) & (row < blocks.ends[group])
+    return group, first_row, mask[:, None]
+
+
+def _map_blocks(
+    function: Callable[[Operand, jax.Array], jax.Array],
+    lhs: Operand,
+    group_sizes: jax.Array,
+    num_groups: int,
+    group_offset: jax.Array | int,
+    num_columns: int,
+    out_dtype: jax.typing.DTypeLike,
+) -> jax.Array:
+    """Applies `function(rows [block_m, K], group) -> [block_m, N]` to every block; other rows are zeros."""
+    blocks = _Blocks(group_sizes, num_groups, group_offset, num_rows=lhs.shape[0])
+
+    def body(index, out):
+        group, first_row, mask = _locate(index, blocks)
+        new = function(_slice(lhs, first_row, blocks.block_m), group).astype(out_dtype)
+        old = lax.dynamic_slice_in_dim(out, first_row, blocks.block_m)
+        return lax.dynamic_update_slice_in_dim(out, jnp.where(mask, new, old), first_row, 0)
+
+    zeros = jnp.zeros((lhs.shape[0], num_columns), out_dtype)
+    if lhs.shape[0] == 0:
+        return zeros
+    return lax.fori_loop(0, blocks.count, body, zeros)
+
+
+def _product(
+    rows: Operand, weights: Operand, bias: jax.Array | None, group: jax.Array, transpose_rhs: bool
+) -> jax.Array:
+    if isinstance(rows, QTensor) or isinstance(weights, QTensor):
+        rows, weights = _as_float32(rows), _as_float32(weights)
+    out = _dot(rows, weights.T if transpose_rhs else weights)
+    return out if bias is None else out + bias[group].astype(jnp.float32)
+
+
+def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Matrix product with float32 accumulation, and float32 operands in full (not the chip's TF32 or BF16 passes)."""
+    return jnp.dot(a, b, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+
+
+def _slice(operand: Operand, first_row: jax.Array, num_rows: int) -> Operand:
+    if isinstance(operand, QTensor):
+        # One scale for all rows (per tensor, per channel) has nothing to slice; otherwise each row has its own.
+        shared = operand.scale.shape[0] == 1
+        scale = operand.scale if shared else lax.dynamic_slice_in_dim(operand.scale, first_row, num_rows)
+        return QTensor(lax.dynamic_slice_in_dim(operand.values, first_row, num_rows), scale)
+    return lax.dynamic_slice_in_dim(operand, first_row, num_rows)
+
+
+def _take(operand: Operand, group: jax.Array) -> Operand:
+    return jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, group, keepdims=False), operand)
+
+
+def _as_float32(operand: Operand) -> jax.Array:
+    return dequantize(operand) if isinstance(operand, QTensor) else operand.astype(jnp.float32)

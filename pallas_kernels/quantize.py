@@ -1,0 +1,195 @@
+"""Numbers in 8 bits with scales: FP8 (e4m3, e5m2) and INT8, per tensor, per row, per channel, or per block.
+
+A `QTensor` stands for values · scale, where `scale` has the rank of `values` and each of its dimensions divides that
+of `values`: one scale covers a block of values.scale-shape ratio. So the shapes alone say how a tensor is scaled:
+
+    values [M, K], scale [M, K/128]            "1x128", activations
+    values [G, K, N], scale [G, K/128, N/128]  "128x128", weights
+    values [G, K, N], scale [G, 1, N]          "per_channel"
+    values [M, K], scale [M, 1]                "per_row"
+    values [G, K, N], scale [G, 1, 1]          "per_tensor" (one for each group)
+
+Quantising maps the largest magnitude of a block to the dtype's largest finite value. Nothing overflows: values are
+clipped before the cast (XLA's cast to e4m3fn turns larger values into NaN). A block of zeros gets scale 1. A block
+that holds a NaN or an infinity gets scale NaN, so that all of it dequantises to NaN and the fault is seen.
+"""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+Scaling = str
+"""Block of one scale over the last two dimensions: a name of `NAMED_BLOCKS` or "RxC" such as "1x128"."""
+
+QDtype = Literal["float8_e4m3fn", "float8_e5m2", "int8"]
+
+NAMED_BLOCKS: dict[str, tuple[int | None, int | None]] = {
+    "per_tensor": (None, None),
+    "per_row": (1, None),
+    "per_channel": (None, 1),
+}
+"""Rows and columns of one scale's block; None is the whole dimension."""
+
+_LARGEST = {"float8_e4m3fn": 448.0, "float8_e5m2": 57344.0, "int8": 127.0}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class QTensor:
+    """An 8-bit tensor: `values` (fp8 or int8) times `scale` (float32), one scale a block. See the module's page."""
+
+    values: jax.Array
+    scale: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the values."""
+        return self.values.shape
+
+    @property
+    def ndim(self) -> int:
+        """The rank of the values."""
+        return self.values.ndim
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The 8-bit dtype of the values."""
+        return self.values.dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantization:
+    """How the two operands of a matrix product are quantised.
+
+    Attributes:
+      dtype: 8-bit dtype of both operands.
+      lhs_scaling: scaling of the activations [M, K].
+      rhs_scaling: scaling of the weights [G, K, N].
+    """
+
+    dtype: QDtype = "float8_e4m3fn"
+    lhs_scaling: Scaling = "1x128"
+    rhs_scaling: Scaling = "128x128"
+
+    def __post_init__(self):
+        check_qdtype(self.dtype)
+        block_shape(self.lhs_scaling)
+        block_shape(self.rhs_scaling)
+
+
+def check_qdtype(dtype: jax.typing.DTypeLike) -> str:
+    """The name of an 8-bit dtype; raises ValueError when `dtype` is none of those that can be quantised to."""
+    name = jnp.dtype(dtype).name
+    if name not in _LARGEST:
+        raise ValueError(f"dtype must be one of {', '.join(_LARGEST)}, got {name}")
+    return name
+
+
+def block_shape(scaling: Scaling) -> tuple[int | None, int | None]:
+    """Rows and columns that one scale covers; None stands for the whole dimension.
+
+    Raises:
+      ValueError: `scaling` is neither a name of `NAMED_BLOCKS` nor of the form "RxC" with positive numbers.
+    """
+    if scaling in NAMED_BLOCKS:
+        return NAMED_BLOCKS[scaling]
+    rows, cross, columns = scaling.partition("x")
+    if cross and rows.isdecimal() and columns.isdecimal() and int(rows) and int(columns):
+        return int(rows), int(columns)
+    raise ValueError(
+        f"unknown scaling {scaling!r}; expected one of {', '.join(NAMED_BLOCKS)}, or rows x columns such as '1x128'"
+    )
+
+
+def scale_shape(shape: tuple[int, ...], scaling: Scaling) -> tuple[int, ...]:
+    """The shape of the scales of a tensor of `shape`.
+
+    Raises:
+      ValueError: the tensor has fewer than two dimensions, or a block does not divide its dimension.
+    """
+    if len(shape) < 2:
+        raise ValueError(f"a quantised tensor needs at least 2 dimensions, got shape {shape}")
+    counts = []
+    for size, block in zip(shape[-2:], block_shape(scaling), strict=True):
+        if block is not None and size % block:
+            raise ValueError(
+                f"shape {shape} cannot be scaled by {scaling!r}: {size} is not divisible by {block}; "
+                "choose a block that divides it, or 'per_row' / 'per_channel'"
+            )
+        counts.append(1 if block is None else size // block)
+    return (*shape[:-2], *counts)
+
+
+def quantize(
+    x: jax.Array, dtype: jax.typing.DTypeLike = "float8_e4m3fn", *, scaling: Scaling = "per_tensor"
+) -> QTensor:
+    """Rounds `x` to 8 bits (to nearest, ties to even), each block scaled to the range of `dtype`.
+
+    Args:
+      x: floating-point [..., R, C].
+      dtype: float8_e4m3fn, float8_e5m2 or int8.
+      scaling: the block that shares one scale, over the last two dimensions.
+
+    Raises:
+      ValueError: `x` is not floating point, `dtype` is none of the three, or a block does not divide its dimension.
+      TypeError: on differentiation. A rounding has no useful gradient and 8-bit cotangents lose what they carry, so
+        the operators take BF16 and quantise inside: pass them `quantization=`.
+    """
+    if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype.itemsize == 1:
+        raise ValueError(f"x must be a 16-, 32- or 64-bit floating-point array, got {x.dtype}{list(x.shape)}")
+    name = check_qdtype(dtype)
+    shape = scale_shape(x.shape, scaling)
+    return QTensor(*_no_gradient(*_quantize(jax.lax.stop_gradient(x), name, shape), x))
+
+
+def _quantize(x: jax.Array, name: str, scales: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    blocks = x.reshape(_interleave(x.shape, scales)).astype(jnp.float32)
+    axes = tuple(range(1, blocks.ndim, 2))
+    amax = jnp.max(jnp.abs(blocks), axis=axes, keepdims=True)
+    largest = _LARGEST[name]
+    # Below this the reciprocal of the scale would overflow; such values are zero in any 8-bit format anyway.
+    scale = jnp.where(amax > largest * jnp.finfo(jnp.float32).tiny * 4, amax / largest, 1.0)
+    scale = jnp.where(jnp.isfinite(amax), scale, jnp.nan)
+    scaled = jnp.clip(blocks * (1 / scale), -largest, largest)
+    if name == "int8":
+        scaled = jnp.where(jnp.isnan(scaled), 0, jnp.round(scaled))
+    return scaled.astype(name).reshape(x.shape), scale.reshape(scales)
+
+
+@jax.custom_jvp
+def _no_gradient(values: jax.Array, scale: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    del x
+    return values, scale
+
+
+@_no_gradient.defjvp
+def _no_gradient_jvp(primals, tangents):
+    raise TypeError(
+        "quantize() cannot be differentiated: 8-bit cotangents lose the gradient. Pass BF16 or float32 and let the "
+        "operator quantise inside (quantization=Quantization(...)), or wrap the input in jax.lax.stop_gradient"
+    )
+
+
+def dequantize(q: QTensor, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
+    """Values · scale, computed in float32, as an array of `dtype` with the shape of the values."""
+    blocks = q.values.astype(jnp.float32).reshape(_interleave(q.shape, q.scale.shape))
+    scale = jnp.expand_dims(q.scale, tuple(range(1, blocks.ndim, 2)))
+    return (blocks * scale).reshape(q.shape).astype(dtype)
+
+
+def check_qtensor(name: str, q: QTensor) -> None:
+    """Raises ValueError, naming the argument, unless the scales of `q` fit its values."""
+    fits = q.ndim == q.scale.ndim and all(s and v % s == 0 for v, s in zip(q.shape, q.scale.shape, strict=True))
+    if not fits:
+        raise ValueError(
+            f"{name}: scale {list(q.scale.shape)} does not fit values {list(q.shape)}: both need the same rank, and "
+            "each dimension of scale must divide that of values"
+        )
+    check_qdtype(q.dtype)
+
+
+def _interleave(shape: tuple[int, ...], scales: tuple[int, ...]) -> tuple[int, ...]:
+    """(number of blocks, length of a block) for each dimension, in one flat shape."""
+    return tuple(size for n, length in zip(scales, shape, strict=True) for size in (n, length // max(n, 1)))
