@@ -1,0 +1,135 @@
+"""The experts: the parameters of a layer, and the gated MLP that applies some experts to rows sorted by expert."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from moejax.config import MoEConfig
+from pallas_kernels.grouped_matmul import Operand, grouped_gate_up, grouped_matmul
+from pallas_kernels.quantize import QTensor, quantize
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class MoEParams:
+    """The parameters of one layer; what the configuration leaves out is None.
+
+    Attributes:
+      router_kernel: [H, E].
+      gate_up: [E, H, 2I], gate in the first I columns, up in the last I; an array, or a QTensor for serving.
+      down: [E, I, H], likewise.
+      router_bias: [E].
+      correction_bias: [E], not trained by gradients.
+      gate_up_bias: [E, 2I].
+      down_bias: [E, H].
+      shared_gate_up: [H, 2S], S the width of the shared expert.
+      shared_down: [S, H].
+    """
+
+    router_kernel: Any
+    gate_up: Any
+    down: Any
+    router_bias: Any = None
+    correction_bias: Any = None
+    gate_up_bias: Any = None
+    down_bias: Any = None
+    shared_gate_up: Any = None
+    shared_down: Any = None
+
+
+EXPERT_FIELDS = ("gate_up", "down", "gate_up_bias", "down_bias")
+"""The parameters that are split over the expert axis; all others are held by every chip."""
+
+
+def param_shapes(config: MoEConfig) -> MoEParams:
+    """The shape of every parameter that `config` has, None for those that it has not."""
+    hidden, width, experts = config.hidden_size, config.intermediate_size, config.num_experts
+    shared = config.shared_intermediate_size
+    return MoEParams(
+        router_kernel=(hidden, experts),
+        gate_up=(experts, hidden, 2 * width),
+        down=(experts, width, hidden),
+        router_bias=(experts,) if config.router_bias else None,
+        correction_bias=(experts,) if config.correction_bias else None,
+        gate_up_bias=(experts, 2 * width) if config.expert_bias else None,
+        down_bias=(experts, hidden) if config.expert_bias else None,
+        shared_gate_up=(hidden, 2 * shared) if shared else None,
+        shared_down=(shared, hidden) if shared else None,
+    )
+
+
+def check_params(params: MoEParams, config: MoEConfig) -> None:
+    """Raises ValueError, naming the parameter, unless `params` are those of `config`."""
+    expected = param_shapes(config)
+    for field in dataclasses.fields(MoEParams):
+        param, shape = getattr(params, field.name), getattr(expected, field.name)
+        if (param is None) != (shape is None) or (param is not None and tuple(param.shape) != shape):
+            got = None if param is None else list(param.shape)
+            want = "None (the configuration has none)" if shape is None else list(shape)
+            raise ValueError(f"params.{field.name} must be {want}, got {got}")
+
+
+def quantize_params(params: MoEParams, config: MoEConfig) -> MoEParams:
+    """The layer for serving in 8 bits: the weights of all experts as QTensors, the rest as it was."""
+    q = config.quantization
+
+    def to_8_bits(weights: Operand | None) -> QTensor | None:
+        if weights is None or isinstance(weights, QTensor):
+            return weights
+        return quantize(weights, q.dtype, scaling=q.rhs_scaling)
+
+    names = ("gate_up", "down", "shared_gate_up", "shared_down")
+    return dataclasses.replace(params, **{name: to_8_bits(getattr(params, name)) for name in names})
+
+
+def expert_mlp(
+    rows: jax.Array,
+    group_sizes: jax.Array,
+    gate_up: Operand,
+    down: Operand,
+    config: MoEConfig,
+    *,
+    gate_up_bias: jax.Array | None = None,
+    down_bias: jax.Array | None = None,
+) -> jax.Array:
+    """down(act(gate(row)) · up(row)) with the weights of each row's expert: two kernels.
+
+    Args:
+      rows: [R, H], sorted by expert.
+      group_sizes: int32 [L], rows of each of the L experts whose weights are given.
+      gate_up: [L, H, 2I].
+      down: [L, I, H].
+      config: activation, precision, dtype, backend.
+      gate_up_bias: [L, 2I] or None.
+      down_bias: [L, H] or None.
+
+    Returns:
+      [R, H] in config.dtype; zeros past the sum of group_sizes.
+    """
+    is_8_bit = config.precision == "w8a8"
+
+    def ready(weights: Operand) -> Operand:
+        """Weights that are to be rounded to 8 bits are rounded once, from the precision that they are kept in."""
+        return weights if is_8_bit or isinstance(weights, QTensor) else weights.astype(config.dtype)
+
+    common: dict[str, Any] = {"quantization": config.quantization if is_8_bit else None, "backend": config.backend}
+    h = grouped_gate_up(
+        rows,
+        ready(gate_up),
+        group_sizes,
+        bias=gate_up_bias,
+        activation=config.activation,
+        activation_limit=config.activation_limit,
+        # Rounding to BF16 on the way to 8 bits would round twice, and wrongly for one value in thirty.
+        preferred_element_type=jnp.float32 if is_8_bit else config.dtype,
+        **common,
+    )
+    return grouped_matmul(h, ready(down), group_sizes, bias=down_bias, preferred_element_type=config.dtype, **common)
+
+
+def shared_mlp(x: jax.Array, gate_up: Operand, down: Operand, config: MoEConfig) -> jax.Array:
+    """The shared expert on every token, as a group of one: x [T, H], gate_up [H, 2S], down [S, H] -> [T, H]."""
+    gate_up, down = jax.tree.map(lambda leaf: leaf[None], (gate_up, down))
+    return expert_mlp(x, jnp.array([x.shape[0]], jnp.int32), gate_up, down, config)

@@ -1,0 +1,80 @@
+"""The dense oracle: every expert sees every token, and the router's weights, zero for experts not chosen, sum them.
+
+It shares the router with the layer (which has tests of its own) and nothing else: no plan, no dispatch, no grouped
+product, no exchange. All in float32. It cannot drop tokens and needs E times the arithmetic.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from moejax.config import MoEConfig
+from moejax.experts import MoEParams
+from moejax.router import route
+from pallas_kernels.activations import gated_halves
+from pallas_kernels.grouped_matmul import Operand
+from pallas_kernels.quantize import QTensor, Scaling, dequantize, quantize
+
+_FULL = jax.lax.Precision.HIGHEST
+
+
+def dense_moe(
+    x: jax.Array, params: MoEParams, config: MoEConfig, *, quantized: bool = False, wire_scaling: Scaling | None = None
+) -> jax.Array:
+    """What the layer computes when nothing is dropped, by the shortest way.
+
+    Args:
+      x: [..., H].
+      params: as for `moejax.moe`; QTensors are dequantised.
+      config: the layer; `precision` and `backend` play no part.
+      quantized: round the operands of every product as precision "w8a8" does (gradients pass straight through).
+      wire_scaling: with `quantized`, first round the routed experts' inputs to FP8 as they travel between chips.
+
+    Returns:
+      float32 [..., H].
+    """
+    tokens = x.reshape(-1, config.hidden_size).astype(jnp.float32)
+    routing = route(
+        tokens, params.router_kernel, config, bias=params.router_bias, correction_bias=params.correction_bias
+    )
+    q = config.quantization if quantized else None
+
+    def rows(values: jax.Array) -> jax.Array:
+        return values if q is None else _rounded(values, q.dtype, q.lhs_scaling)
+
+    def weights(values: Operand) -> jax.Array:
+        if isinstance(values, QTensor):
+            return dequantize(values)
+        values = values.astype(jnp.float32)
+        return values if q is None else _rounded(values, q.dtype, q.rhs_scaling)
+
+    def mlp(values: jax.Array, gate_up: Operand, down: Operand, gate_up_bias=0.0, down_bias=0.0) -> jax.Array:
+        h = jnp.dot(rows(values), weights(gate_up), precision=_FULL) + gate_up_bias
+        h = gated_halves(h, config.activation, config.activation_limit)
+        return jnp.dot(rows(h), weights(down), precision=_FULL) + down_bias
+
+    inputs, topk_weights = tokens, routing.topk_weights
+    if config.scale_inputs:
+        inputs, topk_weights = tokens * topk_weights, jnp.ones_like(topk_weights)
+    if quantized and wire_scaling is not None:
+        inputs = _rounded(inputs, "float8_e4m3fn", wire_scaling)
+    chosen = routing.topk_ids[:, :, None] == jnp.arange(config.num_experts)
+    share = jnp.where(chosen, topk_weights[:, :, None], 0).sum(1)
+
+    per_expert = {"gate_up": params.gate_up, "down": params.down}
+    if params.gate_up_bias is not None:
+        per_expert |= {"gate_up_bias": params.gate_up_bias, "down_bias": params.down_bias}
+
+    def add_expert(total, expert):
+        expert_share, expert_params = expert
+        return total + expert_share[:, None] * mlp(inputs, **expert_params), None
+
+    y, _ = jax.lax.scan(jax.checkpoint(add_expert), jnp.zeros_like(tokens), (share.T, per_expert))
+    if params.shared_gate_up is not None:
+        y += mlp(tokens, params.shared_gate_up, params.shared_down)
+    return y.reshape(x.shape)
+
+
+def _rounded(x: jax.Array, dtype: str, scaling: Scaling) -> jax.Array:
+    """`x` rounded to 8 bits and back, with the gradient of the identity."""
+    rounded = dequantize(quantize(jax.lax.stop_gradient(x), dtype, scaling=scaling))
+    return x + jax.lax.stop_gradient(rounded - x)
