@@ -37,7 +37,7 @@ decode: base  ## run the main job: decode over 32 expert-parallel chips, timed a
 	$(RUN) -m bench.decode --ep 32 $(ARGS)
 
 test: lint  ## lint, check types, run the tests
-	$(RUN) -m pytest -n 2 $(TEST_ARGS)
+	$(RUN) -m pytest -n 2 --dist loadgroup $(TEST_ARGS)
 
 lint: tools  ## check style, format and types
 	$(RUN) -m ruff check .
