@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.activations import Activation, check_activation
 from pallas_kernels.backend import check_backend
-from pallas_kernels.quantize import Quantization, Scaling, scale_shape
+from pallas_kernels.quantize import Quantization, Scaling, block_shape, scale_shape
 
 Scoring = Literal["softmax", "sigmoid"]
 Precision = Literal["w16a16", "w8a8"]
@@ -121,11 +121,16 @@ class MoEConfig:
             "positive, or None to drop nothing",
             self.capacity_factor,
         )
-        _require(not self.scale_inputs or self.top_k == 1, "scale_inputs", "used with top_k=1 only", self.top_k)
+        _require(not self.scale_inputs or self.top_k == 1, "top_k", "1 with scale_inputs=True", self.top_k)
+        _require(
+            block_shape(self.wire_scaling)[0] == 1,
+            "wire_scaling",
+            "of one row, such as '1x128' or 'per_row' (rows travel with their own scales)",
+            self.wire_scaling,
+        )
         for name in ("dtype", "param_dtype"):
-            dtype = jnp.dtype(getattr(self, name))
-            is_wide_float = jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize >= 2
-            _require(is_wide_float, name, "bfloat16, float16 or float32", dtype.name)
+            dtype = jnp.dtype(getattr(self, name)).name
+            _require(dtype in ("bfloat16", "float16", "float32"), name, "bfloat16, float16 or float32", dtype)
         check_activation(self.activation, self.activation_limit)
         check_backend(self.backend)
         if self.precision == "w8a8":

@@ -42,6 +42,9 @@ class MoEParams:
 EXPERT_FIELDS = ("gate_up", "down", "gate_up_bias", "down_bias")
 """The parameters that are split over the expert axis; all others are held by every chip."""
 
+EXPERT_WEIGHTS = ("gate_up", "down", "shared_gate_up", "shared_down")
+"""The matrices of the experts, which "w8a8" holds in 8 bits."""
+
 
 def param_shapes(config: MoEConfig) -> MoEParams:
     """The shape of every parameter that `config` has, None for those that it has not."""
@@ -80,8 +83,7 @@ def quantize_params(params: MoEParams, config: MoEConfig) -> MoEParams:
             return weights
         return quantize(weights, q.dtype, scaling=q.rhs_scaling)
 
-    names = ("gate_up", "down", "shared_gate_up", "shared_down")
-    return dataclasses.replace(params, **{name: to_8_bits(getattr(params, name)) for name in names})
+    return dataclasses.replace(params, **{name: to_8_bits(getattr(params, name)) for name in EXPERT_WEIGHTS})
 
 
 def expert_mlp(

@@ -8,10 +8,11 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from moejax.config import MoEConfig
 from moejax.experts import EXPERT_FIELDS, MoEParams, check_params, expert_mlp, shared_mlp
@@ -19,7 +20,18 @@ from moejax.losses import LoadStats, Tokens, router_losses, tokens_per_expert
 from moejax.router import route
 from sharding.exchange_plan import local_experts
 from sharding.expert_parallel import Transport, expert_parallel
-from sharding.mesh import DATA_AXIS, EXPERT_AXIS, AnyMesh, axis_size, current_mesh, place, tokens_spec
+from sharding.mesh import (
+    DATA_AXIS,
+    EXPERT_AXIS,
+    AnyMesh,
+    axis_size,
+    current_mesh,
+    has_explicit_axes,
+    place,
+    sharding_in,
+    tokens_spec,
+    with_auto_axes,
+)
 
 
 @jax.tree_util.register_dataclass
@@ -62,7 +74,7 @@ def moe(
         they do not divide the tokens, padding is added and taken away again.
 
     Returns:
-      y [..., H] in the dtype of `x`, and MoEAux.
+      y [..., H] in the dtype of `x`, and MoEAux. In a mesh of Explicit axes y is sharded as `x` is.
 
     Raises:
       ValueError: shapes or dtypes do not fit the configuration, the mesh lacks an axis, or ep does not divide E.
@@ -70,6 +82,13 @@ def moe(
     _check_input(x, config)
     check_params(params, config)
     mesh = current_mesh() if mesh is None else mesh
+    if mesh is not None and has_explicit_axes(mesh):
+        # Padding, and cutting a sharded sequence into tokens, have no sharding that the types could carry.
+        on_auto_axes = functools.partial(
+            moe, config=config, mesh=with_auto_axes(mesh), expert_axis=expert_axis, token_axes=token_axes
+        )
+        shardings = (sharding_in(x, mesh), NamedSharding(mesh, PartitionSpec()))
+        return jax.sharding.auto_axes(on_auto_axes, out_sharding=shardings)(x, params)
     tokens = x.reshape(-1, config.hidden_size).astype(config.dtype)
     num_tokens = tokens.shape[0]
     index = jnp.arange(num_tokens, dtype=jnp.int32)
@@ -91,7 +110,9 @@ def moe(
     sharded = jax.shard_map(
         functools.partial(
             body,
-            transport=Transport(expert_axis=expert_axis, ep=ep, **_transport_settings(config)),
+            transport=Transport(
+                expert_axis=expert_axis, ep=ep, token_axes=tuple(token_axes), **_transport_settings(config)
+            ),
             axes=tuple(token_axes),
         ),
         mesh=mesh,
@@ -138,24 +159,22 @@ def _moe_on_chip(
             expert_inputs = expert_inputs.astype(x.dtype)
         topk_weights = jnp.ones_like(topk_weights)
 
-    def experts(rows: jax.Array, group_sizes: jax.Array) -> jax.Array:
-        return expert_mlp(
-            rows,
-            group_sizes,
-            params.gate_up,
-            params.down,
-            config,
-            gate_up_bias=params.gate_up_bias,
-            down_bias=params.down_bias,
-        )
+    def experts(params: dict[str, Any], rows: jax.Array, group_sizes: jax.Array) -> jax.Array:
+        return expert_mlp(rows, group_sizes, config=config, **params)
 
     y, dropped = expert_parallel(
-        expert_inputs, topk_weights, topk_ids, experts, num_experts=config.num_experts, transport=transport
+        expert_inputs,
+        topk_weights,
+        topk_ids,
+        experts,
+        {name: getattr(params, name) for name in EXPERT_FIELDS},
+        num_experts=config.num_experts,
+        transport=transport,
     )
     if params.shared_gate_up is not None:
-        y += shared_mlp(x, params.shared_gate_up, params.shared_down, config)
+        y += shared_mlp(x, params.shared_gate_up, params.shared_down, config).astype(jnp.float32)
     load = LoadStats(tokens_per_expert(routing, config.num_experts, tokens), tokens.sum(dropped))
-    return y, MoEAux(router_losses(routing, config, tokens), load)
+    return y.astype(x.dtype), MoEAux(router_losses(routing, config, tokens), load)
 
 
 def _transport_settings(config: MoEConfig) -> dict:

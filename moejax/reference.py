@@ -18,7 +18,13 @@ _FULL = jax.lax.Precision.HIGHEST
 
 
 def dense_moe(
-    x: jax.Array, params: MoEParams, config: MoEConfig, *, quantized: bool = False, wire_scaling: Scaling | None = None
+    x: jax.Array,
+    params: MoEParams,
+    config: MoEConfig,
+    *,
+    quantized: bool = False,
+    wire_scaling: Scaling | None = None,
+    expert_axis: str | None = None,
 ) -> jax.Array:
     """What the layer computes when nothing is dropped, by the shortest way.
 
@@ -28,6 +34,8 @@ def dense_moe(
       config: the layer; `precision` and `backend` play no part.
       quantized: round the operands of every product as precision "w8a8" does (gradients pass straight through).
       wire_scaling: with `quantized`, first round the routed experts' inputs to FP8 as they travel between chips.
+      expert_axis: None when `params` hold all experts. Inside shard_map, the axis that they are split over: each chip
+        then applies its own to all tokens, and the sums are added up.
 
     Returns:
       float32 [..., H].
@@ -59,6 +67,9 @@ def dense_moe(
         inputs = _rounded(inputs, "float8_e4m3fn", wire_scaling)
     chosen = routing.topk_ids[:, :, None] == jnp.arange(config.num_experts)
     share = jnp.where(chosen, topk_weights[:, :, None], 0).sum(1)
+    if expert_axis is not None:
+        num_local = params.down.shape[0]
+        share = jax.lax.dynamic_slice_in_dim(share, jax.lax.axis_index(expert_axis) * num_local, num_local, axis=1)
 
     per_expert = {"gate_up": params.gate_up, "down": params.down}
     if params.gate_up_bias is not None:
@@ -69,6 +80,8 @@ def dense_moe(
         return total + expert_share[:, None] * mlp(inputs, **expert_params), None
 
     y, _ = jax.lax.scan(jax.checkpoint(add_expert), jnp.zeros_like(tokens), (share.T, per_expert))
+    if expert_axis is not None:
+        y = jax.lax.psum(y, expert_axis)
     if params.shared_gate_up is not None:
         y += mlp(tokens, params.shared_gate_up, params.shared_down)
     return y.reshape(x.shape)

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 MIB = 1 << 20
 KIB = 1 << 10
+GIB = 1 << 30
 GB = 10**9
 TERA = 10**12
 
@@ -121,7 +122,7 @@ CHIPS: Mapping[str, Chip] = MappingProxyType(
                 cores=1,
                 peak_flops=_rates(bfloat16=197, int8=394, float8_e5m2=197, float8_e4m3b11fnuz=197),
                 hbm_bandwidth=819 * GB,
-                hbm_bytes=16 * GB,
+                hbm_bytes=16 * GIB,
                 link_bandwidth=200 * GB,
                 fast_memory_bytes=128 * MIB,
                 device_kinds=("TPU v5e", "TPU v5 lite"),
@@ -132,7 +133,7 @@ CHIPS: Mapping[str, Chip] = MappingProxyType(
                 cores=2,
                 peak_flops=_rates(bfloat16=459, int8=918, float8_e5m2=459, float8_e4m3b11fnuz=459),
                 hbm_bandwidth=2765 * GB,
-                hbm_bytes=95 * GB,
+                hbm_bytes=95 * GIB,
                 link_bandwidth=600 * GB,
                 fast_memory_bytes=64 * MIB,
                 device_kinds=("TPU v5", "TPU v5p"),
@@ -143,7 +144,7 @@ CHIPS: Mapping[str, Chip] = MappingProxyType(
                 cores=1,
                 peak_flops=_rates(bfloat16=918, int8=1836, float8_e5m2=918, float8_e4m3b11fnuz=918),
                 hbm_bandwidth=1640 * GB,
-                hbm_bytes=32 * GB,
+                hbm_bytes=32 * GIB,
                 link_bandwidth=400 * GB,
                 fast_memory_bytes=128 * MIB,
                 device_kinds=("TPU v6e", "TPU v6 lite"),
@@ -154,7 +155,7 @@ CHIPS: Mapping[str, Chip] = MappingProxyType(
                 cores=2,
                 peak_flops=_rates(bfloat16=2307, float8_e4m3fn=4614, float8_e5m2=4614),
                 hbm_bandwidth=7380 * GB,
-                hbm_bytes=192 * GB,
+                hbm_bytes=192 * GIB,
                 link_bandwidth=600 * GB,
                 fast_memory_bytes=64 * MIB,
                 device_kinds=("TPU7x",),
@@ -212,6 +213,8 @@ def _parse_chip(spec: str) -> Chip:
         key, _, text = part.strip().partition("=")
         if key not in ("cores", "tflops", "gbps"):
             raise ValueError(f"chip description {spec!r} has an unknown field {key!r}; {example}")
+        if key in fields:
+            raise ValueError(f"chip description {spec!r} gives {key} twice; {example}")
         try:
             value = float(text)
         except ValueError:

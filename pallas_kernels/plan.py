@@ -65,26 +65,53 @@ def make_plan(topk_ids: jax.Array, num_groups: int, *, capacity: int | None = No
     if capacity is not None and capacity < 1:
         raise ValueError(f"capacity must be at least 1 row a group, got {capacity}; use None for no limit")
     num_tokens, top_k = topk_ids.shape
+    if topk_ids.dtype.itemsize < 4:  # num_groups itself may not fit into uint8
+        topk_ids = topk_ids.astype(jnp.int32)
     ids = jnp.where((topk_ids >= 0) & (topk_ids < num_groups), topk_ids, num_groups).astype(jnp.int32)
     if capacity is None:
-        rank, counts = _rank_in_group(ids.reshape(-1), num_groups)
+        rank, group_sizes = _rank_in_group(ids.reshape(-1), num_groups)
         rank = rank.reshape(num_tokens, top_k)
-        group_sizes = counts
-        offsets = jnp.cumsum(counts, dtype=jnp.int32) - counts
-        num_rows = num_tokens * top_k
-        has_row = ids < num_groups
-    else:
-        rank, counts = _rank_in_group(ids.T.reshape(-1), num_groups)
+    else:  # First choices first.
+        rank, group_sizes = _rank_in_group(ids.T.reshape(-1), num_groups)
         rank = rank.reshape(top_k, num_tokens).T
-        group_sizes = jnp.minimum(counts, capacity)
-        offsets = capacity * jnp.arange(num_groups, dtype=jnp.int32)
-        num_rows = num_groups * capacity
-        has_row = (ids < num_groups) & (rank < capacity)
-    inverse = jnp.where(has_row, offsets[jnp.minimum(ids, num_groups - 1)] + rank, -1)
-    assignments = jnp.arange(num_tokens * top_k, dtype=jnp.int32)
-    target = jnp.where(has_row, inverse, num_rows).reshape(-1)
-    order = jnp.full(num_rows, -1, jnp.int32).at[target].set(assignments, mode="drop")
-    return Plan(order, inverse, group_sizes, offsets, counts.sum(dtype=jnp.int32) - group_sizes.sum(dtype=jnp.int32))
+    offsets = jnp.cumsum(group_sizes, dtype=jnp.int32) - group_sizes
+    num_rows = num_tokens * top_k
+    inverse = jnp.where(ids < num_groups, offsets[jnp.minimum(ids, num_groups - 1)] + rank, -1)
+    target = jnp.where(inverse < 0, num_rows, inverse).reshape(-1)
+    order = jnp.full(num_rows, -1, jnp.int32).at[target].set(jnp.arange(num_rows, dtype=jnp.int32), mode="drop")
+    plan = Plan(order, inverse, group_sizes, offsets, jnp.zeros((), jnp.int32))
+    if capacity is None:
+        return plan
+    padded = take_slots(plan, ids, capacity)
+    dropped = group_sizes.sum(dtype=jnp.int32) - padded.group_sizes.sum(dtype=jnp.int32)
+    return dataclasses.replace(padded, dropped=dropped)
+
+
+def take_slots(plan: Plan, topk_ids: jax.Array, slots: int, begin: jax.Array | int = 0) -> Plan:
+    """The rows [begin, begin + slots) of every group of a tight plan, each group laid out with `slots` rows.
+
+    Args:
+      plan: a tight plan (capacity None) of `topk_ids`.
+      topk_ids: integer [T, K].
+      slots: rows that the result has for each group (R = G·slots).
+      begin: the first row of each group to take; may be traced.
+
+    Returns:
+      A Plan in which assignments outside the range have no row; they are not counted as dropped.
+    """
+    num_groups, num_rows = plan.group_sizes.shape[0], plan.order.shape[0]
+    group_sizes = jnp.clip(plan.group_sizes - begin, 0, slots)
+    offsets = slots * jnp.arange(num_groups, dtype=jnp.int32)
+    if num_rows == 0:
+        return Plan(jnp.full(num_groups * slots, -1, jnp.int32), plan.inverse, group_sizes, offsets, plan.dropped)
+    slot = jnp.arange(slots, dtype=jnp.int32)
+    row = jnp.minimum(plan.offsets[:, None] + begin + slot, num_rows - 1)
+    order = jnp.where(slot < group_sizes[:, None], plan.order[row], -1).reshape(-1)
+    group = jnp.clip(topk_ids, 0, num_groups - 1).astype(jnp.int32)
+    rank = plan.inverse - plan.offsets[group] - begin
+    is_taken = (plan.inverse >= 0) & (rank >= 0) & (rank < slots)
+    inverse = jnp.where(is_taken, offsets[group] + rank, -1)
+    return Plan(order, inverse, group_sizes, offsets, plan.dropped)
 
 
 def _rank_in_group(ids: jax.Array, num_groups: int) -> tuple[jax.Array, jax.Array]:

@@ -147,10 +147,13 @@ def quantize(
 def _quantize(x: jax.Array, name: str, scales: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
     blocks = x.reshape(_interleave(x.shape, scales)).astype(jnp.float32)
     axes = tuple(range(1, blocks.ndim, 2))
-    amax = jnp.max(jnp.abs(blocks), axis=axes, keepdims=True)
+    # As integers, because XLA's float maximum over rows skips NaN on CPUs: the bits of |x| are in the order of |x|,
+    # with the infinity and then NaN on top.
+    bits = jax.lax.bitcast_convert_type(jnp.abs(blocks), jnp.int32)
+    amax = jax.lax.bitcast_convert_type(jnp.max(bits, axis=axes, keepdims=True, initial=0), jnp.float32)
     largest = _LARGEST[name]
     # Below this the reciprocal of the scale would overflow; such values are zero in any 8-bit format anyway.
-    scale = jnp.where(amax > largest * jnp.finfo(jnp.float32).tiny * 4, amax / largest, 1.0)
+    scale = jnp.where(amax > largest * jnp.finfo(jnp.float32).tiny * 4, amax * (1 / largest), 1.0)
     scale = jnp.where(jnp.isfinite(amax), scale, jnp.nan)
     scaled = jnp.clip(blocks * (1 / scale), -largest, largest)
     if name == "int8":
@@ -181,7 +184,9 @@ def dequantize(q: QTensor, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Arr
 
 def check_qtensor(name: str, q: QTensor) -> None:
     """Raises ValueError, naming the argument, unless the scales of `q` fit its values."""
-    fits = q.ndim == q.scale.ndim and all(s and v % s == 0 for v, s in zip(q.shape, q.scale.shape, strict=True))
+    fits = q.ndim == q.scale.ndim and all(
+        v % s == 0 if s else v == 0 for v, s in zip(q.shape, q.scale.shape, strict=True)
+    )
     if not fits:
         raise ValueError(
             f"{name}: scale {list(q.scale.shape)} does not fit values {list(q.shape)}: both need the same rank, and "
@@ -192,4 +197,4 @@ def check_qtensor(name: str, q: QTensor) -> None:
 
 def _interleave(shape: tuple[int, ...], scales: tuple[int, ...]) -> tuple[int, ...]:
     """(number of blocks, length of a block) for each dimension, in one flat shape."""
-    return tuple(size for n, length in zip(scales, shape, strict=True) for size in (n, length // max(n, 1)))
+    return tuple(size for n, length in zip(scales, shape, strict=True) for size in (n, length // n if n else 1))

@@ -11,23 +11,23 @@ from jax import lax
 
 from pallas_kernels.combine import combine
 from pallas_kernels.dispatch import dispatch
+from pallas_kernels.plan import Plan
 from pallas_kernels.quantize import QTensor, Scaling, dequantize, quantize
-from sharding.exchange_plan import ExchangePlan, plan_arrival, plan_departure
+from sharding.exchange_plan import ExchangePlan, plan_arrival
 
 WIRE_DTYPE = "float8_e4m3fn"
 """What rows travel in when `wire_scaling` asks for 8 bits; their scales travel beside them in float32."""
 
 
-def plan_exchange(topk_ids: jax.Array, num_local_experts: int, slab: int, axis: str) -> ExchangePlan:
-    """Agrees with the peers along mesh axis `axis` on who sends what (call inside shard_map).
+def announce(departure: Plan, experts: jax.Array, num_local_experts: int, axis: str) -> ExchangePlan:
+    """Tells the peers along mesh axis `axis` what comes to them, and learns what comes from them.
 
     Args:
-      topk_ids: integer [T, K] over all experts; −1 stays at home.
+      departure: from `plan_departure`, as `experts` is.
+      experts: int32 [ep·S], the local expert of the row in each slot, −1 in empty ones.
       num_local_experts: L.
-      slab: S, from `slab_size`.
       axis: the expert axis.
     """
-    departure, experts = plan_departure(topk_ids, num_local_experts, lax.axis_size(axis), slab)
     return ExchangePlan(departure, plan_arrival(_all_to_all(experts, axis), num_local_experts))
 
 
@@ -40,7 +40,7 @@ def send_rows(x: jax.Array, plan: ExchangePlan, axis: str, wire_scaling: Scaling
 
     Args:
       x: [T, H], BF16 or float32.
-      plan: from `plan_exchange`.
+      plan: from `announce`.
       axis: the expert axis.
       wire_scaling: None sends rows as they are; else they travel in FP8 with this scaling ("1x128", "per_row").
       backend: of the gather that packs and sorts the rows.
@@ -91,4 +91,4 @@ def _all_to_all(slots: jax.Array, axis: str) -> jax.Array:
     return lax.all_to_all(slots, axis, 0, 0, tiled=True)
 
 
-__all__ = ["WIRE_DTYPE", "plan_exchange", "return_rows", "send_rows"]
+__all__ = ["WIRE_DTYPE", "announce", "return_rows", "send_rows"]

@@ -1,8 +1,8 @@
 """Who sends which assignment where: sizes, slots and drops, before any row moves.
 
-Rank r of the expert axis holds the experts [r·L, (r+1)·L), L = E / ep. Each rank gives every peer a slab of S slots;
-an assignment takes the next free slot of the slab that goes to its expert's rank. Slabs have one size, so that the
-exchange has static shapes: S is the most that one rank can ever send to another, or less where a capacity bounds it.
+Rank r of the expert axis holds the experts [r·L, (r+1)·L), L = E / ep. An exchange gives each rank a slab of S slots
+for every peer. Slabs have one size, so that shapes are static, and the load has not: an exchange therefore goes in
+rounds, as many as the fullest pair of ranks needs, and nothing is dropped however uneven the load is.
 """
 
 import dataclasses
@@ -11,13 +11,13 @@ import math
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.plan import Plan, make_plan
+from pallas_kernels.plan import Plan, make_plan, take_slots
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ExchangePlan:
-    """The plan of one exchange, as one rank sees it.
+    """The plan of one round of an exchange, as one rank sees it.
 
     Attributes:
       departure: [T, K] assignments -> [ep·S] slots, grouped by destination rank.
@@ -59,30 +59,48 @@ def limit_to_capacity(topk_ids: jax.Array, num_experts: int, capacity: int) -> j
     return jnp.where(plan.inverse < 0, -1, topk_ids)
 
 
-def count_dropped(topk_ids: jax.Array, plan: Plan, num_experts: int) -> jax.Array:
-    """int32 [E]: how many assignments to each expert `plan`, the one that moves rows, has no row for."""
-    lost = (plan.inverse < 0)[..., None] & (topk_ids[..., None] == jnp.arange(num_experts))
+def count_dropped(topk_ids: jax.Array, kept_ids: jax.Array, num_experts: int) -> jax.Array:
+    """int32 [E]: of the assignments in `topk_ids`, how many to each expert are missing from `kept_ids`."""
+    lost = (topk_ids != kept_ids)[..., None] & (topk_ids[..., None] == jnp.arange(num_experts))
     return lost.sum((0, 1), dtype=jnp.int32)
 
 
-def slab_size(num_tokens: int, top_k: int, num_local_experts: int, capacity: int | None) -> int:
-    """S: the most rows that one rank can send to another.
+def slab_size(num_tokens: int, top_k: int, num_local_experts: int, ep: int, capacity: int | None) -> tuple[int, int]:
+    """S, the rows that one rank can send to another in a round; and the most rounds that any load can need.
 
-    A token has at most min(K, L) experts on one rank; with a capacity, an expert takes no more than that.
+    A slab holds twice the rows of a balanced load, in multiples of 8. Where that is not far from all that one rank
+    could ever have for another, it holds all of it and one round will do.
     """
-    worst = num_tokens * min(top_k, num_local_experts)
-    return worst if capacity is None else min(worst, num_local_experts * capacity)
+    worst = num_tokens * top_k
+    if capacity is not None:
+        worst = min(worst, num_local_experts * capacity)
+    twice_balanced = 8 * math.ceil(2 * num_tokens * top_k / ep / 8)
+    if worst <= 2 * twice_balanced:
+        return worst, 1
+    return twice_balanced, math.ceil(worst / twice_balanced)
 
 
-def plan_departure(topk_ids: jax.Array, num_local_experts: int, ep: int, slab: int) -> tuple[Plan, jax.Array]:
-    """The slots of this rank's assignments, and what its peers must know of them.
+def plan_destinations(topk_ids: jax.Array, num_local_experts: int, ep: int) -> tuple[jax.Array, Plan]:
+    """The rank of each assignment's expert, int32 [T, K] (−1 for none), and the tight plan by rank."""
+    destinations = jnp.where(topk_ids >= 0, topk_ids // num_local_experts, -1)
+    return destinations, make_plan(destinations, ep)
+
+
+def plan_departure(
+    topk_ids: jax.Array,
+    destinations: jax.Array,
+    by_rank: Plan,
+    num_local_experts: int,
+    slab: int,
+    round_index: jax.Array | int,
+) -> tuple[Plan, jax.Array]:
+    """The slots of the assignments that leave in one round, and what the peers must know of them.
 
     Returns:
       The plan of [T, K] assignments into [ep·S] slots, and int32 [ep·S]: the local expert that the row in each slot
-      is for, −1 in an empty slot. With `slab_size` slots nothing is dropped.
+      is for, −1 in an empty slot.
     """
-    destination = jnp.where(topk_ids >= 0, topk_ids // num_local_experts, -1)
-    departure = make_plan(destination, ep, capacity=slab)
+    departure = take_slots(by_rank, destinations, slab, begin=round_index * slab)
     expert = topk_ids.reshape(-1)[jnp.maximum(departure.order, 0)] % num_local_experts
     return departure, jnp.where(departure.order >= 0, expert, -1)
 

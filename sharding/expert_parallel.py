@@ -4,26 +4,37 @@ Shapes on one chip: T tokens, K choices each, E experts of which L = E / ep are 
 
     plan -> send rows -> experts (two grouped matmuls) -> return rows -> combine
 
-On one chip sending and returning vanish into the gather before the experts and the sum after them.
+On one chip sending and returning vanish into the gather before the experts and the sum after them. Over several, all
+of it goes in rounds (see `sharding.exchange_plan`), whose buffers are sized for a load twice the balanced one.
 """
 
 import dataclasses
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels.combine import combine
 from pallas_kernels.dispatch import dispatch
 from pallas_kernels.plan import make_plan
 from pallas_kernels.quantize import Scaling
-from sharding.exchange_dense import plan_exchange, return_rows, send_rows
-from sharding.exchange_plan import count_dropped, expert_capacity, limit_to_capacity, local_experts, slab_size
+from sharding.exchange_dense import announce, return_rows, send_rows
+from sharding.exchange_plan import (
+    count_dropped,
+    expert_capacity,
+    limit_to_capacity,
+    local_experts,
+    plan_departure,
+    plan_destinations,
+    slab_size,
+)
+from sharding.rounds import sum_over_rounds
 
 
 class Experts(Protocol):
-    """The local experts as a function of rows sorted by expert."""
+    """The local experts as a function of rows sorted by expert. Closes over nothing that is traced."""
 
-    def __call__(self, rows: jax.Array, group_sizes: jax.Array) -> jax.Array:
+    def __call__(self, params: Any, rows: jax.Array, group_sizes: jax.Array) -> jax.Array:
         """Rows [R, H], group_sizes int32 [L] -> [R, H]; rows past the sum of group_sizes hold no token."""
 
 
@@ -34,6 +45,7 @@ class Transport:
     Attributes:
       expert_axis: mesh axis that the experts are split over, or None on a single chip.
       ep: its size.
+      token_axes: mesh axes that tokens are split over; all chips of these run the same number of rounds.
       capacity_factor: None keeps every assignment; a number lets an expert take at most
         ⌈capacity_factor · T·K / E⌉ rows of each chip's T tokens, and the rest is dropped and counted.
       wire_scaling: None sends rows in their own dtype, else in FP8 with this scaling.
@@ -42,6 +54,7 @@ class Transport:
 
     expert_axis: str | None = None
     ep: int = 1
+    token_axes: tuple[str, ...] = ()
     capacity_factor: float | None = None
     wire_scaling: Scaling | None = None
     backend: str = "auto"
@@ -52,6 +65,7 @@ def expert_parallel(
     topk_weights: jax.Array,
     topk_ids: jax.Array,
     experts: Experts,
+    params: Any,
     *,
     num_experts: int,
     transport: Transport,
@@ -63,32 +77,56 @@ def expert_parallel(
       topk_weights: [T, K] float32.
       topk_ids: integer [T, K], numbers of experts over the whole expert axis; −1 for a choice that is not made.
       experts: applies the L local experts.
+      params: their parameters, a pytree that `experts` understands.
       num_experts: E.
       transport: how rows travel.
 
     Returns:
-      [T, H] in the dtype of `x`, and int32 [E]: of this chip's assignments, how many each expert had no room for.
+      float32 [T, H], and int32 [E]: of this chip's assignments, how many each expert had no room for.
 
     Raises:
       ValueError: ep does not divide E.
     """
     num_tokens, top_k = topk_ids.shape
     num_local = local_experts(num_experts, transport.ep)
-    backend = transport.backend
     capacity = None
     kept_ids = topk_ids
     if transport.capacity_factor is not None:
         capacity = expert_capacity(num_tokens, top_k, num_experts, transport.capacity_factor)
         kept_ids = limit_to_capacity(topk_ids, num_experts, capacity)
-
+    dropped = count_dropped(topk_ids, kept_ids, num_experts)
     if transport.expert_axis is None or transport.ep == 1:
-        plan = make_plan(kept_ids, num_experts)
-        rows = experts(dispatch(x, plan, backend=backend), plan.group_sizes)
-    else:
-        axis = transport.expert_axis
-        slab = slab_size(num_tokens, top_k, num_local, capacity)
-        exchange = plan_exchange(kept_ids, num_local, slab, axis)
+        return _on_one_chip(x, topk_weights, kept_ids, experts, params, num_experts, transport.backend), dropped
+
+    axis, backend = transport.expert_axis, transport.backend
+    slab, max_rounds = slab_size(num_tokens, top_k, num_local, transport.ep, capacity)
+
+    def one_round(index: jax.Array | int, constants: Any, args: Any) -> jax.Array:
+        ids, destinations, by_rank = constants
+        x, topk_weights, params = args
+        departure, for_experts = plan_departure(ids, destinations, by_rank, num_local, slab, index)
+        exchange = announce(departure, for_experts, num_local, axis)
         arrived = send_rows(x, exchange, axis, transport.wire_scaling, backend)
-        rows = return_rows(experts(arrived, exchange.arrival.group_sizes), exchange, axis, backend)
-        plan = exchange.departure
-    return combine(rows, plan, topk_weights, backend=backend), count_dropped(topk_ids, plan, num_experts)
+        rows = return_rows(experts(params, arrived, exchange.arrival.group_sizes), exchange, axis, backend)
+        return combine(rows, departure, topk_weights, preferred_element_type=jnp.float32, backend=backend)
+
+    destinations, by_rank = plan_destinations(kept_ids, num_local, transport.ep)
+    constants, args = (kept_ids, destinations, by_rank), (x, topk_weights, params)
+    if max_rounds == 1:
+        return one_round(0, constants, args), dropped
+    rounds = jax.lax.pmax(-(-by_rank.group_sizes.max() // slab), transport.token_axes or axis)
+    return sum_over_rounds(one_round, rounds, constants, args), dropped
+
+
+def _on_one_chip(
+    x: jax.Array,
+    topk_weights: jax.Array,
+    topk_ids: jax.Array,
+    experts: Experts,
+    params: Any,
+    num_experts: int,
+    backend: str,
+) -> jax.Array:
+    plan = make_plan(topk_ids, num_experts)
+    rows = experts(params, dispatch(x, plan, backend=backend), plan.group_sizes)
+    return combine(rows, plan, topk_weights, preferred_element_type=jnp.float32, backend=backend)

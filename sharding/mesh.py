@@ -69,6 +69,26 @@ def axis_size(mesh: AnyMesh, axis: str) -> int:
     return mesh.shape[axis]
 
 
+def has_explicit_axes(mesh: AnyMesh) -> bool:
+    """Whether shardings over some axis of `mesh` are part of the types of arrays."""
+    return AxisType.Explicit in mesh.axis_types
+
+
+def with_auto_axes(mesh: AnyMesh) -> AnyMesh:
+    """The same devices and axes, with shardings left to the compiler."""
+    axis_types = (AxisType.Auto,) * len(mesh.axis_names)
+    if isinstance(mesh, AbstractMesh):
+        return mesh.update_axis_types(dict(zip(mesh.axis_names, axis_types, strict=True)))
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=axis_types)
+
+
+def sharding_in(x: jax.Array, mesh: AnyMesh) -> NamedSharding:
+    """How `x` lies in a mesh of Explicit axes; whole everywhere when it is not in that mesh yet."""
+    sharding = jax.typeof(x).sharding
+    is_there = sharding.mesh == (mesh if isinstance(mesh, AbstractMesh) else mesh.abstract_mesh)
+    return NamedSharding(mesh, sharding.spec if is_there else PartitionSpec())
+
+
 def tokens_spec(token_axes: Sequence[str]) -> PartitionSpec:
     """Tokens [T, …] split over all of `token_axes`, the other dimensions whole."""
     return PartitionSpec(tuple(token_axes))
@@ -81,6 +101,6 @@ def experts_spec(expert_axis: str, ndim: int) -> PartitionSpec:
 
 def place(tree: Any, mesh: AnyMesh, spec: PartitionSpec) -> Any:
     """Lays every array of `tree` out as `spec`, in a mesh of Auto or Explicit axes, eagerly or while tracing."""
-    if any(kind == AxisType.Explicit for kind in mesh.axis_types):
+    if has_explicit_axes(mesh):
         return jax.reshard(tree, NamedSharding(mesh, spec))
     return jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, spec))

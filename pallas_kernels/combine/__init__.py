@@ -12,17 +12,25 @@ from pallas_kernels.backend import run
 from pallas_kernels.plan import Plan
 
 
-def combine(rows: jax.Array, plan: Plan, weights: jax.Array | None = None, *, backend: str = "auto") -> jax.Array:
+def combine(
+    rows: jax.Array,
+    plan: Plan,
+    weights: jax.Array | None = None,
+    *,
+    preferred_element_type: jax.typing.DTypeLike | None = None,
+    backend: str = "auto",
+) -> jax.Array:
     """Sums each token's rows, weighted, in float32 and in the order of k.
 
     Args:
       rows: [R, H], BF16, FP16 or float32, in the order of `plan`.
       plan: made from topk_ids [T, K].
       weights: [T, K] floating point; None for ones (with K = 1 this undoes `dispatch`).
+      preferred_element_type: dtype of the result; default is that of `rows`.
       backend: "auto", "xla", "pallas_tpu" or "pallas_gpu".
 
     Returns:
-      [T, H] in the dtype of `rows`. An assignment without a row adds nothing, whatever its weight, and rows without
+      [T, H]. An assignment without a row adds nothing, whatever its weight, and rows without
       an assignment are never read as data.
 
     Raises:
@@ -40,20 +48,23 @@ def combine(rows: jax.Array, plan: Plan, weights: jax.Array | None = None, *, ba
         raise ValueError(
             f"weights must have the plan's shape [T, K] = {list(plan.inverse.shape)}, got {list(weights.shape)}"
         )
-    return _combine(backend, rows, plan, weights)
+    out_dtype = rows.dtype if preferred_element_type is None else jnp.dtype(preferred_element_type)
+    return _combine(backend, out_dtype, rows, plan, weights)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _combine(backend, rows, plan, weights):
-    return run("combine", "combine", backend, rows, plan, weights)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _combine(backend, out_dtype, rows, plan, weights):
+    return run("combine", "combine", backend, rows, plan, weights, out_dtype=out_dtype)
 
 
-def _combine_fwd(backend, rows, plan, weights):
-    return _combine(backend, rows, plan, weights), (rows, plan, weights)
+def _combine_fwd(backend, out_dtype, rows, plan, weights):
+    return _combine(backend, out_dtype, rows, plan, weights), (rows, plan, weights)
 
 
-def _combine_bwd(backend, residuals, dout):
+def _combine_bwd(backend, _out_dtype, residuals, dout):
     rows, plan, weights = residuals
+    if weights.size == 0:
+        return jnp.zeros_like(rows), None, jnp.zeros_like(weights)
     row_weights = jnp.where(plan.order >= 0, weights.reshape(-1)[jnp.maximum(plan.order, 0)], 0)
     drows = run("dispatch", "dispatch", backend, dout, plan).astype(jnp.float32) * row_weights[:, None]
     dweights = run("combine", "combine_dweights", backend, rows, plan, dout)

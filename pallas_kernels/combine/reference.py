@@ -6,12 +6,13 @@ import jax.numpy as jnp
 from pallas_kernels.plan import Plan
 
 
-def combine(rows: jax.Array, plan: Plan, weights: jax.Array) -> jax.Array:
+def combine(rows: jax.Array, plan: Plan, weights: jax.Array, *, out_dtype: jax.typing.DTypeLike) -> jax.Array:
     """See `pallas_kernels.combine.combine`."""
     total = jnp.zeros((plan.inverse.shape[0], rows.shape[1]), jnp.float32)
     for k in range(plan.inverse.shape[1]):
-        total += weights[:, k, None].astype(jnp.float32) * _choice(rows, plan, k)
-    return total.astype(rows.dtype)
+        weight = jnp.where(plan.inverse[:, k] >= 0, weights[:, k], 0).astype(jnp.float32)
+        total += weight[:, None] * _choice(rows, plan, k)
+    return total.astype(out_dtype)
 
 
 def combine_dweights(rows: jax.Array, plan: Plan, dout: jax.Array) -> jax.Array:

@@ -39,7 +39,7 @@ def dispatch[Rows: jax.Array | QTensor](x: Rows, plan: Plan, *, backend: str = "
                 f"x: rows that travel need scales of their own, got scale {list(x.scale.shape)} for {num_tokens} rows; "
                 "quantize with scaling '1x128' or 'per_row'"
             )
-        return run("dispatch", "dispatch", backend, x, plan)
+        return run("dispatch", "dispatch", backend, jax.lax.stop_gradient(x), plan)
     return _dispatch(backend, x, plan)
 
 
@@ -54,7 +54,7 @@ def _dispatch_fwd(backend, x, plan):
 
 def _dispatch_bwd(backend, plan, drows):
     ones = jnp.ones(plan.inverse.shape, jnp.float32)
-    return run("combine", "combine", backend, drows, plan, ones), None
+    return run("combine", "combine", backend, drows, plan, ones, out_dtype=drows.dtype), None
 
 
 _dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)

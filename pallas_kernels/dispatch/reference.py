@@ -13,6 +13,8 @@ def dispatch(x: jax.Array | QTensor, plan: Plan) -> jax.Array | QTensor:
     token = jnp.maximum(plan.order, 0) // plan.inverse.shape[1]
 
     def gather(leaf: jax.Array) -> jax.Array:
+        if leaf.shape[0] == 0:  # no tokens, yet rows when the plan has a capacity
+            return jnp.zeros((token.shape[0], leaf.shape[1]), leaf.dtype)
         return jnp.where(in_use[:, None], leaf[token], jnp.zeros((), leaf.dtype))
 
     return jax.tree.map(gather, x)

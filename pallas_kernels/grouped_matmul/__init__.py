@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from pallas_kernels.activations import Activation, check_activation, gated_halves
 from pallas_kernels.backend import run
 from pallas_kernels.grouped_matmul.checks import Operand, check_operands
-from pallas_kernels.quantize import QTensor, Quantization, quantize
+from pallas_kernels.quantize import QTensor, Quantization, block_shape, quantize
 
 
 def grouped_matmul(
@@ -127,11 +127,13 @@ class _Settings:
     activation_limit: float | None = None
 
 
-def _quantized(settings: _Settings, lhs: Operand, rhs: Operand) -> tuple[Operand, Operand]:
+def _quantized(settings, lhs: Operand, rhs: Operand, group_sizes, group_offset) -> tuple[Operand, Operand]:
     q = settings.quantization
     if q is None:
         return lhs, rhs
     if not isinstance(lhs, QTensor):
+        if block_shape(q.lhs_scaling)[0] != 1:
+            lhs = _without_other_rows(lhs, group_sizes, group_offset, rhs.shape[0])
         lhs = quantize(lhs, q.dtype, scaling=q.lhs_scaling)
     if not isinstance(rhs, QTensor):
         if settings.transpose_rhs:
@@ -142,14 +144,22 @@ def _quantized(settings: _Settings, lhs: Operand, rhs: Operand) -> tuple[Operand
     return lhs, rhs
 
 
+def _without_other_rows(lhs: jax.Array, group_sizes: jax.Array, group_offset: jax.Array, num_groups: int) -> jax.Array:
+    """Zeros for the rows that no group of the window owns, which must not enter a scale that rows share."""
+    ends = jnp.cumsum(group_sizes, dtype=jnp.int32)
+    begin = jnp.where(group_offset > 0, ends[group_offset - 1], 0)
+    row = jnp.arange(lhs.shape[0])
+    return jnp.where(((row >= begin) & (row < ends[group_offset + num_groups - 1]))[:, None], lhs, 0)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _matmul(settings, lhs, rhs, bias, group_sizes, group_offset):
-    lhs, rhs = _quantized(settings, lhs, rhs)
+    lhs, rhs = _quantized(settings, lhs, rhs, group_sizes, group_offset)
     return _run_matmul(settings, lhs, rhs, bias, group_sizes, group_offset)
 
 
 def _matmul_fwd(settings, lhs, rhs, bias, group_sizes, group_offset):
-    quantized = _quantized(settings, lhs, rhs)
+    quantized = _quantized(settings, lhs, rhs, group_sizes, group_offset)
     out = _run_matmul(settings, *quantized, bias, group_sizes, group_offset)
     return out, (*quantized, _Faces.of(lhs, rhs, bias), group_sizes, group_offset)
 
@@ -163,7 +173,7 @@ _matmul.defvjp(_matmul_fwd, _matmul_bwd)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _gate_up(settings, lhs, rhs, bias, group_sizes, group_offset):
-    lhs, rhs = _quantized(settings, lhs, rhs)
+    lhs, rhs = _quantized(settings, lhs, rhs, group_sizes, group_offset)
     return run(
         "grouped_matmul",
         "grouped_gate_up",
@@ -180,7 +190,7 @@ def _gate_up(settings, lhs, rhs, bias, group_sizes, group_offset):
 
 
 def _gate_up_fwd(settings, lhs, rhs, bias, group_sizes, group_offset):
-    quantized = _quantized(settings, lhs, rhs)
+    quantized = _quantized(settings, lhs, rhs, group_sizes, group_offset)
     h = _run_matmul(settings, *quantized, bias, group_sizes, group_offset)
     out = _activate(settings, h)
     return out, (h, (*quantized, _Faces.of(lhs, rhs, bias), group_sizes, group_offset))

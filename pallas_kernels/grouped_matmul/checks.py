@@ -31,6 +31,8 @@ def check_operands(
                 f"{operand.dtype}{list(operand.shape)}"
             )
     num_groups, depth, columns = rhs.shape if not transpose_rhs else (rhs.shape[0], rhs.shape[2], rhs.shape[1])
+    if num_groups < 1:
+        raise ValueError(f"rhs must hold the matrix of at least one group, got {list(rhs.shape)}")
     if depth != lhs.shape[1]:
         raise ValueError(
             f"lhs {list(lhs.shape)} and rhs {list(rhs.shape)} disagree on K: {lhs.shape[1]} and {depth}"

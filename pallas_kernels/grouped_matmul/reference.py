@@ -81,6 +81,8 @@ def grouped_matmul_drhs(
 
     blocks = _Blocks(group_sizes, num_groups, group_offset, num_rows=lhs.shape[0])
     zeros = jnp.zeros((num_groups, lhs.shape[1], dout.shape[1]), jnp.float32)
+    if lhs.shape[0] == 0:
+        return zeros.astype(out_dtype)
     return lax.fori_loop(0, blocks.count, body, zeros).astype(out_dtype)
 
 
@@ -153,15 +155,20 @@ def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
 
 def _slice(operand: Operand, first_row: jax.Array, num_rows: int) -> Operand:
     if isinstance(operand, QTensor):
-        # One scale for all rows (per tensor, per channel) has nothing to slice; otherwise each row has its own.
-        shared = operand.scale.shape[0] == 1
-        scale = operand.scale if shared else lax.dynamic_slice_in_dim(operand.scale, first_row, num_rows)
+        # One scale for all rows (per tensor, per channel) has nothing to slice; otherwise each row gets its own.
+        scale = operand.scale
+        if scale.shape[0] > 1:
+            rows_per_scale = operand.shape[0] // scale.shape[0]
+            scale = scale[(first_row + jnp.arange(num_rows)) // rows_per_scale]
         return QTensor(lax.dynamic_slice_in_dim(operand.values, first_row, num_rows), scale)
     return lax.dynamic_slice_in_dim(operand, first_row, num_rows)
 
 
 def _take(operand: Operand, group: jax.Array) -> Operand:
-    return jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, group, keepdims=False), operand)
+    def take(leaf: jax.Array) -> jax.Array:  # groups may share a scale
+        return lax.dynamic_index_in_dim(leaf, group // (operand.shape[0] // leaf.shape[0]), keepdims=False)
+
+    return jax.tree.map(take, operand)
 
 
 def _as_float32(operand: Operand) -> jax.Array:
