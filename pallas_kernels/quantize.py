@@ -156,9 +156,22 @@ def _quantize(x: jax.Array, name: str, scales: tuple[int, ...]) -> tuple[jax.Arr
     scale = jnp.where(amax > largest * jnp.finfo(jnp.float32).tiny * 4, amax * (1 / largest), 1.0)
     scale = jnp.where(jnp.isfinite(amax), scale, jnp.nan)
     scaled = jnp.clip(blocks * (1 / scale), -largest, largest)
+    return _round(scaled, name).astype(name).reshape(x.shape), scale.reshape(scales)
+
+
+def _round(x: jax.Array, name: str) -> jax.Array:
+    """`x` rounded to values that the 8-bit dtype holds exactly, in float32.
+
+    The cast alone would round as well, but XLA on GPUs takes a cast to 8 bits and back for superfluous, and with it
+    the rounding.
+    """
     if name == "int8":
-        scaled = jnp.where(jnp.isnan(scaled), 0, jnp.round(scaled))
-    return scaled.astype(name).reshape(x.shape), scale.reshape(scales)
+        return jnp.where(jnp.isnan(x), 0, jnp.round(x))
+    info = jnp.finfo(name)
+    step = float(info.smallest_subnormal)
+    subnormal = jnp.round(x / step) * step
+    normal = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=info.nmant)
+    return jnp.where(jnp.abs(x) < float(info.smallest_normal), subnormal, normal)
 
 
 @jax.custom_jvp

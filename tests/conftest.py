@@ -1,0 +1,50 @@
+"""For every test: 32 virtual CPU devices, random inputs that differ from run to run, skips without the accelerator.
+
+Random inputs come from the fixture `rng`, seeded by MOEJAX_TEST_SEED and the test's name. The seed is drawn anew for
+each run unless the environment sets it, and a failing run names it.
+"""
+
+import importlib.util
+import os
+import zlib
+
+import jax
+import numpy as np
+import pytest
+
+SEED = "MOEJAX_TEST_SEED"
+
+if os.environ.get("JAX_PLATFORMS", "") in ("", "cpu"):
+    jax.config.update("jax_num_cpu_devices", 32)
+
+if importlib.util.find_spec("hypothesis"):  # a GPU machine's own Python may lack it
+    import hypothesis
+
+    hypothesis.settings.register_profile("moejax", deadline=None, derandomize=False, max_examples=25, print_blob=True)
+    hypothesis.settings.load_profile("moejax")
+
+
+def pytest_configure(config):
+    # The workers of pytest-xdist inherit the controller's environment, and so its seed.
+    os.environ.setdefault(SEED, str(int.from_bytes(os.urandom(4))))
+
+
+def pytest_report_header(config):
+    return f"{SEED}={os.environ[SEED]}"
+
+
+def pytest_terminal_summary(terminalreporter):
+    if terminalreporter.stats.get("failed") or terminalreporter.stats.get("error"):
+        terminalreporter.write_line(f"To repeat these random inputs: {SEED}={os.environ[SEED]}")
+
+
+def pytest_runtest_setup(item):
+    for platform in ("gpu", "tpu"):
+        if item.get_closest_marker(platform) and jax.default_backend() != platform:
+            pytest.skip(f"needs a {platform.upper()}, and jax runs on {jax.default_backend()}")
+
+
+@pytest.fixture
+def rng(request) -> np.random.Generator:
+    """Random numbers of this run's seed and this test."""
+    return np.random.default_rng([int(os.environ[SEED]), zlib.crc32(request.node.nodeid.encode())])

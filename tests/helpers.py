@@ -1,0 +1,54 @@
+"""What tests compare with: float64 arrays and errors by norm."""
+
+import contextlib
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+LIMIT = {"float32": 1e-5, "bfloat16": 5e-3, "float16": 1e-3}
+"""Largest relative error of a result that is computed in float32 and rounded once to this dtype."""
+
+
+def float64(x) -> np.ndarray:
+    """The values of `x`, of any floating dtype, in float64."""
+    return np.asarray(x).astype(np.float64)
+
+
+def relative_error(out, ref) -> float:
+    """‖out − ref‖ / ‖ref‖ in float64; infinite when `out` is not finite, and for any difference from a zero `ref`."""
+    out, ref = float64(out), float64(ref)
+    assert out.shape == ref.shape
+    assert np.isfinite(ref).all()
+    if not np.isfinite(out).all():
+        return np.inf
+    error, size = np.linalg.norm(out - ref), np.linalg.norm(ref)
+    if size == 0:
+        return 0.0 if error == 0 else np.inf
+    return float(error / size)
+
+
+def normal(rng: np.random.Generator, *shape: int, dtype=jnp.float32) -> jax.Array:
+    """Standard normal numbers, rounded to `dtype`."""
+    return jnp.asarray(rng.standard_normal(shape, np.float32), dtype)
+
+
+def same_bits(a, b) -> bool:
+    """Whether two trees of arrays have equal dtypes, shapes and bits, NaN included."""
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return all(x.dtype == y.dtype and x.shape == y.shape and x.tobytes() == y.tobytes() for x, y in _arrays(pairs))
+
+
+def _arrays(pairs):
+    return ((np.asarray(x), np.asarray(y)) for x, y in pairs)
+
+
+@contextlib.contextmanager
+def raises_saying(error: type[Exception], *parts: str) -> Iterator[None]:
+    """Expects `error` with a message that contains every one of `parts`."""
+    with pytest.raises(error) as caught:
+        yield
+    missing = [part for part in parts if part not in str(caught.value)]
+    assert not missing, f"the message lacks {missing}: {caught.value}"

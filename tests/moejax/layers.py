@@ -1,0 +1,46 @@
+"""Small layers with the routing of published models, and inputs whose routing no rounding can change."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moejax import MoEConfig, MoEParams, get_preset, route
+from moejax.experts import param_shapes
+
+HIDDEN = 256
+WIDTH = 128
+
+
+def narrow(name: str, **changes) -> MoEConfig:
+    """The preset with its own experts and routing, and narrow experts."""
+    shared = WIDTH if get_preset(name).shared_intermediate_size else 0
+    return get_preset(name, hidden_size=HIDDEN, intermediate_size=WIDTH, shared_intermediate_size=shared, **changes)
+
+
+def random_params(config: MoEConfig, rng: np.random.Generator) -> MoEParams:
+    """Parameters of the scale that the module gives them, with biases that are not zero."""
+
+    def draw(name: str, shape: tuple[int, ...]) -> jax.Array:
+        scale = 0.1 if name.endswith("bias") else shape[-2] ** -0.5
+        return jnp.asarray(scale * rng.standard_normal(shape, np.float32))
+
+    shapes = dataclasses.asdict(param_shapes(config))
+    return MoEParams(**{name: draw(name, shape) for name, shape in shapes.items() if shape is not None})
+
+
+def clear_cut_tokens(num_tokens: int, config: MoEConfig, params: MoEParams, rng: np.random.Generator) -> jax.Array:
+    """Tokens [T, H] whose experts stay the same when their logits change a little.
+
+    Programs that add in another order get logits that differ in the last digit. A token on the border between two
+    experts would then go to either, which is no error of the layer.
+    """
+    x = jnp.asarray(rng.standard_normal((2 * num_tokens, config.hidden_size)), config.dtype)
+    bias = {"bias": params.router_bias, "correction_bias": params.correction_bias}
+    noise = 1 + 1e-4 * jnp.asarray(rng.standard_normal(params.router_kernel.shape), jnp.float32)
+    ids = route(x, params.router_kernel, config, **bias).topk_ids
+    moved = route(x, params.router_kernel * noise, config, **bias).topk_ids
+    stable = np.flatnonzero(np.asarray((ids == moved).all(1)))
+    assert stable.size >= num_tokens
+    return x[stable[:num_tokens]]

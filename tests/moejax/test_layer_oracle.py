@@ -1,0 +1,115 @@
+"""The whole layer against the dense oracle: every preset's routing, every ep, every precision, values and gradients."""
+
+import dataclasses
+import functools
+import math
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moejax import PRESETS, MoEConfig, dense_moe, make_mesh, moe
+from tests.conftest import SEED
+from tests.helpers import relative_error
+from tests.moejax.layers import clear_cut_tokens, narrow, random_params
+
+# Largest relative error against the oracle on the same operands, and against the float32 one.
+LIMITS = {
+    ("w16a16", "float32"): (1e-5, 1e-5),
+    ("w16a16", "bfloat16"): (1e-2, 1e-2),
+    ("w8a8", "bfloat16"): (1e-2, 8e-2),
+}
+NUM_TOKENS = 3 * 37  # divisible by no number of chips
+
+# Presets that differ in widths only, which these tests set.
+SAME_WHEN_NARROW = {"deepseek-v3.2": "deepseek-v3", "qwen3-235b-a22b": "qwen3-30b-a3b"}
+
+CASES = [
+    pytest.param(
+        narrow(preset, precision=precision, dtype=jnp.dtype(dtype)),
+        ep,
+        id=f"{preset}-{precision}-{dtype}-ep{ep}",
+        # One worker takes all ep of a layer, and of another that is the same when narrow, and so shares its oracle.
+        marks=pytest.mark.xdist_group(f"{SAME_WHEN_NARROW.get(preset, preset)}-{precision}-{dtype}"),
+    )
+    for preset in PRESETS
+    for precision, dtype in LIMITS
+    for ep in (1, 2, 4, 8, 32)
+    if PRESETS[preset].num_experts % ep == 0
+]
+
+
+@functools.cache
+def problem(config: MoEConfig):
+    """Parameters, tokens, and a direction for the gradient."""
+    rng = np.random.default_rng(int(os.environ[SEED]))
+    params = random_params(config, rng)
+    x = clear_cut_tokens(NUM_TOKENS, config, params, rng).reshape(3, 37, -1)
+    return params, x, jnp.asarray(rng.standard_normal(x.shape), jnp.float32)
+
+
+@functools.cache
+def layer(config: MoEConfig, ep: int):
+    """The layer's output, its gradients for x and every parameter, and what it says of the load."""
+    params, x, direction = problem(config)
+    mesh = make_mesh(ep) if ep > 1 else None
+
+    def loss(x, params):
+        y, aux = moe(x, params, config, mesh=mesh)
+        return (y.astype(jnp.float32) * direction).sum(), (y, aux)
+
+    (_, (y, aux)), gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(x, params)
+    return y, gradients, aux.load
+
+
+@functools.cache
+def oracle(config: MoEConfig, quantized: bool, travels: bool):
+    """The oracle's output, and its gradients for x and every parameter."""
+    params, x, direction = problem(config)
+
+    def loss(x, params):
+        wire = config.wire_scaling if travels else None
+        y = dense_moe(x, params, config, quantized=quantized, wire_scaling=wire)
+        return (y * direction).sum(), y
+
+    (_, y), gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(x.astype(jnp.float32), params)
+    return y, gradients
+
+
+@pytest.mark.parametrize(("config", "ep"), CASES)
+def test_layer_equals_the_dense_oracle(config, ep):
+    check_layer(config, ep)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("precision", "dtype"), LIMITS)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_layer_equals_the_dense_oracle_on_gpus(preset, precision, dtype):
+    config = narrow(preset, precision=precision, dtype=jnp.dtype(dtype))
+    check_layer(config, ep=math.gcd(config.num_experts, jax.device_count()))
+
+
+def check_layer(config: MoEConfig, ep: int) -> None:
+    y, gradients, load = layer(config, ep)
+    assert y.dtype == config.dtype
+    assert int(load.dropped) == 0
+    assert int(load.tokens_per_expert.sum()) == NUM_TOKENS * config.top_k
+
+    on_same_operands, on_float32 = LIMITS[config.precision, config.dtype.name]
+    is_8_bit = config.precision == "w8a8"
+    _assert_close((y, gradients), oracle(config, is_8_bit, travels=is_8_bit and ep > 1), on_same_operands)
+    if is_8_bit:
+        _assert_close((y, gradients), oracle(config, quantized=False, travels=False), on_float32)
+
+
+def _assert_close(got, expected, limit: float) -> None:
+    (y, (dx, dparams)), (ref_y, (ref_dx, ref_dparams)) = got, expected
+    pairs = {"y": (y, ref_y), "dx": (dx, ref_dx)}
+    for field in dataclasses.fields(dparams):
+        if (ref := getattr(ref_dparams, field.name)) is not None:
+            pairs[f"d{field.name}"] = (getattr(dparams, field.name), ref)
+    errors = {name: relative_error(*pair) for name, pair in pairs.items()}
+    too_large = {name: f"{error:.2e}" for name, error in errors.items() if not error < limit}
+    assert not too_large, f"relative errors above {limit}: {too_large}"
