@@ -6,7 +6,7 @@ import pathlib
 
 import jax
 
-MAX_VIRTUAL_DEVICES = 512
+MAX_VIRTUAL_DEVICES = 256
 
 
 @dataclasses.dataclass(frozen=True)

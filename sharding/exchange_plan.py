@@ -32,8 +32,10 @@ def local_experts(num_experts: int, ep: int) -> int:
     """L = E / ep.
 
     Raises:
-      ValueError: `ep` does not divide `num_experts`.
+      ValueError: `ep` is not positive or does not divide `num_experts`.
     """
+    if ep < 1:
+        raise ValueError(f"ep must be at least 1, got {ep}")
     if num_experts % ep:
         divisors = [n for n in range(1, num_experts + 1) if num_experts % n == 0]
         raise ValueError(
