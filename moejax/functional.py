@@ -92,11 +92,17 @@ def moe(
     tokens = x.reshape(-1, config.hidden_size).astype(config.dtype)
     num_tokens = tokens.shape[0]
     index = jnp.arange(num_tokens, dtype=jnp.int32)
-    body = functools.partial(
-        _moe_on_chip, config=config, total=num_tokens, sequence_length=x.shape[-2] if x.ndim > 1 else 1
-    )
+    sequence_length = x.shape[-2] if x.ndim > 1 else 1
     if mesh is None:
-        y, aux = body(tokens, index, params, transport=Transport(**_transport_settings(config)), axes=())
+        y, aux = _moe_on_chip(
+            tokens,
+            index,
+            params,
+            config=config,
+            total=num_tokens,
+            sequence_length=sequence_length,
+            transport=Transport(**_transport_settings(config)),
+        )
         return y.reshape(x.shape).astype(x.dtype), aux
 
     ep = axis_size(mesh, expert_axis)
@@ -107,23 +113,19 @@ def moe(
     tokens = jnp.pad(tokens, ((0, padding), (0, 0)))
     index = jnp.arange(num_tokens + padding, dtype=jnp.int32)
     by_token, by_param = tokens_spec(token_axes), params_spec(params, expert_axis)
-    sharded = jax.shard_map(
-        functools.partial(
-            body,
-            transport=Transport(
-                expert_axis=expert_axis, ep=ep, token_axes=tuple(token_axes), **_transport_settings(config)
-            ),
-            axes=tuple(token_axes),
-        ),
+    y, aux = _moe_on_mesh(
+        place(tokens, mesh, by_token),
+        place(index, mesh, by_token),
+        jax.tree.map(lambda leaf, spec: place(leaf, mesh, spec), params, by_param),
         mesh=mesh,
-        in_specs=(by_token, by_token, by_param),
-        out_specs=(by_token, PartitionSpec()),
-        # Kernels and loops inside do not say over which axes their results vary; tests hold the gradients to the
-        # dense oracle instead.
-        check_vma=False,
+        expert_axis=expert_axis,
+        config=config,
+        total=num_tokens,
+        sequence_length=sequence_length,
+        transport=Transport(
+            expert_axis=expert_axis, ep=ep, token_axes=tuple(token_axes), **_transport_settings(config)
+        ),
     )
-    placed_params = jax.tree.map(lambda leaf, spec: place(leaf, mesh, spec), params, by_param)
-    y, aux = sharded(place(tokens, mesh, by_token), place(index, mesh, by_token), placed_params)
     return y[:num_tokens].reshape(x.shape).astype(x.dtype), aux
 
 
@@ -137,6 +139,36 @@ def params_spec(params: MoEParams, expert_axis: str = EXPERT_AXIS) -> MoEParams:
     return MoEParams(**{field.name: spec(field.name) for field in dataclasses.fields(MoEParams)})
 
 
+# Compiled as one even outside jit, where shard_map would trace every step of its body anew in every call.
+@functools.partial(jax.jit, static_argnames=("mesh", "expert_axis", "config", "total", "sequence_length", "transport"))
+def _moe_on_mesh(
+    tokens: jax.Array,
+    index: jax.Array,
+    params: MoEParams,
+    *,
+    mesh: AnyMesh,
+    expert_axis: str,
+    config: MoEConfig,
+    total: int,
+    sequence_length: int,
+    transport: Transport,
+) -> tuple[jax.Array, MoEAux]:
+    """`_moe_on_chip` on every chip of the mesh."""
+    by_token = tokens_spec(transport.token_axes)
+    sharded = jax.shard_map(
+        functools.partial(
+            _moe_on_chip, config=config, total=total, sequence_length=sequence_length, transport=transport
+        ),
+        mesh=mesh,
+        in_specs=(by_token, by_token, params_spec(params, expert_axis)),
+        out_specs=(by_token, PartitionSpec()),
+        # Kernels and loops inside do not say over which axes their results vary; tests hold the gradients to the
+        # dense oracle instead.
+        check_vma=False,
+    )
+    return sharded(tokens, index, params)
+
+
 def _moe_on_chip(
     x: jax.Array,
     index: jax.Array,
@@ -146,10 +178,9 @@ def _moe_on_chip(
     total: int,
     sequence_length: int,
     transport: Transport,
-    axes: tuple[str, ...],
 ) -> tuple[jax.Array, MoEAux]:
     """The layer on the tokens x [T, H] of this chip, whose places in the batch are index [T]."""
-    tokens = Tokens(index, total, sequence_length, axes)
+    tokens = Tokens(index, total, sequence_length, transport.token_axes)
     routing = route(x, params.router_kernel, config, bias=params.router_bias, correction_bias=params.correction_bias)
     topk_ids = jnp.where(tokens.valid[:, None], routing.topk_ids, -1)
     expert_inputs, topk_weights = x, routing.topk_weights
