@@ -152,6 +152,9 @@ def _print_report(
         ["dropped", f"{int(load.dropped)} of {workload.batch_size * workload.top_k} assignments"],
     ]
     print(format_table(["measured", ""], rows))
+    stages: list[list[Any]] = [[name, seconds * 1e3] for name, seconds in result.stage_seconds.items()]
+    print()
+    print(format_table(["stage, run by itself", "wall ms"], stages))
     for layer in layers:
         print(f"\nmodelled: chip {layer.chip.name}, {layer.model} model, full width")
         print(layer_table(layer))
@@ -177,6 +180,7 @@ def _measured(result: DecodeRun, fitted: Fit, devices: Devices) -> dict[str, Any
         "intermediate_size": fitted.config.intermediate_size,
         "width_reduction": fitted.reduction,
         "wall_us": result.wall_seconds * 1e6,
+        "stages_us": {name: seconds * 1e6 for name, seconds in result.stage_seconds.items()},
         "relative_error": result.relative_error,
         "checked_tokens": result.checked_tokens,
         "busiest_rows": result.busiest_rows,

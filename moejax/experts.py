@@ -110,25 +110,44 @@ def expert_mlp(
     Returns:
       [R, H] in config.dtype; zeros past the sum of group_sizes.
     """
-    is_8_bit = config.precision == "w8a8"
+    h = gate_up_projection(rows, group_sizes, gate_up, config, bias=gate_up_bias)
+    return down_projection(h, group_sizes, down, config, bias=down_bias)
 
-    def ready(weights: Operand) -> Operand:
-        """Weights that are to be rounded to 8 bits are rounded once, from the precision that they are kept in."""
-        return weights if is_8_bit or isinstance(weights, QTensor) else weights.astype(config.dtype)
 
-    common: dict[str, Any] = {"quantization": config.quantization if is_8_bit else None, "backend": config.backend}
-    h = grouped_gate_up(
+def gate_up_projection(
+    rows: jax.Array, group_sizes: jax.Array, gate_up: Operand, config: MoEConfig, *, bias: jax.Array | None = None
+) -> jax.Array:
+    """Kernel one of `expert_mlp`: rows [R, H] -> [R, I], in float32 when kernel two will round it to 8 bits."""
+    # Rounding to BF16 on the way to 8 bits would round twice, and wrongly for one value in thirty.
+    out_dtype = jnp.float32 if config.precision == "w8a8" else config.dtype
+    return grouped_gate_up(
         rows,
-        ready(gate_up),
+        _ready(gate_up, config),
         group_sizes,
-        bias=gate_up_bias,
+        bias=bias,
         activation=config.activation,
         activation_limit=config.activation_limit,
-        # Rounding to BF16 on the way to 8 bits would round twice, and wrongly for one value in thirty.
-        preferred_element_type=jnp.float32 if is_8_bit else config.dtype,
-        **common,
+        preferred_element_type=out_dtype,
+        **_common(config),
     )
-    return grouped_matmul(h, ready(down), group_sizes, bias=down_bias, preferred_element_type=config.dtype, **common)
+
+
+def down_projection(
+    h: jax.Array, group_sizes: jax.Array, down: Operand, config: MoEConfig, *, bias: jax.Array | None = None
+) -> jax.Array:
+    """Kernel two of `expert_mlp`: h [R, I] -> [R, H] in config.dtype."""
+    return grouped_matmul(
+        h, _ready(down, config), group_sizes, bias=bias, preferred_element_type=config.dtype, **_common(config)
+    )
+
+
+def _ready(weights: Operand, config: MoEConfig) -> Operand:
+    """Weights that are to be rounded to 8 bits are rounded once, from the precision that they are kept in."""
+    return weights if config.precision == "w8a8" or isinstance(weights, QTensor) else weights.astype(config.dtype)
+
+
+def _common(config: MoEConfig) -> dict[str, Any]:
+    return {"quantization": config.quantization if config.precision == "w8a8" else None, "backend": config.backend}
 
 
 def shared_mlp(x: jax.Array, gate_up: Operand, down: Operand, config: MoEConfig) -> jax.Array:

@@ -36,10 +36,10 @@ def make_mesh(
     if ep < 1 or dp < 1:
         raise ValueError(f"ep and dp must be at least 1, got ep={ep}, dp={dp}")
     if len(devices) < ep * dp:
+        platform = devices[0].platform if devices else "none"
         raise ValueError(
-            f"a mesh of dp={dp} x ep={ep} needs {ep * dp} devices, {len(devices)} are at hand "
-            f"({devices[0].platform}); on a CPU, jax.config.update('jax_num_cpu_devices', {ep * dp}) before the first "
-            "use of JAX makes virtual ones"
+            f"a mesh of dp={dp} x ep={ep} needs {ep * dp} devices, {len(devices)} are at hand ({platform}); on a CPU, "
+            f"jax.config.update('jax_num_cpu_devices', {ep * dp}) before the first use of JAX makes virtual ones"
         )
     return jax.make_mesh((dp, ep), (DATA_AXIS, EXPERT_AXIS), (axis_type, axis_type), devices=devices[: dp * ep])
 
@@ -92,11 +92,6 @@ def sharding_in(x: jax.Array, mesh: AnyMesh) -> NamedSharding:
 def tokens_spec(token_axes: Sequence[str]) -> PartitionSpec:
     """Tokens [T, …] split over all of `token_axes`, the other dimensions whole."""
     return PartitionSpec(tuple(token_axes))
-
-
-def experts_spec(expert_axis: str, ndim: int) -> PartitionSpec:
-    """Weights [E, …] split over `expert_axis`, the other dimensions whole."""
-    return PartitionSpec(expert_axis, *(None,) * (ndim - 1))
 
 
 def place(tree: Any, mesh: AnyMesh, spec: PartitionSpec) -> Any:

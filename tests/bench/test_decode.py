@@ -42,6 +42,8 @@ def test_step_on_virtual_devices_is_checked_modelled_and_written(tmp_path):
     assert measured["dropped"] == 0
     assert sum(measured["tokens_per_expert"]) == 48 * 2
     assert measured["width_reduction"] == 16
+    assert measured["stages_us"].keys() == {"gate", "dispatch", "routed_gate_up", "routed_down", "combine"}
+    assert min(measured["stages_us"].values()) > 0
     assert evaluation["config"]["hidden_size"] == 4096  # the model's own; only the run was reduced
 
 

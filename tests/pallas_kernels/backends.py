@@ -1,0 +1,33 @@
+"""Running one suite over every backend of an operator.
+
+A suite says `backend = every_backend("dispatch")`, passes `backend` to the function under test, and so covers each
+implementation that the operator has, present and future. Kernels for TPU run in interpret mode where there is no TPU;
+kernels for GPU need one. What a kernel refuses with `Unsupported` counts as skipped, with its reason (conftest.py).
+"""
+
+import contextlib
+
+import jax
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.backend import available
+
+
+def every_backend(operator: str):
+    """A fixture that runs a test once for each backend of `operator`."""
+    marks = {"pallas_gpu": pytest.mark.gpu}
+    params = [pytest.param(name, marks=marks.get(name, ())) for name in available(operator)]
+
+    @pytest.fixture(params=params)
+    def backend(request):
+        with _interpreted(request.param):
+            yield request.param
+
+    return backend
+
+
+def _interpreted(backend: str):
+    if backend == "pallas_tpu" and jax.default_backend() != "tpu":
+        return pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True))
+    return contextlib.nullcontext()

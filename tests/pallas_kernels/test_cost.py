@@ -1,0 +1,73 @@
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels import cost
+from pallas_kernels.chips import get_chip
+from pallas_kernels.cost import Cost
+
+
+@pytest.mark.parametrize(
+    ("actual", "expected"),
+    [
+        # 10 rows, K = 4, N = 6, weights of 2 groups: 480 FLOPs; 48 weights, 40 elements in, 60 out.
+        (
+            cost.grouped_matmul_cost(10, 4, 6, 2, lhs_dtype="bfloat16", rhs_dtype="bfloat16"),
+            Cost(flops=480, hbm_bytes=48 * 2 + 40 * 2 + 60 * 2),
+        ),
+        (
+            cost.grouped_matmul_cost(10, 4, 6, 2, lhs_dtype="float8_e4m3fn", rhs_dtype="int8", out_dtype="float32"),
+            Cost(flops=480, hbm_bytes=48 * 1 + 40 * 1 + 60 * 4),
+        ),
+        # H = 4, I = 3: the same product, of whose 6 columns 3 are written.
+        (
+            cost.grouped_gate_up_cost(10, 4, 3, 2, lhs_dtype="bfloat16", rhs_dtype="bfloat16"),
+            Cost(flops=480, hbm_bytes=48 * 2 + 40 * 2 + 30 * 2),
+        ),
+        (
+            cost.grouped_gate_up_cost(10, 4, 3, 2, lhs_dtype="int8", rhs_dtype="int8", out_dtype="float32"),
+            Cost(flops=480, hbm_bytes=48 + 40 + 30 * 4),
+        ),
+        (cost.grouped_matmul_cost(0, 4, 6, 0, lhs_dtype="int8", rhs_dtype="int8"), Cost()),
+        # 5 tokens with 2 choices: 10 ids in, order and inverse out; sizes and offsets of 3 groups.
+        (cost.plan_cost(5, 2, 3), Cost(hbm_bytes=4 * (10 + 10 + 10 + 3 + 3))),
+        (cost.dispatch_cost(5, 10, 8), Cost(hbm_bytes=5 * 8 * 2 + 10 * 8 * 2 + 10 * 4)),
+        (cost.dispatch_cost(5, 10, 8, out_dtype=jnp.float8_e4m3fn), Cost(hbm_bytes=5 * 8 * 2 + 10 * 8 + 10 * 4)),
+        (cost.combine_cost(5, 10, 8), Cost(flops=160, hbm_bytes=10 * 8 * 2 + 10 * 4 + 10 * 4 + 5 * 8 * 2)),
+        (
+            cost.combine_cost(5, 10, 8, dtype=jnp.float32),
+            Cost(flops=160, hbm_bytes=10 * 8 * 4 + 10 * 4 + 10 * 4 + 5 * 8 * 4),
+        ),
+        # 64 rows of 32 bytes, of which 7 in 8 leave the chip; all are read here and written there.
+        (cost.all_to_all_cost(64, 16, 8), Cost(hbm_bytes=2 * 64 * 32, link_bytes=56 * 32)),
+        (cost.all_to_all_cost(64, 16, 1, dtype="int8"), Cost(hbm_bytes=2 * 64 * 16, link_bytes=0)),
+    ],
+)
+def test_hand_computed(actual, expected):
+    assert actual == expected
+
+
+def test_costs_add_up():
+    assert Cost(1, 2, 3) + Cost(10, 20, 30) == Cost(11, 22, 33)
+
+
+def test_seconds_on_a_chip():
+    chip = get_chip("h200")
+    work = Cost(flops=1_978_800_000_000, hbm_bytes=9_600_000_000, link_bytes=900_000_000)
+    assert work.compute_seconds(chip, "float8_e4m3fn") == pytest.approx(1e-3, rel=1e-3)
+    assert work.compute_seconds(chip, "bfloat16") == pytest.approx(2e-3)
+    assert work.memory_seconds(chip) == pytest.approx(2e-3)
+    assert work.link_seconds(chip) == pytest.approx(2e-3)
+
+
+@pytest.mark.parametrize(
+    ("work", "seconds"),
+    [(Cost(3 * 10**15, 1, 1), 3.033), (Cost(1, 24 * 10**12, 1), 5.0), (Cost(1, 1, 9 * 10**11), 2.0), (Cost(), 0.0)],
+)
+def test_the_floor_is_the_largest_of_the_three(work, seconds):
+    assert work.floor_seconds(get_chip("h200"), "bfloat16") == pytest.approx(seconds, rel=1e-3)
+
+
+def test_sizes_beyond_32_bits():
+    big = cost.grouped_matmul_cost(2**20, 2**13, 2**14, 2**8, lhs_dtype="bfloat16", rhs_dtype="bfloat16")
+    assert big.flops == 2**48
+    assert big.hbm_bytes == 2 * (2**35 + 2**33 + 2**34)

@@ -1,0 +1,83 @@
+"""Imports go down only: bench → moejax → sharding → pallas_kernels, and no operator imports another."""
+
+import ast
+import pathlib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+LAYERS = ["pallas_kernels", "sharding", "moejax", "bench"]
+OPERATORS = sorted(p.parent.name for p in ROOT.glob("pallas_kernels/*/__init__.py"))
+MODULES = sorted(p.relative_to(ROOT) for layer in LAYERS for p in (ROOT / layer).rglob("*.py"))
+
+
+def imported(source: str, package: str) -> set[str]:
+    """The full dotted names that a module of `package` imports anywhere in it."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            parts = package.split(".")
+            base = parts[: len(parts) - node.level + 1] if node.level else []
+            prefix = ".".join([*base, *([node.module] if node.module else [])])
+            names |= {f"{prefix}.{alias.name}" for alias in node.names}
+    return names
+
+
+def violations(source: str, path: pathlib.PurePath) -> list[str]:
+    """The imports of the module at `path` that go up or sideways."""
+    layer = path.parts[0]
+    above = LAYERS[LAYERS.index(layer) + 1 :]
+    wrong = []
+    for name in sorted(imported(source, ".".join(path.parts[:-1]))):
+        parts = name.split(".")
+        goes_up = parts[0] in above or parts[0] == "tests"
+        operator = parts[1] if parts[0] == "pallas_kernels" and len(parts) > 1 and parts[1] in OPERATORS else None
+        sideways = layer == "pallas_kernels" and operator is not None and operator != path.parts[1]
+        if goes_up or sideways:
+            wrong.append(f"{path} imports {name}")
+    return wrong
+
+
+@pytest.mark.parametrize("path", MODULES, ids=str)
+def test_imports_go_down(path):
+    assert violations((ROOT / path).read_text(), path) == []
+
+
+def test_every_layer_and_operator_is_looked_at():
+    assert {path.parts[0] for path in MODULES} == set(LAYERS)
+    assert {"combine", "dispatch", "grouped_matmul"} <= set(OPERATORS)
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("pallas_kernels/plan.py", "import sharding.mesh"),
+        ("pallas_kernels/plan.py", "from pallas_kernels.combine import combine"),
+        ("pallas_kernels/plan.py", "from .combine import combine"),
+        ("pallas_kernels/plan.py", "from . import combine"),
+        ("pallas_kernels/dispatch/tpu.py", "def f():\n    from pallas_kernels.combine.tpu import kernel"),
+        ("pallas_kernels/dispatch/tpu.py", "from ..combine import reference"),
+        ("pallas_kernels/dispatch/tpu.py", "from pallas_kernels import grouped_matmul"),
+        ("sharding/mesh.py", "from moejax import MoE"),
+        ("moejax/layer.py", "try:\n    import bench.timing as t\nexcept ImportError:\n    pass"),
+        ("bench/decode.py", "from tests import helpers"),
+    ],
+)
+def test_finds_imports_that_go_up_or_sideways(path, source):
+    assert violations(source, pathlib.PurePath(path))
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("pallas_kernels/dispatch/tpu.py", "from pallas_kernels.dispatch.tiling import Config"),
+        ("pallas_kernels/dispatch/tpu.py", "from .tiling import Config\nfrom ..plan import Plan"),
+        ("pallas_kernels/dispatch/tpu.py", "import jax\nfrom pallas_kernels import chips"),
+        ("sharding/mesh.py", "from pallas_kernels.combine import combine"),
+        ("bench/decode.py", "import moejax, sharding.mesh"),
+    ],
+)
+def test_lets_imports_that_go_down_pass(path, source):
+    assert not violations(source, pathlib.PurePath(path))
