@@ -18,6 +18,7 @@ from moejax.config import MoEConfig
 from moejax.experts import EXPERT_FIELDS, MoEParams, check_params, expert_mlp, shared_mlp
 from moejax.losses import LoadStats, Tokens, router_losses, tokens_per_expert
 from moejax.router import route
+from pallas_kernels.concrete import is_known
 from sharding.exchange_plan import local_experts
 from sharding.expert_parallel import Transport, expert_parallel
 from sharding.mesh import (
@@ -77,7 +78,8 @@ def moe(
       y [..., H] in the dtype of `x`, and MoEAux. In a mesh of Explicit axes y is sharded as `x` is.
 
     Raises:
-      ValueError: shapes or dtypes do not fit the configuration, the mesh lacks an axis, or ep does not divide E.
+      ValueError: shapes or dtypes do not fit the configuration, the mesh lacks an axis, ep does not divide E, or `x`
+        is known (outside jit) and holds NaN. Under jit a token with NaN gets NaN.
     """
     _check_input(x, config)
     check_params(params, config)
@@ -221,5 +223,12 @@ def _check_input(x: jax.Array, config: MoEConfig) -> None:
         raise ValueError(f"x must be [..., H] with hidden_size={config.hidden_size}, got {list(x.shape)}")
     if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype.itemsize < 2:
         raise ValueError(f"x must be BF16, FP16 or float32 activations, got {x.dtype}; embed token ids first")
+    if is_known(x):
+        with jax.ensure_compile_time_eval():  # x may be a constant of a function that is being traced
+            num_bad = int(jnp.isnan(x).any(-1).sum())
+        if num_bad:
+            raise ValueError(
+                f"x holds NaN in {num_bad} of {x.size // x.shape[-1]} tokens; look for it in the layer before"
+            )
     if math.prod(x.shape) == 0:
         raise ValueError(f"x must hold at least one token, got {list(x.shape)}")

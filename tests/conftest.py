@@ -16,6 +16,8 @@ SEED = "MOEJAX_TEST_SEED"
 
 if os.environ.get("JAX_PLATFORMS", "") in ("", "cpu"):
     jax.config.update("jax_num_cpu_devices", 32)
+# Tests compile many programs and run each on little data.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
 
 if importlib.util.find_spec("hypothesis"):  # a GPU machine's own Python may lack it
     import hypothesis

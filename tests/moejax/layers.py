@@ -9,7 +9,7 @@ import numpy as np
 from moejax import MoEConfig, MoEParams, get_preset, route
 from moejax.experts import param_shapes
 
-HIDDEN = 256
+HIDDEN = 128
 WIDTH = 128
 
 
