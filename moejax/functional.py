@@ -18,7 +18,7 @@ from moejax.config import MoEConfig
 from moejax.experts import EXPERT_FIELDS, MoEParams, check_params, expert_mlp, shared_mlp
 from moejax.losses import LoadStats, Tokens, router_losses, tokens_per_expert
 from moejax.router import route
-from pallas_kernels.concrete import is_known
+from pallas_kernels.concrete import nan_rows
 from sharding.exchange_plan import local_experts
 from sharding.expert_parallel import Transport, expert_parallel
 from sharding.mesh import (
@@ -223,12 +223,10 @@ def _check_input(x: jax.Array, config: MoEConfig) -> None:
         raise ValueError(f"x must be [..., H] with hidden_size={config.hidden_size}, got {list(x.shape)}")
     if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype.itemsize < 2:
         raise ValueError(f"x must be BF16, FP16 or float32 activations, got {x.dtype}; embed token ids first")
-    if is_known(x):
-        with jax.ensure_compile_time_eval():  # x may be a constant of a function that is being traced
-            num_bad = int(jnp.isnan(x).any(-1).sum())
-        if num_bad:
-            raise ValueError(
-                f"x holds NaN in {num_bad} of {x.size // x.shape[-1]} tokens; look for it in the layer before"
-            )
     if math.prod(x.shape) == 0:
         raise ValueError(f"x must hold at least one token, got {list(x.shape)}")
+    if bad := nan_rows(x):
+        raise ValueError(
+            f"x holds NaN in {len(bad)} of {x.size // x.shape[-1]} tokens (first: token {bad[0]}); look for it in what "
+            "comes before this layer"
+        )

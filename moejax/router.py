@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from moejax.config import MoEConfig
-from pallas_kernels.concrete import is_known
+from pallas_kernels.concrete import nan_rows
 
 _MASKED = -jnp.inf
 
@@ -73,14 +73,11 @@ def route(
 
 def route_logits(logits: jax.Array, config: MoEConfig, *, correction_bias: jax.Array | None = None) -> Routing:
     """`route` from float32 logits [T, E] on."""
-    if is_known(logits):
-        with jax.ensure_compile_time_eval():  # they may be constants of a function that is being traced
-            tokens = jnp.flatnonzero(jnp.isnan(logits).any(1)).tolist()
-        if tokens:
-            raise ValueError(
-                f"logits of {len(tokens)} of {logits.shape[0]} tokens are NaN (first: token {tokens[0]}); look for "
-                "NaN or infinity in the layer's input or in the router's kernel"
-            )
+    if bad := nan_rows(logits):
+        raise ValueError(
+            f"logits of {len(bad)} of {logits.shape[0]} tokens are NaN (first: token {bad[0]}); look for "
+            "NaN or infinity in the layer's input or in the router's kernel"
+        )
     scores = jax.nn.softmax(logits) if config.scoring == "softmax" else jax.nn.sigmoid(logits)
     ranking = jax.lax.stop_gradient(scores)
     if correction_bias is not None:

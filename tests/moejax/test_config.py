@@ -1,0 +1,103 @@
+"""A configuration that makes no sense is refused when it is made, with the field, what it may be, and what it was."""
+
+import dataclasses
+import re
+
+import jax.numpy as jnp
+import pytest
+
+from moejax import MoEConfig, Quantization
+
+GOOD = {"hidden_size": 256, "intermediate_size": 128, "num_experts": 8, "top_k": 2}
+
+REFUSED = [
+    ({"hidden_size": 0}, "hidden_size must be at least 1, got 0"),
+    ({"intermediate_size": -4}, "intermediate_size must be at least 1, got -4"),
+    ({"num_experts": 0}, "num_experts must be at least 1, got 0"),
+    ({"top_k": 0}, "top_k must be at least 1, got 0"),
+    ({"top_k": 9}, "top_k must be at most num_experts=8, got 9"),
+    ({"shared_intermediate_size": -1}, "shared_intermediate_size must be at least 0, got -1"),
+    ({"load_balance_loss": -0.1}, "load_balance_loss must be at least 0, got -0.1"),
+    ({"sequence_balance_loss": -1}, "sequence_balance_loss must be at least 0, got -1"),
+    ({"z_loss": -1}, "z_loss must be at least 0, got -1"),
+    ({"num_groups": 0}, "num_groups must be at least 1, got 0"),
+    ({"num_groups": 3}, "num_groups must be a divisor of num_experts=8, got 3"),
+    ({"topk_groups": 0}, "topk_groups must be at least 1, got 0"),
+    ({"num_groups": 2, "topk_groups": 3}, "topk_groups must be at most num_groups=2, got 3"),
+    (
+        {"num_groups": 4, "topk_groups": 1, "top_k": 3},
+        "top_k must be at most the 2 experts of topk_groups=1 groups, got 3",
+    ),
+    ({"scoring": "tanh"}, "scoring must be 'softmax' or 'sigmoid', got 'tanh'"),
+    ({"precision": "w4a4"}, "precision must be 'w16a16' or 'w8a8', got 'w4a4'"),
+    ({"capacity_factor": 0.0}, "capacity_factor must be positive, or None to drop nothing, got 0.0"),
+    ({"capacity_factor": -1.0}, "capacity_factor must be positive, or None to drop nothing, got -1.0"),
+    ({"scale_inputs": True}, "top_k must be 1 with scale_inputs=True, got 2"),
+    ({"wire_scaling": "rows"}, "unknown scaling 'rows'"),
+    ({"wire_scaling": "per_tensor"}, "wire_scaling must be of one row, such as '1x128' or 'per_row'"),
+    ({"wire_scaling": "128x128"}, "wire_scaling must be of one row, such as '1x128' or 'per_row'"),
+    ({"dtype": jnp.int32}, "dtype must be bfloat16, float16 or float32, got 'int32'"),
+    ({"dtype": jnp.float8_e4m3fn}, "dtype must be bfloat16, float16 or float32, got 'float8_e4m3fn'"),
+    ({"dtype": "float64"}, "dtype must be bfloat16, float16 or float32, got 'float64'"),
+    ({"param_dtype": jnp.int8}, "param_dtype must be bfloat16, float16 or float32, got 'int8'"),
+    ({"activation": "relu"}, "unknown activation 'relu'; expected one of silu, gelu, gelu_tanh, swigluoai"),
+    ({"activation_limit": 0.0}, "activation_limit must be positive, or None for no clamp, got 0.0"),
+    ({"backend": "cuda"}, "unknown backend 'cuda'; expected one of 'auto', 'xla', 'pallas_tpu', 'pallas_gpu'"),
+]
+
+DOES_NOT_FIT_8_BITS = [
+    ({"hidden_size": 192}, "hidden_size=192: shape (1, 192) cannot be scaled by '1x128'"),
+    ({"intermediate_size": 192}, "intermediate_size=192: shape (1, 192) cannot be scaled by '1x128'"),
+    ({"shared_intermediate_size": 64}, "shared_intermediate_size=64: shape (1, 64) cannot be scaled by '1x128'"),
+    (
+        {"hidden_size": 192, "wire_scaling": "per_row", "quantization": Quantization(lhs_scaling="per_row")},
+        "intermediate_size=128: shape (192, 256) cannot be scaled by '128x128'",
+    ),
+    ({"wire_scaling": "1x100"}, "hidden_size=256: shape (1, 256) cannot be scaled by '1x100'"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), REFUSED, ids=[message for _, message in REFUSED])
+def test_refused(changes, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        MoEConfig(**GOOD | changes)
+
+
+@pytest.mark.parametrize(("changes", "message"), DOES_NOT_FIT_8_BITS, ids=[m for _, m in DOES_NOT_FIT_8_BITS])
+def test_widths_that_do_not_divide_into_scale_blocks(changes, message):
+    MoEConfig(**GOOD | changes)  # fine in 16 bits, where nothing is scaled
+    with pytest.raises(ValueError, match="precision 'w8a8' does not fit " + re.escape(message)):
+        MoEConfig(**GOOD | changes, precision="w8a8")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Quantization(dtype="int4"), "dtype must be one of float8_e4m3fn, float8_e5m2, int8, got int4"),
+        (lambda: Quantization(lhs_scaling="0x128"), "unknown scaling '0x128'"),
+        (lambda: Quantization(rhs_scaling="blocks"), "unknown scaling 'blocks'"),
+    ],
+)
+def test_quantization_is_checked(make, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make()
+
+
+def test_replacing_a_field_checks_again():
+    config = MoEConfig(**GOOD)
+    assert dataclasses.replace(config, top_k=8).top_k == 8
+    with pytest.raises(ValueError, match="top_k must be at most num_experts=8, got 9"):
+        dataclasses.replace(config, top_k=9)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.top_k = 3
+
+
+def test_a_configuration_is_a_static_argument():
+    assert MoEConfig(**GOOD) == MoEConfig(**GOOD)
+    assert hash(MoEConfig(**GOOD)) == hash(MoEConfig(**GOOD))
+    assert MoEConfig(**GOOD) != MoEConfig(**GOOD, precision="w8a8")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", jnp.bfloat16])
+def test_dtypes_by_name_or_type(dtype):
+    assert jnp.dtype(MoEConfig(**GOOD, dtype=dtype, param_dtype=dtype).dtype) == jnp.dtype(dtype)

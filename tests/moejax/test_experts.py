@@ -1,0 +1,178 @@
+"""The expert MLP against numpy, the check of parameters, and weights that are kept in 8 bits."""
+
+import dataclasses
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moejax import MoEConfig, QTensor, Quantization, dequantize, make_mesh, moe, quantize_params
+from moejax.experts import check_params, expert_mlp, shared_mlp
+from tests.helpers import LIMIT, float64, normal, relative_error, same_bits
+from tests.moejax.layers import random_params
+
+CONFIG = MoEConfig(hidden_size=24, intermediate_size=16, num_experts=4, top_k=2, expert_bias=True, dtype=jnp.float32)
+GROUP_SIZES = (3, 0, 17, 5)
+NUM_ROWS = 32  # seven rows belong to no expert
+
+mlp = functools.partial(jax.jit, static_argnames="config")(expert_mlp)
+
+
+def gelu(x):
+    return x * (1 + np.vectorize(math.erf)(x / math.sqrt(2))) / 2
+
+
+def gelu_tanh(x):
+    return x / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+GATED = {
+    "silu": lambda gate, up: gate * sigmoid(gate) * up,
+    "gelu": lambda gate, up: gelu(gate) * up,
+    "gelu_tanh": lambda gate, up: gelu_tanh(gate) * up,
+    "swigluoai": lambda gate, up: gate * sigmoid(1.702 * gate) * (up + 1),
+}
+
+
+def expected_mlp(rows, params, config):
+    """Row by row in float64."""
+    width = config.intermediate_size
+    out = np.zeros(rows.shape)
+    experts = np.repeat(np.arange(config.num_experts), GROUP_SIZES)
+    for row, expert in enumerate(experts):
+        h = float64(rows)[row] @ float64(params.gate_up)[expert]
+        if params.gate_up_bias is not None:
+            h += float64(params.gate_up_bias)[expert]
+        gate, up = h[:width], h[width:]
+        if config.activation_limit is not None:
+            gate = np.minimum(gate, config.activation_limit)
+            up = np.clip(up, -config.activation_limit, config.activation_limit)
+        out[row] = GATED[config.activation](gate, up) @ float64(params.down)[expert]
+        if params.down_bias is not None:
+            out[row] += float64(params.down_bias)[expert]
+    return out
+
+
+def run_mlp(rows, params, config):
+    names = ("gate_up", "down", "gate_up_bias", "down_bias")
+    weights = {name: getattr(params, name) for name in names}
+    return mlp(rows, jnp.array(GROUP_SIZES, jnp.int32), config=config, **weights)
+
+
+@pytest.mark.parametrize("with_bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("limit", [None, 0.5], ids=["", "limit"])
+@pytest.mark.parametrize("activation", GATED)
+def test_mlp_equals_numpy(activation, limit, with_bias, rng):
+    config = dataclasses.replace(CONFIG, activation=activation, activation_limit=limit, expert_bias=with_bias)
+    params, rows = random_params(config, rng), normal(rng, NUM_ROWS, config.hidden_size)
+    out = run_mlp(rows, params, config)
+    assert out.dtype == jnp.float32
+    assert relative_error(out, expected_mlp(rows, params, config)) < LIMIT["float32"]
+    assert not out[sum(GROUP_SIZES) :].any()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_mlp_in_16_bits(dtype, rng):
+    config = dataclasses.replace(CONFIG, dtype=dtype)
+    rows = normal(rng, NUM_ROWS, config.hidden_size, dtype=dtype)
+    params = random_params(config, rng)
+    in_16_bits = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+    rounded = dataclasses.replace(params, gate_up=in_16_bits.gate_up, down=in_16_bits.down)
+    out = run_mlp(rows, params, config)
+    assert out.dtype == jnp.dtype(dtype)
+    # Between the two products the row is rounded once more.
+    assert relative_error(out, expected_mlp(rows, rounded, config)) < 2 * LIMIT[dtype]
+
+
+def test_shared_expert_is_a_group_of_all_tokens(rng):
+    config = dataclasses.replace(CONFIG, shared_intermediate_size=16)
+    params, x = random_params(config, rng), normal(rng, 9, config.hidden_size)
+    gate, up = np.split(float64(x) @ float64(params.shared_gate_up), 2, axis=1)
+    out = shared_mlp(x, params.shared_gate_up, params.shared_down, config)
+    assert relative_error(out, GATED["silu"](gate, up) @ float64(params.shared_down)) < LIMIT["float32"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"router_kernel": (24, 5)}, "params.router_kernel must be [24, 4], got [24, 5]"),
+        ({"gate_up": (4, 24, 16)}, "params.gate_up must be [4, 24, 32], got [4, 24, 16]"),
+        ({"down": (4, 24, 16)}, "params.down must be [4, 16, 24], got [4, 24, 16]"),
+        ({"down_bias": None}, "params.down_bias must be [4, 24], got None"),
+        ({"router_bias": (4,)}, "params.router_bias must be None (the configuration has none), got [4]"),
+        ({"correction_bias": (4,)}, "params.correction_bias must be None (the configuration has none), got [4]"),
+        ({"shared_down": (16, 24)}, "params.shared_down must be None (the configuration has none), got [16, 24]"),
+    ],
+)
+def test_parameters_that_do_not_fit(changes, message, rng):
+    params = random_params(CONFIG, rng)
+    check_params(params, CONFIG)
+    changed = {name: None if shape is None else jnp.zeros(shape) for name, shape in changes.items()}
+    with pytest.raises(ValueError, match=re.escape(message)):
+        moe(normal(rng, 2, 24), dataclasses.replace(params, **changed), CONFIG)
+
+
+QUANTIZATIONS = {
+    "fp8-blocks": Quantization(),
+    "e5m2-channels": Quantization("float8_e5m2", "per_row", "per_channel"),
+    "int8-tensor": Quantization("int8", "per_row", "per_tensor"),
+}
+
+
+def config_in_8_bits(name: str) -> MoEConfig:
+    return MoEConfig(
+        hidden_size=256,
+        intermediate_size=128,
+        num_experts=4,
+        top_k=2,
+        shared_intermediate_size=128,
+        expert_bias=True,
+        precision="w8a8",
+        quantization=QUANTIZATIONS[name],
+        dtype=jnp.float32,
+    )
+
+
+@pytest.mark.parametrize("name", QUANTIZATIONS)
+def test_quantised_parameters(name, rng):
+    config = config_in_8_bits(name)
+    params = random_params(config, rng)
+    to_8_bits = jax.jit(functools.partial(quantize_params, config=config))
+    served = to_8_bits(params)
+    for field in ("gate_up", "down", "shared_gate_up", "shared_down"):
+        weights, rounded = getattr(params, field), getattr(served, field)
+        assert isinstance(rounded, QTensor)
+        assert rounded.dtype == jnp.dtype(config.quantization.dtype)
+        assert relative_error(dequantize(rounded), weights) < 0.1
+    for field in ("router_kernel", "gate_up_bias", "down_bias"):
+        assert same_bits(getattr(served, field), getattr(params, field))
+    assert served.router_bias is served.correction_bias is None
+    assert same_bits(to_8_bits(served), served)
+
+
+@pytest.mark.parametrize(
+    ("name", "ep"), [("fp8-blocks", 1), ("fp8-blocks", 2), ("e5m2-channels", 1), ("int8-tensor", 2)]
+)
+def test_serving_equals_quantising_on_the_fly(name, ep, rng):
+    """To the bit: the weights that training rounds in every step are the ones that serving keeps."""
+    config = config_in_8_bits(name)
+    params, x = random_params(config, rng), normal(rng, 7, config.hidden_size)
+    layer = jax.jit(functools.partial(moe, config=config, mesh=make_mesh(ep) if ep > 1 else None))
+    y, _ = layer(x, params)
+    served, _ = layer(x, quantize_params(params, config))
+    assert np.abs(y).max() > 0
+    assert same_bits(served, y)
+
+
+def test_parameters_without_a_shared_expert_stay_so(rng):
+    config = dataclasses.replace(config_in_8_bits("fp8-blocks"), shared_intermediate_size=0)
+    served = quantize_params(random_params(config, rng), config)
+    assert served.shared_gate_up is served.shared_down is None

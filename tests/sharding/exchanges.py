@@ -1,0 +1,169 @@
+"""Exchanges over virtual chips, jitted once for each shape, and what a plain loop says must arrive."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+
+from pallas_kernels.combine import combine
+from sharding.exchange_dense import announce, return_rows, send_rows
+from sharding.exchange_plan import plan_departure, plan_destinations, slab_size
+from sharding.expert_parallel import Transport, expert_parallel
+from sharding.mesh import make_mesh, tokens_spec
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """Sizes of an exchange; `num_tokens` is of one chip, `num_experts` of all."""
+
+    dp: int
+    ep: int
+    num_tokens: int
+    top_k: int
+    num_experts: int
+    hidden: int = 8
+    capacity_factor: float | None = None
+    wire_scaling: str | None = None
+
+    def __str__(self):
+        return f"dp{self.dp}-ep{self.ep}-T{self.num_tokens}"
+
+    @property
+    def num_local(self) -> int:
+        return self.num_experts // self.ep
+
+    @property
+    def slab_and_rounds(self) -> tuple[int, int]:
+        return slab_size(self.num_tokens, self.top_k, self.num_local, self.ep, None)
+
+    @property
+    def all_tokens(self) -> int:
+        return self.dp * self.ep * self.num_tokens
+
+    @property
+    def transport(self) -> Transport:
+        return Transport("expert", self.ep, ("data", "expert"), self.capacity_factor, self.wire_scaling)
+
+
+def over_chips(problem: Problem, function, num_by_expert: int = 0):
+    """jit(shard_map(function)). The last arguments are split by expert, the others by token; results stack by chip."""
+
+    def on_chip(*args):
+        return jax.tree.map(lambda leaf: leaf[None], function(*args))
+
+    by_token = tokens_spec(("data", "expert"))
+
+    def run(*args):
+        split = len(args) - num_by_expert
+        specs = (by_token,) * split + (PartitionSpec("expert"),) * num_by_expert
+        mesh = make_mesh(problem.ep, problem.dp)
+        return jax.shard_map(on_chip, mesh=mesh, in_specs=specs, out_specs=by_token, check_vma=False)(*args)
+
+    return jax.jit(run)
+
+
+def plan_round(problem: Problem, ids, index: int):
+    """On a chip: what leaves and arrives in one round."""
+    destinations, by_rank = plan_destinations(ids, problem.num_local, problem.ep)
+    slab, _ = problem.slab_and_rounds
+    departure, experts = plan_departure(ids, destinations, by_rank, problem.num_local, slab, index)
+    return announce(departure, experts, problem.num_local, "expert")
+
+
+@functools.cache
+def send_and_return(problem: Problem):
+    """(x, ids) -> per chip and round: rows that arrived, sizes of their groups; and the sum of all that came back."""
+
+    def on_chip(x, ids):
+        arrived, sizes, back = [], [], 0
+        for index in range(problem.slab_and_rounds[1]):
+            plan = plan_round(problem, ids, index)
+            rows = send_rows(x, plan, "expert", problem.wire_scaling, "auto")
+            arrived.append(rows)
+            sizes.append(plan.arrival.group_sizes)
+            back += combine(return_rows(rows, plan, "expert", "auto"), plan.departure)
+        return jnp.stack(arrived), jnp.stack(sizes), back
+
+    return over_chips(problem, on_chip)
+
+
+@functools.cache
+def gradient_of_sending(problem: Problem):
+    """(x, ids, direction [chips·R, H]) -> rows of the first round, and the gradient of ⟨rows, direction⟩ for x."""
+
+    def on_chip(x, ids, direction):
+        plan = plan_round(problem, ids, 0)
+        rows, pullback = jax.vjp(lambda x: send_rows(x, plan, "expert", problem.wire_scaling, "auto"), x)
+        return rows, pullback(direction)[0]
+
+    return over_chips(problem, on_chip)
+
+
+def scale_by_expert(factors, rows, group_sizes):
+    """Experts that multiply their rows by a number, and leave NaN in the rows of nobody."""
+    ends = jnp.cumsum(group_sizes)
+    row = jnp.arange(rows.shape[0])
+    expert = jnp.minimum(jnp.searchsorted(ends, row, side="right"), factors.shape[0] - 1)
+    scaled = rows * factors[expert][:, None].astype(rows.dtype)
+    return jnp.where((row < ends[-1])[:, None], scaled, jnp.nan)
+
+
+@functools.cache
+def apply_experts(problem: Problem):
+    """(x, weights, ids, factors [E]) -> Σ_k weights · factors[expert] · x [tokens, H], and drops [chips, E]."""
+
+    def on_chip(x, weights, ids, factors):
+        sizes = {"num_experts": problem.num_experts, "transport": problem.transport}
+        return expert_parallel(x, weights, ids, scale_by_expert, factors, **sizes)
+
+    run = over_chips(problem, on_chip, num_by_expert=1)
+
+    @jax.jit
+    def apply(x, weights, ids, factors):
+        y, dropped = run(x, weights, ids, factors)
+        return y.reshape(x.shape), dropped
+
+    return apply
+
+
+def groups_that_arrived(arrived, sizes):
+    """[chips, rounds, R, H] and [chips, rounds, L] -> for each chip and local expert, its rows of all rounds."""
+    arrived, sizes = np.asarray(arrived), np.asarray(sizes)
+    chips, rounds, num_local = sizes.shape
+    groups = [[[] for _ in range(num_local)] for _ in range(chips)]
+    for chip in range(chips):
+        for index in range(rounds):
+            ends = np.cumsum(sizes[chip, index])
+            for expert in range(num_local):
+                begin = ends[expert] - sizes[chip, index, expert]
+                groups[chip][expert].extend(arrived[chip, index, begin : ends[expert]])
+            assert not arrived[chip, index, ends[-1] :].any()
+    return groups
+
+
+def tokens_for(problem: Problem, ids):
+    """For each chip and local expert, the tokens that chose it, among those of the chip's row of the mesh."""
+    tokens_of_a_row = problem.ep * problem.num_tokens
+    wanted = [[[] for _ in range(problem.num_local)] for _ in range(problem.dp * problem.ep)]
+    for token, choices in enumerate(np.asarray(ids)):
+        for expert in choices:
+            if expert >= 0:
+                rank, local = divmod(int(expert), problem.num_local)
+                wanted[token // tokens_of_a_row * problem.ep + rank][local].append(token)
+    return wanted
+
+
+def random_ids(problem: Problem, rng: np.random.Generator, used=None, silent=()) -> np.ndarray:
+    """Random choices among the experts `used`, some left out, and none at all on the chips `silent`."""
+    used = np.arange(problem.num_experts) if used is None else np.asarray(used, np.int32)
+    shape = (problem.all_tokens, problem.top_k)
+    if used.size == 0:
+        return np.full(shape, -1, np.int32)
+    ids = rng.choice(used, shape).astype(np.int32)
+    ids[rng.random(shape) < 0.1] = -1
+    for chip in silent:
+        ids[chip * problem.num_tokens : (chip + 1) * problem.num_tokens] = -1
+    return ids

@@ -1,0 +1,167 @@
+"""Every row arrives once, where it should, as it was; and comes back. Against plain loops, for every kind of load."""
+
+import itertools
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from pallas_kernels.quantize import dequantize, quantize
+from tests.helpers import normal, relative_error, same_bits
+from tests.sharding.exchanges import (
+    Problem,
+    gradient_of_sending,
+    groups_that_arrived,
+    random_ids,
+    send_and_return,
+    tokens_for,
+)
+
+EP2 = Problem(dp=1, ep=2, num_tokens=5, top_k=2, num_experts=4)
+EP4 = Problem(dp=1, ep=4, num_tokens=6, top_k=3, num_experts=8)
+EP8 = Problem(dp=1, ep=8, num_tokens=24, top_k=2, num_experts=8)
+DP2_EP4 = Problem(dp=2, ep=4, num_tokens=9, top_k=2, num_experts=8)
+PROBLEMS = [EP2, EP4, EP8, DP2_EP4]
+every_problem = pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+
+
+def tagged(problem: Problem) -> np.ndarray:
+    """Small whole numbers, no two rows alike, the first column the number of the token."""
+    token = np.arange(1, problem.all_tokens + 1)[:, None]
+    return (token * (1 + np.arange(problem.hidden)) % 1009).astype(np.float32)
+
+
+def check(problem: Problem, ids: np.ndarray) -> None:
+    """Each row arrives once for each choice of its expert, and comes back as often."""
+    x = tagged(problem)
+    arrived, sizes, back = send_and_return(problem)(x, ids)
+    groups = groups_that_arrived(arrived, sizes)
+    for chip, chip_wants in enumerate(tokens_for(problem, ids)):
+        for expert, tokens in enumerate(chip_wants):
+            rows = sorted(map(tuple, groups[chip][expert]))
+            assert rows == sorted(map(tuple, x[tokens])), f"chip {chip}, local expert {expert}"
+    expected = x * (ids >= 0).sum(1, keepdims=True)
+    np.testing.assert_array_equal(np.asarray(back).reshape(x.shape), expected)
+
+
+def test_problems_take_one_round_and_several():
+    assert [problem.slab_and_rounds[1] for problem in PROBLEMS] == [1, 1, 3, 1]
+
+
+@every_problem
+@given(data=st.data())
+def test_random_loads(data, problem):
+    """Repeated experts within a token, and choices not made, included."""
+    shape = (problem.all_tokens, problem.top_k)
+    check(problem, data.draw(arrays(np.int32, shape, elements=st.integers(-1, problem.num_experts - 1))))
+
+
+@every_problem
+@given(seed=st.integers(0, 2**32 - 1), data=st.data())
+def test_skewed_loads(seed, data, problem):
+    used = data.draw(st.lists(st.integers(0, problem.num_experts - 1), max_size=3))
+    silent = data.draw(st.lists(st.integers(0, problem.dp * problem.ep - 1), max_size=problem.ep))
+    check(problem, random_ids(problem, np.random.default_rng(seed), used, silent))
+
+
+@pytest.mark.parametrize("problem", [EP2, EP4], ids=str)
+def test_every_pattern_of_empty_experts(problem, rng):
+    for used in itertools.product([False, True], repeat=problem.num_experts):
+        check(problem, random_ids(problem, rng, np.flatnonzero(used)))
+
+
+@pytest.mark.parametrize("problem", [EP4, DP2_EP4], ids=str)
+def test_every_pattern_of_ranks_without_tokens(problem, rng):
+    for silent in itertools.product([False, True], repeat=problem.ep):
+        check(problem, random_ids(problem, rng, silent=np.flatnonzero(silent)))
+
+
+@every_problem
+def test_all_tokens_to_one_expert(problem):
+    """The worst load: it fills every slab for one rank in every round, and all others are empty."""
+    for expert in range(problem.num_experts):
+        check(problem, np.full((problem.all_tokens, problem.top_k), expert, np.int32))
+
+
+@every_problem
+def test_one_token(problem):
+    for token in {0, problem.num_tokens, problem.all_tokens - 1}:
+        ids = np.full((problem.all_tokens, problem.top_k), -1, np.int32)
+        ids[token, 0] = problem.num_experts - 1
+        check(problem, ids)
+
+
+@every_problem
+def test_no_token(problem):
+    check(problem, np.full((problem.all_tokens, problem.top_k), -1, np.int32))
+
+
+@every_problem
+def test_balanced_load_fits_the_first_round(problem):
+    ids = np.arange(problem.all_tokens * problem.top_k, dtype=np.int32).reshape(-1, problem.top_k)
+    check(problem, ids % problem.num_experts)
+    _, sizes, _ = send_and_return(problem)(tagged(problem), ids % problem.num_experts)
+    assert not np.asarray(sizes)[:, 1:].any()
+
+
+@pytest.mark.parametrize(("wire_scaling", "hidden"), [("1x128", 256), ("per_row", 48)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rows_travel_in_fp8_as_quantised_and_no_other_way(dtype, wire_scaling, hidden, rng):
+    problem = Problem(2, 4, 9, 2, 8, hidden, wire_scaling=wire_scaling)
+    x = normal(rng, problem.all_tokens, hidden, dtype=dtype) * jnp.asarray(2.0 ** rng.integers(-9, 9), dtype)
+    ids = random_ids(problem, rng)
+    arrived, sizes, back = send_and_return(problem)(x, ids)
+    assert arrived.dtype == x.dtype
+    rounded = np.asarray(dequantize(quantize(x, scaling=wire_scaling), x.dtype))
+    assert not np.array_equal(rounded, x)
+    groups = groups_that_arrived(arrived, sizes)
+    for chip, chip_wants in enumerate(tokens_for(problem, ids)):
+        for expert, tokens in enumerate(chip_wants):
+            rows = sorted(row.tobytes() for row in groups[chip][expert])
+            assert rows == sorted(row.tobytes() for row in rounded[tokens])
+    count = (ids >= 0).sum(1, keepdims=True)
+    assert relative_error(np.asarray(back).reshape(x.shape), rounded.astype(np.float32) * count) < 1e-2
+
+
+def test_a_row_of_nan_stays_with_its_token(rng):
+    """Neither a scale nor a neighbour's row takes it up, on the wire as off it."""
+    for wire_scaling in (None, "1x128"):
+        problem = Problem(1, 4, 6, 3, 8, 128, wire_scaling=wire_scaling)
+        x, ids = normal(rng, problem.all_tokens, 128), random_ids(problem, rng)
+        ids[3] = [0, 4, 7]
+        ids[8] = -1
+        _, _, clean = send_and_return(problem)(x, ids)
+        _, _, back = send_and_return(problem)(x.at[3].set(jnp.nan).at[8].set(jnp.nan), ids)
+        clean, back = (np.asarray(rows).reshape(x.shape) for rows in (clean, back))
+        assert np.isnan(back[3]).all()
+        others = np.arange(problem.all_tokens) != 3
+        np.testing.assert_array_equal(back[others], clean[others])
+
+
+@pytest.mark.parametrize("wire_scaling", [None, "1x128"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradient_is_the_transpose_and_not_rounded_to_8_bits(dtype, wire_scaling, rng):
+    """Which row came from which token is found by sending numbers the same way."""
+    problem = Problem(2, 4, 9, 2, 8, 128, wire_scaling=wire_scaling)
+    plain = Problem(2, 4, 9, 2, 8, 128)
+    ids = random_ids(problem, rng)
+    slots = problem.dp * problem.ep * problem.ep * problem.slab_and_rounds[0]
+    direction = normal(rng, slots, 128, dtype=dtype)
+    arrived, _, _ = send_and_return(plain)(tagged(plain), ids)
+    tokens = np.asarray(arrived)[:, 0, :, 0].reshape(-1).astype(int) - 1
+
+    _, gradient = gradient_of_sending(problem)(normal(rng, problem.all_tokens, 128, dtype=dtype), ids, direction)
+    assert gradient.dtype == jnp.dtype(dtype)
+    expected = np.zeros((problem.all_tokens, 128))
+    np.add.at(expected, tokens[tokens >= 0], np.asarray(direction).astype(np.float64)[tokens >= 0])
+    limit = {"float32": 1e-6, "bfloat16": 5e-3}[dtype]
+    assert relative_error(np.asarray(gradient).reshape(expected.shape), expected) < limit
+
+
+@every_problem
+def test_two_runs_give_the_same_bits(problem, rng):
+    x, ids = normal(rng, problem.all_tokens, problem.hidden), random_ids(problem, rng)
+    assert same_bits(send_and_return(problem)(x, ids), send_and_return(problem)(x, ids))

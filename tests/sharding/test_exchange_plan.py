@@ -1,0 +1,156 @@
+"""Sizes, drops and slots of an exchange against plain Python."""
+
+import collections
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from sharding.exchange_plan import (
+    count_dropped,
+    expert_capacity,
+    limit_to_capacity,
+    local_experts,
+    plan_arrival,
+    plan_departure,
+    plan_destinations,
+    slab_size,
+)
+
+NUM_TOKENS, TOP_K, NUM_EXPERTS = 13, 3, 8
+ids_of_tokens = arrays(np.int32, (NUM_TOKENS, TOP_K), elements=st.integers(-1, NUM_EXPERTS - 1))
+sizes = {
+    "num_tokens": st.integers(1, 5000),
+    "top_k": st.integers(1, 9),
+    "num_local": st.integers(1, 64),
+    "ep": st.sampled_from([2, 4, 8, 16, 32]),
+}
+
+
+@pytest.mark.parametrize(("num_experts", "ep", "local"), [(8, 1, 8), (8, 8, 1), (256, 32, 8), (384, 32, 12)])
+def test_local_experts(num_experts, ep, local):
+    assert local_experts(num_experts, ep) == local
+
+
+@pytest.mark.parametrize(
+    ("num_experts", "ep", "message"),
+    [
+        (8, 32, "num_experts=8 is not divisible by ep=32; choose ep among 1, 2, 4, 8$"),
+        (12, 8, "num_experts=12 is not divisible by ep=8; choose ep among 1, 2, 3, 4, 6, 12$"),
+        (8, 0, "ep must be at least 1, got 0"),
+    ],
+)
+def test_ep_that_does_not_divide_the_experts(num_experts, ep, message):
+    with pytest.raises(ValueError, match=message):
+        local_experts(num_experts, ep)
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "top_k", "num_experts", "factor", "rows"),
+    [(16, 2, 8, 1.0, 4), (16, 2, 8, 1.25, 5), (15, 2, 8, 1.0, 4), (16, 2, 8, 100.0, 400), (1, 1, 256, 1.0, 1)],
+)
+def test_expert_capacity(num_tokens, top_k, num_experts, factor, rows):
+    assert expert_capacity(num_tokens, top_k, num_experts, factor) == rows
+
+
+def keep_within(ids, capacity):
+    """First choices before second ones, earlier tokens before later ones."""
+    kept, taken = np.full_like(ids, -1), collections.Counter()
+    for k in range(ids.shape[1]):
+        for token in range(ids.shape[0]):
+            expert = ids[token, k]
+            if expert >= 0 and taken[expert] < capacity:
+                taken[expert] += 1
+                kept[token, k] = expert
+    return kept
+
+
+limited = jax.jit(limit_to_capacity, static_argnums=(1, 2))
+dropped = jax.jit(count_dropped, static_argnums=2)
+
+
+@given(ids=ids_of_tokens, capacity=st.sampled_from([1, 2, 4, 100]))
+def test_limit_to_capacity(ids, capacity):
+    kept = limited(ids, NUM_EXPERTS, capacity)
+    expected = keep_within(ids, capacity)
+    np.testing.assert_array_equal(kept, expected)
+    lost = [int(((ids == e) & (expected != e)).sum()) for e in range(NUM_EXPERTS)]
+    assert dropped(ids, kept, NUM_EXPERTS).tolist() == lost
+
+
+def test_first_choices_have_precedence():
+    ids = jnp.array([[1, 0], [0, 1], [2, 0]], jnp.int32)
+    assert limit_to_capacity(ids, 3, 1).tolist() == [[1, -1], [0, -1], [2, -1]]
+
+
+@given(**sizes, factor=st.none() | st.floats(0.1, 4))
+def test_slabs_hold_any_load_and_stay_small(num_tokens, top_k, num_local, ep, factor):
+    capacity = None if factor is None else expert_capacity(num_tokens, top_k, num_local * ep, factor)
+    slab, rounds = slab_size(num_tokens, top_k, num_local, ep, capacity)
+    assignments = num_tokens * top_k
+    worst = assignments if capacity is None else min(assignments, num_local * capacity)
+    assert slab >= 1
+    assert (rounds - 1) * slab < worst <= rounds * slab
+    assert ep * slab <= 4 * assignments + 16 * ep
+    if rounds > 1:
+        assert slab >= 2 * assignments / ep  # a balanced load, and twice that, takes one round
+
+
+@functools.cache
+def departures(ep: int, slab: int, rounds: int):
+    """All rounds of one rank, jitted: a list of (plan, experts)."""
+    num_local = NUM_EXPERTS // ep
+
+    @jax.jit
+    def run(ids):
+        destinations, by_rank = plan_destinations(ids, num_local, ep)
+        return [plan_departure(ids, destinations, by_rank, num_local, slab, index) for index in range(rounds)]
+
+    return run
+
+
+@pytest.mark.parametrize(("ep", "slab", "rounds"), [(2, 39, 1), (2, 16, 3), (4, 8, 5), (8, 5, 8)])
+@given(ids=ids_of_tokens)
+def test_every_assignment_leaves_once_from_a_slot_for_its_rank(ids, ep, slab, rounds):
+    num_local = NUM_EXPERTS // ep
+    left = []
+    for departure, experts in departures(ep, slab, rounds)(ids):
+        order, inverse, experts = (np.asarray(a) for a in (departure.order, departure.inverse, experts))
+        assert order.shape == experts.shape == (ep * slab,)
+        assert int(departure.dropped) == 0
+        for slot in np.flatnonzero(order >= 0):
+            token, k = divmod(int(order[slot]), TOP_K)
+            left.append((token, k))
+            assert inverse[token, k] == slot
+            assert slot // slab * num_local + experts[slot] == ids[token, k]
+        assert (experts[order < 0] == -1).all()
+        assert (inverse >= 0).sum() == (order >= 0).sum()
+        filled = (order >= 0).reshape(ep, slab)
+        assert departure.group_sizes.tolist() == filled.sum(1).tolist()
+        assert all(row[: row.sum()].all() for row in filled)  # slabs fill from the front
+    assert sorted(left) == [tuple(place) for place in np.argwhere(ids >= 0).tolist()]
+
+
+@given(experts=arrays(np.int32, 24, elements=st.integers(-1, 3)))
+def test_arrivals_are_sorted_by_expert(experts):
+    plan = arrival(experts)
+    slots = [slot for expert in range(4) for slot in np.flatnonzero(experts == expert)]
+    assert plan.order.tolist() == slots + [-1] * (24 - len(slots))
+    assert plan.group_sizes.tolist() == [int((experts == e).sum()) for e in range(4)]
+
+
+arrival = jax.jit(lambda experts: plan_arrival(experts, 4))
+
+
+def test_the_largest_layer_fits_into_int32():
+    """Row numbers stay below 2³¹ for a million tokens on a chip, although its elements do not."""
+    slab, rounds = slab_size(2**20, 8, 8, 32, None)
+    assert 32 * slab < 2**31 < 32 * slab * 7168
+    assert math.ceil(2**23 / slab) == rounds
+    assert rounds * slab < 2**31

@@ -1,0 +1,144 @@
+"""The whole body on a chip against numpy: plan, rows out, experts, rows back, weighted sum, drops."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pallas_kernels.quantize import dequantize, quantize
+from sharding.expert_parallel import Transport, expert_parallel
+from tests.helpers import LIMIT, normal, relative_error, same_bits
+from tests.sharding.exchanges import Problem, apply_experts, random_ids, scale_by_expert
+
+EP2 = Problem(dp=1, ep=2, num_tokens=7, top_k=2, num_experts=4)
+EP8 = Problem(dp=1, ep=8, num_tokens=24, top_k=2, num_experts=8)
+DP2_EP4 = Problem(dp=2, ep=4, num_tokens=9, top_k=3, num_experts=8)
+ONE_CHIP = Problem(dp=1, ep=1, num_tokens=24, top_k=2, num_experts=4)
+every_problem = pytest.mark.parametrize("problem", [EP2, EP8, DP2_EP4, ONE_CHIP], ids=str)
+
+
+def inputs(problem: Problem, rng, **kwargs):
+    """Whole numbers and halves, so that sums are exact in any order; a choice not made weighs NaN."""
+    x = rng.integers(-8, 9, (problem.all_tokens, problem.hidden)).astype(np.float32)
+    ids = random_ids(problem, rng, **kwargs)
+    weights = np.where(ids < 0, np.nan, rng.choice([0.25, 0.5, 1, 2], ids.shape)).astype(np.float32)
+    return x, weights, ids, np.arange(1, problem.num_experts + 1, dtype=np.float32)
+
+
+def expected_sum(x, weights, ids, factors):
+    """Σ_k weights · factors[expert] · x, choice by choice."""
+    y = np.zeros(x.shape)
+    for token, choices in enumerate(ids):
+        for k, expert in enumerate(choices):
+            if expert >= 0:
+                y[token] += float(weights[token, k]) * float(factors[expert]) * np.asarray(x[token], np.float64)
+    return y
+
+
+@every_problem
+@given(seed=st.integers(0, 2**32 - 1), data=st.data())
+def test_values_equal_numpy(seed, data, problem):
+    used = data.draw(st.none() | st.lists(st.integers(0, problem.num_experts - 1), max_size=3))
+    args = inputs(problem, np.random.default_rng(seed), used=used)
+    y, dropped = apply_experts(problem)(*args)
+    assert y.dtype == jnp.float32
+    np.testing.assert_array_equal(y, expected_sum(*args))
+    assert not dropped.any()
+
+
+@pytest.mark.parametrize("problem", [EP8, DP2_EP4, ONE_CHIP], ids=str)
+@pytest.mark.parametrize("factor", [0.5, 1.0, 1.5])
+@given(seed=st.integers(0, 2**32 - 1), used=st.none() | st.lists(st.integers(0, 3), min_size=1, max_size=2))
+def test_capacity_drops_and_counts(seed, used, factor, problem):
+    """Chip by chip: an expert takes ⌈factor · T·K / E⌉ rows, first choices first; the rest adds nothing."""
+    problem = dataclasses.replace(problem, capacity_factor=factor)
+    x, weights, ids, factors = inputs(problem, np.random.default_rng(seed), used=used)
+    y, dropped = apply_experts(problem)(x, weights, ids, factors)
+
+    capacity = int(np.ceil(factor * problem.num_tokens * problem.top_k / problem.num_experts))
+    kept, lost = ids.copy(), np.zeros((problem.dp * problem.ep, problem.num_experts), int)
+    for chip in range(len(lost)):
+        begin = chip * problem.num_tokens
+        taken = np.zeros(problem.num_experts, int)
+        for k in range(problem.top_k):
+            for token in range(begin, begin + problem.num_tokens):
+                expert = ids[token, k]
+                if expert >= 0 and taken[expert] == capacity:
+                    kept[token, k] = -1
+                    lost[chip, expert] += 1
+                elif expert >= 0:
+                    taken[expert] += 1
+    np.testing.assert_array_equal(dropped, lost)
+    np.testing.assert_array_equal(y, expected_sum(x, weights, kept, factors))
+
+
+def test_repeated_experts_within_a_token_are_not_lost():
+    """A router picks distinct experts; whoever does not gets the expert as often as asked for."""
+    ids = np.repeat(np.arange(EP8.all_tokens, dtype=np.int32)[:, None] % 3, 2, axis=1)
+    x, weights, _, factors = inputs(EP8, np.random.default_rng(0))
+    weights = np.where(np.isnan(weights), 1, weights)
+    y, dropped = apply_experts(EP8)(x, weights, ids, factors)
+    np.testing.assert_array_equal(y, expected_sum(x, weights, ids, factors))
+    assert not dropped.any()
+    capped = dataclasses.replace(EP8, capacity_factor=1.0)
+    _, dropped = apply_experts(capped)(x, weights, ids, factors)
+    # An expert takes 6 of the 16 assignments that each chip has for it.
+    assert dropped.tolist() == [[10, 10, 10, 0, 0, 0, 0, 0]] * 8
+
+
+@every_problem
+def test_gradients_equal_those_of_the_plain_sum(problem, rng):
+    """For x, the weights and the experts' parameters, through as many rounds as the load takes."""
+    _, _, ids, factors = inputs(problem, rng, used=[0, 1])
+    x = normal(rng, problem.all_tokens, problem.hidden)
+    weights, direction = normal(rng, *ids.shape), normal(rng, *x.shape)
+
+    def loss(x, weights, factors):
+        return (apply_experts(problem)(x, weights, ids, factors)[0] * direction).sum()
+
+    def plain(x, weights, factors):
+        total = jnp.where(ids >= 0, weights * factors[ids], 0).sum(1)
+        return (x * total[:, None] * direction).sum()
+
+    gradients = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(x, weights, jnp.asarray(factors))
+    expected = jax.grad(plain, argnums=(0, 1, 2))(x, weights, jnp.asarray(factors))
+    for gradient, reference in zip(gradients, expected, strict=True):
+        assert relative_error(gradient, reference) < LIMIT["float32"]
+
+
+@pytest.mark.parametrize("problem", [EP2, EP8], ids=str)
+def test_rows_that_travel_in_fp8_are_rounded_once(problem, rng):
+    problem = dataclasses.replace(problem, hidden=128, wire_scaling="1x128")
+    _, weights, ids, factors = inputs(problem, rng)
+    x = normal(rng, problem.all_tokens, 128)
+    y, _ = apply_experts(problem)(x, weights, ids, factors)
+    rounded = dequantize(quantize(x, scaling="1x128"))
+    assert relative_error(y, expected_sum(np.asarray(rounded), weights, ids, factors)) < LIMIT["float32"]
+
+
+@every_problem
+def test_two_runs_give_the_same_bits(problem, rng):
+    _, weights, ids, factors = inputs(problem, rng, used=[0, 1])
+    x = normal(rng, problem.all_tokens, problem.hidden)
+    assert same_bits(apply_experts(problem)(x, weights, ids, factors), apply_experts(problem)(x, weights, ids, factors))
+
+
+def test_without_a_mesh(rng):
+    x, weights, ids, factors = inputs(ONE_CHIP, rng)
+    y, dropped = run_alone(x, weights, ids, factors, Transport())
+    np.testing.assert_array_equal(y, expected_sum(x, weights, ids, factors))
+    assert dropped.tolist() == [0] * 4
+
+
+def test_ep_that_does_not_divide_the_experts(rng):
+    with pytest.raises(ValueError, match="num_experts=4 is not divisible by ep=3; choose ep among 1, 2, 4"):
+        run_alone(*inputs(ONE_CHIP, rng), Transport("expert", 3))
+
+
+def run_alone(x, weights, ids, factors, transport):
+    x, weights, ids, factors = map(jnp.asarray, (x, weights, ids, factors))
+    return expert_parallel(x, weights, ids, scale_by_expert, factors, num_experts=4, transport=transport)
