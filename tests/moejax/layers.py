@@ -6,17 +6,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moejax import MoEConfig, MoEParams, get_preset, route
+from moejax import MoEConfig, MoEParams, Quantization, get_preset, route
 from moejax.experts import param_shapes
 
-HIDDEN = 128
-WIDTH = 128
+HIDDEN = 64
+WIDTH = 32
+BLOCKS = Quantization(lhs_scaling="1x32", rhs_scaling="32x32")
 
 
 def narrow(name: str, **changes) -> MoEConfig:
-    """The preset with its own experts and routing, and narrow experts."""
-    shared = WIDTH if get_preset(name).shared_intermediate_size else 0
-    return get_preset(name, hidden_size=HIDDEN, intermediate_size=WIDTH, shared_intermediate_size=shared, **changes)
+    """The preset with its own experts and routing, and narrow experts whose block scales are small to match."""
+    preset = get_preset(name)
+    narrowed = {
+        "hidden_size": HIDDEN,
+        "intermediate_size": WIDTH,
+        "shared_intermediate_size": WIDTH if preset.shared_intermediate_size else 0,
+    }
+    if preset.wire_scaling == "1x128":
+        narrowed |= {"wire_scaling": "1x32", "quantization": BLOCKS}
+    return get_preset(name, **narrowed | changes)
 
 
 def random_params(config: MoEConfig, rng: np.random.Generator) -> MoEParams:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax import MoEConfig, QTensor, Quantization, dequantize, make_mesh, moe, quantize_params
+from moejax import MoEConfig, QTensor, Quantization, dequantize, make_mesh, moe, quantize, quantize_params
 from moejax.experts import check_params, expert_mlp, shared_mlp
 from tests.helpers import LIMIT, float64, normal, relative_error, same_bits
 from tests.moejax.layers import random_params
@@ -156,6 +156,21 @@ def test_quantised_parameters(name, rng):
         assert same_bits(getattr(served, field), getattr(params, field))
     assert served.router_bias is served.correction_bias is None
     assert same_bits(to_8_bits(served), served)
+
+
+def test_mlp_in_8_bits_rounds_each_operand_once(rng):
+    """Rounding the activated rows to BF16 before rounding them to 8 bits would move one value in thirty."""
+    config = dataclasses.replace(config_in_8_bits("fp8-blocks"), dtype="bfloat16", expert_bias=False)
+    params, rows = random_params(config, rng), normal(rng, sum(GROUP_SIZES), config.hidden_size, dtype="bfloat16")
+
+    def rounded(values, scaling):
+        return float64(dequantize(quantize(jnp.asarray(values, jnp.float32), scaling=scaling)))
+
+    experts = np.repeat(np.arange(config.num_experts), GROUP_SIZES)
+    h = np.einsum("rh,rhi->ri", rounded(rows, "1x128"), rounded(params.gate_up, "128x128")[experts])
+    h = rounded(GATED["silu"](*np.split(h, 2, axis=1)), "1x128")
+    expected = np.einsum("ri,rih->rh", h, rounded(params.down, "128x128")[experts])
+    assert relative_error(run_mlp(rows, params, config), expected) < LIMIT["bfloat16"]
 
 
 @pytest.mark.parametrize(

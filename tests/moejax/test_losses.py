@@ -147,6 +147,20 @@ def test_losses_over_eight_chips_equal_those_of_one(problem):
     assert relative_error(sharded_gradient, gradient) < 1e-5
 
 
+def test_padding_takes_no_room_from_tokens(problem):
+    """With a capacity of one row, two padding tokens before a real one would push it out."""
+    x, params = problem
+    config = dataclasses.replace(CONFIG, capacity_factor=1.0)
+    _, aux = jax.jit(functools.partial(moe, config=config, mesh=make_mesh(ep=4, dp=2)))(x, params)
+    ids = np.asarray(routed(x.reshape(21, -1) @ params.router_kernel, config).topk_ids)
+    dropped = np.zeros(EXPERTS, int)
+    for chip in range(7):  # three tokens each; the eighth has padding only
+        load = np.bincount(ids[3 * chip : 3 * chip + 3].ravel(), minlength=EXPERTS)
+        dropped += np.maximum(load - 1, 0)
+    assert aux.load.dropped_per_expert.tolist() == dropped.tolist()
+    assert int(aux.load.dropped) > 0
+
+
 @pytest.mark.parametrize("name", ["load_balance", "sequence_balance", "z"])
 def test_gradient_flows_through_each_loss(name, rng):
     """Against finite differences in float64 of the formulas, the load held fixed."""

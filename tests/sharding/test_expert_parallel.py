@@ -17,6 +17,7 @@ from tests.sharding.exchanges import Problem, apply_experts, random_ids, scale_b
 EP2 = Problem(dp=1, ep=2, num_tokens=7, top_k=2, num_experts=4)
 EP8 = Problem(dp=1, ep=8, num_tokens=24, top_k=2, num_experts=8)
 DP2_EP4 = Problem(dp=2, ep=4, num_tokens=9, top_k=3, num_experts=8)
+DP2_EP8 = dataclasses.replace(EP8, dp=2)
 ONE_CHIP = Problem(dp=1, ep=1, num_tokens=24, top_k=2, num_experts=4)
 every_problem = pytest.mark.parametrize("problem", [EP2, EP8, DP2_EP4, ONE_CHIP], ids=str)
 
@@ -118,6 +119,18 @@ def test_rows_that_travel_in_fp8_are_rounded_once(problem, rng):
     y, _ = apply_experts(problem)(x, weights, ids, factors)
     rounded = dequantize(quantize(x, scaling="1x128"))
     assert relative_error(y, expected_sum(np.asarray(rounded), weights, ids, factors)) < LIMIT["float32"]
+
+
+def test_rows_of_the_mesh_that_need_different_numbers_of_rounds(rng):
+    """Balanced tokens in the first row, all to one expert in the second."""
+    x, weights, ids, factors = inputs(DP2_EP8, rng)
+    half = DP2_EP8.all_tokens // 2
+    ids = np.where(ids < 0, 0, ids)
+    ids[:half] = np.arange(2 * half).reshape(half, 2) % 8
+    ids[half:] = 5
+    weights = np.where(np.isnan(weights), 1, weights)
+    y, _ = apply_experts(DP2_EP8)(x, weights, ids, factors)
+    np.testing.assert_array_equal(y, expected_sum(x, weights, ids, factors))
 
 
 @every_problem

@@ -14,7 +14,7 @@ MOST = 4
 def one_round(index, constants, args):
     x, (weights, scale_in_8_bits) = args["x"], args["weights"]
     shift = constants[index] + scale_in_8_bits.astype(jnp.float32)
-    return jnp.tanh((x.astype(jnp.float32) + shift) @ weights) * (index + 1)
+    return jnp.sin((x.astype(jnp.float32) + shift) @ weights) * (index + 1)
 
 
 def make_args(rng):
