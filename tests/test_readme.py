@@ -3,6 +3,7 @@
 import pathlib
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import pytest
@@ -28,9 +29,8 @@ def test_code_runs(count, monkeypatch):
     names = {"x": x}
     for block in BLOCKS[:count]:
         exec(block, names)
-    assert names["y"].shape == x.shape
-    assert names["y"].dtype == x.dtype
-    assert bool(jnp.isfinite(names["y"]).all())
+    chex.assert_trees_all_equal_shapes_and_dtypes(names["y"], x)
+    chex.assert_tree_all_finite(names["y"])
     assert float(names["aux"].loss) > 0
 
 

@@ -5,6 +5,7 @@ import functools
 import math
 import os
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -93,7 +94,8 @@ def test_layer_equals_the_dense_oracle_on_gpus(preset, precision, dtype):
 
 def check_layer(config: MoEConfig, ep: int) -> None:
     y, gradients, load = layer(config, ep)
-    assert y.dtype == config.dtype
+    _, x, _ = problem(config)
+    chex.assert_trees_all_equal_shapes_and_dtypes((y, gradients[0]), (x, x))
     assert int(load.dropped) == 0
     assert int(load.tokens_per_expert.sum()) == NUM_TOKENS * config.top_k
 

@@ -1,5 +1,6 @@
 """A small model trained with optax on 8 devices: the loss falls, and its gradients are the dense oracle's."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -84,6 +85,6 @@ def test_gradients_on_eight_devices_equal_the_oracle(rng):
         model = Model(rngs=nnx.Rngs(1))
         got = nnx.jit(nnx.grad(lambda m: cross_entropy(m, ids, with_aux=False)))(model)
     expected, got = nnx.to_pure_dict(nnx.state(expected)), nnx.to_pure_dict(nnx.state(got))
-    assert jax.tree.structure(got) == jax.tree.structure(expected)
+    chex.assert_trees_all_equal_shapes_and_dtypes(got, expected)
     for (path, leaf), ref in zip(jax.tree.leaves_with_path(got), jax.tree.leaves(expected), strict=True):
         assert relative_error(leaf, ref) < 1e-5, jax.tree_util.keystr(path)
