@@ -68,12 +68,12 @@ def run_decode(x: jax.Array, params: MoEParams, config: MoEConfig, mesh: Mesh, s
         times.append(time.perf_counter() - begin)
     num_checked = _num_checked(config, x.shape[0])
     say(f"checking {num_checked} of {x.shape[0]} tokens against the dense oracle")
-    error = _relative_error(x, y, params, config, mesh, num_checked)
+    error = float(_relative_error(x, y, params, config, mesh, num_checked))
     say("timing the stages one by one")
     stage_seconds = time_stages(x, params, config, mesh)
     per_chip = np.asarray(aux.load.tokens_per_expert).reshape(mesh.shape[EXPERT_AXIS], -1).sum(1)
     wall_seconds = statistics.median(times)
-    return DecodeRun(float(error), num_checked, wall_seconds, stage_seconds, aux.load, int(per_chip.max()))
+    return DecodeRun(error, num_checked, wall_seconds, stage_seconds, aux.load, int(per_chip.max()))
 
 
 def _num_checked(config: MoEConfig, num_tokens: int) -> int:
