@@ -6,6 +6,8 @@ import pathlib
 
 import jax
 
+from pallas_kernels.chips import chip_of
+
 MAX_VIRTUAL_DEVICES = 256
 
 
@@ -29,9 +31,16 @@ class Devices:
         if self.is_virtual:
             return _host_memory_bytes() * jax.process_count()
         stats = jax.local_devices()[0].memory_stats()
-        if stats is None:
-            raise ValueError(f"{self.note} do not say how much memory they have; pass --reduce 1")
-        return stats["bytes_limit"] * len(self.devices)
+        if stats is not None:
+            per_device = stats["bytes_limit"]
+        elif (chip := chip_of(self.devices[0])) is not None:
+            per_device = int(chip.hbm_bytes)
+        else:
+            raise ValueError(
+                f"{self.note} do not say how much memory they have, and pallas_kernels/chips.py has no row for "
+                f"{self.devices[0].device_kind!r}; add one"
+            )
+        return per_device * len(self.devices)
 
 
 def start(

@@ -59,6 +59,10 @@ class QTensor:
         return self.values.dtype
 
 
+Operand = jax.Array | QTensor
+"""What a matrix product takes."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Quantization:
     """How the two operands of a matrix product are quantised.

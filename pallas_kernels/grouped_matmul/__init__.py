@@ -20,8 +20,8 @@ import jax.numpy as jnp
 
 from pallas_kernels.activations import Activation, check_activation, gated_halves
 from pallas_kernels.backend import run
-from pallas_kernels.grouped_matmul.checks import Operand, check_operands
-from pallas_kernels.quantize import QTensor, Quantization, block_shape, quantize
+from pallas_kernels.grouped_matmul.checks import check_operands
+from pallas_kernels.quantize import Operand, QTensor, Quantization, block_shape, quantize
 
 
 def grouped_matmul(

@@ -5,9 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.concrete import is_known
-from pallas_kernels.quantize import QTensor, check_qtensor
-
-Operand = jax.Array | QTensor
+from pallas_kernels.quantize import Operand, QTensor, check_qtensor
 
 
 def check_operands(

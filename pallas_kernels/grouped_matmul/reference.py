@@ -12,11 +12,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.activations import Activation, gated_halves
-from pallas_kernels.quantize import QTensor, dequantize
+from pallas_kernels.quantize import Operand, QTensor, dequantize
 
 _BLOCK_M = 64
-
-Operand = jax.Array | QTensor
 
 
 def grouped_matmul(
