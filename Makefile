@@ -4,9 +4,9 @@
 # pyproject.toml changes. Variables, on the command line or in the environment:
 #   PYTHON      the Python to make .venv with; given on the command line, no other is tried
 #   EXTRAS      further extras of pyproject.toml to install: EXTRAS=tpu, EXTRAS=gpu,plots
-#   ARGS        further arguments for bench.decode; a repeated option overrides the one given here
+#   ARGS        further arguments for bench.decode or bench.gpu; a repeated option overrides the one given here
 #   TEST_ARGS   further arguments for pytest: TEST_ARGS="-n 0 -k dispatch"
-#   GPU_PYTHON  the Python of `make test-gpu`, which already has jax, flax and pytest
+#   GPU_PYTHON  the Python of `make test-gpu` and `make bench-gpu`, which already has jax, flax and pytest
 
 ifeq ($(filter oneshell,$(.FEATURES)),)
 $(error GNU make 3.82 or newer is needed, and this is $(MAKE_VERSION); on macOS: brew install make, then gmake)
@@ -18,7 +18,7 @@ SHELL := /bin/sh
 .SHELLFLAGS := -euc
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help setup decode test lint format test-gpu clean base tools
+.PHONY: help setup decode test lint format test-gpu bench-gpu clean base tools
 
 RUN := .venv/bin/python
 GPU_PYTHON ?= python3
@@ -51,6 +51,14 @@ format: tools  ## mend what ruff can mend, then format
 # Without pytest-timeout, which that Python may lack, pyproject.toml's `timeout` is an unknown option: no error.
 test-gpu:  ## run the tests that need an NVIDIA GPU with GPU_PYTHON (python3), installing nothing
 	PYTHONPATH=. $(GPU_PYTHON) -m pytest -W ignore::pytest.PytestConfigWarning -m gpu tests $(TEST_ARGS)
+
+# Status 1 says that a bar is missed; the figures are shown all the same.
+bench-gpu:  ## time the GPU kernels and their peers with GPU_PYTHON, show the figures in README.md
+	status=0
+	$(GPU_PYTHON) -m bench.gpu --json docs/results/h200.json $(ARGS) || status=$$?
+	if [ "$$status" -gt 1 ]; then exit "$$status"; fi
+	$(GPU_PYTHON) -m bench.publish docs/results/h200.json
+	exit "$$status"
 
 clean:  ## remove .venv, caches and build outputs
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -41,4 +41,4 @@ def _to_8_bits(values: jax.Array, config: MoEConfig) -> jax.Array | QTensor:
     if config.precision != "w8a8":
         return values
     q = config.quantization
-    return jax.jit(lambda values: quantize(values, q.dtype, scaling=q.rhs_scaling), donate_argnums=0)(values)
+    return jax.jit(lambda values: quantize(values, q.dtype, scaling=q.rhs_scaling).mT, donate_argnums=0)(values)

@@ -18,14 +18,15 @@ class MoEParams:
 
     Attributes:
       router_kernel: [H, E].
-      gate_up: [E, H, 2I], gate in the first I columns, up in the last I; an array, or a QTensor for serving.
-      down: [E, I, H], likewise.
+      gate_up: [E, H, 2I], gate in the first I columns, up in the last I. For serving, a QTensor [E, 2I, H].
+      down: [E, I, H]. For serving, a QTensor [E, H, I]: 8-bit weights lie with the dimension that is summed over last,
+        as Hopper needs them (and as checkpoints hold them).
       router_bias: [E].
       correction_bias: [E], not trained by gradients.
       gate_up_bias: [E, 2I].
       down_bias: [E, H].
-      shared_gate_up: [H, 2S], S the width of the shared expert.
-      shared_down: [S, H].
+      shared_gate_up: [H, 2S], S the width of the shared expert; a QTensor [2S, H].
+      shared_down: [S, H]; a QTensor [H, S].
     """
 
     router_kernel: Any
@@ -68,6 +69,8 @@ def check_params(params: MoEParams, config: MoEConfig) -> None:
     expected = param_shapes(config)
     for field in dataclasses.fields(MoEParams):
         param, shape = getattr(params, field.name), getattr(expected, field.name)
+        if isinstance(param, QTensor) and shape is not None:
+            shape = (*shape[:-2], shape[-1], shape[-2])
         if (param is None) != (shape is None) or (param is not None and tuple(param.shape) != shape):
             got = None if param is None else list(param.shape)
             want = "None (the configuration has none)" if shape is None else list(shape)
@@ -75,13 +78,13 @@ def check_params(params: MoEParams, config: MoEConfig) -> None:
 
 
 def quantize_params(params: MoEParams, config: MoEConfig) -> MoEParams:
-    """The layer for serving in 8 bits: the weights of all experts as QTensors, the rest as it was."""
+    """The layer for serving in 8 bits: the weights of all experts as QTensors (see `MoEParams`), the rest as it was."""
     q = config.quantization
 
     def to_8_bits(weights: Operand | None) -> QTensor | None:
         if weights is None or isinstance(weights, QTensor):
             return weights
-        return quantize(weights, q.dtype, scaling=q.rhs_scaling)
+        return quantize(weights, q.dtype, scaling=q.rhs_scaling).mT
 
     return dataclasses.replace(params, **{name: to_8_bits(getattr(params, name)) for name in EXPERT_WEIGHTS})
 
@@ -101,8 +104,8 @@ def expert_mlp(
     Args:
       rows: [R, H], sorted by expert.
       group_sizes: int32 [L], rows of each of the L experts whose weights are given.
-      gate_up: [L, H, 2I].
-      down: [L, I, H].
+      gate_up: [L, H, 2I], or a QTensor [L, 2I, H].
+      down: [L, I, H], or a QTensor [L, H, I].
       config: activation, precision, dtype, backend.
       gate_up_bias: [L, 2I] or None.
       down_bias: [L, H] or None.
@@ -128,7 +131,7 @@ def gate_up_projection(
         activation=config.activation,
         activation_limit=config.activation_limit,
         preferred_element_type=out_dtype,
-        **_common(config),
+        **_common(gate_up, config),
     )
 
 
@@ -137,7 +140,7 @@ def down_projection(
 ) -> jax.Array:
     """Kernel two of `expert_mlp`: h [R, I] -> [R, H] in config.dtype."""
     return grouped_matmul(
-        h, _ready(down, config), group_sizes, bias=bias, preferred_element_type=config.dtype, **_common(config)
+        h, _ready(down, config), group_sizes, bias=bias, preferred_element_type=config.dtype, **_common(down, config)
     )
 
 
@@ -146,8 +149,12 @@ def _ready(weights: Operand, config: MoEConfig) -> Operand:
     return weights if config.precision == "w8a8" or isinstance(weights, QTensor) else weights.astype(config.dtype)
 
 
-def _common(config: MoEConfig) -> dict[str, Any]:
-    return {"quantization": config.quantization if config.precision == "w8a8" else None, "backend": config.backend}
+def _common(weights: Operand, config: MoEConfig) -> dict[str, Any]:
+    return {
+        "transpose_rhs": isinstance(weights, QTensor),
+        "quantization": config.quantization if config.precision == "w8a8" else None,
+        "backend": config.backend,
+    }
 
 
 def shared_mlp(x: jax.Array, gate_up: Operand, down: Operand, config: MoEConfig) -> jax.Array:

@@ -51,7 +51,7 @@ def dense_moe(
 
     def weights(values: Operand) -> jax.Array:
         if isinstance(values, QTensor):
-            return dequantize(values)
+            return dequantize(values.mT)
         values = values.astype(jnp.float32)
         return values if q is None else _rounded(values, q.dtype, q.rhs_scaling)
 

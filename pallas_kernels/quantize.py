@@ -58,6 +58,11 @@ class QTensor:
         """The 8-bit dtype of the values."""
         return self.values.dtype
 
+    @property
+    def mT(self) -> "QTensor":
+        """The same numbers with the last two dimensions exchanged."""
+        return QTensor(self.values.mT, self.scale.mT)
+
 
 Operand = jax.Array | QTensor
 """What a matrix product takes."""

@@ -7,7 +7,7 @@ from pallas_kernels.plan import Plan
 from pallas_kernels.quantize import QTensor
 
 
-def dispatch(x: jax.Array | QTensor, plan: Plan) -> jax.Array | QTensor:
+def dispatch[Rows: jax.Array | QTensor](x: Rows, plan: Plan) -> Rows:
     """See `pallas_kernels.dispatch.dispatch`."""
     in_use = plan.order >= 0
     token = jnp.maximum(plan.order, 0) // plan.inverse.shape[1]

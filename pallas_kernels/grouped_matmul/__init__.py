@@ -75,6 +75,7 @@ def grouped_gate_up(
     activation: Activation = "silu",
     activation_limit: float | None = None,
     group_offset: jax.Array | int = 0,
+    transpose_rhs: bool = False,
     quantization: Quantization | None = None,
     preferred_element_type: jax.typing.DTypeLike | None = None,
     backend: str = "auto",
@@ -83,12 +84,14 @@ def grouped_gate_up(
 
     Args:
       lhs: [M, H], BF16, FP16, float32, or a QTensor. Rows lie sorted by group.
-      rhs: [G, H, 2I], the gate matrix in the first I columns and the up matrix in the last I.
+      rhs: [G, H, 2I] ([G, 2I, H] with `transpose_rhs`), the gate matrix in the first I columns and the up matrix in
+        the last I.
       group_sizes: integer [E], E ≥ G: rows per group.
       bias: [G, 2I], or None.
       activation: silu, gelu, gelu_tanh or swigluoai; see `pallas_kernels.activations`.
       activation_limit: clamp before the activation, or None.
       group_offset: the first group that `rhs` holds.
+      transpose_rhs: whether rhs lies as [G, 2I, H] (the layout FP8 needs on Hopper).
       quantization: round array operands to 8 bits inside, keeping gradients; None multiplies them as they are.
       preferred_element_type: dtype of the result; default is that of lhs (bfloat16 when lhs is a QTensor).
       backend: "auto", "xla", "pallas_tpu" or "pallas_gpu".
@@ -102,10 +105,12 @@ def grouped_gate_up(
       Unsupported: a named backend cannot do this.
     """
     check_activation(activation, activation_limit)
-    check_operands(lhs, rhs, group_sizes, bias, group_offset, transpose_rhs=False)
-    if rhs.shape[2] % 2:
-        raise ValueError(f"rhs must be [G, H, 2I], gate and up of equal width, got {list(rhs.shape)}: 2I is odd")
+    check_operands(lhs, rhs, group_sizes, bias, group_offset, transpose_rhs)
+    if rhs.shape[1 if transpose_rhs else 2] % 2:
+        layout = "[G, 2I, H]" if transpose_rhs else "[G, H, 2I]"
+        raise ValueError(f"rhs must be {layout}, gate and up of equal width, got {list(rhs.shape)}: 2I is odd")
     settings = _Settings(
+        transpose_rhs=transpose_rhs,
         quantization=quantization,
         out_dtype=_result_dtype(lhs, preferred_element_type),
         activation=activation,
@@ -128,6 +133,7 @@ class _Settings:
 
 
 def _quantized(settings, lhs: Operand, rhs: Operand, group_sizes, group_offset) -> tuple[Operand, Operand]:
+    """The operands, rounded if the settings say so; see `_lies_k_major` for the layout of rhs."""
     q = settings.quantization
     if q is None:
         return lhs, rhs
@@ -136,12 +142,13 @@ def _quantized(settings, lhs: Operand, rhs: Operand, group_sizes, group_offset) 
             lhs = _without_other_rows(lhs, group_sizes, group_offset, rhs.shape[0])
         lhs = quantize(lhs, q.dtype, scaling=q.lhs_scaling)
     if not isinstance(rhs, QTensor):
-        if settings.transpose_rhs:
-            flat = quantize(rhs.mT, q.dtype, scaling=q.rhs_scaling)
-            rhs = QTensor(flat.values.mT, flat.scale.mT)
-        else:
-            rhs = quantize(rhs, q.dtype, scaling=q.rhs_scaling)
+        rhs = quantize(rhs.mT if settings.transpose_rhs else rhs, q.dtype, scaling=q.rhs_scaling).mT
     return lhs, rhs
+
+
+def _lies_k_major(settings, rhs: Operand) -> bool:
+    """Whether `_quantized` returns `rhs` as [G, N, K]: always when it rounds it, as that is what Hopper needs."""
+    return settings.transpose_rhs or (settings.quantization is not None and not isinstance(rhs, QTensor))
 
 
 def _without_other_rows(lhs: jax.Array, group_sizes: jax.Array, group_offset: jax.Array, num_groups: int) -> jax.Array:
@@ -154,14 +161,16 @@ def _without_other_rows(lhs: jax.Array, group_sizes: jax.Array, group_offset: ja
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _matmul(settings, lhs, rhs, bias, group_sizes, group_offset):
+    k_major = _lies_k_major(settings, rhs)
     lhs, rhs = _quantized(settings, lhs, rhs, group_sizes, group_offset)
-    return _run_matmul(settings, lhs, rhs, bias, group_sizes, group_offset)
+    return _run_matmul(settings, lhs, rhs, bias, group_sizes, group_offset, transpose_rhs=k_major)
 
 
 def _matmul_fwd(settings, lhs, rhs, bias, group_sizes, group_offset):
+    k_major = _lies_k_major(settings, rhs)
     quantized = _quantized(settings, lhs, rhs, group_sizes, group_offset)
-    out = _run_matmul(settings, *quantized, bias, group_sizes, group_offset)
-    return out, (*quantized, _Faces.of(lhs, rhs, bias), group_sizes, group_offset)
+    out = _run_matmul(settings, *quantized, bias, group_sizes, group_offset, transpose_rhs=k_major)
+    return out, (*quantized, _Faces.of(lhs, rhs, bias, k_major), group_sizes, group_offset)
 
 
 def _matmul_bwd(settings, residuals, dout):
@@ -173,6 +182,7 @@ _matmul.defvjp(_matmul_fwd, _matmul_bwd)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _gate_up(settings, lhs, rhs, bias, group_sizes, group_offset):
+    k_major = _lies_k_major(settings, rhs)
     lhs, rhs = _quantized(settings, lhs, rhs, group_sizes, group_offset)
     return run(
         "grouped_matmul",
@@ -185,15 +195,17 @@ def _gate_up(settings, lhs, rhs, bias, group_sizes, group_offset):
         activation=settings.activation,
         activation_limit=settings.activation_limit,
         group_offset=group_offset,
+        transpose_rhs=k_major,
         out_dtype=settings.out_dtype,
     )
 
 
 def _gate_up_fwd(settings, lhs, rhs, bias, group_sizes, group_offset):
+    k_major = _lies_k_major(settings, rhs)
     quantized = _quantized(settings, lhs, rhs, group_sizes, group_offset)
-    h = _run_matmul(settings, *quantized, bias, group_sizes, group_offset)
+    h = _run_matmul(settings, *quantized, bias, group_sizes, group_offset, transpose_rhs=k_major)
     out = _activate(settings, h)
-    return out, (h, (*quantized, _Faces.of(lhs, rhs, bias), group_sizes, group_offset))
+    return out, (h, (*quantized, _Faces.of(lhs, rhs, bias, k_major), group_sizes, group_offset))
 
 
 def _gate_up_bwd(settings, residuals, dout):
@@ -214,15 +226,20 @@ def _activate(settings: _Settings, h: jax.Array) -> jax.Array:
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class _Faces:
-    """The dtypes under which the caller sees the operands; None for one that takes no gradient."""
+    """The dtypes under which the caller sees the operands (None for one that takes no gradient), and rhs's layouts."""
 
     lhs: Any
     rhs: Any
     bias: Any
+    k_major: bool
+    """Whether the rhs that was multiplied is [G, N, K]."""
 
     @classmethod
-    def of(cls, *operands: Operand | None) -> "_Faces":
-        return cls(*(x.dtype if isinstance(x, jax.Array) else None for x in operands))
+    def of(cls, lhs: Operand, rhs: Operand, bias: jax.Array | None, k_major: bool) -> "_Faces":
+        def dtype(operand):
+            return operand.dtype if isinstance(operand, jax.Array) else None
+
+        return cls(dtype(lhs), dtype(rhs), dtype(bias), k_major)
 
 
 def _operand_gradients(settings, residuals, dout):
@@ -230,8 +247,8 @@ def _operand_gradients(settings, residuals, dout):
     lhs, rhs, faces, group_sizes, group_offset = residuals
     dlhs = drhs = dbias = None
     if faces.lhs is not None:
-        backward = dataclasses.replace(settings, out_dtype=faces.lhs, transpose_rhs=not settings.transpose_rhs)
-        dlhs = _run_matmul(backward, dout, rhs, None, group_sizes, group_offset)
+        backward = dataclasses.replace(settings, out_dtype=faces.lhs)
+        dlhs = _run_matmul(backward, dout, rhs, None, group_sizes, group_offset, transpose_rhs=not faces.k_major)
     if faces.rhs is not None:
         a, b = (dout, lhs) if settings.transpose_rhs else (lhs, dout)
         drhs = _run_drhs(settings, a, b, group_sizes, group_offset, rhs.shape[0], faces.rhs)
@@ -241,7 +258,7 @@ def _operand_gradients(settings, residuals, dout):
     return dlhs, drhs, dbias, None, None
 
 
-def _run_matmul(settings, lhs, rhs, bias, group_sizes, group_offset):
+def _run_matmul(settings, lhs, rhs, bias, group_sizes, group_offset, *, transpose_rhs):
     return run(
         "grouped_matmul",
         "grouped_matmul",
@@ -251,7 +268,7 @@ def _run_matmul(settings, lhs, rhs, bias, group_sizes, group_offset):
         group_sizes,
         bias=bias,
         group_offset=group_offset,
-        transpose_rhs=settings.transpose_rhs,
+        transpose_rhs=transpose_rhs,
         out_dtype=settings.out_dtype,
     )
 

@@ -45,15 +45,17 @@ def grouped_gate_up(
     activation: Activation,
     activation_limit: float | None,
     group_offset: jax.Array | int,
+    transpose_rhs: bool,
     out_dtype: jax.typing.DTypeLike,
 ) -> jax.Array:
     """See `pallas_kernels.grouped_matmul.grouped_gate_up`."""
+    num_columns = rhs.shape[1] if transpose_rhs else rhs.shape[2]
 
     def block(rows: Operand, group: jax.Array) -> jax.Array:
-        h = _product(rows, _take(rhs, group), bias, group, transpose_rhs=False)
+        h = _product(rows, _take(rhs, group), bias, group, transpose_rhs)
         return gated_halves(h, activation, activation_limit)
 
-    return _map_blocks(block, lhs, group_sizes, rhs.shape[0], group_offset, rhs.shape[2] // 2, out_dtype)
+    return _map_blocks(block, lhs, group_sizes, rhs.shape[0], group_offset, num_columns // 2, out_dtype)
 
 
 def grouped_matmul_drhs(

@@ -151,7 +151,7 @@ def test_quantised_parameters(name, rng):
         weights, rounded = getattr(params, field), getattr(served, field)
         assert isinstance(rounded, QTensor)
         assert rounded.dtype == jnp.dtype(config.quantization.dtype)
-        assert relative_error(dequantize(rounded), weights) < 0.1
+        assert relative_error(dequantize(rounded.mT), weights) < 0.1
     for field in ("router_kernel", "gate_up_bias", "down_bias"):
         assert same_bits(getattr(served, field), getattr(params, field))
     assert served.router_bias is served.correction_bias is None
@@ -177,14 +177,18 @@ def test_mlp_in_8_bits_rounds_each_operand_once(rng):
     ("name", "ep"), [("fp8-blocks", 1), ("fp8-blocks", 2), ("e5m2-channels", 1), ("int8-tensor", 2)]
 )
 def test_serving_equals_quantising_on_the_fly(name, ep, rng):
-    """To the bit: the weights that training rounds in every step are the ones that serving keeps."""
+    """The weights that training rounds in every step are the ones that serving keeps, to the bit."""
     config = config_in_8_bits(name)
     params, x = random_params(config, rng), normal(rng, 7, config.hidden_size)
     layer = jax.jit(functools.partial(moe, config=config, mesh=make_mesh(ep) if ep > 1 else None))
     y, _ = layer(x, params)
-    served, _ = layer(x, quantize_params(params, config))
+    stored = quantize_params(params, config)
+    served, _ = layer(x, stored)
+    assert same_bits(
+        stored.down.mT, quantize(params.down, config.quantization.dtype, scaling=config.quantization.rhs_scaling)
+    )
     assert np.abs(y).max() > 0
-    assert same_bits(served, y)
+    assert relative_error(served, y) < LIMIT["float32"]  # the matrices lie differently, so sums differ in their order
 
 
 def test_parameters_without_a_shared_expert_stay_so(rng):

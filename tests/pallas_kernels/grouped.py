@@ -9,7 +9,7 @@ import numpy as np
 
 from pallas_kernels.grouped_matmul import grouped_gate_up, grouped_matmul
 from pallas_kernels.quantize import QTensor, quantize
-from tests.helpers import float64, normal
+from tests.helpers import LIMIT, float64, normal
 
 
 @functools.cache
@@ -24,6 +24,16 @@ gate_up = functools.partial(jitted, grouped_gate_up)
 
 quantized = jax.jit(quantize, static_argnums=1, static_argnames=("dtype", "scaling"))
 """`quantize`, compiled once for all tests that use the same shape."""
+
+
+def limit_in_8_bits(backend: str, dtype="float32") -> float:
+    """The largest error of a product of 8-bit operands: Hopper's tensor cores add FP8 products with about 13 bits."""
+    return max(LIMIT[dtype], 1e-3) if backend == "pallas_gpu" else LIMIT[dtype]
+
+
+def limit_beside_8_bits(backend: str) -> float:
+    """The largest error of a float32 operand beside one in 8 bits: Hopper kernels round it to BF16."""
+    return LIMIT["bfloat16" if backend == "pallas_gpu" else "float32"]
 
 
 def values(operand) -> np.ndarray:

@@ -22,9 +22,13 @@ backend = every_backend("grouped_matmul")
 
 AWKWARD = (70, 33, 22, 8)  # M, K, N, G
 ALIGNED = (256, 256, 256, 8)
+BY_16_BYTES = (301, 200, 384, 8)  # no tile divides it, yet copy engines can address it
 SMALLEST = (1, 1, 2, 1)
 MANY_BLOCKS = (301, 130, 258, 3)
 ONE_ROW = (1, 72, 40, 5)
+
+EITHER = [(AWKWARD, "float32"), ((70, 200, 256, 8), "bfloat16")]
+"""For every implementation one shape and dtype that it takes."""
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["matmul", "gate_up"])
@@ -33,6 +37,7 @@ ONE_ROW = (1, 72, 40, 5)
     [
         *itertools.product([AWKWARD, ALIGNED], ["float32", "bfloat16", "float16"]),
         *itertools.product([SMALLEST, MANY_BLOCKS, ONE_ROW], ["bfloat16"]),
+        *itertools.product([BY_16_BYTES, (1, 64, 128, 512), (4096, 128, 256, 2)], ["bfloat16", "float16"]),
     ],
     ids=str,
 )
@@ -45,27 +50,29 @@ def test_every_shape_and_dtype(backend, rng, shape, dtype, fused):
     assert relative_error(out, oracle(lhs, rhs, sizes, bias)) < LIMIT[dtype]
 
 
+@pytest.mark.parametrize(("shape", "dtype"), EITHER, ids=str)
 @pytest.mark.parametrize("fused", [False, True], ids=["matmul", "gate_up"])
-def test_every_pattern_of_empty_groups(backend, rng, fused):
-    num_rows, _, _, num_groups = AWKWARD
-    lhs, rhs, bias = operands(rng, AWKWARD)
+def test_every_pattern_of_empty_groups(backend, rng, fused, shape, dtype):
+    num_rows, _, _, num_groups = shape
+    lhs, rhs, bias = operands(rng, shape, dtype)
     function, oracle = (gate_up, dense_gate_up) if fused else (matmul, dense_matmul)
     for filled in itertools.product([False, True], repeat=num_groups):
         shares = np.array(filled) / max(sum(filled), 1)
         used = int(rng.integers(num_rows // 2, num_rows + 1)) if any(filled) else 0
         sizes = rng.multinomial(used, shares) if used else np.zeros(num_groups, int)
         out = function(backend=backend)(lhs, rhs, jnp.asarray(sizes, jnp.int32), bias=bias)
-        assert relative_error(out, oracle(lhs, rhs, sizes, bias)) < LIMIT["float32"], sizes
+        assert relative_error(out, oracle(lhs, rhs, sizes, bias)) < LIMIT[dtype], sizes
 
 
+@pytest.mark.parametrize(("shape", "dtype"), EITHER, ids=str)
 @pytest.mark.parametrize("fused", [False, True], ids=["matmul", "gate_up"])
-def test_all_rows_or_one_row_in_one_group(backend, rng, fused):
-    lhs, rhs, bias = operands(rng, AWKWARD)
+def test_all_rows_or_one_row_in_one_group(backend, rng, fused, shape, dtype):
+    lhs, rhs, bias = operands(rng, shape, dtype)
     function, oracle = (gate_up, dense_gate_up) if fused else (matmul, dense_matmul)
-    for group, rows in itertools.product(range(AWKWARD[3]), (1, AWKWARD[0])):
-        sizes = jnp.zeros(AWKWARD[3], jnp.int32).at[group].set(rows)
+    for group, rows in itertools.product(range(shape[3]), (1, shape[0])):
+        sizes = jnp.zeros(shape[3], jnp.int32).at[group].set(rows)
         out = function(backend=backend)(lhs, rhs, sizes, bias=bias)
-        assert relative_error(out, oracle(lhs, rhs, sizes, bias)) < LIMIT["float32"]
+        assert relative_error(out, oracle(lhs, rhs, sizes, bias)) < LIMIT[dtype]
 
 
 def test_without_bias(backend, rng):
@@ -74,22 +81,24 @@ def test_without_bias(backend, rng):
     assert relative_error(matmul(backend=backend)(lhs, rhs, sizes), dense_matmul(lhs, rhs, sizes)) < LIMIT["float32"]
 
 
+@pytest.mark.parametrize(("shape", "dtype"), EITHER, ids=str)
 @pytest.mark.parametrize("fused", [False, True], ids=["matmul", "gate_up"])
 @pytest.mark.parametrize("used", [0, 1, 37, AWKWARD[0] - 1])
-def test_rows_past_the_groups_are_never_data(backend, rng, used, fused):
-    lhs, rhs, bias = operands(rng, AWKWARD)
-    sizes = random_sizes(rng, AWKWARD[3], used)
+def test_rows_past_the_groups_are_never_data(backend, rng, used, fused, shape, dtype):
+    lhs, rhs, bias = operands(rng, shape, dtype)
+    sizes = random_sizes(rng, shape[3], used)
     function, oracle = (gate_up, dense_gate_up) if fused else (matmul, dense_matmul)
     out = function(backend=backend)(lhs.at[used:].set(jnp.nan), rhs, sizes, bias=bias)
-    assert relative_error(out, oracle(lhs, rhs, sizes, bias)) < LIMIT["float32"]
+    assert relative_error(out, oracle(lhs, rhs, sizes, bias)) < LIMIT[dtype]
     assert not np.asarray(out[used:]).any()
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["matmul", "gate_up"])
 @pytest.mark.parametrize("static", [False, True], ids=["traced", "static"])
-def test_window_of_groups(backend, rng, static, fused):
-    num_rows, k, n, num_groups = AWKWARD
-    lhs, rhs, bias = operands(rng, (num_rows, k, n, 3))
+@pytest.mark.parametrize(("shape", "dtype"), EITHER, ids=str)
+def test_window_of_groups(backend, rng, static, fused, shape, dtype):
+    num_rows, k, n, num_groups = shape
+    lhs, rhs, bias = operands(rng, (num_rows, k, n, 3), dtype)
     function, oracle = (gate_up, dense_gate_up) if fused else (matmul, dense_matmul)
     for offset in (0, 2, num_groups - 3) if static else range(num_groups - 2):
         # Groups 2 to 4 are empty: the window at 2 owns no row at all.
@@ -100,16 +109,18 @@ def test_window_of_groups(backend, rng, static, fused):
             out = function(backend=backend, group_offset=offset)(others_nan, rhs, sizes, bias=bias)
         else:
             out = function(backend=backend)(others_nan, rhs, sizes, bias=bias, group_offset=jnp.int32(offset))
-        assert relative_error(out, oracle(lhs, rhs, sizes, bias, offset)) < LIMIT["float32"]
+        assert relative_error(out, oracle(lhs, rhs, sizes, bias, offset)) < LIMIT[dtype]
         assert not np.asarray(out)[~mine].any()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_transposed_rhs(backend, rng, dtype):
-    lhs, rhs, bias = operands(rng, AWKWARD, dtype)
-    sizes = random_sizes(rng, AWKWARD[3], AWKWARD[0])
-    out = matmul(backend=backend, transpose_rhs=True)(lhs, rhs.mT, sizes, bias=bias)
-    assert relative_error(out, dense_matmul(lhs, rhs, sizes, bias)) < LIMIT[dtype]
+@pytest.mark.parametrize("fused", [False, True], ids=["matmul", "gate_up"])
+@pytest.mark.parametrize(("shape", "dtype"), [(AWKWARD, "float32"), (AWKWARD, "bfloat16"), (BY_16_BYTES, "bfloat16")])
+def test_transposed_rhs(backend, rng, shape, dtype, fused):
+    lhs, rhs, bias = operands(rng, shape, dtype)
+    sizes = random_sizes(rng, shape[3], shape[0])
+    function, oracle = (gate_up, dense_gate_up) if fused else (matmul, dense_matmul)
+    out = function(backend=backend, transpose_rhs=True)(lhs, rhs.mT, sizes, bias=bias)
+    assert relative_error(out, oracle(lhs, rhs, sizes, bias)) < LIMIT[dtype]
 
 
 @pytest.mark.parametrize("limit", [None, 0.5])

@@ -1,0 +1,142 @@
+"""Our GPU kernels and their peers on the same inputs in one run: `python -m bench.gpu`."""
+
+import argparse
+import dataclasses
+import datetime
+import gc
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from bench.ceilings import Ceilings, measure_ceilings
+from bench.cli import make_parser, run
+from bench.gpu_cases import CASES, Case, select_cases
+from bench.gpu_measure import case_record, describe, measure_case
+from bench.gpu_table import ceilings_line, failures, peer_problems, table
+from bench.peers import package_version
+from bench.report import write_json
+from bench.timing import require_nvidia_gpu
+from pallas_kernels.chips import Chip, chip_of
+
+_REPEATS = 10
+_QUICK_REPEATS = 3
+_PACKAGES = ("jax", "jaxlib", "torch", "tokamax", "numpy")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Measures, prints, and returns 1 when a case of ours fails or misses its bar."""
+    args = _parser().parse_args(argv)
+    cases = select_cases(args.cases)
+    # Torch needs a share of the memory; jax reads this when it first looks for devices.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    require_nvidia_gpu()
+    device = jax.devices()[0]
+    chip = chip_of(device)
+    if chip is None:
+        raise ValueError(f"pallas_kernels/chips.py has no row for {device.device_kind!r}; add one")
+
+    begin = time.monotonic()
+    repeats = _QUICK_REPEATS if args.quick else _REPEATS
+    ceilings = measure_ceilings(repeats)
+    record = make_record(device.device_kind, argv, args.commit, ceilings)
+    _say(f"{device.device_kind}: {ceilings_line(record)}")
+    for number, case in enumerate(cases, 1):
+        record["cases"][case.name] = _run(case, chip, ceilings, repeats, with_peers=not args.quick)
+        _say(f"[{number}/{len(cases)}, {time.monotonic() - begin:.0f} s] {_summary(case, record['cases'][case.name])}")
+        if args.json not in (None, "-"):  # after each, so that a crash of the driver leaves those before it
+            write_json(record, args.json)
+
+    if args.json == "-":
+        write_json(record, "-")
+    else:
+        print(f"{record['chip']}, driver {record['driver']}, commit {record['commit']}; {ceilings_line(record)}")
+        print(table(record, markdown=args.md))
+    for line in peer_problems(record):
+        _say(f"no figures of {line}")
+    failed = failures(record)
+    for line in failed:
+        _say(f"FAILED: {line}")
+    return 1 if failed else 0
+
+
+def make_record(chip: str, argv: Sequence[str], commit: str | None, ceilings: Ceilings) -> dict[str, Any]:
+    """The JSON object of a run, without cases yet."""
+    return {
+        "what": "device time of grouped products, ours and what else is installed, on the same inputs in one run",
+        "command": shlex.join(["python", "-m", "bench.gpu", *argv]),
+        "chip": chip,
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or "unknown",
+        "versions": {package: package_version(package) for package in _PACKAGES},
+        "commit": commit or _commit(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "ceilings": dataclasses.asdict(ceilings),
+        "cases": {},
+    }
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = make_parser(
+        "bench.gpu",
+        "Times our grouped products on an NVIDIA GPU, and those of other libraries that are installed, by the device "
+        "time of their kernels. Each result is checked first. The exit status is 1 if one of ours fails or misses its "
+        f"bar. Cases: {', '.join(CASES)}.",
+        ("--json docs/results/h200.json", "--cases decode-fp8,down-fp8 --quick", "--md"),
+    )
+    parser.add_argument("--cases", metavar="NAME,...", help="measure these only (default: all)")
+    parser.add_argument(
+        "--quick", action="store_true", help=f"ours only, {_QUICK_REPEATS} repeats instead of {_REPEATS}"
+    )
+    parser.add_argument("--json", metavar="PATH", help="write the record to PATH, - for standard output only")
+    parser.add_argument("--md", action="store_true", help="print the table as Markdown")
+    parser.add_argument("--commit", help="what to record as the commit where git does not know it")
+    return parser
+
+
+def _run(case: Case, chip: Chip, ceilings: Ceilings, repeats: int, with_peers: bool) -> dict[str, Any]:
+    try:
+        ours, peers = measure_case(case, repeats=repeats, with_peers=with_peers)
+    except Exception as error:  # inputs that do not fit into memory, say; the other cases still count
+        ours, peers = describe(error), {}
+    # Each case needs most of the memory at times.
+    jax.clear_caches()
+    gc.collect()
+    if "torch" in sys.modules:
+        sys.modules["torch"].cuda.empty_cache()
+    return case_record(case, ours, peers, chip, ceilings)
+
+
+def _summary(case: Case, record: dict[str, Any]) -> str:
+    if "error" in record:
+        return f"{case.name}: {record['error']}"
+    others = [f"{name} {peer['us']:.1f}" for name, peer in record["peers"].items() if "us" in peer]
+    return f"{case.name}: {record['us']:.1f} µs; " + (", ".join(others) or "no peers")
+
+
+def _commit() -> str:
+    commit = _output("git", "rev-parse", "--short", "HEAD")
+    if not commit:
+        return "unknown"
+    return commit + ("+dirty" if _output("git", "status", "--porcelain") else "")
+
+
+def _output(*command: str) -> str:
+    """The first line that a command prints; empty when it fails or is not there."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    except OSError:
+        return ""
+    return next(iter(done.stdout.splitlines()), "").strip() if done.returncode == 0 else ""
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

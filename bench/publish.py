@@ -1,0 +1,114 @@
+"""Shows the record of `bench.gpu` in README.md and as a plot: `python -m bench.publish docs/results/h200.json`."""
+
+import importlib.util
+import json
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.cli import make_parser, run
+from bench.gpu_table import ceilings_line, measured_peers, table
+
+HEADING = "## Speed on an H200"
+BEGIN, END = "<!-- h200:begin -->", "<!-- h200:end -->"
+_LICENSE = re.compile(r"^#+ licen[cs]e\b", re.IGNORECASE | re.MULTILINE)
+_BAR = 0.8  # of the height of a case, shared by its implementations
+
+
+def main(argv: Sequence[str]) -> None:
+    """Reads the record, draws the plot beside it, and writes the README's block."""
+    parser = make_parser(
+        "bench.publish",
+        "Puts the table of a run of bench.gpu into the README, between its two marks, and plots it beside the record.",
+        ("docs/results/h200.json", "docs/results/h200.json --readme docs/speed.md"),
+    )
+    parser.add_argument("record", help="the JSON file of bench.gpu")
+    parser.add_argument("--readme", default="README.md", help="the file to change (default: %(default)s)")
+    args = parser.parse_args(argv)
+
+    path, readme = Path(args.record), Path(args.readme)
+    record = json.loads(path.read_text(encoding="utf-8"))
+    text = readme.read_text(encoding="utf-8")
+    svg = path.with_suffix(".svg")
+    if importlib.util.find_spec("matplotlib"):
+        plot(record, svg)
+        print(f"wrote {svg}")
+    else:
+        print(f"{svg} is left as it is: matplotlib is not installed (pip install -e '.[plots]')", file=sys.stderr)
+    base = readme.resolve().parent
+    links = [os.path.relpath(file.resolve(), base) for file in (path, svg) if file.exists()]
+    readme.write_text(replace_block(text, block(record, *links)), encoding="utf-8")
+    print(f"wrote {readme}")
+
+
+def block(record: Mapping[str, Any], record_link: str, plot_link: str | None = None) -> str:
+    """The Markdown that stands between the marks: where the figures come from, the table, the plot."""
+    versions = [f"{package} {version}" for package, version in record["versions"].items() if version]
+    about = (
+        f"`make bench-gpu`, {record['chip']}, driver {record['driver']}, {', '.join(versions)}, commit "
+        f"{record['commit']}, {record['date'][:10]}: device time of the kernels in µs, weights out of cache, G groups "
+        f"of M rows, K → N. In brackets how much longer a peer takes; the floor is that of what this chip reached in "
+        f"the run ({ceilings_line(record)}). All figures: [{Path(record_link).name}]({record_link})."
+    )
+    parts = [about, table(record, markdown=True)]
+    if plot_link is not None:
+        parts.append(f"![Time of each implementation over the floor]({plot_link})")
+    return "\n\n".join(parts)
+
+
+def replace_block(text: str, content: str) -> str:
+    """`text` with `content` between the marks; where they are missing, under a new heading before the licence's.
+
+    Raises:
+      ValueError: one mark is there without the other, twice, or in the wrong order.
+    """
+    marked = f"{BEGIN}\n{content}\n{END}"
+    if BEGIN not in text and END not in text:
+        found = _LICENSE.search(text)
+        before, after = (text[: found.start()], "\n" + text[found.start() :]) if found else (text, "")
+        return f"{before.rstrip()}\n\n{HEADING}\n\n{marked}\n{after}"
+    begin, end = text.find(BEGIN), text.find(END)
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or begin > end:
+        raise ValueError(f"expected {BEGIN} once and {END} once after it, or neither; mend the file or remove both")
+    return text[:begin] + marked + text[end + len(END) :]
+
+
+def plot(record: Mapping[str, Any], path: Path) -> None:
+    """Bars of each implementation's time over the floor of the run, a group for each case; needs matplotlib."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "h200"  # the same figures give the same file
+    from matplotlib import pyplot, ticker
+
+    cases = {name: case for name, case in record["cases"].items() if "us" in case}
+    names = ["ours", *dict.fromkeys(peer for case in cases.values() for peer in measured_peers(case))]
+    colours = dict(zip(names, pyplot.get_cmap("tab10").colors, strict=False))
+    figure, axes = pyplot.subplots(figsize=(9, 1 + 0.8 * len(cases)))
+    for row, case in enumerate(cases.values()):
+        times = {"ours": case["us"], **{peer: case["peers"][peer]["us"] for peer in measured_peers(case)}}
+        height = _BAR / len(times)
+        for place, (name, microseconds) in enumerate(times.items()):
+            y = row - _BAR / 2 + (place + 0.5) * height
+            axes.barh(y, microseconds / case["measured_floor_us"], height, color=colours[name])
+            axes.text(microseconds / case["measured_floor_us"], y, f" {microseconds:,.0f} µs", va="center", fontsize=7)
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_xscale("log")
+    axes.margins(x=0.1)
+    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_minor_locator(ticker.NullLocator())
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_yticks(range(len(cases)), cases)
+    axes.invert_yaxis()
+    axes.set_xlabel(f"device time over the floor of the run, {record['chip']} (less is better)")
+    axes.legend([pyplot.Rectangle((0, 0), 1, 1, color=colours[name]) for name in names], names, fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -1,0 +1,141 @@
+"""Device time of what runs on an NVIDIA GPU: the sum of its kernels, with inputs that the L2 cache does not hold.
+
+A kernel that runs again and again on the same weights reads them from the cache, and looks faster than it is in a
+model. So a function is timed over several copies of its inputs, one call after the other in one program, and the time
+divided by the calls. Every input is copied, as XLA would otherwise do work common to the calls only once.
+
+    inputs = copies_of((lhs, rhs, group_sizes))
+    kernel_times(rotated(grouped_matmul), inputs, calls=len(inputs)).median_us
+"""
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+ROTATED_BYTES = 600e6  # ten times the cache of an H200
+MAX_COPIES = 8
+_GRAPH_US = 2000.0  # long enough to make the time between two graphs negligible
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelTime:
+    """Device time of one call.
+
+    Attributes:
+      median_us: median over the repeats.
+      min_us: least of the repeats.
+      spread_us: greatest less least.
+      kernels: names of the kernels, each once, in order; empty where the method does not tell them.
+    """
+
+    median_us: float
+    min_us: float
+    spread_us: float
+    kernels: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, times_us: Sequence[float], kernels: Sequence[str] = ()) -> "KernelTime":
+        """The summary of the times of several repeats."""
+        least, most = min(times_us), max(times_us)
+        return cls(statistics.median(times_us), least, most - least, tuple(dict.fromkeys(kernels)))
+
+
+def require_nvidia_gpu() -> None:
+    """Raises ValueError unless jax runs on NVIDIA GPUs."""
+    backend = jax.default_backend()
+    if backend != "gpu":
+        raise ValueError(f"kernel times need an NVIDIA GPU, and jax runs on {backend} here")
+    version = jax.devices()[0].client.platform_version
+    if "rocm" in version.lower():
+        raise ValueError(f"kernel times need an NVIDIA GPU, and jax runs on {' '.join(version.split())} here")
+
+
+def copies_of(inputs: Any) -> list[Any]:
+    """`inputs`, a tree of arrays, and as many copies of it as exceed the cache: at most `MAX_COPIES` in all."""
+    count = num_copies(sum(leaf.nbytes for leaf in jax.tree.leaves(inputs)))
+    return [inputs, *(jax.tree.map(jnp.copy, inputs) for _ in range(count - 1))]
+
+
+def num_copies(num_bytes: int) -> int:
+    """How many times inputs of `num_bytes` must exist to take `ROTATED_BYTES` together."""
+    return max(1, min(MAX_COPIES, math.ceil(ROTATED_BYTES / num_bytes)))
+
+
+def rotated(f: Callable[..., Any]) -> Callable[[Sequence[Any]], list[Any]]:
+    """One program that calls `f` on each of several tuples of arguments, and returns all results."""
+    traced_once = jax.jit(f)
+    return jax.jit(lambda inputs: [traced_once(*args) for args in inputs])
+
+
+def kernel_times(f: Callable[..., Any], *args: Any, repeats: int = 10, calls: int = 1) -> KernelTime:
+    """Sums the kernels of f(*args), as CUPTI times them on the device, and divides by `calls`.
+
+    Args:
+      f: a function that jax can trace, best one that is jitted.
+      *args: its arguments.
+      repeats: how often it is run and timed; each time it runs once untimed before.
+      calls: how many calls of an operator `f` makes.
+
+    Raises:
+      ValueError: jax does not run on NVIDIA GPUs, `repeats` is below 1, or `f` launches no kernel.
+    """
+    if repeats < 1:
+        raise ValueError(f"repeats must be at least 1, got {repeats}")
+    require_nvidia_gpu()
+    from jax.experimental.mosaic.gpu import profiler
+
+    measured = profiler.measure(f, aggregate=False)
+    times: list[float] = []
+    names: list[str] = []
+    for _ in range(repeats):
+        _, kernels = measured(*args)
+        if not kernels:
+            raise ValueError("the function launches no kernel that could be timed")
+        names = [name for name, _ in kernels]
+        times.append(sum(milliseconds for _, milliseconds in kernels) * 1e3 / calls)
+    return KernelTime.of(times, names)
+
+
+def torch_times(f: Callable[..., Any], inputs: Sequence[Any], *, repeats: int = 10) -> KernelTime:
+    """Time of f(*args) in torch, the mean over the tuples of arguments in `inputs`.
+
+    A CUDA graph of all calls is replayed behind another replay of itself, so that neither Python nor the launch counts.
+    What counts beyond the kernels are the gaps between them, about a microsecond each.
+
+    Raises:
+      RuntimeError: `f` cannot be captured in a CUDA graph.
+    """
+    import torch
+
+    def sweep() -> None:
+        for args in inputs:
+            f(*args)
+
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):  # capture wants everything initialised, on a stream that is not the default one
+        sweep()
+        begin.record()
+        sweep()
+        end.record()
+    torch.cuda.synchronize()
+    sweeps = max(1, min(16, math.ceil(_GRAPH_US / (begin.elapsed_time(end) * 1e3))))
+    graph = torch.cuda.CUDAGraph()
+    # jax's threads may allocate in the meantime.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        for _ in range(sweeps):
+            sweep()
+    times = []
+    for _ in range(repeats):
+        graph.replay()
+        begin.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end) * 1e3 / (sweeps * len(inputs)))
+    return KernelTime.of(times)

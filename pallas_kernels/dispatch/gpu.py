@@ -1,0 +1,118 @@
+"""Copying rows by a plan on NVIDIA GPUs, through registers.
+
+Each row of x is read once, in the order of the tokens, and written to every row that the plan gives it. A second kind
+of block looks through `order` for rows without an assignment and writes zeros there.
+
+    floor in time = (bytes of x + bytes of the result) / HBM bandwidth
+
+Gathering in the order of the result instead would read x once for each choice: a token's rows lie too far apart for
+the cache.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from pallas_kernels.dispatch import reference
+from pallas_kernels.hopper import require_hopper
+from pallas_kernels.plan import Plan
+from pallas_kernels.quantize import QTensor
+from pallas_kernels.strips import Strips, cut, for_each, launch
+
+_ROWS_AT_ONCE = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """How the work is cut.
+
+    Attributes:
+      blocks: most blocks that copy rows.
+      zero_blocks: most blocks that look for rows without an assignment.
+      vectors: most 16-byte vectors of a row that a thread holds.
+    """
+
+    blocks: int
+    zero_blocks: int
+    vectors: int
+
+
+def dispatch(x: jax.Array | QTensor, plan: Plan) -> jax.Array | QTensor:
+    """See `pallas_kernels.dispatch.dispatch`. The scales of a QTensor, a few numbers a row, are left to XLA."""
+    require_hopper("dispatch")
+    if isinstance(x, QTensor):
+        scale = reference.dispatch(x.scale, plan)
+        return QTensor(dispatch_rows(x.values, plan), scale)
+    return dispatch_rows(x, plan)
+
+
+def dispatch_rows(x: jax.Array, plan: Plan, config: Config | None = None) -> jax.Array:
+    """The kernel: x [T, H] -> [R, H]; `config` is for tuning."""
+    num_tokens, columns = x.shape
+    num_rows = plan.order.shape[0]
+    config = config or _config(num_tokens)
+    strips = cut("dispatch", columns, x.dtype, config.vectors)
+    if plan.inverse.size == 0 or num_rows == 0:
+        return reference.dispatch(x, plan)
+    units = num_tokens * strips.count
+    batches = pl.cdiv(num_rows, _ROWS_AT_ONCE)
+    blocks, zero_blocks = min(config.blocks, units), min(config.zero_blocks, batches)
+
+    def body(x_ref, inverse, order, out):
+        block = lax.axis_index("block")
+
+        @pl.when(block < zero_blocks)
+        def _():
+            _write_zeros(block, zero_blocks, batches, strips, order, out)
+
+        @pl.when(block >= zero_blocks)
+        def _():
+            _copy_rows(block - zero_blocks, blocks, units, strips, x_ref, inverse, out)
+
+    out = jax.ShapeDtypeStruct((num_rows, strips.vectors, strips.vector), x.dtype)
+    rows = launch(body, out, strips.view(x), plan.inverse, plan.order, name="dispatch", blocks=blocks + zero_blocks)
+    return rows.reshape(num_rows, columns)
+
+
+def _copy_rows(block, blocks: int, units: int, strips: Strips, x, inverse, out) -> None:
+    def rows_of(unit):
+        token = lax.div(unit, jnp.int32(strips.count))
+        return [inverse[token, k] for k in range(inverse.shape[1])]
+
+    def copy(unit, rows):
+        token, strip = lax.div(unit, jnp.int32(strips.count)), lax.rem(unit, jnp.int32(strips.count))
+        value = strips.load(x, token, strip)
+        for row in rows:
+
+            @pl.when(row >= 0)
+            def _(row=row):
+                strips.store(out, row, strip, value)
+
+    for_each(block, blocks, units, rows_of, copy)
+
+
+def _write_zeros(block, blocks: int, batches: int, strips: Strips, order, out) -> None:
+    num_rows = order.shape[0]
+    zeros = strips.zeros(out.dtype)
+
+    def assignments_of(batch):
+        rows = [batch * _ROWS_AT_ONCE + i for i in range(_ROWS_AT_ONCE)]
+        return [(row, order[jnp.minimum(row, num_rows - 1)]) for row in rows]
+
+    def clear(_, assignments):
+        for row, assignment in assignments:
+
+            @pl.when((assignment < 0) & (row < num_rows))
+            def _(row=row):
+                for strip in range(strips.count):
+                    strips.store(out, row, strip, zeros)
+
+    for_each(block, blocks, batches, assignments_of, clear)
+
+
+def _config(num_tokens: int) -> Config:
+    """Few tokens are spread over as many blocks as there are."""
+    return Config(blocks=2112, zero_blocks=132, vectors=8 if num_tokens >= 1024 else 1)

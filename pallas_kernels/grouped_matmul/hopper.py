@@ -1,0 +1,555 @@
+"""The grouped matrix product on Hopper: a persistent kernel with one warpgroup that loads and one or two that multiply.
+
+The loading warpgroup streams tiles of both operands through a ring of buffers in shared memory with the bulk copy
+engine, from one output tile into the next without a pause. The math warpgroups multiply them with `wgmma`, each its
+own rows of the tile, and finish the tile in registers: scales, bias, activation, conversion.
+
+    floor in time = max(bytes of lhs, rhs, out / HBM bandwidth, 2·M·K·N / peak)
+
+Tiles begin at their group's first row, so no tile mixes groups. What a tile reads beyond its group (rows of the next
+one, zeros past the end of the matrix) reaches no row that is stored: rows of a product do not depend on one another.
+A remainder of K is filled with zeros by the copy engine, in both operands.
+"""
+
+import dataclasses
+import functools
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.activations import Activation, gated
+from pallas_kernels.grouped_matmul.hopper_smem import SWIZZLE, Views, swizzled
+from pallas_kernels.grouped_matmul.hopper_store import store_rows
+from pallas_kernels.grouped_matmul.hopper_tiles import Tile, Walk
+
+SCALE_BLOCK = 128
+"""Depth (and, for weights, width) of one scale block."""
+
+Stage = Literal["full", "comp", "dma"]
+"""What a kernel does: all of it, every multiplication on tiles that stay where they are, or every copy and no more."""
+
+_ROWS = plgpu.Layout.WGMMA.reduce(1)
+_COLUMNS = plgpu.Layout.WGMMA.reduce(0)
+
+# The copy engine reads a vector only from every fourth float on. The scales of a tile's rows are therefore copied from
+# the last such place before the tile, with some slack (as much as rounds the copy up to 128 bytes).
+_VECTOR_START = 4
+_VECTOR_SLACK = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """How the work is cut.
+
+    Attributes:
+      block_m: rows of an output tile, 64 for each math warpgroup.
+      block_n: columns of the accumulators, at most 256; the fused gate/up kernel stores half as many.
+      num_stages: buffers in the ring, each 128 bytes of K deep.
+      warpgroups: math warpgroups, 1 or 2.
+      strip: column tiles visited for one row tile before the next.
+    """
+
+    block_m: int
+    block_n: int
+    num_stages: int
+    warpgroups: int
+    strip: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Epilogue:
+    """What happens to an accumulator. A scale that is None is absent; "block" scales are applied every 128 of K.
+
+    Attributes:
+      out_dtype: of the result.
+      lhs_scale: one for all, one a row, or one for each row and 128 of K.
+      rhs_scale: one a group, one a column, or one for each 128 columns and 128 of K.
+      activation: of the fused gate/up kernel; None for a plain product.
+      activation_limit: its clamp.
+    """
+
+    out_dtype: jnp.dtype
+    lhs_scale: Literal["tensor", "row", "block"] | None = None
+    rhs_scale: Literal["tensor", "channel", "block"] | None = None
+    activation: Activation | None = None
+    activation_limit: float | None = None
+
+
+class Inputs(NamedTuple):
+    """The operands in the layouts that the kernel reads.
+
+    Attributes:
+      group_sizes: int32 [E].
+      group_offset: int32 [1], the group of rhs[0].
+      lhs: [M, K].
+      rhs: [G, N, K] if K-major, else [G, K, N].
+      lhs_scale: float32 [1], [M], or [K/128, M] for blocks; M a multiple of 4.
+      rhs_scale: float32 [S], [S, N], or [S, N/128, K/128] for blocks; S is 1 or G.
+      bias: [G, N].
+    """
+
+    group_sizes: Any
+    group_offset: Any
+    lhs: Any
+    rhs: Any
+    lhs_scale: Any
+    rhs_scale: Any
+    bias: Any
+
+
+def grouped_product(
+    inputs: Inputs,
+    epilogue: Epilogue,
+    config: Config,
+    *,
+    k_major: bool,
+    num_blocks: int,
+    stage: Stage = "full",
+) -> jax.Array:
+    """Runs the kernel: [M, N], or [M, N/2] with an activation; rows that no group of rhs owns are zeros."""
+    shape = _Shape.of(inputs, epilogue, config, k_major)
+    scratch = _Scratch.describe(inputs, epilogue, config, shape)
+
+    def body(*refs):
+        block = _Block(Inputs(*refs[:7]), refs[7], refs[8], epilogue, config, shape, stage)
+        warpgroup = lax.axis_index("warpgroup")
+        for_each_tile = functools.partial(
+            shape.walk.for_each, block.inputs.group_sizes, lax.axis_index("block"), num_blocks
+        )
+
+        @pl.when(warpgroup == config.warpgroups)
+        def _():
+            if config.warpgroups > 1:
+                plgpu.set_max_registers(40, action="decrease")
+            for_each_tile(block.load, (jnp.int32(0), jnp.int32(0)))
+
+        @pl.when(warpgroup < config.warpgroups)
+        def _():
+            if config.warpgroups > 1:
+                plgpu.set_max_registers(232, action="increase")
+            for_each_tile(block.compute, jnp.int32(0))
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+    kernel = plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct((shape.num_rows, shape.out_columns), epilogue.out_dtype),
+        scratch_types=[scratch],
+        grid=(num_blocks,),
+        grid_names=("block",),
+        num_threads=config.warpgroups + 1,
+        thread_name="warpgroup",
+        kernel_name="grouped_gate_up" if epilogue.activation else "grouped_matmul",
+        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
+    )
+    return kernel(*inputs)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shape:
+    """The sizes that follow from the operands and the configuration.
+
+    Attributes:
+      num_rows: M.
+      num_groups: G.
+      windows: column ranges of rhs that a tile reads: 2 for gate and up, which lie `out_columns` apart, else 1.
+      out_columns: columns of the result.
+      width: columns of a tile of the result.
+      wg_rows: rows of a math warpgroup.
+      block_k: depth of one step.
+      steps: steps of one tile.
+      k_major: whether K is the minor dimension of rhs.
+      walk: the tiles.
+    """
+
+    num_rows: int
+    num_groups: int
+    windows: int
+    out_columns: int
+    width: int
+    wg_rows: int
+    block_k: int
+    steps: int
+    k_major: bool
+    walk: Walk
+
+    @classmethod
+    def of(cls, inputs: Inputs, epilogue: Epilogue, config: Config, k_major: bool) -> "_Shape":
+        num_rows, depth = inputs.lhs.shape
+        windows = 2 if epilogue.activation else 1
+        out_columns, width = inputs.rhs.shape[1 if k_major else 2] // windows, config.block_n // windows
+        block_k = SWIZZLE // inputs.lhs.dtype.itemsize
+        num_sizes = inputs.group_sizes.shape[0]
+        return cls(
+            num_rows=num_rows,
+            num_groups=inputs.rhs.shape[0],
+            windows=windows,
+            out_columns=out_columns,
+            width=width,
+            wg_rows=config.block_m // config.warpgroups,
+            block_k=block_k,
+            steps=pl.cdiv(depth, block_k),
+            k_major=k_major,
+            walk=Walk(num_sizes, num_rows, config.block_m, pl.cdiv(out_columns, width), config.strip),
+        )
+
+
+class _Scratch(NamedTuple):
+    """Shared memory and barriers of a block.
+
+    Attributes:
+      lhs: ring [stages, warpgroups, wg_rows, block_k].
+      rhs: ring [stages, block_n, block_k] if K-major, else [stages, windows, block_k, width].
+      full: a ring buffer has been filled.
+      empty: a ring buffer has been read.
+      out: staging of the result, see `store_rows`.
+      lhs_scales: ring of the rows' scales.
+      row_scale: scales of the tile's rows.
+      column_scale: scales of the tile's columns.
+      bias: of the tile's columns.
+      side_full: the three before have been filled.
+      side_empty: and have been read.
+    """
+
+    lhs: Any
+    rhs: Any
+    full: Any
+    empty: Any
+    out: Any
+    lhs_scales: Any
+    row_scale: Any
+    column_scale: Any
+    bias: Any
+    side_full: Any
+    side_empty: Any
+
+    @classmethod
+    def describe(cls, inputs: Inputs, epilogue: Epilogue, config: Config, shape: _Shape) -> "_Scratch":
+        """The types to allocate."""
+        stages, groups = config.num_stages, config.warpgroups
+        rhs_tile: tuple[int, ...] = (config.block_n, shape.block_k)
+        if not shape.k_major:
+            rhs_tile = (shape.windows, shape.block_k, shape.width)
+        row_scales = config.block_m + _VECTOR_SLACK
+        by_row, by_column = epilogue.lhs_scale == "row", epilogue.rhs_scale == "channel"
+        side = by_row + shape.windows * (by_column + (inputs.bias is not None))
+        loads = groups + shape.windows + (epilogue.lhs_scale == "block")
+        out_chunk = SWIZZLE // epilogue.out_dtype.itemsize
+        return cls(
+            lhs=swizzled((stages, groups, shape.wg_rows, shape.block_k), inputs.lhs.dtype),
+            rhs=swizzled((stages, *rhs_tile), inputs.rhs.dtype, any_row=shape.k_major),
+            full=plgpu.Barrier(num_arrivals=loads, num_barriers=stages),
+            empty=plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
+            out=swizzled((groups, 2, shape.wg_rows, out_chunk), epilogue.out_dtype),
+            lhs_scales=plgpu.SMEM((stages, row_scales), jnp.float32) if epilogue.lhs_scale == "block" else None,
+            row_scale=plgpu.SMEM((row_scales,), jnp.float32) if by_row else None,
+            column_scale=plgpu.SMEM((config.block_n,), jnp.float32) if by_column else None,
+            bias=None if inputs.bias is None else plgpu.SMEM((config.block_n,), inputs.bias.dtype),
+            side_full=plgpu.Barrier(num_arrivals=side) if side else None,
+            side_empty=plgpu.Barrier(num_arrivals=groups) if side else None,
+        )
+
+
+class _Block:
+    """One block at work. Runs on the device, in each of its warpgroups."""
+
+    def __init__(self, inputs: Inputs, out, scratch: _Scratch, epilogue, config, shape: _Shape, stage: Stage):
+        self.inputs, self.out, self.scratch = inputs, out, scratch
+        self.epilogue, self.config, self.shape, self.stage = epilogue, config, shape, stage
+        self.first_group = inputs.group_offset[0]
+        self.warpgroup = lax.axis_index("warpgroup")
+        self.lhs_tiles = Views.of(scratch.lhs)
+        self.rhs_tiles = Views.of(scratch.rhs) if shape.k_major else Views(scratch.rhs, scratch.rhs)
+        self.staging = Views.of(scratch.out)
+
+    # ---- loading -----------------------------------------------------------------------------------------------------
+
+    def load(self, tile: Tile, state):
+        """Streams the operands of a tile into the ring; state: (steps so far, tiles so far)."""
+        step, tiles = state
+        group, is_owned = self._weights_of(tile)
+        num_steps = jnp.where(is_owned, self.shape.steps, 0)
+        if self.stage == "comp":  # fill the ring once
+            num_steps = jnp.minimum(num_steps, self.config.num_stages - step)
+
+        def one_step(k, step):
+            slot = lax.rem(step, jnp.int32(self.config.num_stages))
+
+            @pl.when(step >= self.config.num_stages)
+            def _():
+                plgpu.barrier_wait(self.scratch.empty.at[slot])
+
+            self._copy_operands(tile, group, k, slot)
+            return step + 1
+
+        with jax.named_scope("load"):
+            step = lax.fori_loop(0, num_steps, one_step, step)
+        if self.scratch.side_full is not None:
+
+            @pl.when(is_owned)
+            def _():
+                @pl.when(tiles > 0)
+                def _():
+                    plgpu.barrier_wait(self.scratch.side_empty)
+
+                self._copy_sides(tile, group)
+
+        return step, tiles + is_owned.astype(jnp.int32)
+
+    def _copy_operands(self, tile: Tile, group, k, slot):
+        shape, full = self.shape, self.scratch.full.at[slot]
+        depths = pl.ds(pl.multiple_of(k * shape.block_k, shape.block_k), shape.block_k)
+        for w in range(self.config.warpgroups):
+            rows = pl.ds(tile.row + w * shape.wg_rows, shape.wg_rows)
+            plgpu.copy_gmem_to_smem(self.inputs.lhs.at[rows, depths], self.lhs_tiles.copied.at[slot, w], full)
+        for window, (source, target) in enumerate(self._windows(tile)):
+            if shape.k_major:
+                weights, buffer = self.inputs.rhs.at[group, source, depths], self.rhs_tiles.copied.at[slot, target]
+            else:
+                weights, buffer = self.inputs.rhs.at[group, depths, source], self.rhs_tiles.copied.at[slot, window]
+            plgpu.copy_gmem_to_smem(weights, buffer, full)
+        if self.epilogue.lhs_scale == "block":
+            scales = self.inputs.lhs_scale.at[self._scale_step(k), self._scale_rows(tile)]
+            plgpu.copy_gmem_to_smem(scales, self.scratch.lhs_scales.at[slot], full)
+
+    def _copy_sides(self, tile: Tile, group):
+        copy = functools.partial(plgpu.copy_gmem_to_smem, barrier=self.scratch.side_full)
+        if self.epilogue.lhs_scale == "row":
+            copy(self.inputs.lhs_scale.at[self._scale_rows(tile)], self.scratch.row_scale)
+        for source, target in self._windows(tile):
+            if self.epilogue.rhs_scale == "channel":
+                copy(self.inputs.rhs_scale.at[self._scale_group(group), source], self.scratch.column_scale.at[target])
+            if self.inputs.bias is not None:
+                copy(self.inputs.bias.at[group, source], self.scratch.bias.at[target])
+
+    # ---- multiplying -------------------------------------------------------------------------------------------------
+
+    def compute(self, tile: Tile, step):
+        """Multiplies, finishes and stores a tile; `step` counts the steps so far."""
+        shape = self.shape
+        group, is_owned = self._weights_of(tile)
+        num_steps = jnp.where(is_owned, shape.steps, 0)
+        rows = jnp.clip(tile.rows - self.warpgroup * shape.wg_rows, 0, shape.wg_rows)
+        store = functools.partial(
+            store_rows,
+            self.out,
+            self.staging,
+            self.warpgroup,
+            row=tile.row + self.warpgroup * shape.wg_rows,
+            rows=jnp.where(step < 0, rows, 0) if self.stage == "comp" else rows,
+            column=tile.column * shape.width,
+        )
+
+        @pl.when(is_owned)
+        def _():
+            by_block = "block" in (self.epilogue.lhs_scale, self.epilogue.rhs_scale)
+            with jax.named_scope("multiply"):
+                total = (self._sum_by_block if by_block else self._sum)(tile, group, num_steps, step)
+            with jax.named_scope("finish"):
+                result = self._finish(total, tile, group)
+            with jax.named_scope("store"):
+                store(result)
+
+        @pl.when(jnp.logical_not(is_owned))
+        def _():
+            zeros = jnp.zeros((shape.wg_rows, shape.width), self.epilogue.out_dtype)
+            store(plgpu.layout_cast(zeros, plgpu.Layout.WGMMA))
+
+        return step + num_steps
+
+    def _sum(self, tile: Tile, group, num_steps, step):
+        """The sum over K of the tile's products: [wg_rows, block_n] in float32."""
+        del tile, group
+        last_slot = self.config.num_stages - 1
+
+        def multiply_all(accumulator):
+            def one_step(k, step):
+                self._wait_full(step)
+                self._multiply(accumulator, self._slot(step))
+                plgpu.wgmma_wait(1)
+
+                @pl.when(k > 0)
+                def _():
+                    self._release(self._slot(step + last_slot))
+
+                return step + 1
+
+            lax.fori_loop(0, num_steps, one_step, step)
+            total = accumulator[...]
+            self._release(self._slot(step + num_steps + last_slot))
+            return total
+
+        return pl.run_scoped(multiply_all, plgpu.ACC((self.shape.wg_rows, self.config.block_n), jnp.float32))
+
+    def _sum_by_block(self, tile: Tile, group, num_steps, step):
+        """The same, with the scales of each 128 of K applied to their part of the sum, 128 columns at a time.
+
+        Where the registers hold two parts, two steps are in flight: the tensor cores multiply one while the other is
+        scaled and added.
+        """
+        chunk = (self.shape.wg_rows, SCALE_BLOCK)
+        num_chunks = self.config.block_n // SCALE_BLOCK
+
+        def add(total, part, slot, weight_scale, is_last):
+            row_scale: Any = 1.0
+            if self.epilogue.lhs_scale == "block":
+                row_scale = plgpu.load(self.scratch.lhs_scales.at[slot, self._vector_rows(tile)], layout=_ROWS)
+            if is_last:
+                plgpu.commit_smem()  # the copy engine may overwrite what has been read
+                self._release(slot)
+            return total + part * _along_rows(row_scale * weight_scale, chunk)
+
+        def one_step(k, totals):
+            slot = self._slot(step + k)
+            scales = [self._weight_scale(tile, group, k, i) for i in range(num_chunks)]
+            self._wait_full(step + k)
+            sums = []
+            for i, total in enumerate(totals):
+
+                def multiply(accumulator, i=i):
+                    self._multiply(accumulator, slot, slice(i * SCALE_BLOCK, (i + 1) * SCALE_BLOCK))
+                    return accumulator[...]
+
+                part = pl.run_scoped(multiply, plgpu.ACC(chunk, jnp.float32))
+                sums.append(add(total, part, slot, scales[i], is_last=i == num_chunks - 1))
+            return sums
+
+        def two_steps(i, totals):
+            (total,) = totals
+            steps = [2 * i, 2 * i + 1]
+            slots = [self._slot(step + k) for k in steps]
+            scales = [self._weight_scale(tile, group, k, 0) for k in steps]
+
+            def multiply(*accumulators):
+                for k, slot, accumulator in zip(steps, slots, accumulators, strict=True):
+                    self._wait_full(step + k)
+                    self._multiply(accumulator, slot)
+                first = plgpu.wgmma_accumulator_load(accumulators[0], wait_n=1)
+                first = add(total, first, slots[0], scales[0], is_last=True)
+                second = plgpu.wgmma_accumulator_load(accumulators[1], wait_n=0)
+                return add(first, second, slots[1], scales[1], is_last=True)
+
+            return [pl.run_scoped(multiply, *[plgpu.ACC(chunk, jnp.float32)] * 2)]
+
+        zeros = plgpu.layout_cast(jnp.zeros(chunk, jnp.float32), plgpu.Layout.WGMMA)
+        totals, first = [zeros] * num_chunks, jnp.int32(0)
+        if num_chunks == 1:
+            pairs = lax.div(num_steps, jnp.int32(2))
+            totals, first = lax.fori_loop(0, pairs, two_steps, totals), 2 * pairs
+        totals = lax.fori_loop(first, num_steps, one_step, totals)
+        return totals[0] if num_chunks == 1 else lax.concatenate(totals, 1)
+
+    def _multiply(self, accumulator, slot, columns: slice = slice(None)):
+        if self.stage == "dma":
+            return
+        lhs = self.lhs_tiles.tiled.at[slot, self.warpgroup]
+        if self.shape.k_major:
+            plgpu.wgmma(accumulator, lhs, self.rhs_tiles.tiled.at[slot, columns].transpose((1, 0)))
+            return
+        for window in range(self.shape.windows):
+            columns = slice(window * self.shape.width, (window + 1) * self.shape.width)
+            plgpu.wgmma(accumulator.at[:, columns], lhs, self.rhs_tiles.tiled.at[slot, window])
+
+    def _weight_scale(self, tile: Tile, group, k, chunk: int) -> Any:
+        """The scale of a chunk of 128 of the tile's columns at step k."""
+        if self.epilogue.rhs_scale != "block":
+            return 1.0
+        shape, scales = self.shape, self.inputs.rhs_scale
+        window, column = divmod(chunk * SCALE_BLOCK, shape.width)
+        block = lax.div(tile.column * shape.width + column + window * shape.out_columns, jnp.int32(SCALE_BLOCK))
+        return scales[self._scale_group(group), jnp.minimum(block, scales.shape[1] - 1), self._scale_step(k)]
+
+    # ---- finishing ---------------------------------------------------------------------------------------------------
+
+    def _finish(self, total, tile: Tile, group):
+        """Scales, bias and activation: [wg_rows, block_n] in float32 -> [wg_rows, width] in the result's dtype."""
+        epilogue, scratch, width = self.epilogue, self.scratch, self.shape.width
+        if scratch.side_full is not None:
+            plgpu.barrier_wait(scratch.side_full)
+        scale: Any = 1.0
+        if epilogue.lhs_scale == "tensor":
+            scale = self.inputs.lhs_scale[0]
+        if epilogue.rhs_scale == "tensor":
+            scale = scale * self.inputs.rhs_scale[self._scale_group(group)]
+        if epilogue.lhs_scale == "row":
+            scale = plgpu.load(scratch.row_scale.at[self._vector_rows(tile)], layout=_ROWS) * scale
+        if "tensor" in (epilogue.lhs_scale, epilogue.rhs_scale) or epilogue.lhs_scale == "row":
+            total = total * _along_rows(scale, total.shape)
+
+        def along_columns(ref, window):
+            values = plgpu.load(ref.at[pl.ds(window * width, width)], layout=_COLUMNS).astype(jnp.float32)
+            return lax.broadcast_in_dim(values, (self.shape.wg_rows, width), (1,))
+
+        parts = []
+        for window in range(self.shape.windows):
+            part = total[:, window * width : (window + 1) * width]
+            if epilogue.rhs_scale == "channel":
+                part = part * along_columns(scratch.column_scale, window)
+            if self.inputs.bias is not None:
+                part = part + along_columns(scratch.bias, window)
+            parts.append(part)
+        if scratch.side_full is not None:
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(scratch.side_empty)
+        if epilogue.activation is None:
+            return parts[0].astype(epilogue.out_dtype)
+        gate, up = parts
+        return gated(gate, up, epilogue.activation, epilogue.activation_limit).astype(epilogue.out_dtype)
+
+    # ---- places ------------------------------------------------------------------------------------------------------
+
+    def _weights_of(self, tile: Tile):
+        """The index into rhs of the tile's group, and whether rhs holds it."""
+        group = tile.group - self.first_group
+        is_owned = (group >= 0) & (group < self.shape.num_groups) & (tile.group < self.shape.walk.num_groups)
+        return jnp.clip(group, 0, self.shape.num_groups - 1), is_owned
+
+    def _windows(self, tile: Tile):
+        """Where the tile's columns lie in rhs and its buffers: (dynamic slice, slice) for each window."""
+        width = self.shape.width
+        column = pl.multiple_of(tile.column * width, width)
+        for i in range(self.shape.windows):
+            yield pl.ds(column + i * self.shape.out_columns, width), slice(i * width, (i + 1) * width)
+
+    def _vector_rows(self, tile: Tile):
+        """Where the scales of this warpgroup's rows lie among those that `_scale_rows` copied."""
+        return pl.ds(_vector_shift(tile) + self.warpgroup * self.shape.wg_rows, self.shape.wg_rows)
+
+    def _scale_rows(self, tile: Tile):
+        first = pl.multiple_of(tile.row - _vector_shift(tile), _VECTOR_START)
+        return pl.ds(first, self.config.block_m + _VECTOR_SLACK)
+
+    def _scale_step(self, k):
+        return lax.div(k * self.shape.block_k, jnp.int32(SCALE_BLOCK))
+
+    def _scale_group(self, group):
+        return group if self.inputs.rhs_scale.shape[0] > 1 else 0
+
+    def _slot(self, step):
+        return lax.rem(step, jnp.int32(self.config.num_stages))
+
+    def _wait_full(self, step):
+        def wait():
+            plgpu.barrier_wait(self.scratch.full.at[self._slot(step)])
+
+        if self.stage == "comp":
+            pl.when(step < self.config.num_stages)(wait)
+        else:
+            wait()
+
+    def _release(self, slot):
+        if self.stage != "comp":
+            plgpu.barrier_arrive(self.scratch.empty.at[slot])
+
+
+def _vector_shift(tile: Tile) -> jax.Array:
+    """Where the scale of the tile's first row lies among those that were copied."""
+    return lax.rem(tile.row, jnp.int32(_VECTOR_START))
+
+
+def _along_rows(scale: Any, shape: tuple[int, ...]) -> Any:
+    """One number for all rows, or one for each, as a factor of a tile."""
+    return lax.broadcast_in_dim(scale, shape, (0,)) if jnp.ndim(scale) else scale

@@ -1,0 +1,63 @@
+"""Tiles in shared memory, in the swizzled layout that `wgmma` reads.
+
+`wgmma` wants rows of 128 bytes as tiles of 8 rows. In memory that is the same as plain rows of 128 bytes, which the
+copy engine can write from any first row on; as tiles it can only start at every eighth row, and only in a matrix with a
+multiple of 8 rows. So one buffer has two views: `copied` for the copy engine, `tiled` for everything else.
+
+Interpret mode keeps apart the views of a buffer that the hardware keeps together; `single_view` gives it one.
+"""
+
+import contextlib
+import contextvars
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+SWIZZLE = 128
+"""Bytes of a row of a tile."""
+
+_single_view = contextvars.ContextVar("single_view", default=False)
+
+
+class Views(NamedTuple):
+    """The two views of one buffer."""
+
+    copied: Any
+    tiled: Any
+
+    @classmethod
+    def of(cls, ref: Any) -> "Views":
+        """The views of a buffer that `swizzled` described with `any_row`."""
+        return cls(ref, ref) if _single_view.get() else cls(*ref)
+
+
+def swizzled(shape: tuple[int, ...], dtype: jax.typing.DTypeLike, *, any_row: bool = True) -> Any:
+    """A buffer of tiles [..., rows, columns].
+
+    Args:
+      shape: with 128 bytes of columns, or a multiple of that if not `any_row`.
+      dtype: of the elements.
+      any_row: whether copies may begin at any row; see `Views.of`.
+    """
+    swizzle = plgpu.SwizzleTransform(SWIZZLE)  # type: ignore[abstract]
+    tiling = plgpu.TilingTransform((8, SWIZZLE // jnp.dtype(dtype).itemsize))  # type: ignore[abstract]
+    tiled = (tiling, swizzle)
+    if not any_row or _single_view.get():
+        return plgpu.SMEM(shape, dtype, transforms=tiled)
+    return plgpu.RefUnion(
+        plgpu.SMEM(shape, dtype, transforms=(swizzle,)),
+        plgpu.SMEM(shape, dtype, transforms=tiled),
+    )
+
+
+@contextlib.contextmanager
+def single_view() -> Iterator[None]:
+    """Kernels traced in this context keep to one view a buffer, as interpret mode needs."""
+    token = _single_view.set(True)
+    try:
+        yield
+    finally:
+        _single_view.reset(token)

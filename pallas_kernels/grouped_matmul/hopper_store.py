@@ -1,0 +1,53 @@
+"""Storing the rows of a tile that belong to its group."""
+
+import jax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.grouped_matmul.hopper_smem import Views
+
+
+def store_rows(out, staging: Views, warpgroup, value: jax.Array, *, row, rows, column) -> None:
+    """Stores value[:rows] to out[row : row + rows, column : …], cutting off columns past the end of `out`.
+
+    A few columns at a time pass through shared memory to the copy engine. It stores boxes of a size fixed in advance,
+    so any number of rows goes out as boxes of powers of two, the largest first.
+
+    Args:
+      out: global memory, [M, N].
+      staging: shared memory [warpgroups, 2, R, C]; C columns pass through it at a time.
+      warpgroup: index of the calling warpgroup.
+      value: registers, [R, columns].
+      row: first row of `out`.
+      rows: how many rows to store, 0 … R; None for all, cut off past the end of `out`.
+      column: first column of `out`.
+    """
+    chunk = staging.tiled.shape[-1]
+    num_chunks = value.shape[1] // chunk
+
+    @pl.when(rows is None or rows > 0)
+    def _():
+        for i in range(num_chunks):
+            slot = i % 2
+            # The store before the last one has left this slot; of an odd number, the last one used the first slot too.
+            plgpu.wait_smem_to_gmem(0 if i == 0 and num_chunks % 2 else 1, wait_read_only=True)
+            staging.tiled[warpgroup, slot] = value[:, i * chunk : (i + 1) * chunk]
+            plgpu.commit_smem()
+            _copy_rows(staging.copied, (warpgroup, slot), out, row, rows, pl.ds(column + i * chunk, chunk))
+            plgpu.commit_smem_to_gmem_group()
+
+
+def _copy_rows(staging, buffer, out, row, rows, columns) -> None:
+    box = staging.shape[2]
+    if rows is None:
+        plgpu.copy_smem_to_gmem(staging.at[*buffer], out.at[pl.ds(row, box), columns], commit_group=False)
+        return
+    while box:
+        begin = rows & ~(2 * box - 1)
+
+        @pl.when((rows & box) != 0)
+        def _(box=box, begin=begin):
+            source = staging.at[*buffer, pl.ds(pl.multiple_of(begin, box), box)]
+            plgpu.copy_smem_to_gmem(source, out.at[pl.ds(row + begin, box), columns], commit_group=False)
+
+        box //= 2

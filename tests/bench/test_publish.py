@@ -1,0 +1,86 @@
+"""The README's block and the plot."""
+
+import importlib.util
+import json
+
+import pytest
+
+from bench.cli import run
+from bench.publish import BEGIN, END, HEADING, block, main, plot, replace_block
+from tests.bench.gpu_records import measurement, record
+
+
+def made():
+    peers = {"decode-fp8": {"torch._scaled_grouped_mm": measurement(63.6)}}
+    return record({"decode-fp8": 30.0, "down-fp8": "Unsupported: no"}, peers)
+
+
+def test_a_new_block_goes_to_the_end():
+    text = replace_block("# x\n\nText.\n", "table")
+    assert text == f"# x\n\nText.\n\n{HEADING}\n\n{BEGIN}\ntable\n{END}\n"
+
+
+@pytest.mark.parametrize("heading", ["## License", "# Licence and citation", "### LICENSE"])
+def test_a_new_block_goes_before_the_licence(heading):
+    text = replace_block(f"# x\n\n{heading}\nApache\n", "table")
+    assert text == f"# x\n\n{HEADING}\n\n{BEGIN}\ntable\n{END}\n\n{heading}\nApache\n"
+
+
+def test_a_block_is_replaced_where_it_stands():
+    once = replace_block("# x\n\n## License\nApache\n", "one")
+    moved = once.replace(HEADING, "## Speed, as measured")
+    assert replace_block(moved, "two\\1") == moved.replace("one", "two\\1")
+    assert replace_block(once, "one") == once
+
+
+@pytest.mark.parametrize("text", [BEGIN, END, f"{END}\n{BEGIN}", f"{BEGIN}\n{BEGIN}\n{END}"])
+def test_broken_marks_are_an_error(text):
+    with pytest.raises(ValueError, match=f"expected {BEGIN} once and {END} once after it, or neither"):
+        replace_block(text, "table")
+
+
+def test_block_says_where_the_figures_come_from():
+    text = block(made(), "docs/results/h200.json", "docs/results/h200.svg")
+    assert text.startswith("`make bench-gpu`, NVIDIA H200, driver ")
+    assert "commit abc1234, 20" in text
+    assert "torch None" not in text
+    assert "[h200.json](docs/results/h200.json)" in text
+    assert "| decode-fp8 | 8,48,7168,2048 | 30.0 | 4.06 TB/s | 87% |" in text
+    assert text.endswith("![Time of each implementation over the floor](docs/results/h200.svg)")
+    assert "![" not in block(made(), "h200.json")
+
+
+@pytest.fixture
+def files(tmp_path):
+    results = tmp_path / "docs" / "results"
+    results.mkdir(parents=True)
+    (results / "h200.json").write_text(json.dumps(made()))
+    (tmp_path / "README.md").write_text("# x\n")
+    return results / "h200.json", tmp_path / "README.md"
+
+
+def test_command_without_matplotlib(files, monkeypatch, capsys):
+    path, readme = files
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert run(main, [str(path), "--readme", str(readme)]) == 0
+    out, err = capsys.readouterr()
+    assert out == f"wrote {readme}\n"
+    assert err.endswith("is left as it is: matplotlib is not installed (pip install -e '.[plots]')\n")
+    text = readme.read_text()
+    assert text.startswith(f"# x\n\n{HEADING}\n\n{BEGIN}\n`make bench-gpu`")
+    assert "(docs/results/h200.json)" in text
+    assert "svg" not in text
+
+
+def test_command_without_a_record(tmp_path, capsys):
+    assert run(main, [str(tmp_path / "h200.json")]) == 2
+    assert "No such file or directory" in capsys.readouterr().err
+
+
+def test_plot_is_the_same_for_the_same_figures(tmp_path):
+    pytest.importorskip("matplotlib")
+    plot(made(), tmp_path / "a.svg")
+    plot(made(), tmp_path / "b.svg")
+    svg = (tmp_path / "a.svg").read_text()
+    assert svg.startswith("<?xml")
+    assert svg == (tmp_path / "b.svg").read_text()
