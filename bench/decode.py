@@ -17,6 +17,7 @@ from bench.evaluation import build_evaluation
 from bench.fit import Fit, fit
 from bench.report import format_table, layer_table, write_json
 from bench.roofline import LayerTime, model_layer
+from bench.stages import StageTimes
 from bench.text import default_text_path, read_text
 from bench.weights import make_params
 from bench.workloads import Workload, moe_workload
@@ -152,14 +153,28 @@ def _print_report(
         ["dropped", f"{int(load.dropped)} of {workload.batch_size * workload.top_k} assignments"],
     ]
     print(format_table(["measured", ""], rows))
-    stages: list[list[Any]] = [[name, seconds * 1e3] for name, seconds in result.stage_seconds.items()]
     print()
-    print(format_table(["stage, run by itself", "wall ms"], stages))
+    print(_stages_table(result.stages))
     for layer in layers:
         print(f"\nmodelled: chip {layer.chip.name}, {layer.model} model, full width")
         print(layer_table(layer))
     if devices.is_virtual:
         print("\nThe wall time is that of virtual devices which share this machine's cores; it says nothing of a chip.")
+
+
+def _stages_table(stages: StageTimes) -> str:
+    milliseconds = {name: seconds * 1e3 for name, seconds in stages.seconds.items()}
+    if not stages.by_kernels:
+        return format_table(["stage, run by itself", "wall ms"], [[*item] for item in milliseconds.items()])
+    rows: list[list[Any]] = []
+    for name, time_ms in milliseconds.items():
+        on_device = name in stages.by_kernels
+        times: list[Any] = [None if on_device else time_ms, time_ms if on_device else None]
+        apart = stages.overlaps.get(name)
+        product = [apart.elapsed, apart.comp_elapsed, apart.dma_elapsed, apart.overlap] if apart else [None] * 4
+        rows.append([name, *times, *product])
+    headers = ["stage, run by itself", "wall ms", "kernels ms", "product µs", "comp µs", "dma µs", "overlap"]
+    return format_table(headers, rows)
 
 
 def _run_info(argv: Sequence[str], args: argparse.Namespace) -> dict[str, Any]:
@@ -180,7 +195,7 @@ def _measured(result: DecodeRun, fitted: Fit, devices: Devices) -> dict[str, Any
         "intermediate_size": fitted.config.intermediate_size,
         "width_reduction": fitted.reduction,
         "wall_us": result.wall_seconds * 1e6,
-        "stages_us": {name: seconds * 1e6 for name, seconds in result.stage_seconds.items()},
+        **_measured_stages(result.stages),
         "relative_error": result.relative_error,
         "checked_tokens": result.checked_tokens,
         "busiest_rows": result.busiest_rows,
@@ -189,6 +204,14 @@ def _measured(result: DecodeRun, fitted: Fit, devices: Devices) -> dict[str, Any
         "load_entropy": float(load.entropy),
         "dropped": int(load.dropped),
     }
+
+
+def _measured_stages(stages: StageTimes) -> dict[str, Any]:
+    times: dict[str, Any] = {"stages_us": {name: seconds * 1e6 for name, seconds in stages.seconds.items()}}
+    if stages.by_kernels:
+        times["stages_clock"] = {name: "kernels" if name in stages.by_kernels else "wall" for name in stages.seconds}
+        times["products_us"] = {name: apart and apart.record() for name, apart in stages.overlaps.items()}
+    return times
 
 
 if __name__ == "__main__":

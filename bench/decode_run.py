@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from bench.stages import time_stages
+from bench.stages import StageTimes, time_stages
 from bench.text import embed, sample_contexts
 from moejax import LoadStats, MoEConfig, MoEParams, dense_moe, moe, params_spec
 from sharding.mesh import EXPERT_AXIS, tokens_spec
@@ -32,7 +32,7 @@ class DecodeRun:
       relative_error: ‖layer − oracle‖ / ‖oracle‖ over the tokens that were checked.
       checked_tokens: how many those are.
       wall_seconds: median time of a step on these devices, compilation left out.
-      stage_seconds: the same for each stage run by itself; see `bench.stages`.
+      stages: times of each stage run by itself.
       load: how the text fell on the experts.
       busiest_rows: rows of the chip that got the most.
     """
@@ -40,7 +40,7 @@ class DecodeRun:
     relative_error: float
     checked_tokens: int
     wall_seconds: float
-    stage_seconds: dict[str, float]
+    stages: StageTimes
     load: LoadStats
     busiest_rows: int
 
@@ -70,10 +70,10 @@ def run_decode(x: jax.Array, params: MoEParams, config: MoEConfig, mesh: Mesh, s
     say(f"checking {num_checked} of {x.shape[0]} tokens against the dense oracle")
     error = float(_relative_error(x, y, params, config, mesh, num_checked))
     say("timing the stages one by one")
-    stage_seconds = time_stages(x, params, config, mesh)
+    stages = time_stages(x, params, config, mesh, say)
     per_chip = np.asarray(aux.load.tokens_per_expert).reshape(mesh.shape[EXPERT_AXIS], -1).sum(1)
     wall_seconds = statistics.median(times)
-    return DecodeRun(error, num_checked, wall_seconds, stage_seconds, aux.load, int(per_chip.max()))
+    return DecodeRun(error, num_checked, wall_seconds, stages, aux.load, int(per_chip.max()))
 
 
 def _num_checked(config: MoEConfig, num_tokens: int) -> int:

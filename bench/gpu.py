@@ -2,11 +2,8 @@
 
 import argparse
 import dataclasses
-import datetime
 import gc
 import os
-import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -19,7 +16,7 @@ from bench.cli import make_parser, run
 from bench.gpu_cases import CASES, Case, select_cases
 from bench.gpu_measure import case_record, describe, measure_case
 from bench.gpu_table import ceilings_line, failures, peer_problems, table
-from bench.peers import package_version
+from bench.provenance import provenance
 from bench.report import write_json
 from bench.timing import require_nvidia_gpu
 from pallas_kernels.chips import Chip, chip_of
@@ -69,12 +66,7 @@ def make_record(chip: str, argv: Sequence[str], commit: str | None, ceilings: Ce
     """The JSON object of a run, without cases yet."""
     return {
         "what": "device time of grouped products, ours and what else is installed, on the same inputs in one run",
-        "command": shlex.join(["python", "-m", "bench.gpu", *argv]),
-        "chip": chip,
-        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or "unknown",
-        "versions": {package: package_version(package) for package in _PACKAGES},
-        "commit": commit or _commit(),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        **provenance("bench.gpu", argv, chip, _PACKAGES, commit),
         "ceilings": dataclasses.asdict(ceilings),
         "cases": {},
     }
@@ -116,22 +108,6 @@ def _summary(case: Case, record: dict[str, Any]) -> str:
         return f"{case.name}: {record['error']}"
     others = [f"{name} {peer['us']:.1f}" for name, peer in record["peers"].items() if "us" in peer]
     return f"{case.name}: {record['us']:.1f} µs; " + (", ".join(others) or "no peers")
-
-
-def _commit() -> str:
-    commit = _output("git", "rev-parse", "--short", "HEAD")
-    if not commit:
-        return "unknown"
-    return commit + ("+dirty" if _output("git", "status", "--porcelain") else "")
-
-
-def _output(*command: str) -> str:
-    """The first line that a command prints; empty when it fails or is not there."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    except OSError:
-        return ""
-    return next(iter(done.stdout.splitlines()), "").strip() if done.returncode == 0 else ""
 
 
 def _say(line: str) -> None:

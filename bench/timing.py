@@ -50,9 +50,15 @@ def require_nvidia_gpu() -> None:
     backend = jax.default_backend()
     if backend != "gpu":
         raise ValueError(f"kernel times need an NVIDIA GPU, and jax runs on {backend} here")
-    version = jax.devices()[0].client.platform_version
-    if "rocm" in version.lower():
-        raise ValueError(f"kernel times need an NVIDIA GPU, and jax runs on {' '.join(version.split())} here")
+    device = jax.devices()[0]
+    if not is_nvidia(device):
+        version = " ".join(device.client.platform_version.split())
+        raise ValueError(f"kernel times need an NVIDIA GPU, and jax runs on {version} here")
+
+
+def is_nvidia(device: jax.Device) -> bool:
+    """Whether a device is an NVIDIA GPU, whose kernels can be timed."""
+    return device.platform == "gpu" and "rocm" not in device.client.platform_version.lower()
 
 
 def copies_of(inputs: Any) -> list[Any]:

@@ -3,6 +3,7 @@
 from moejax.config import MoEConfig
 from moejax.experts import MoEParams, quantize_params
 from moejax.functional import MoEAux, moe, params_spec
+from moejax.fused import fused_experts
 from moejax.layer import MoE, RouterState
 from moejax.losses import LoadStats
 from moejax.presets import PRESETS, get_preset
@@ -24,6 +25,7 @@ __all__ = [
     "Routing",
     "dense_moe",
     "dequantize",
+    "fused_experts",
     "get_preset",
     "make_mesh",
     "moe",

@@ -16,7 +16,9 @@ import jax
 import jax.numpy as jnp
 
 from moejax.config import MoEConfig
+from moejax.router_logits import router_logits
 from pallas_kernels.concrete import nan_rows
+from pallas_kernels.top_k import top_k_ids
 
 _MASKED = -jnp.inf
 
@@ -65,7 +67,7 @@ def route(
             f"x must be [T, H] and kernel [H, E] = {[config.hidden_size, config.num_experts]}, got x {list(x.shape)} "
             f"and kernel {list(kernel.shape)}"
         )
-    logits = jnp.dot(x.astype(jnp.float32), kernel.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+    logits = router_logits(x, kernel)
     if bias is not None:
         logits += bias.astype(jnp.float32)
     return route_logits(logits, config, correction_bias=correction_bias)
@@ -84,14 +86,14 @@ def route_logits(logits: jax.Array, config: MoEConfig, *, correction_bias: jax.A
         ranking += jax.lax.stop_gradient(correction_bias.astype(jnp.float32))
     if config.num_groups > 1:
         ranking = _limit_to_groups(ranking, config)
-    _, topk_ids = jax.lax.top_k(ranking, config.top_k)
+    topk_ids = top_k_ids(ranking, config.top_k, backend=config.backend)
     weights = jnp.take_along_axis(scores, topk_ids, axis=1)
     if config.normalize_topk:
         # The smallest normal number keeps 0/0 out when all chosen sigmoids underflow.
         weights /= jnp.maximum(weights.sum(1, keepdims=True), jnp.finfo(jnp.float32).tiny)
     # A NaN anywhere in a token's scores must show, even where the chosen ones are sound.
     poison = jnp.where(jnp.isnan(logits).any(1, keepdims=True), jnp.nan, 1.0)
-    return Routing(topk_ids.astype(jnp.int32), weights * config.routed_scaling_factor * poison, scores, logits)
+    return Routing(topk_ids, weights * config.routed_scaling_factor * poison, scores, logits)
 
 
 def _limit_to_groups(ranking: jax.Array, config: MoEConfig) -> jax.Array:

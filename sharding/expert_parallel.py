@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from pallas_kernels.combine import combine
 from pallas_kernels.dispatch import dispatch
 from pallas_kernels.plan import make_plan
-from pallas_kernels.quantize import Scaling
+from pallas_kernels.quantize import Operand, QTensor, Scaling
 from sharding.exchange_dense import announce, return_rows, send_rows
 from sharding.exchange_plan import (
     count_dropped,
@@ -34,8 +34,8 @@ from sharding.rounds import sum_over_rounds
 class Experts(Protocol):
     """The local experts as a function of rows sorted by expert. Closes over nothing that is traced."""
 
-    def __call__(self, params: Any, rows: jax.Array, group_sizes: jax.Array) -> jax.Array:
-        """Rows [R, H], group_sizes int32 [L] -> [R, H]; rows past the sum of group_sizes hold no token."""
+    def __call__(self, params: Any, rows: Any, group_sizes: jax.Array) -> jax.Array:
+        """Rows [R, H] (of the kind of x), group_sizes int32 [L] -> [R, H]; rows past their sum hold no token."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Transport:
 
 
 def expert_parallel(
-    x: jax.Array,
+    x: Operand,
     topk_weights: jax.Array,
     topk_ids: jax.Array,
     experts: Experts,
@@ -73,7 +73,7 @@ def expert_parallel(
     """Σ_k topk_weights[t, k] · expert[topk_ids[t, k]](x[t]) for this chip's tokens.
 
     Args:
-      x: [T, H], BF16 or float32.
+      x: [T, H], BF16 or float32; on a single chip also a QTensor whose every row has its own scales.
       topk_weights: [T, K] float32.
       topk_ids: integer [T, K], numbers of experts over the whole expert axis; −1 for a choice that is not made.
       experts: applies the L local experts.
@@ -98,6 +98,8 @@ def expert_parallel(
     if transport.expert_axis is None or transport.ep == 1:
         return _on_one_chip(x, topk_weights, kept_ids, experts, params, num_experts, transport.backend), dropped
 
+    if isinstance(x, QTensor):
+        raise ValueError("x must be an array when experts are split over chips; wire_scaling sends its rows in 8 bits")
     axis, backend = transport.expert_axis, transport.backend
     slab, max_rounds = slab_size(num_tokens, top_k, num_local, transport.ep, capacity)
 
@@ -119,7 +121,7 @@ def expert_parallel(
 
 
 def _on_one_chip(
-    x: jax.Array,
+    x: Operand,
     topk_weights: jax.Array,
     topk_ids: jax.Array,
     experts: Experts,

@@ -59,9 +59,10 @@ def combine(
         def add_up(unit, choices):
             token, strip = lax.div(unit, jnp.int32(strips.count)), lax.rem(unit, jnp.int32(strips.count))
             total = strips.zeros(jnp.float32)
-            for row, weight in choices:
-                value = strips.load(rows_ref, jnp.maximum(row, 0), strip).astype(jnp.float32)
-                total = jnp.where(row >= 0, total + value * weight, total)
+            for k, (row, weight) in enumerate(choices):
+                share = strips.load(rows_ref, jnp.maximum(row, 0), strip).astype(jnp.float32) * weight
+                # The first share itself, not 0 plus it: a single choice keeps the sign of its zeros.
+                total = jnp.where(row >= 0, total + share if k else share, total)
             strips.store(out, token, strip, total.astype(out.dtype))
 
         for_each(lax.axis_index("block"), blocks, units, fetch, add_up)
@@ -102,4 +103,4 @@ def combine_dweights(rows: jax.Array, plan: Plan, dout: jax.Array) -> jax.Array:
 
 def _config(num_tokens: int) -> Config:
     """Few tokens are spread over as many blocks as there are."""
-    return Config(blocks=2112, vectors=8 if num_tokens >= 1024 else 1)
+    return Config(blocks=65536, vectors=8 if num_tokens >= 1024 else 1)

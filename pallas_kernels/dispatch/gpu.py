@@ -115,4 +115,4 @@ def _write_zeros(block, blocks: int, batches: int, strips: Strips, order, out) -
 
 def _config(num_tokens: int) -> Config:
     """Few tokens are spread over as many blocks as there are."""
-    return Config(blocks=2112, zero_blocks=132, vectors=8 if num_tokens >= 1024 else 1)
+    return Config(blocks=65536, zero_blocks=132, vectors=8 if num_tokens >= 1024 else 1)

@@ -18,10 +18,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.activations import Activation, check_activation, gated_halves
+from pallas_kernels.activations import Activation, gated_halves
 from pallas_kernels.backend import run
-from pallas_kernels.grouped_matmul.checks import check_operands
-from pallas_kernels.quantize import Operand, QTensor, Quantization, block_shape, quantize
+from pallas_kernels.grouped_matmul.checks import check_gate_up, check_operands
+from pallas_kernels.quantize import (
+    Operand,
+    QDtype,
+    QTensor,
+    Quantization,
+    block_shape,
+    check_qdtype,
+    quantize,
+    scale_shape,
+)
 
 
 def grouped_matmul(
@@ -104,11 +113,7 @@ def grouped_gate_up(
       ValueError: shapes or dtypes do not fit; group_sizes that are known at trace time are negative or exceed M.
       Unsupported: a named backend cannot do this.
     """
-    check_activation(activation, activation_limit)
-    check_operands(lhs, rhs, group_sizes, bias, group_offset, transpose_rhs)
-    if rhs.shape[1 if transpose_rhs else 2] % 2:
-        layout = "[G, 2I, H]" if transpose_rhs else "[G, H, 2I]"
-        raise ValueError(f"rhs must be {layout}, gate and up of equal width, got {list(rhs.shape)}: 2I is odd")
+    check_gate_up(lhs, rhs, group_sizes, bias, group_offset, transpose_rhs, activation, activation_limit)
     settings = _Settings(
         transpose_rhs=transpose_rhs,
         quantization=quantization,
@@ -118,6 +123,56 @@ def grouped_gate_up(
         backend=backend,
     )
     return _gate_up(settings, lhs, rhs, bias, group_sizes, jnp.asarray(group_offset, jnp.int32))
+
+
+def grouped_gate_up_in_8_bits(
+    lhs: Operand,
+    rhs: Operand,
+    group_sizes: jax.Array,
+    *,
+    dtype: QDtype = "float8_e4m3fn",
+    bias: jax.Array | None = None,
+    activation: Activation = "silu",
+    activation_limit: float | None = None,
+    group_offset: jax.Array | int = 0,
+    transpose_rhs: bool = False,
+    quantization: Quantization | None = None,
+    backend: str = "auto",
+) -> QTensor:
+    """`grouped_gate_up` whose result is rounded to 8 bits for the product that follows; no gradient passes.
+
+    Args:
+      lhs: see `grouped_gate_up`, as for all that is not listed here.
+      rhs: likewise.
+      group_sizes: likewise.
+      dtype: of the result.
+      bias: see `grouped_gate_up`.
+      activation: likewise.
+      activation_limit: likewise.
+      group_offset: likewise.
+      transpose_rhs: likewise.
+      quantization: likewise.
+      backend: likewise.
+
+    Returns:
+      [M, I] with scales "1x128".
+
+    Raises:
+      ValueError: as `grouped_gate_up`, or I is not divisible by 128.
+      Unsupported: a named backend cannot do this.
+    """
+    check_gate_up(lhs, rhs, group_sizes, bias, group_offset, transpose_rhs, activation, activation_limit)
+    scale_shape((lhs.shape[0], rhs.shape[1 if transpose_rhs else 2] // 2), "1x128")
+    settings = _Settings(
+        transpose_rhs=transpose_rhs,
+        quantization=quantization,
+        out_dtype=jnp.dtype(check_qdtype(dtype)),
+        activation=activation,
+        activation_limit=activation_limit,
+        backend=backend,
+    )
+    operands = jax.lax.stop_gradient((lhs, rhs, bias))
+    return _run_gate_up(settings, *operands, group_sizes, jnp.asarray(group_offset, jnp.int32))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,6 +237,10 @@ _matmul.defvjp(_matmul_fwd, _matmul_bwd)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _gate_up(settings, lhs, rhs, bias, group_sizes, group_offset):
+    return _run_gate_up(settings, lhs, rhs, bias, group_sizes, group_offset)
+
+
+def _run_gate_up(settings, lhs, rhs, bias, group_sizes, group_offset):
     k_major = _lies_k_major(settings, rhs)
     lhs, rhs = _quantized(settings, lhs, rhs, group_sizes, group_offset)
     return run(
@@ -293,4 +352,4 @@ def _result_dtype(lhs: Operand, preferred: jax.typing.DTypeLike | None) -> jnp.d
     return jnp.dtype(jnp.bfloat16) if isinstance(lhs, QTensor) else lhs.dtype
 
 
-__all__ = ["Operand", "grouped_gate_up", "grouped_matmul"]
+__all__ = ["Operand", "grouped_gate_up", "grouped_gate_up_in_8_bits", "grouped_matmul"]

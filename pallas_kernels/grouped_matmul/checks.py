@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.activations import Activation, check_activation
 from pallas_kernels.concrete import is_known
 from pallas_kernels.quantize import Operand, QTensor, check_qtensor
 
@@ -43,6 +44,24 @@ def check_operands(
     if bias is not None and bias.shape != (num_groups, columns):
         raise ValueError(f"bias must have shape [G, N] = {[num_groups, columns]}, got {list(bias.shape)}")
     _check_values(group_sizes, group_offset, num_groups, lhs.shape[0])
+
+
+def check_gate_up(
+    lhs: Operand,
+    rhs: Operand,
+    group_sizes: jax.Array,
+    bias: jax.Array | None,
+    group_offset: jax.Array | int,
+    transpose_rhs: bool,
+    activation: Activation,
+    activation_limit: float | None,
+) -> None:
+    """The same for the fused gate/up product."""
+    check_activation(activation, activation_limit)
+    check_operands(lhs, rhs, group_sizes, bias, group_offset, transpose_rhs)
+    if rhs.shape[1 if transpose_rhs else 2] % 2:
+        layout = "[G, 2I, H]" if transpose_rhs else "[G, H, 2I]"
+        raise ValueError(f"rhs must be {layout}, gate and up of equal width, got {list(rhs.shape)}: 2I is odd")
 
 
 def _check_values(group_sizes: jax.Array, group_offset: jax.Array | int, num_groups: int, num_rows: int) -> None:

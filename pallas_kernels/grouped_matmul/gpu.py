@@ -11,6 +11,8 @@ The tensor cores add FP8 products with about 13 bits. Scales that come in blocks
 that way: their parts are added in float32.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -19,7 +21,7 @@ from pallas_kernels.backend import Unsupported
 from pallas_kernels.grouped_matmul import hopper_drhs, tiling
 from pallas_kernels.grouped_matmul.hopper import SCALE_BLOCK, Epilogue, Inputs, Stage, grouped_product
 from pallas_kernels.hopper import hopper_chip
-from pallas_kernels.quantize import Operand, QTensor, dequantize
+from pallas_kernels.quantize import Operand, QTensor, dequantize, quantize
 
 _FP8 = ("float8_e4m3fn", "float8_e5m2")
 _OUT_DTYPES = ("bfloat16", "float16", "float32")
@@ -53,10 +55,16 @@ def grouped_gate_up(
     transpose_rhs: bool,
     out_dtype: jax.typing.DTypeLike,
     stage: Stage = "full",
-) -> jax.Array:
-    """See `pallas_kernels.grouped_matmul.grouped_gate_up`."""
-    epilogue = Epilogue(jnp.dtype(out_dtype), activation=activation, activation_limit=activation_limit)
-    return _product(lhs, rhs, group_sizes, bias, group_offset, transpose_rhs, epilogue, stage)
+) -> jax.Array | QTensor:
+    """See `pallas_kernels.grouped_matmul.grouped_gate_up`; an 8-bit `out_dtype` gives a QTensor with 1x128 scales."""
+    dtype = jnp.dtype(out_dtype)
+    columns = rhs.shape[1 if transpose_rhs else 2] // 2
+    in_float32 = dtype.itemsize == 1 and (dtype.name not in _FP8 or columns % SCALE_BLOCK)
+    epilogue = Epilogue(
+        jnp.dtype(jnp.float32) if in_float32 else dtype, activation=activation, activation_limit=activation_limit
+    )
+    out = _product(lhs, rhs, group_sizes, bias, group_offset, transpose_rhs, epilogue, stage)
+    return quantize(out, dtype, scaling="1x128") if in_float32 else out
 
 
 def grouped_matmul_drhs(
@@ -96,15 +104,18 @@ def grouped_matmul_drhs(
     )
 
 
-def _product(lhs, rhs, group_sizes, bias, group_offset, k_major: bool, epilogue: Epilogue, stage: Stage) -> jax.Array:
+def _product(lhs, rhs, group_sizes, bias, group_offset, k_major: bool, epilogue: Epilogue, stage: Stage) -> Any:
     chip = hopper_chip()
     lhs, rhs = same_precision(lhs, rhs)
     _check(lhs, rhs, bias, k_major, epilogue)
     columns = rhs.shape[1 if k_major else 2]
     if lhs.shape[0] == 0:
-        return jnp.zeros((0, columns // 2 if epilogue.activation else columns), epilogue.out_dtype)
+        out = jnp.zeros((0, columns // 2 if epilogue.activation else columns), epilogue.out_dtype)
+        return QTensor(out, jnp.zeros((0, out.shape[1] // SCALE_BLOCK))) if epilogue.requantizes else out
     lhs_values, lhs_scale, lhs_kind = _lhs_scale(lhs)
     rhs_values, rhs_scale, rhs_kind = _rhs_scale(rhs)
+    if epilogue.activation and rhs_kind == "block":
+        require_multiple("I of an rhs with block scales", columns // 2, SCALE_BLOCK)
     config = tiling.pick(
         chip,
         num_rows=lhs.shape[0],
@@ -116,7 +127,7 @@ def _product(lhs, rhs, group_sizes, bias, group_offset, k_major: bool, epilogue:
         block_scales="block" in (lhs_kind, rhs_kind),
         fused=epilogue.activation is not None,
     )
-    return grouped_product(
+    out = grouped_product(
         Inputs(
             group_sizes.astype(jnp.int32),
             jnp.reshape(jnp.asarray(group_offset, jnp.int32), (1,)),
@@ -132,6 +143,10 @@ def _product(lhs, rhs, group_sizes, bias, group_offset, k_major: bool, epilogue:
         num_blocks=chip.cores,
         stage=stage,
     )
+    if not epilogue.requantizes:
+        return out
+    values, scales = out
+    return QTensor(values, scales[:, : lhs.shape[0]].T)
 
 
 def same_precision(lhs: Operand, rhs: Operand) -> tuple[Operand, Operand]:
@@ -161,7 +176,7 @@ def _in_16_bits(operand: Operand) -> jax.Array:
 def _check(lhs: Operand, rhs: Operand, bias: jax.Array | None, k_major: bool, epilogue: Epilogue) -> None:
     depth, columns = lhs.shape[1], rhs.shape[1 if k_major else 2]
     out_columns = columns // 2 if epilogue.activation else columns
-    if epilogue.out_dtype.name not in _OUT_DTYPES:
+    if epilogue.out_dtype.name not in _OUT_DTYPES and not epilogue.requantizes:
         raise Unsupported(f"Hopper kernels write {', '.join(_OUT_DTYPES)}, got {epilogue.out_dtype.name}")
     if lhs.dtype.itemsize == 1 and not k_major:
         raise Unsupported(

@@ -2,7 +2,7 @@
 
 The loading warpgroup streams tiles of both operands through a ring of buffers in shared memory with the bulk copy
 engine, from one output tile into the next without a pause. The math warpgroups multiply them with `wgmma`, each its
-own rows of the tile, and finish the tile in registers: scales, bias, activation, conversion.
+own rows or columns of the tile, and finish the tile in registers: scales, bias, activation, conversion.
 
     floor in time = max(bytes of lhs, rhs, out / HBM bandwidth, 2·M·K·N / peak)
 
@@ -23,8 +23,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.activations import Activation, gated
 from pallas_kernels.grouped_matmul.hopper_smem import SWIZZLE, Views, swizzled
-from pallas_kernels.grouped_matmul.hopper_store import store_rows
+from pallas_kernels.grouped_matmul.hopper_store import store_rows, store_vector
 from pallas_kernels.grouped_matmul.hopper_tiles import Tile, Walk
+
+WGMMA_ROWS = 64
+"""Rows of a math warpgroup."""
 
 SCALE_BLOCK = 128
 """Depth (and, for weights, width) of one scale block."""
@@ -46,7 +49,7 @@ class Config:
     """How the work is cut.
 
     Attributes:
-      block_m: rows of an output tile, 64 for each math warpgroup.
+      block_m: rows of an output tile: 64, or 64 for each math warpgroup, which otherwise split the columns.
       block_n: columns of the accumulators, at most 256; the fused gate/up kernel stores half as many.
       num_stages: buffers in the ring, each 128 bytes of K deep.
       warpgroups: math warpgroups, 1 or 2.
@@ -59,13 +62,23 @@ class Config:
     warpgroups: int
     strip: int
 
+    @property
+    def row_groups(self) -> int:
+        """Parts into which the math warpgroups split a tile's rows."""
+        return self.block_m // WGMMA_ROWS
+
+    @property
+    def column_groups(self) -> int:
+        """Parts into which they split its columns."""
+        return self.warpgroups // self.row_groups
+
 
 @dataclasses.dataclass(frozen=True)
 class Epilogue:
     """What happens to an accumulator. A scale that is None is absent; "block" scales are applied every 128 of K.
 
     Attributes:
-      out_dtype: of the result.
+      out_dtype: of the result. FP8 gets a scale for each row and 128 columns, see `requantizes`.
       lhs_scale: one for all, one a row, or one for each row and 128 of K.
       rhs_scale: one a group, one a column, or one for each 128 columns and 128 of K.
       activation: of the fused gate/up kernel; None for a plain product.
@@ -77,6 +90,11 @@ class Epilogue:
     rhs_scale: Literal["tensor", "channel", "block"] | None = None
     activation: Activation | None = None
     activation_limit: float | None = None
+
+    @property
+    def requantizes(self) -> bool:
+        """Whether the result is rounded to FP8; a tile of it must be 128 columns wide."""
+        return self.out_dtype.itemsize == 1
 
 
 class Inputs(NamedTuple):
@@ -109,13 +127,25 @@ def grouped_product(
     k_major: bool,
     num_blocks: int,
     stage: Stage = "full",
-) -> jax.Array:
-    """Runs the kernel: [M, N], or [M, N/2] with an activation; rows that no group of rhs owns are zeros."""
+) -> Any:
+    """Runs the kernel.
+
+    Returns:
+      [M, N], or [M, N/2] with an activation; rows that no group of rhs owns are zeros. When the result is FP8, a pair
+      of it and its scales, float32 [N/128, M] (N/256 with an activation), M rounded up to a multiple of 4.
+    """
     shape = _Shape.of(inputs, epilogue, config, k_major)
     scratch = _Scratch.describe(inputs, epilogue, config, shape)
 
+    outs = [jax.ShapeDtypeStruct((shape.num_rows, shape.out_columns), epilogue.out_dtype)]
+    if epilogue.requantizes:
+        assert shape.width == SCALE_BLOCK, "a tile of an FP8 result is one scale block wide"
+        scale_rows = pl.cdiv(shape.num_rows, _VECTOR_START) * _VECTOR_START
+        outs.append(jax.ShapeDtypeStruct((shape.out_columns // SCALE_BLOCK, scale_rows), jnp.float32))
+
     def body(*refs):
-        block = _Block(Inputs(*refs[:7]), refs[7], refs[8], epilogue, config, shape, stage)
+        num_inputs = len(Inputs._fields)
+        block = _Block(Inputs(*refs[:num_inputs]), refs[num_inputs:-1], refs[-1], epilogue, config, shape, stage)
         warpgroup = lax.axis_index("warpgroup")
         for_each_tile = functools.partial(
             shape.walk.for_each, block.inputs.group_sizes, lax.axis_index("block"), num_blocks
@@ -125,7 +155,7 @@ def grouped_product(
         def _():
             if config.warpgroups > 1:
                 plgpu.set_max_registers(40, action="decrease")
-            for_each_tile(block.load, (jnp.int32(0), jnp.int32(0)))
+            block.drain(*for_each_tile(block.load, (jnp.int32(0), jnp.int32(0))))
 
         @pl.when(warpgroup < config.warpgroups)
         def _():
@@ -136,7 +166,7 @@ def grouped_product(
 
     kernel = plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((shape.num_rows, shape.out_columns), epilogue.out_dtype),
+        out_type=outs if epilogue.requantizes else outs[0],
         scratch_types=[scratch],
         grid=(num_blocks,),
         grid_names=("block",),
@@ -158,7 +188,8 @@ class _Shape:
       windows: column ranges of rhs that a tile reads: 2 for gate and up, which lie `out_columns` apart, else 1.
       out_columns: columns of the result.
       width: columns of a tile of the result.
-      wg_rows: rows of a math warpgroup.
+      wg_width: columns of the result of a math warpgroup.
+      wg_columns: columns of its accumulators.
       block_k: depth of one step.
       steps: steps of one tile.
       k_major: whether K is the minor dimension of rhs.
@@ -170,7 +201,8 @@ class _Shape:
     windows: int
     out_columns: int
     width: int
-    wg_rows: int
+    wg_width: int
+    wg_columns: int
     block_k: int
     steps: int
     k_major: bool
@@ -189,7 +221,8 @@ class _Shape:
             windows=windows,
             out_columns=out_columns,
             width=width,
-            wg_rows=config.block_m // config.warpgroups,
+            wg_width=width // config.column_groups,
+            wg_columns=config.block_n // config.column_groups,
             block_k=block_k,
             steps=pl.cdiv(depth, block_k),
             k_major=k_major,
@@ -201,17 +234,20 @@ class _Scratch(NamedTuple):
     """Shared memory and barriers of a block.
 
     Attributes:
-      lhs: ring [stages, warpgroups, wg_rows, block_k].
-      rhs: ring [stages, block_n, block_k] if K-major, else [stages, windows, block_k, width].
+      lhs: ring [stages, row groups, 64, block_k].
+      rhs: ring [stages, column groups, wg_columns, block_k] if K-major, else [stages, column groups, windows, block_k,
+        wg_width].
       full: a ring buffer has been filled.
       empty: a ring buffer has been read.
       out: staging of the result, see `store_rows`.
       lhs_scales: ring of the rows' scales.
       row_scale: scales of the tile's rows.
-      column_scale: scales of the tile's columns.
-      bias: of the tile's columns.
+      column_scale: scales of the tile's columns, [column groups · windows · wg_width].
+      bias: of the tile's columns, likewise.
       side_full: the three before have been filled.
       side_empty: and have been read.
+      out_scales: largest magnitudes and scales of the rows of an FP8 result, [warpgroups, 64].
+      shared_scales: the column groups have written their largest magnitudes.
     """
 
     lhs: Any
@@ -225,42 +261,50 @@ class _Scratch(NamedTuple):
     bias: Any
     side_full: Any
     side_empty: Any
+    out_scales: Any
+    shared_scales: Any
 
     @classmethod
     def describe(cls, inputs: Inputs, epilogue: Epilogue, config: Config, shape: _Shape) -> "_Scratch":
         """The types to allocate."""
         stages, groups = config.num_stages, config.warpgroups
-        rhs_tile: tuple[int, ...] = (config.block_n, shape.block_k)
+        rhs_tile: tuple[int, ...] = (shape.wg_columns, shape.block_k)
         if not shape.k_major:
-            rhs_tile = (shape.windows, shape.block_k, shape.width)
+            rhs_tile = (shape.windows, shape.block_k, shape.wg_width)
+        copies = config.column_groups * shape.windows
         row_scales = config.block_m + _VECTOR_SLACK
         by_row, by_column = epilogue.lhs_scale == "row", epilogue.rhs_scale == "channel"
-        side = by_row + shape.windows * (by_column + (inputs.bias is not None))
-        loads = groups + shape.windows + (epilogue.lhs_scale == "block")
-        out_chunk = SWIZZLE // epilogue.out_dtype.itemsize
+        side = by_row + copies * (by_column + (inputs.bias is not None))
+        loads = config.row_groups + copies + (epilogue.lhs_scale == "block")
+        out_chunk = min(SWIZZLE // epilogue.out_dtype.itemsize, shape.wg_width)
         return cls(
-            lhs=swizzled((stages, groups, shape.wg_rows, shape.block_k), inputs.lhs.dtype),
-            rhs=swizzled((stages, *rhs_tile), inputs.rhs.dtype, any_row=shape.k_major),
+            lhs=swizzled((stages, config.row_groups, WGMMA_ROWS, shape.block_k), inputs.lhs.dtype),
+            rhs=swizzled((stages, config.column_groups, *rhs_tile), inputs.rhs.dtype, any_row=shape.k_major),
             full=plgpu.Barrier(num_arrivals=loads, num_barriers=stages),
             empty=plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
-            out=swizzled((groups, 2, shape.wg_rows, out_chunk), epilogue.out_dtype),
+            out=swizzled((groups, 2, WGMMA_ROWS, out_chunk), epilogue.out_dtype),
             lhs_scales=plgpu.SMEM((stages, row_scales), jnp.float32) if epilogue.lhs_scale == "block" else None,
             row_scale=plgpu.SMEM((row_scales,), jnp.float32) if by_row else None,
             column_scale=plgpu.SMEM((config.block_n,), jnp.float32) if by_column else None,
             bias=None if inputs.bias is None else plgpu.SMEM((config.block_n,), inputs.bias.dtype),
             side_full=plgpu.Barrier(num_arrivals=side) if side else None,
             side_empty=plgpu.Barrier(num_arrivals=groups) if side else None,
+            out_scales=plgpu.SMEM((groups, WGMMA_ROWS), jnp.float32) if epilogue.requantizes else None,
+            shared_scales=plgpu.Barrier(num_arrivals=groups) if epilogue.requantizes else None,
         )
 
 
 class _Block:
     """One block at work. Runs on the device, in each of its warpgroups."""
 
-    def __init__(self, inputs: Inputs, out, scratch: _Scratch, epilogue, config, shape: _Shape, stage: Stage):
-        self.inputs, self.out, self.scratch = inputs, out, scratch
+    def __init__(self, inputs: Inputs, outs, scratch: _Scratch, epilogue, config, shape: _Shape, stage: Stage):
+        self.inputs, self.outs, self.scratch = inputs, outs, scratch
         self.epilogue, self.config, self.shape, self.stage = epilogue, config, shape, stage
         self.first_group = inputs.group_offset[0]
         self.warpgroup = lax.axis_index("warpgroup")
+        splits_rows = config.column_groups == 1
+        self.row_group = self.warpgroup if splits_rows else 0
+        self.column_group = 0 if splits_rows else self.warpgroup
         self.lhs_tiles = Views.of(scratch.lhs)
         self.rhs_tiles = Views.of(scratch.rhs) if shape.k_major else Views(scratch.rhs, scratch.rhs)
         self.staging = Views.of(scratch.out)
@@ -299,18 +343,27 @@ class _Block:
 
         return step, tiles + is_owned.astype(jnp.int32)
 
+    def drain(self, step, tiles):
+        """Waits until all that was loaded has been read, so that no barrier is left half-way."""
+        if self.stage != "comp":
+            first = jnp.maximum(step - self.config.num_stages, 0)
+            lax.fori_loop(first, step, lambda i, _: plgpu.barrier_wait(self.scratch.empty.at[self._slot(i)]), None)
+        if self.scratch.side_full is not None:
+            pl.when(tiles > 0)(lambda: plgpu.barrier_wait(self.scratch.side_empty))
+
     def _copy_operands(self, tile: Tile, group, k, slot):
         shape, full = self.shape, self.scratch.full.at[slot]
         depths = pl.ds(pl.multiple_of(k * shape.block_k, shape.block_k), shape.block_k)
-        for w in range(self.config.warpgroups):
-            rows = pl.ds(tile.row + w * shape.wg_rows, shape.wg_rows)
-            plgpu.copy_gmem_to_smem(self.inputs.lhs.at[rows, depths], self.lhs_tiles.copied.at[slot, w], full)
-        for window, (source, target) in enumerate(self._windows(tile)):
+        for i in range(self.config.row_groups):
+            rows = pl.ds(tile.row + i * WGMMA_ROWS, WGMMA_ROWS)
+            plgpu.copy_gmem_to_smem(self.inputs.lhs.at[rows, depths], self.lhs_tiles.copied.at[slot, i], full)
+        for part, window, columns in self._windows(tile):
+            rhs, ring = self.inputs.rhs, self.rhs_tiles.copied
             if shape.k_major:
-                weights, buffer = self.inputs.rhs.at[group, source, depths], self.rhs_tiles.copied.at[slot, target]
+                target = slice(window * shape.wg_width, (window + 1) * shape.wg_width)
+                plgpu.copy_gmem_to_smem(rhs.at[group, columns, depths], ring.at[slot, part, target], full)
             else:
-                weights, buffer = self.inputs.rhs.at[group, depths, source], self.rhs_tiles.copied.at[slot, window]
-            plgpu.copy_gmem_to_smem(weights, buffer, full)
+                plgpu.copy_gmem_to_smem(rhs.at[group, depths, columns], ring.at[slot, part, window], full)
         if self.epilogue.lhs_scale == "block":
             scales = self.inputs.lhs_scale.at[self._scale_step(k), self._scale_rows(tile)]
             plgpu.copy_gmem_to_smem(scales, self.scratch.lhs_scales.at[slot], full)
@@ -319,11 +372,12 @@ class _Block:
         copy = functools.partial(plgpu.copy_gmem_to_smem, barrier=self.scratch.side_full)
         if self.epilogue.lhs_scale == "row":
             copy(self.inputs.lhs_scale.at[self._scale_rows(tile)], self.scratch.row_scale)
-        for source, target in self._windows(tile):
+        for part, window, columns in self._windows(tile):
+            target = pl.ds((part * self.shape.windows + window) * self.shape.wg_width, self.shape.wg_width)
             if self.epilogue.rhs_scale == "channel":
-                copy(self.inputs.rhs_scale.at[self._scale_group(group), source], self.scratch.column_scale.at[target])
+                copy(self.inputs.rhs_scale.at[self._scale_group(group), columns], self.scratch.column_scale.at[target])
             if self.inputs.bias is not None:
-                copy(self.inputs.bias.at[group, source], self.scratch.bias.at[target])
+                copy(self.inputs.bias.at[group, columns], self.scratch.bias.at[target])
 
     # ---- multiplying -------------------------------------------------------------------------------------------------
 
@@ -332,16 +386,19 @@ class _Block:
         shape = self.shape
         group, is_owned = self._weights_of(tile)
         num_steps = jnp.where(is_owned, shape.steps, 0)
-        rows = jnp.clip(tile.rows - self.warpgroup * shape.wg_rows, 0, shape.wg_rows)
-        store = functools.partial(
-            store_rows,
-            self.out,
-            self.staging,
-            self.warpgroup,
-            row=tile.row + self.warpgroup * shape.wg_rows,
-            rows=jnp.where(step < 0, rows, 0) if self.stage == "comp" else rows,
-            column=tile.column * shape.width,
-        )
+        row = tile.row + self.row_group * WGMMA_ROWS
+        rows = jnp.clip(tile.rows - self.row_group * WGMMA_ROWS, 0, WGMMA_ROWS)
+        if self.stage == "comp":  # in a way that the compiler does not see: nothing is stored
+            rows = jnp.where(step < 0, rows, 0)
+
+        def store(result):
+            if self.epilogue.requantizes:
+                result, scale = self._to_fp8(result)
+                column_rows = jnp.where(jnp.equal(self.column_group, 0), rows, 0)
+                buffer = self.scratch.out_scales.at[self.warpgroup]
+                store_vector(self.outs[1].at[tile.column], buffer, scale, row, column_rows)
+            column = tile.column * shape.width + self.column_group * shape.wg_width
+            store_rows(self.outs[0], self.staging, self.warpgroup, result, row=row, rows=rows, column=column)
 
         @pl.when(is_owned)
         def _():
@@ -355,13 +412,13 @@ class _Block:
 
         @pl.when(jnp.logical_not(is_owned))
         def _():
-            zeros = jnp.zeros((shape.wg_rows, shape.width), self.epilogue.out_dtype)
+            zeros = jnp.zeros((WGMMA_ROWS, shape.wg_width), self._finished_dtype)
             store(plgpu.layout_cast(zeros, plgpu.Layout.WGMMA))
 
         return step + num_steps
 
     def _sum(self, tile: Tile, group, num_steps, step):
-        """The sum over K of the tile's products: [wg_rows, block_n] in float32."""
+        """The sum over K of this warpgroup's products: [64, wg_columns] in float32."""
         del tile, group
         last_slot = self.config.num_stages - 1
 
@@ -382,91 +439,85 @@ class _Block:
             self._release(self._slot(step + num_steps + last_slot))
             return total
 
-        return pl.run_scoped(multiply_all, plgpu.ACC((self.shape.wg_rows, self.config.block_n), jnp.float32))
+        return pl.run_scoped(multiply_all, plgpu.ACC((WGMMA_ROWS, self.shape.wg_columns), jnp.float32))
 
     def _sum_by_block(self, tile: Tile, group, num_steps, step):
-        """The same, with the scales of each 128 of K applied to their part of the sum, 128 columns at a time.
+        """The same, with the scales of each 128 of K applied to their part of the sum, at most 128 columns at a time.
 
-        Where the registers hold two parts, two steps are in flight: the tensor cores multiply one while the other is
+        Where the registers hold two parts they are both in flight: the tensor cores multiply one while the other is
         scaled and added.
         """
-        chunk = (self.shape.wg_rows, SCALE_BLOCK)
-        num_chunks = self.config.block_n // SCALE_BLOCK
+        width = min(SCALE_BLOCK, self.shape.wg_width)
+        chunks = [slice(i, i + width) for i in range(0, self.shape.wg_columns, width)]
+        in_flight = 2 if self.shape.wg_columns <= SCALE_BLOCK else 1
+        steps_at_once = max(1, in_flight // len(chunks))
 
-        def add(total, part, slot, weight_scale, is_last):
-            row_scale: Any = 1.0
-            if self.epilogue.lhs_scale == "block":
-                row_scale = plgpu.load(self.scratch.lhs_scales.at[slot, self._vector_rows(tile)], layout=_ROWS)
-            if is_last:
-                plgpu.commit_smem()  # the copy engine may overwrite what has been read
-                self._release(slot)
-            return total + part * _along_rows(row_scale * weight_scale, chunk)
+        def some_steps(first, count, totals):
+            jobs = [(first + i, c) for i in range(count) for c in range(len(chunks))]
+            scales = [self._weight_scale(tile, group, k, chunks[c].start) for k, c in jobs]
+            for begin in range(0, len(jobs), in_flight):
+                batch = jobs[begin : begin + in_flight]
 
-        def one_step(k, totals):
-            slot = self._slot(step + k)
-            scales = [self._weight_scale(tile, group, k, i) for i in range(num_chunks)]
-            self._wait_full(step + k)
-            sums = []
-            for i, total in enumerate(totals):
+                def multiply(*accumulators, batch=batch, begin=begin, totals=totals):
+                    totals = list(totals)
+                    for accumulator, (k, c) in zip(accumulators, batch, strict=True):
+                        if c == 0:
+                            self._wait_full(step + k)
+                        self._multiply(accumulator, self._slot(step + k), chunks[c])
+                    for i, (accumulator, (k, c)) in enumerate(zip(accumulators, batch, strict=True)):
+                        part = plgpu.wgmma_accumulator_load(accumulator, wait_n=len(batch) - 1 - i)
+                        scale = self._row_scale(tile, self._slot(step + k)) * scales[begin + i]
+                        if c == len(chunks) - 1:
+                            plgpu.commit_smem()  # the copy engine may overwrite what has been read
+                            self._release(self._slot(step + k))
+                        totals[c] = totals[c] + part * _along_rows(scale, part.shape)
+                    return totals
 
-                def multiply(accumulator, i=i):
-                    self._multiply(accumulator, slot, slice(i * SCALE_BLOCK, (i + 1) * SCALE_BLOCK))
-                    return accumulator[...]
+                accumulators = [plgpu.ACC((WGMMA_ROWS, width), jnp.float32)] * len(batch)
+                totals = pl.run_scoped(multiply, *accumulators)
+            return totals
 
-                part = pl.run_scoped(multiply, plgpu.ACC(chunk, jnp.float32))
-                sums.append(add(total, part, slot, scales[i], is_last=i == num_chunks - 1))
-            return sums
+        zeros = plgpu.layout_cast(jnp.zeros((WGMMA_ROWS, width), jnp.float32), plgpu.Layout.WGMMA)
+        totals, rounds = [zeros] * len(chunks), lax.div(num_steps, jnp.int32(steps_at_once))
+        totals = lax.fori_loop(0, rounds, lambda i, t: some_steps(i * steps_at_once, steps_at_once, t), totals)
+        if steps_at_once > 1:
+            totals = lax.fori_loop(rounds * steps_at_once, num_steps, lambda k, t: some_steps(k, 1, t), totals)
+        return totals[0] if len(chunks) == 1 else lax.concatenate(totals, 1)
 
-        def two_steps(i, totals):
-            (total,) = totals
-            steps = [2 * i, 2 * i + 1]
-            slots = [self._slot(step + k) for k in steps]
-            scales = [self._weight_scale(tile, group, k, 0) for k in steps]
-
-            def multiply(*accumulators):
-                for k, slot, accumulator in zip(steps, slots, accumulators, strict=True):
-                    self._wait_full(step + k)
-                    self._multiply(accumulator, slot)
-                first = plgpu.wgmma_accumulator_load(accumulators[0], wait_n=1)
-                first = add(total, first, slots[0], scales[0], is_last=True)
-                second = plgpu.wgmma_accumulator_load(accumulators[1], wait_n=0)
-                return add(first, second, slots[1], scales[1], is_last=True)
-
-            return [pl.run_scoped(multiply, *[plgpu.ACC(chunk, jnp.float32)] * 2)]
-
-        zeros = plgpu.layout_cast(jnp.zeros(chunk, jnp.float32), plgpu.Layout.WGMMA)
-        totals, first = [zeros] * num_chunks, jnp.int32(0)
-        if num_chunks == 1:
-            pairs = lax.div(num_steps, jnp.int32(2))
-            totals, first = lax.fori_loop(0, pairs, two_steps, totals), 2 * pairs
-        totals = lax.fori_loop(first, num_steps, one_step, totals)
-        return totals[0] if num_chunks == 1 else lax.concatenate(totals, 1)
+    def _row_scale(self, tile: Tile, slot) -> Any:
+        """The block scales of this warpgroup's rows in a buffer of the ring."""
+        if self.epilogue.lhs_scale != "block":
+            return 1.0
+        return plgpu.load(self.scratch.lhs_scales.at[slot, self._vector_rows(tile)], layout=_ROWS)
 
     def _multiply(self, accumulator, slot, columns: slice = slice(None)):
         if self.stage == "dma":
             return
-        lhs = self.lhs_tiles.tiled.at[slot, self.warpgroup]
+        lhs = self.lhs_tiles.tiled.at[slot, self.row_group]
         if self.shape.k_major:
-            plgpu.wgmma(accumulator, lhs, self.rhs_tiles.tiled.at[slot, columns].transpose((1, 0)))
+            rhs = self.rhs_tiles.tiled.at[slot, self.column_group, columns]
+            plgpu.wgmma(accumulator, lhs, rhs.transpose((1, 0)))
             return
         for window in range(self.shape.windows):
-            columns = slice(window * self.shape.width, (window + 1) * self.shape.width)
-            plgpu.wgmma(accumulator.at[:, columns], lhs, self.rhs_tiles.tiled.at[slot, window])
+            columns = slice(window * self.shape.wg_width, (window + 1) * self.shape.wg_width)
+            rhs = self.rhs_tiles.tiled.at[slot, self.column_group, window]
+            plgpu.wgmma(accumulator.at[:, columns], lhs, rhs)
 
-    def _weight_scale(self, tile: Tile, group, k, chunk: int) -> Any:
-        """The scale of a chunk of 128 of the tile's columns at step k."""
+    def _weight_scale(self, tile: Tile, group, k, first_column: int) -> Any:
+        """The scale of at most 128 of this warpgroup's columns at step k."""
         if self.epilogue.rhs_scale != "block":
             return 1.0
         shape, scales = self.shape, self.inputs.rhs_scale
-        window, column = divmod(chunk * SCALE_BLOCK, shape.width)
-        block = lax.div(tile.column * shape.width + column + window * shape.out_columns, jnp.int32(SCALE_BLOCK))
-        return scales[self._scale_group(group), jnp.minimum(block, scales.shape[1] - 1), self._scale_step(k)]
+        window, offset = divmod(first_column, shape.wg_width)
+        column = tile.column * shape.width + self.column_group * shape.wg_width + offset + window * shape.out_columns
+        block = jnp.minimum(lax.div(column, jnp.int32(SCALE_BLOCK)), scales.shape[1] - 1)
+        return scales[self._scale_group(group), block, self._scale_step(k)]
 
     # ---- finishing ---------------------------------------------------------------------------------------------------
 
     def _finish(self, total, tile: Tile, group):
-        """Scales, bias and activation: [wg_rows, block_n] in float32 -> [wg_rows, width] in the result's dtype."""
-        epilogue, scratch, width = self.epilogue, self.scratch, self.shape.width
+        """Scales, bias and activation: [64, wg_columns] in float32 -> [64, wg_width], ready to be stored."""
+        epilogue, scratch, width = self.epilogue, self.scratch, self.shape.wg_width
         if scratch.side_full is not None:
             plgpu.barrier_wait(scratch.side_full)
         scale: Any = 1.0
@@ -480,8 +531,9 @@ class _Block:
             total = total * _along_rows(scale, total.shape)
 
         def along_columns(ref, window):
-            values = plgpu.load(ref.at[pl.ds(window * width, width)], layout=_COLUMNS).astype(jnp.float32)
-            return lax.broadcast_in_dim(values, (self.shape.wg_rows, width), (1,))
+            mine = pl.ds((self.column_group * self.shape.windows + window) * width, width)
+            values = plgpu.load(ref.at[mine], layout=_COLUMNS).astype(jnp.float32)
+            return lax.broadcast_in_dim(values, (WGMMA_ROWS, width), (1,))
 
         parts = []
         for window in range(self.shape.windows):
@@ -495,9 +547,29 @@ class _Block:
             plgpu.commit_smem()
             plgpu.barrier_arrive(scratch.side_empty)
         if epilogue.activation is None:
-            return parts[0].astype(epilogue.out_dtype)
+            return parts[0].astype(self._finished_dtype)
         gate, up = parts
-        return gated(gate, up, epilogue.activation, epilogue.activation_limit).astype(epilogue.out_dtype)
+        return gated(gate, up, epilogue.activation, epilogue.activation_limit).astype(self._finished_dtype)
+
+    @property
+    def _finished_dtype(self) -> jnp.dtype:
+        return jnp.dtype(jnp.float32) if self.epilogue.requantizes else self.epilogue.out_dtype
+
+    def _to_fp8(self, value):
+        """A result [64, wg_width] as FP8, and the scales of its rows: what `quantize` does with scaling "1x128"."""
+        dtype, buffer = self.epilogue.out_dtype, self.scratch.out_scales
+        largest = float(jnp.finfo(dtype).max)
+        amax = jnp.max(jnp.abs(value), axis=1)
+        if self.config.column_groups > 1:
+            buffer[self.warpgroup] = amax
+            plgpu.barrier_arrive(self.scratch.shared_scales)
+            plgpu.barrier_wait(self.scratch.shared_scales)
+            amax = jnp.maximum(amax, plgpu.load(buffer.at[1 - self.warpgroup], layout=_ROWS))
+            plgpu.barrier_arrive(self.scratch.shared_scales)
+            plgpu.barrier_wait(self.scratch.shared_scales)
+        scale = jnp.where(amax > largest * float(jnp.finfo(jnp.float32).tiny) * 4, amax * (1 / largest), 1.0)
+        scaled = value * _along_rows(1 / scale, value.shape)
+        return jnp.clip(scaled, -largest, largest).astype(dtype), scale
 
     # ---- places ------------------------------------------------------------------------------------------------------
 
@@ -508,15 +580,16 @@ class _Block:
         return jnp.clip(group, 0, self.shape.num_groups - 1), is_owned
 
     def _windows(self, tile: Tile):
-        """Where the tile's columns lie in rhs and its buffers: (dynamic slice, slice) for each window."""
-        width = self.shape.width
-        column = pl.multiple_of(tile.column * width, width)
-        for i in range(self.shape.windows):
-            yield pl.ds(column + i * self.shape.out_columns, width), slice(i * width, (i + 1) * width)
+        """The tile's columns in rhs: (column group, window, dynamic slice) for each copy."""
+        shape = self.shape
+        for part in range(self.config.column_groups):
+            column = pl.multiple_of(tile.column * shape.width + part * shape.wg_width, shape.wg_width)
+            for window in range(shape.windows):
+                yield part, window, pl.ds(column + window * shape.out_columns, shape.wg_width)
 
     def _vector_rows(self, tile: Tile):
         """Where the scales of this warpgroup's rows lie among those that `_scale_rows` copied."""
-        return pl.ds(_vector_shift(tile) + self.warpgroup * self.shape.wg_rows, self.shape.wg_rows)
+        return pl.ds(_vector_shift(tile) + self.row_group * WGMMA_ROWS, WGMMA_ROWS)
 
     def _scale_rows(self, tile: Tile):
         first = pl.multiple_of(tile.row - _vector_shift(tile), _VECTOR_START)

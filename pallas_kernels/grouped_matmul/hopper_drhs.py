@@ -93,8 +93,10 @@ def grouped_drhs(
 
         def for_each_tile(function, carry):
             @plgpu.nd_loop((num_groups * tiles_each,), collective_axes="block", init_carry=carry)
-            def _(info, carry):
+            def last(info, carry):
                 return function(info.index[0], carry)
+
+            return last
 
         def load(tile, step):
             _, row_tile, column_tile, first, steps = place(tile)
@@ -182,7 +184,10 @@ def grouped_drhs(
         @pl.when(warpgroup == _WARPGROUPS)
         def _():
             plgpu.set_max_registers(40, action="decrease")
-            for_each_tile(load, jnp.int32(0))
+            step = for_each_tile(load, jnp.int32(0))
+            # No barrier is left half-way.
+            first = jnp.maximum(step - stages, 0)
+            lax.fori_loop(first, step, lambda i, _: plgpu.barrier_wait(scratch.empty.at[lax.rem(i, stages)]), None)
 
         @pl.when(warpgroup < _WARPGROUPS)
         def _():

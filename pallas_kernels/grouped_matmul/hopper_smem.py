@@ -38,12 +38,14 @@ def swizzled(shape: tuple[int, ...], dtype: jax.typing.DTypeLike, *, any_row: bo
     """A buffer of tiles [..., rows, columns].
 
     Args:
-      shape: with 128 bytes of columns, or a multiple of that if not `any_row`.
+      shape: with 64 or 128 bytes of columns, or a multiple of 128 if not `any_row`.
       dtype: of the elements.
       any_row: whether copies may begin at any row; see `Views.of`.
     """
-    swizzle = plgpu.SwizzleTransform(SWIZZLE)  # type: ignore[abstract]
-    tiling = plgpu.TilingTransform((8, SWIZZLE // jnp.dtype(dtype).itemsize))  # type: ignore[abstract]
+    itemsize = jnp.dtype(dtype).itemsize
+    row_bytes = min(SWIZZLE, shape[-1] * itemsize)
+    swizzle = plgpu.SwizzleTransform(row_bytes)  # type: ignore[abstract]
+    tiling = plgpu.TilingTransform((8, row_bytes // itemsize))  # type: ignore[abstract]
     tiled = (tiling, swizzle)
     if not any_row or _single_view.get():
         return plgpu.SMEM(shape, dtype, transforms=tiled)

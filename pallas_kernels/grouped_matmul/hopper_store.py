@@ -15,7 +15,7 @@ def store_rows(out, staging: Views, warpgroup, value: jax.Array, *, row, rows, c
 
     Args:
       out: global memory, [M, N].
-      staging: shared memory [warpgroups, 2, R, C]; C columns pass through it at a time.
+      staging: shared memory [warpgroups, slots, R, C]; C columns pass through it at a time.
       warpgroup: index of the calling warpgroup.
       value: registers, [R, columns].
       row: first row of `out`.
@@ -27,10 +27,11 @@ def store_rows(out, staging: Views, warpgroup, value: jax.Array, *, row, rows, c
 
     @pl.when(rows is None or rows > 0)
     def _():
+        slots = staging.tiled.shape[1]
         for i in range(num_chunks):
-            slot = i % 2
-            # The store before the last one has left this slot; of an odd number, the last one used the first slot too.
-            plgpu.wait_smem_to_gmem(0 if i == 0 and num_chunks % 2 else 1, wait_read_only=True)
+            slot = i % slots
+            # The store that last used this slot has left; with a remainder, that may be the one just before.
+            plgpu.wait_smem_to_gmem(0 if i < slots and num_chunks % slots else slots - 1, wait_read_only=True)
             staging.tiled[warpgroup, slot] = value[:, i * chunk : (i + 1) * chunk]
             plgpu.commit_smem()
             _copy_rows(staging.copied, (warpgroup, slot), out, row, rows, pl.ds(column + i * chunk, chunk))
@@ -51,3 +52,21 @@ def _copy_rows(staging, buffer, out, row, rows, columns) -> None:
             plgpu.copy_smem_to_gmem(source, out.at[pl.ds(row + begin, box), columns], commit_group=False)
 
         box //= 2
+
+
+def store_vector(out, buffer, value: jax.Array, row, rows) -> None:
+    """Stores value[:rows] to out[row : row + rows]; `buffer` is shared memory [R] of this warpgroup alone."""
+    num_rows = value.shape[0]
+
+    @pl.when(rows == num_rows)
+    def _():
+        out[pl.ds(row, num_rows)] = value
+
+    @pl.when((rows > 0) & (rows < num_rows))
+    def _():
+        buffer[...] = value
+
+        def store_one(i, _):
+            out[row + i] = buffer[i]
+
+        jax.lax.fori_loop(0, rows, store_one, None)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.activations import Activation, gated_halves
-from pallas_kernels.quantize import Operand, QTensor, dequantize
+from pallas_kernels.quantize import Operand, QTensor, dequantize, quantize
 
 _BLOCK_M = 64
 
@@ -47,15 +47,18 @@ def grouped_gate_up(
     group_offset: jax.Array | int,
     transpose_rhs: bool,
     out_dtype: jax.typing.DTypeLike,
-) -> jax.Array:
-    """See `pallas_kernels.grouped_matmul.grouped_gate_up`."""
+) -> jax.Array | QTensor:
+    """See `pallas_kernels.grouped_matmul.grouped_gate_up`; an 8-bit `out_dtype` gives a QTensor with 1x128 scales."""
+    in_8_bits = jnp.dtype(out_dtype).itemsize == 1
     num_columns = rhs.shape[1] if transpose_rhs else rhs.shape[2]
 
     def block(rows: Operand, group: jax.Array) -> jax.Array:
         h = _product(rows, _take(rhs, group), bias, group, transpose_rhs)
         return gated_halves(h, activation, activation_limit)
 
-    return _map_blocks(block, lhs, group_sizes, rhs.shape[0], group_offset, num_columns // 2, out_dtype)
+    dtype = jnp.float32 if in_8_bits else out_dtype
+    out = _map_blocks(block, lhs, group_sizes, rhs.shape[0], group_offset, num_columns // 2, dtype)
+    return quantize(out, out_dtype, scaling="1x128") if in_8_bits else out
 
 
 def grouped_matmul_drhs(

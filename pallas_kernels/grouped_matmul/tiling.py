@@ -1,21 +1,26 @@
-"""How the Hopper kernels cut their work, by modelled time.
+"""How the Hopper kernels cut their work: as was measured to be best (see `tuned_table`), else by modelled time.
 
 For each candidate the model adds up what a block does for its tiles: the larger of the multiplications and the copies
 from the cache into shared memory, step by step, then finishing the tile. Blocks work in waves; no wave is faster than
 the memory delivers the weights. Constants were fitted to an H200.
 """
 
+import contextlib
+import contextvars
 from collections.abc import Iterator
 
 from pallas_kernels.chips import Chip
-from pallas_kernels.grouped_matmul.hopper import SCALE_BLOCK, Config
+from pallas_kernels.grouped_matmul.hopper import SCALE_BLOCK, WGMMA_ROWS, Config
 from pallas_kernels.grouped_matmul.hopper_smem import SWIZZLE
+from pallas_kernels.grouped_matmul.tuned_table import Key, tuned_configs
 
 _ISSUE_RATE = 0.75  # share of the peak that wgmma sustains
 _CACHE_BANDWIDTH = 1.25  # of the cache, in multiples of the memory's
 _FINISH_SECONDS = 0.6e-6  # of a tile: the end of its pipeline, epilogue, first store
 _RESERVED_BYTES = 4 * 1024  # barriers, scales and bias
 _MAX_STAGES = 12
+
+_forced = contextvars.ContextVar[Config | None]("forced", default=None)
 
 
 def pick(
@@ -30,7 +35,7 @@ def pick(
     block_scales: bool,
     fused: bool,
 ) -> Config:
-    """The configuration with the least modelled time for rows spread evenly over the groups.
+    """The configuration for rows spread evenly over the groups: measured where the chip's table has it, else modelled.
 
     Args:
       chip: a Hopper.
@@ -43,15 +48,36 @@ def pick(
       block_scales: whether scales come every 128 of K.
       fused: whether gate and up are multiplied together.
     """
-    candidates = list(_candidates(chip, out_itemsize, block_scales, fused, columns))
-    rows = max(1, -(-num_rows // num_groups))
+    if (config := _forced.get()) is not None:
+        return config
+    rows = rows_of_a_group(num_rows, num_groups)
+    key = Key.of(operand, block_scales, fused, num_groups, rows, depth, columns)
+    tuned = tuned_configs(chip.name).get(key)
+    if tuned is not None and fits(chip, tuned, out_itemsize=out_itemsize, block_scales=block_scales, fused=fused):
+        return tuned
+    options = candidates(chip, out_itemsize=out_itemsize, block_scales=block_scales, fused=fused, columns=columns)
 
     def seconds(config: Config) -> float:
         return modelled_seconds(
             chip, config, rows=rows, num_groups=min(num_groups, num_rows), depth=depth, columns=columns, operand=operand
         )
 
-    return min(candidates, key=seconds)
+    return min(options, key=seconds)
+
+
+@contextlib.contextmanager
+def forced(config: Config) -> Iterator[None]:
+    """Kernels traced in this context are cut as `config` says."""
+    token = _forced.set(config)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def rows_of_a_group(num_rows: int, num_groups: int) -> int:
+    """Rows of each group when they are spread evenly."""
+    return max(1, -(-num_rows // num_groups))
 
 
 def modelled_seconds(
@@ -71,16 +97,36 @@ def modelled_seconds(
     return max(waves * (steps * max(multiply, copy) + finish), weights * (1 + 0.02 * (config.block_n < 128)))
 
 
-def _candidates(chip: Chip, out_itemsize: int, block_scales: bool, fused: bool, columns: int) -> Iterator[Config]:
-    for warpgroups in (1, 2):
+def candidates(chip: Chip, *, out_itemsize: int, block_scales: bool, fused: bool, columns: int) -> Iterator[Config]:
+    """One configuration for each size of a tile that the kernel can do, with as many stages as fit."""
+    for block_m, warpgroups in ((64, 1), (64, 2), (128, 2)):
         for block_n in (64, 128, 256):
-            width = block_n // 2 if fused else block_n
-            out_chunk = SWIZZLE // out_itemsize
-            if width % max(SCALE_BLOCK if block_scales else 64, out_chunk):
-                continue
-            stage_bytes = (64 * warpgroups + block_n) * SWIZZLE + block_scales * 4 * (64 * warpgroups + 32)
-            staging = warpgroups * 2 * 64 * SWIZZLE
-            stages = min(_MAX_STAGES, (chip.fast_memory_bytes - staging - _RESERVED_BYTES) // stage_bytes)
+            stage_bytes, other_bytes = _shared_memory(block_m, block_n, warpgroups, block_scales)
+            stages = min(_MAX_STAGES, (chip.fast_memory_bytes - other_bytes) // stage_bytes)
             column_tiles = -(-columns // block_n)
-            strip = column_tiles if warpgroups == 1 else min(8, column_tiles)
-            yield Config(64 * warpgroups, block_n, stages, warpgroups, strip)
+            strip = column_tiles if block_m == 64 else min(8, column_tiles)
+            config = Config(block_m, block_n, stages, warpgroups, strip)
+            if fits(chip, config, out_itemsize=out_itemsize, block_scales=block_scales, fused=fused):
+                yield config
+
+
+def fits(chip: Chip, config: Config, *, out_itemsize: int, block_scales: bool, fused: bool) -> bool:
+    """Whether the kernel can do `config`: its tiles divide among the warpgroups, its buffers fit the chip."""
+    if (config.block_m, config.warpgroups) not in ((64, 1), (64, 2), (128, 2)) or config.block_n > 256:
+        return False
+    if config.num_stages < 2 or config.strip < 1:
+        return False
+    width = config.block_n // 2 if fused else config.block_n
+    if width // config.column_groups % 64 or (out_itemsize == 1 and width != SCALE_BLOCK):
+        return False
+    # Accumulators beside those of a part that is not scaled yet do not fit the registers.
+    if block_scales and config.block_n // config.column_groups > SCALE_BLOCK:
+        return False
+    stage_bytes, other_bytes = _shared_memory(config.block_m, config.block_n, config.warpgroups, block_scales)
+    return config.num_stages * stage_bytes + other_bytes <= chip.fast_memory_bytes
+
+
+def _shared_memory(block_m: int, block_n: int, warpgroups: int, block_scales: bool) -> tuple[int, int]:
+    """Bytes of a stage, and of all that is not in stages."""
+    stage = (block_m + block_n) * SWIZZLE + block_scales * 4 * (block_m + 32)
+    return stage, warpgroups * 2 * WGMMA_ROWS * SWIZZLE + _RESERVED_BYTES

@@ -2,10 +2,14 @@ import json
 import subprocess
 import sys
 
+import jax
 import pytest
 
+from bench import gemm
 from bench.cli import run
 from bench.gemm import main
+from bench.overlap import OverlapTimes
+from pallas_kernels.chips import get_chip
 
 KEYS = {"G", "M", "K", "N", "chip", "dtype", "elapsed", "comp_elapsed", "dma_elapsed", "dram_traffic"}
 KEYS |= {"best_tile", "best_partition", "urate"}
@@ -103,3 +107,58 @@ def test_errors(argv, message, capsys):
     assert err.startswith("error: ")
     assert message in err
     assert err.count("\n") == 1
+
+
+@pytest.fixture
+def h200(monkeypatch):
+    """Stands in for an H200 on which the whole takes 40 µs, arithmetic 30, copies 20."""
+    asked = []
+
+    def measure_overlap(stage_function, inputs):
+        for stage in ("full", "comp", "dma"):
+            asked.append((stage, jax.eval_shape(stage_function(stage), *inputs[0]).shape))
+        return OverlapTimes(40.0, 30.0, 20.0)
+
+    monkeypatch.setattr(gemm, "hopper_at_hand", lambda: get_chip("h200"))
+    monkeypatch.setattr(gemm, "measure_overlap", measure_overlap)
+    return asked
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp8"])
+def test_measured_beside_modelled(h200, dtype, capsys):
+    assert run(main, ["--device", "--dtype", dtype, "--shape", "4,8,256,128", "--json", "-"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert set(record) == KEYS | {"measured"}
+    assert record["chip"] == "h200"
+    assert record["measured"] == {"elapsed": 40.0, "comp_elapsed": 30.0, "dma_elapsed": 20.0, "overlap": 0.5}
+    assert h200 == [(stage, (32, 128)) for stage in ("full", "comp", "dma")]
+
+
+def test_measured_table_and_another_chip(h200, capsys):
+    assert run(main, ["--device", "--chip", "tier6", "--dtype", "bf16", "--shape", "8,48,7168,2048"]) == 0
+    *_, title, head, _, measured, modelled = capsys.readouterr().out.splitlines()
+    assert title == "measured on h200, modelled for tier6"
+    assert head.split() == ["G,M,K,N", "comp", "µs", "dma", "µs", "elapsed", "µs", "overlap"]
+    assert measured.split() == ["8,48,7168,2048", "measured", "30.000", "20.000", "40.000", "0.500"]
+    assert modelled.split() == ["8,48,7168,2048", "modelled", "14.680", "21.989", "24.925", "-"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--dtype", "int8", "--shape", "1,1,64,64"], "--device multiplies fp8, bf16, fp16, got --dtype int8"),
+        (["--dtype", "bf16", "--shape", "1,8,60,64"], "--shape 1,8,60,64 bf16: Hopper's copy engine needs K"),
+    ],
+)
+def test_what_the_kernels_cannot_do_is_one_line(h200, argv, message, capsys):
+    assert run(main, ["--device", *argv]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"error: {message}")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="there is a GPU")
+def test_device_without_a_gpu_is_one_line(capsys):
+    assert run(main, ["--device", "--shape", "8,48,7168,2048"]) == 2
+    assert capsys.readouterr().err == "error: kernel times need an NVIDIA GPU, and jax runs on cpu here\n"

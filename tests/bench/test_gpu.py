@@ -102,13 +102,3 @@ def test_markdown(outcomes, capsys):
     _, head, _, row = capsys.readouterr().out.splitlines()
     assert head.startswith("| case |")
     assert row.startswith("| down-fp8 | 8,48,2048,7168 | 1.0 |")
-
-
-def test_commit_says_when_the_tree_is_changed(monkeypatch):
-    answers = {"rev-parse": "abc1234", "status": " M bench/gpu.py"}
-    monkeypatch.setattr(gpu, "_output", lambda *command: answers[command[1]])
-    assert gpu._commit() == "abc1234+dirty"
-    answers["status"] = ""
-    assert gpu._commit() == "abc1234"
-    answers["rev-parse"] = ""
-    assert gpu._commit() == "unknown"

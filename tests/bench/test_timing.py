@@ -49,6 +49,8 @@ def test_without_a_gpu_is_an_error():
 
 def test_other_gpus_are_an_error(monkeypatch):
     class Device:
+        platform = "gpu"
+
         class client:
             platform_version = "PJRT C API\nrocm 60400"
 

@@ -11,8 +11,16 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.backend import Unsupported
 from pallas_kernels.chips import get_chip
-from pallas_kernels.grouped_matmul import grouped_gate_up, grouped_matmul, hopper, hopper_drhs, tiling
+from pallas_kernels.grouped_matmul import (
+    grouped_gate_up,
+    grouped_gate_up_in_8_bits,
+    grouped_matmul,
+    hopper,
+    hopper_drhs,
+    tiling,
+)
 from pallas_kernels.grouped_matmul.hopper_smem import single_view
+from pallas_kernels.quantize import dequantize
 from tests.helpers import LIMIT, normal, relative_error
 from tests.pallas_kernels.grouped import dense_drhs, dense_gate_up, dense_matmul, operands, quantized
 
@@ -40,7 +48,11 @@ CASES = [
     ("fp8-row-channel", hopper.Config(128, 128, 2, 2, 2), False, True, "per_row", "per_channel"),
     ("fp8-tensor", hopper.Config(64, 64, 2, 1, 1), False, True, "per_tensor", "per_tensor"),
     ("fp8-blocks", hopper.Config(64, 128, 2, 1, 2), False, True, "1x128", "128x128"),
-    ("fp8-blocks-fused", hopper.Config(128, 256, 2, 2, 2), True, True, "1x128", "128x128"),
+    ("fp8-blocks-fused", hopper.Config(64, 128, 2, 1, 2), True, True, "1x128", "128x128"),
+    ("bf16-columns", hopper.Config(64, 128, 3, 2, 2), False, False, None, None),
+    ("bf16-fused-columns", hopper.Config(64, 256, 2, 2, 2), True, False, None, None),
+    ("fp8-columns", hopper.Config(64, 128, 2, 2, 2), False, True, "per_row", "per_channel"),
+    ("fp8-blocks-fused-columns", hopper.Config(64, 256, 2, 2, 1), True, True, "1x128", "128x128"),
 ]
 
 
@@ -59,6 +71,20 @@ def test_on_a_simulated_gpu(monkeypatch, rng, config, fused, k_major, lhs_scalin
         out = jax.jit(run)(lhs, rhs.mT if k_major else rhs, jnp.array(SIZES, jnp.int32), bias=bias)
     assert relative_error(out, oracle(lhs, rhs, SIZES, bias)) < LIMIT["bfloat16"]
     assert not np.asarray(out[sum(SIZES) :]).any()
+
+
+@pytest.mark.parametrize("config", [hopper.Config(64, 256, 2, 1, 1), hopper.Config(64, 256, 2, 2, 1)], ids=str)
+def test_result_in_8_bits_on_a_simulated_gpu(monkeypatch, rng, config):
+    lhs, rhs, bias = operands(rng, (80, 128, 512, len(SIZES)))
+    lhs, rhs = quantized(lhs, scaling="per_row"), quantized(rhs, scaling="per_channel").mT
+    run = functools.partial(grouped_gate_up_in_8_bits, transpose_rhs=True)
+    arguments = lhs, rhs, jnp.array(SIZES, jnp.int32)
+    with simulated(monkeypatch, config):
+        out = jax.jit(functools.partial(run, backend="pallas_gpu"))(*arguments, bias=bias)
+    expected = run(*arguments, bias=bias, backend="xla")
+    assert out.dtype == expected.dtype
+    assert relative_error(out.scale, expected.scale) < LIMIT["float32"]
+    assert relative_error(dequantize(out), dequantize(expected)) < 1e-3
 
 
 def test_window_on_a_simulated_gpu(monkeypatch, rng):
@@ -146,7 +172,7 @@ def test_every_configuration_fits(rows, block_scales, fused):
             fused=fused,
         )
         assert config.num_stages >= 3
-        assert config.block_m == 64 * config.warpgroups
+        assert config.block_m in (64, 64 * config.warpgroups)
 
 
 def test_many_rows_take_large_tiles():

@@ -1,0 +1,186 @@
+"""Tunes the grouped products on an NVIDIA Hopper GPU: `python -m bench.tune`.
+
+Times configurations of the kernels product by product, and keeps those that beat the model's choice in the table that
+`pallas_kernels.grouped_matmul.tiling` reads first.
+"""
+
+import argparse
+import dataclasses
+import gc
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from bench.cli import make_parser, run
+from bench.gemm import parse_shape
+from bench.products import PRODUCT_DTYPES, Product, hopper_at_hand
+from bench.progress import Progress
+from bench.provenance import provenance
+from bench.report import Cell, format_table, write_json
+from bench.tune_measure import ConfigTimer
+from bench.tune_products import case_products, default_products
+from bench.tune_search import LEAST_GAIN, Outcome, search
+from pallas_kernels.chips import Chip
+from pallas_kernels.grouped_matmul import tiling, tuned_table
+from pallas_kernels.grouped_matmul.tuned_table import Key
+
+_MINUTES = 5.5
+_REPEATS = 5
+_QUICK_REPEATS = 3
+_PACKAGES = ("jax", "jaxlib")
+_TABLES = Path(tuned_table.__file__).parent / "tuned"
+
+
+def main(argv: Sequence[str]) -> int:
+    """Tunes, writes and prints; returns 1 when a product could not be timed."""
+    args = _parser().parse_args(argv)
+    products = _products(args)
+    if not args.minutes > 0:
+        raise ValueError(f"--minutes must be positive, got {args.minutes:g}")
+    chip = hopper_at_hand()
+    path = args.output or str(_TABLES / f"{chip.name}.json")
+    head = {
+        "what": "configurations of the grouped products that were measured to beat the model's choice",
+        **provenance("bench.tune", argv, jax.devices()[0].device_kind, _PACKAGES, args.commit),
+    }
+    entries = _read_entries(path)
+    rows: list[list[Cell]] = []
+    failed = 0
+    progress = Progress(len(products))
+    for done, product in enumerate(products):
+        if progress.seconds > 60 * args.minutes:
+            progress.say(f"{len(products) - done} of {len(products)} products left out after {args.minutes:g} minutes")
+            break
+        progress.show(done, product.name, at_most=60 * args.minutes)
+        try:
+            outcome = tune(product, chip, progress, args)
+        except Exception as error:  # inputs that do not fit into memory, say; the other products still count
+            failed += 1
+            progress.say(f"FAILED: {product.name}: {' '.join(str(error).split())[:300]}")
+            continue
+        finally:
+            jax.clear_caches()  # each product needs most of the memory at times
+            gc.collect()
+        key = key_of(product)
+        entries.pop(key, None)
+        if outcome.is_worth_it:
+            entries[key] = entry(key, outcome, head)
+        rows.append(_row(product, outcome))
+        if path != "-":  # after each, so that a crash of the driver leaves those before it
+            write_json({**head, "entries": list(entries.values())}, path)
+    progress.say(f"{len(rows)} products in {progress.seconds:.0f} s")
+    if path == "-":
+        write_json({**head, "entries": list(entries.values())}, "-")
+    else:
+        print(_table(rows, chip))
+    return 1 if failed else 0
+
+
+def tune(product: Product, chip: Chip, progress: Progress, args: argparse.Namespace) -> Outcome:
+    """The fastest configuration of one product, as the command line wants it sought."""
+    timer = ConfigTimer(product, _QUICK_REPEATS if args.quick else _REPEATS, progress.say)
+    return search(product, chip, timer, exhaustive=args.exhaustive)
+
+
+def key_of(product: Product) -> Key:
+    """Where the table has the product."""
+    shape = product.shape
+    rows = tiling.rows_of_a_group(product.lhs_rows, shape.G)
+    return Key.of(product.operand, product.block_scales, product.fused, shape.G, rows, shape.K, shape.N)
+
+
+def entry(key: Key, outcome: Outcome, head: Mapping[str, Any]) -> dict[str, Any]:
+    """The JSON object of one product; it says itself what measured it, as later runs leave it where it is."""
+    return {
+        **dataclasses.asdict(key),
+        "config": dataclasses.asdict(outcome.best),
+        "us": outcome.best_us,
+        "model_us": outcome.model_us,
+        "commit": head["commit"],
+        "date": head["date"],
+    }
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = make_parser(
+        "bench.tune",
+        "Times configurations of the grouped products on an NVIDIA Hopper GPU by the device time of their kernels, and "
+        f"writes those that beat the model's choice by more than {LEAST_GAIN:.0%} to the table of the chip. Entries of "
+        "products that a run does not measure stay. The exit status is 1 if a product could not be timed.",
+        (
+            "--output h200.json",
+            "--quick --output -",
+            "--shape 8,48,7168,2048 --dtype fp8 --exhaustive",
+            "--shape 32,16,7168,4096 --dtype fp8-blocks --fused",
+        ),
+    )
+    parser.add_argument(
+        "--shape",
+        action="append",
+        metavar="G,M,K,N",
+        help="a product; give it again for more (default: those of bench.gpu and of some published models)",
+    )
+    parser.add_argument(
+        "--dtype", default="bf16", choices=tuple(PRODUCT_DTYPES), help="of --shape's operands (default: %(default)s)"
+    )
+    parser.add_argument("--fused", action="store_true", help="N of --shape counts gate and up, multiplied together")
+    parser.add_argument(
+        "--quick", action="store_true", help=f"products of bench.gpu only, {_QUICK_REPEATS} repeats, not {_REPEATS}"
+    )
+    parser.add_argument("--exhaustive", action="store_true", help="time all combinations, not one choice at a time")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=_MINUTES,
+        help="begin no product after so many; the most wanted come first (default: %(default)s)",
+    )
+    parser.add_argument("--output", metavar="PATH", help="the table, - for standard output (default: the package's)")
+    parser.add_argument("--commit", help="what to record as the commit where git does not know it")
+    return parser
+
+
+def _products(args: argparse.Namespace) -> tuple[Product, ...]:
+    if args.shape:
+        return tuple(Product(parse_shape(text), args.dtype, args.fused) for text in args.shape)
+    return case_products() if args.quick else default_products()
+
+
+def _read_entries(path: str) -> dict[Key, dict[str, Any]]:
+    """The entries of the table at `path` by their keys; none where there is no table."""
+    if path == "-" or not Path(path).exists():
+        return {}
+    table = json.loads(Path(path).read_text(encoding="utf-8"))
+    return dict(zip(tuned_table.parse_table(table), table["entries"], strict=True))
+
+
+def _row(product: Product, outcome: Outcome) -> list[Cell]:
+    best = _text(outcome.best) if outcome.is_worth_it else "as modelled"
+    return [
+        product.name,
+        outcome.num_timed,
+        outcome.model_us,
+        outcome.best_us,
+        outcome.gain * 100,
+        _text(outcome.model),
+        best,
+    ]
+
+
+def _text(config) -> str:
+    return ",".join(str(getattr(config, field.name)) for field in dataclasses.fields(config))
+
+
+def _table(rows: Sequence[Sequence[Cell]], chip: Chip) -> str:
+    headers = ["G,M,K,N", "timed", "model µs", "best µs", "gain %", "model", "best"]
+    means = [math.exp(sum(math.log(float(row[i] or 1)) for row in rows) / max(1, len(rows))) for i in (2, 3)]
+    note = f"{chip.name}; configurations are block_m,block_n,num_stages,warpgroups,strip; "
+    return f"{note}geometric means {means[0]:.1f} and {means[1]:.1f} µs\n{format_table(headers, rows)}"
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -1,0 +1,44 @@
+"""The router's matrix product, in float32 whatever its operands are.
+
+A GPU multiplies float32 outside of its matrix units, twenty times slower than BF16. Activations that are BF16 already
+need not pay for that: a float32 weight is the sum of three BF16 numbers, to the last bit but one, and products of BF16
+numbers are exact in the float32 accumulators.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def router_logits(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """The product x [T, H] · kernel [H, E] -> float32 [T, E], with the precision of float32 operands."""
+    if x.dtype == jnp.bfloat16 and jax.default_backend() == "gpu":
+        return _in_three_parts(x, kernel.astype(jnp.float32))
+    return _in_float32(x, kernel)
+
+
+def _in_float32(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return jnp.dot(x.astype(jnp.float32), kernel.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+
+
+@jax.custom_vjp
+def _in_three_parts(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    parts, rest = [], kernel
+    for _ in range(3):
+        # Not a cast there and back, which XLA takes for superfluous.
+        part = jax.lax.reduce_precision(rest, exponent_bits=8, mantissa_bits=7)
+        parts.append(part.astype(jnp.bfloat16))
+        rest = rest - part
+    products = jnp.dot(x, jnp.concatenate(parts, axis=1), preferred_element_type=jnp.float32)
+    large, middle, small = jnp.split(products, 3, axis=1)
+    return large + (middle + small)
+
+
+def _forward(x, kernel):
+    return _in_three_parts(x, kernel), (x, kernel)
+
+
+def _backward(operands, dlogits):
+    return jax.vjp(_in_float32, *operands)[1](dlogits)
+
+
+_in_three_parts.defvjp(_forward, _backward)

@@ -1,0 +1,165 @@
+"""The command line of the tuner and the table it writes, with made-up times; its programs, as far as a CPU can tell."""
+
+import dataclasses
+import json
+
+import jax
+import pytest
+
+from bench import tune, tune_measure
+from bench.cli import run
+from bench.products import PRODUCT_DTYPES, Product, make_inputs
+from bench.timing import KernelTime
+from bench.tune_measure import ConfigTimer
+from bench.tune_search import Outcome
+from bench.workloads import GemmShape
+from pallas_kernels.chips import get_chip
+from pallas_kernels.grouped_matmul import tiling
+from pallas_kernels.grouped_matmul.tuned_table import parse_table
+
+MODEL, BEST = tiling.Config(64, 128, 6, 1, 16), tiling.Config(128, 128, 5, 2, 4)
+SHAPE = ["--shape", "8,48,7168,2048"]
+
+
+@pytest.fixture
+def gains(monkeypatch):
+    """Stands in for an H200 on which the best of each product, in turn, saves such a share."""
+    given = []
+
+    def tune_one(product, chip, progress, args):
+        gain = given.pop(0)
+        if isinstance(gain, Exception):
+            raise gain
+        return Outcome(MODEL, 100.0, BEST, 100.0 * (1 - gain), 7)
+
+    monkeypatch.setattr(tune, "hopper_at_hand", lambda: get_chip("h200"))
+    monkeypatch.setattr(tune, "tune", tune_one)
+    monkeypatch.setattr(jax, "clear_caches", lambda: None)
+    return given
+
+
+def test_what_beats_the_model_is_written(gains, tmp_path, capsys):
+    gains += [0.1, 0.01]
+    path = tmp_path / "h200.json"
+    argv = [*SHAPE, "--shape", "8,4096,7168,4096", "--dtype", "fp8", "--output", str(path), "--commit", "abc"]
+    assert run(tune.main, argv) == 0
+    table = json.loads(path.read_text())
+    assert set(table) == {"what", "command", "chip", "driver", "versions", "commit", "date", "entries"}
+    (entry,) = table["entries"]
+    assert entry.pop("date") == table["date"]
+    assert entry == {
+        "operand": "float8_e4m3fn",
+        "block_scales": False,
+        "fused": False,
+        "num_groups": 8,
+        "rows": 64,
+        "depth": 7168,
+        "columns": 2048,
+        "config": {"block_m": 128, "block_n": 128, "num_stages": 5, "warpgroups": 2, "strip": 4},
+        "us": 90.0,
+        "model_us": 100.0,
+        "commit": "abc",
+    }
+    assert list(parse_table(table).values()) == [BEST]
+    out, err = capsys.readouterr()
+    first, second = (line for line in out.splitlines() if line.startswith("8,"))
+    assert first.split()[-1] == "128,128,5,2,4"
+    assert second.endswith("as modelled")
+    assert "[ 50 %, " in err
+
+
+def test_entries_of_other_products_stay_and_a_lost_gain_goes(gains, tmp_path):
+    path = tmp_path / "h200.json"
+    for gain, shape, left in ((0.1, "8,48,7168,2048", 1), (0.1, "8,48,2048,7168", 2), (0.0, "8,48,7168,2048", 1)):
+        gains.append(gain)
+        assert run(tune.main, ["--shape", shape, "--output", str(path)]) == 0
+        entries = json.loads(path.read_text())["entries"]
+        assert len(entries) == left
+    assert entries[0]["depth"] == 2048
+
+
+def test_a_failure_is_told_and_the_rest_goes_on(gains, capsys):
+    gains += [MemoryError("out of\nmemory"), 0.5]
+    assert run(tune.main, [*SHAPE, *SHAPE, "--output", "-"]) == 1
+    out, err = capsys.readouterr()
+    assert len(json.loads(out)["entries"]) == 1
+    assert "FAILED: 8,48,7168,2048 bf16: out of memory" in err
+
+
+def test_no_product_begins_after_the_time(gains, capsys):
+    gains += [0.0]
+    assert run(tune.main, [*SHAPE, *SHAPE, "--minutes", "1e-12", "--output", "-"]) == 0
+    assert "2 of 2 products left out after 1e-12 minutes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--shape", "8,48"], "--shape must be four positive whole numbers"),
+        (["--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
+        (["--minutes", "0"], "--minutes must be positive, got 0"),
+    ],
+)
+def test_errors(argv, message, capsys):
+    assert run(tune.main, argv) == 2
+    assert capsys.readouterr().err.startswith(f"error: {message}")
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="there is a GPU")
+def test_without_a_gpu_is_one_line(capsys):
+    assert run(tune.main, SHAPE) == 2
+    assert capsys.readouterr().err == "error: kernel times need an NVIDIA GPU, and jax runs on cpu here\n"
+
+
+@pytest.mark.parametrize("dtype", list(PRODUCT_DTYPES))
+@pytest.mark.parametrize("fused", [False, True])
+def test_inputs_suit_the_kernels(dtype, fused):
+    product = Product(GemmShape(4, 8, 256, 256), dtype, fused, num_rows=48)
+    inputs = make_inputs(product)
+    traced = jax.jit(product.run).trace(*inputs)
+    assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert jax.eval_shape(product.run, *inputs).shape == (48, 128 if fused else 256)
+
+
+def test_a_timer_leaves_out_what_fails_or_differs(monkeypatch):
+    """With programs that stand in for kernels: each gives what its strip says."""
+
+    class Program:
+        def __init__(self, config):
+            self.value = config.strip
+
+        def compile(self):
+            if self.value == 3:
+                raise RuntimeError("does not\ncompile")
+            return lambda inputs: [jax.numpy.full(3, 1.0 + 0.1 * (self.value == 2))]
+
+    def kernel_times(program, inputs, *, repeats, calls):
+        assert calls == len(inputs) == 8
+        return KernelTime.of([float(repeats)])
+
+    said = []
+    monkeypatch.setattr(tune_measure, "kernel_times", kernel_times)
+    monkeypatch.setattr(ConfigTimer, "_lower", lambda self, config: Program(config))
+    timer = ConfigTimer(Product(GemmShape(2, 8, 64, 64), "bf16"), 5, said.append)
+    right, wrong, broken = (dataclasses.replace(MODEL, strip=strip) for strip in (1, 2, 3))
+    assert timer([right, wrong, broken]) == {right: 5.0}
+    assert timer([right]) == {right: 5.0}
+    assert "wrong result: relative error 1.0e-01" in said[0]
+    assert "RuntimeError: does not compile" in said[1]
+
+
+def test_each_configuration_has_its_own_program(monkeypatch):
+    product = Product(GemmShape(2, 8, 64, 128), "bf16")
+    timer = ConfigTimer(product, 1, print)
+    rotated = tune_measure.rotated
+
+    class Lowerable:
+        def __init__(self, function):
+            self.program = rotated(function)
+
+        def lower(self, inputs):
+            return self.program.trace(inputs).lower(lowering_platforms=("cuda",)).as_text()
+
+    monkeypatch.setattr(tune_measure, "rotated", Lowerable)
+    texts = {timer._lower(tiling.Config(64, block_n, 4, 1, 1)) for block_n in (64, 128)}
+    assert len(texts) == 2

@@ -1,0 +1,59 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.top_k import top_k_ids
+from tests.helpers import normal
+from tests.pallas_kernels.backends import every_backend
+
+backend = every_backend("top_k")
+
+SHAPES = [(16384, 128, 2), (64, 128, 8), (1, 8, 2), (300, 256, 8), (257, 64, 64), (3, 512, 4), (70, 60, 4)]
+
+
+def sorted_ids(scores, k):
+    """By a stable sort, so that the lower of equals comes first."""
+    return np.argsort(-np.asarray(scores), axis=1, kind="stable")[:, :k]
+
+
+@pytest.mark.parametrize(("tokens", "experts", "k"), SHAPES)
+def test_largest_first(backend, rng, tokens, experts, k):
+    scores = normal(rng, tokens, experts)
+    ids = jax.jit(lambda scores: top_k_ids(scores, k, backend=backend))(scores)
+    assert ids.dtype == jnp.int32
+    np.testing.assert_array_equal(ids, sorted_ids(scores, k))
+
+
+def test_lower_of_equals(backend, rng):
+    scores = jnp.asarray(rng.integers(0, 3, (500, 32)), jnp.float32)
+    np.testing.assert_array_equal(top_k_ids(scores, 8, backend=backend), sorted_ids(scores, 8))
+
+
+def test_masked_and_nan_scores(backend, rng):
+    scores = normal(rng, 270, 16).at[:, 4:].set(-jnp.inf).at[5, 2].set(jnp.nan)
+    ids = np.asarray(top_k_ids(scores, 4, backend=backend))
+    sound = np.arange(270) != 5
+    np.testing.assert_array_equal(ids[sound], sorted_ids(scores, 4)[sound])
+    assert ((ids >= 0) & (ids < 16)).all()
+
+
+@pytest.mark.parametrize(("shape", "k", "message"), [((4,), 1, r"matrix \[T, E\]"), ((4, 8), 9, "1 to E = 8, got 9")])
+def test_errors(shape, k, message):
+    with pytest.raises(ValueError, match=message):
+        top_k_ids(jnp.zeros(shape), k)
+
+
+def test_on_a_simulated_gpu(rng):
+    scores = normal(rng, 270, 24)
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+        ids = jax.jit(lambda scores: top_k_ids(scores, 3, backend="pallas_gpu"))(scores)
+    np.testing.assert_array_equal(ids, sorted_ids(scores, 3))
+
+
+@pytest.mark.parametrize(("tokens", "experts", "k"), [s for s in SHAPES if s[0] > 256 and s[1] % 8 == 0])
+def test_lowers_for_cuda(tokens, experts, k):
+    function = jax.jit(lambda scores: top_k_ids(scores, k, backend="pallas_gpu"))
+    scores = jax.ShapeDtypeStruct((tokens, experts), jnp.float32)
+    assert "mosaic_gpu" in function.trace(scores).lower(lowering_platforms=("cuda",)).as_text()
