@@ -9,6 +9,7 @@ Groups have equal numbers of rows, so that the right answer is one batched produ
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, Literal
@@ -16,6 +17,15 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from bench.gpu_layers import (
+    LAYER_TOP_K,
+    PERMUTE_EXPERTS,
+    PERMUTE_TOP_K,
+    layer_inputs,
+    layers,
+    permute,
+    permute_inputs,
+)
 from bench.peers import (
     Implementation,
     backward_bf16_peers,
@@ -24,9 +34,10 @@ from bench.peers import (
     matmul_fp8_peers,
 )
 from bench.workloads import OPERAND_DTYPES, GemmShape
+from moejax import MoEConfig
 from pallas_kernels.activations import gated_halves
 from pallas_kernels.chips import Chip
-from pallas_kernels.cost import Cost, grouped_gate_up_cost, grouped_matmul_cost
+from pallas_kernels.cost import Cost, combine_cost, dispatch_cost, grouped_gate_up_cost, grouped_matmul_cost
 from pallas_kernels.grouped_matmul import Operand, grouped_gate_up, grouped_matmul
 from pallas_kernels.quantize import QTensor, Scaling, dequantize, quantize
 
@@ -75,6 +86,8 @@ class Case:
       costs: the least work of each of its kernels, which run one after the other.
       build: makes the problem.
       note: what the name does not say, for people.
+      clock: "kernels" sums up the kernels on the device, "wall" also counts what lies between them.
+      calls: how often what is measured is done in one run; the time is of one.
     """
 
     name: str
@@ -84,6 +97,8 @@ class Case:
     costs: Callable[["Case"], tuple[Cost, ...]]
     build: Callable[["Case"], Problem]
     note: str = ""
+    clock: Literal["kernels", "wall"] = "kernels"
+    calls: int = 1
 
     @property
     def flops(self) -> int:
@@ -138,6 +153,19 @@ def _backward_cost(case: Case) -> tuple[Cost, ...]:
     # Each gradient reads two of the three matrices and writes the third.
     one = Cost(flops=s.flops, hbm_bytes=(rows * (s.K + s.N) + s.weights) * size)
     return one, one
+
+
+def _permute_cost(case: Case) -> tuple[Cost, ...]:
+    s = case.shape
+    rows = s.M * PERMUTE_TOP_K
+    return dispatch_cost(s.M, rows, s.K), combine_cost(s.M, rows, s.K)
+
+
+def _whole_layer_cost(case: Case) -> tuple[Cost, ...]:
+    s = case.shape
+    rows = s.G * s.M
+    tokens = rows // LAYER_TOP_K
+    return *_layer_cost(case), dispatch_cost(tokens, rows, s.K), combine_cost(tokens, rows, s.K)
 
 
 # ---- Data, and the ways to use it ------------------------------------------------------------------------------------
@@ -238,6 +266,21 @@ def _backward_bf16(case: Case) -> Problem:
     return Problem(inputs, ours, backward_bf16_peers(), reference)
 
 
+def _permute(case: Case) -> Problem:
+    inputs = permute_inputs(case.shape.M, case.shape.K)
+    in_xla = Implementation("xla", "jax", "jax", {"": functools.partial(permute, backend="xla")})
+    return Problem(inputs, _ours(permute), (in_xla,), lambda x, logits: x.astype(jnp.float32))
+
+
+def _whole_layer(case: Case) -> Problem:
+    s = case.shape
+    in_8_bits = case.dtype == "fp8"
+    config = MoEConfig(hidden_size=s.K, intermediate_size=s.N, num_experts=s.G, top_k=LAYER_TOP_K)
+    inputs = layer_inputs(s.G * s.M // LAYER_TOP_K, s.G, s.K, s.N, in_8_bits, case.calls)
+    reference = layers(config, in_8_bits, backend="xla")
+    return Problem(inputs, _ours(layers(config, in_8_bits)), (), lambda *inputs: reference(*inputs).astype(jnp.float32))
+
+
 def _fp8(x: jax.Array, scaling: Scaling) -> QTensor:
     return jax.jit(lambda x: quantize(x, scaling=scaling))(x)
 
@@ -299,6 +342,37 @@ CASES: Mapping[str, Case] = MappingProxyType(
                 _backward_cost,
                 _backward_bf16,
                 "both gradients",
+            ),
+            Case(
+                "permute-fp16",
+                GemmShape(PERMUTE_EXPERTS, 16384, 4096, 4096),
+                "bf16",
+                Goal("µs", 260, 210),
+                _permute_cost,
+                _permute,
+                "route, pack and combine 16384 tokens, top 2",
+            ),
+            Case(
+                "qwen3-fp8-64",
+                GemmShape(128, 4, 2048, 768),
+                "fp8",
+                Goal("µs", 210, 165),
+                _whole_layer_cost,
+                _whole_layer,
+                "Qwen3-30B-A3B's layer, 64 tokens, wall time",
+                clock="wall",
+                calls=8,
+            ),
+            Case(
+                "qwen3-bf16-16384",
+                GemmShape(128, 1024, 2048, 768),
+                "bf16",
+                Goal("µs", 2500, 2000),
+                _whole_layer_cost,
+                _whole_layer,
+                "the same, 16384 tokens",
+                clock="wall",
+                calls=3,
             ),
         )
     }

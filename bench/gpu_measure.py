@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from bench.ceilings import Ceilings
 from bench.gpu_cases import Case
 from bench.peers import Implementation, from_torch
-from bench.timing import KernelTime, copies_of, kernel_times, rotated, torch_times
+from bench.timing import KernelTime, copies_of, kernel_times, rotated, torch_times, wall_times
 from pallas_kernels.chips import Chip
 
 TOLERANCE = 2e-2
@@ -51,14 +51,14 @@ Outcome = Measurement | str
 def measure_case(case: Case, *, repeats: int, with_peers: bool) -> tuple[Outcome, dict[str, Outcome]]:
     """Ours, and each peer by name, on the same inputs."""
     problem = case.build(case)
-    inputs = copies_of(problem.inputs)
+    inputs = copies_of(problem.inputs) if case.clock == "kernels" else [problem.inputs]
     reference = jax.block_until_ready(jax.jit(problem.reference)(*problem.inputs))
-    measured = functools.partial(attempt, inputs=inputs, reference=reference, repeats=repeats)
+    measured = functools.partial(attempt, case, inputs=inputs, reference=reference, repeats=repeats)
     ours = measured(problem.ours)
     return ours, {peer.name: measured(peer) for peer in (problem.peers if with_peers else ())}
 
 
-def attempt(implementation: Implementation, inputs: Sequence[Any], reference: Any, repeats: int) -> Outcome:
+def attempt(case: Case, implementation: Implementation, inputs: Sequence[Any], reference: Any, repeats: int) -> Outcome:
     """Measures `implementation`; whatever it raises becomes the reason, as one case must not end the others."""
     if (reason := implementation.why_not()) is not None:
         return reason
@@ -70,7 +70,7 @@ def attempt(implementation: Implementation, inputs: Sequence[Any], reference: An
     reasons: list[str] = []
     for name, function in implementation.functions.items():
         try:
-            outcomes.append(_measure(implementation.framework, name, function, args, reference, repeats))
+            outcomes.append(_measure(case, implementation.framework, name, function, args, reference, repeats))
         except Exception as error:
             reasons.append(describe(error))
     if outcomes:
@@ -79,8 +79,18 @@ def attempt(implementation: Implementation, inputs: Sequence[Any], reference: An
 
 
 def _measure(
-    framework: str, name: str, function: Callable[..., Any], args: Sequence[Any], reference: Any, repeats: int
+    case: Case,
+    framework: str,
+    name: str,
+    function: Callable[..., Any],
+    args: Sequence[Any],
+    reference: Any,
+    repeats: int,
 ) -> Measurement:
+    if case.clock == "wall":
+        whole = jax.jit(function)
+        check(error := relative_error(whole(*args[0]), reference))
+        return Measurement(wall_times(whole, *args[0], repeats=repeats, calls=case.calls), error, name)
     if framework == "torch":
         check(error := max(relative_error(from_torch(function(*one)), reference) for one in args))
         return Measurement(torch_times(function, args, repeats=repeats), error, name)

@@ -11,6 +11,7 @@ divided by the calls. Every input is copied, as XLA would otherwise do work comm
 import dataclasses
 import math
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -105,6 +106,23 @@ def kernel_times(f: Callable[..., Any], *args: Any, repeats: int = 10, calls: in
         names = [name for name, _ in kernels]
         times.append(sum(milliseconds for _, milliseconds in kernels) * 1e3 / calls)
     return KernelTime.of(times, names)
+
+
+def wall_times(f: Callable[..., Any], *args: Any, repeats: int = 10, calls: int = 1) -> KernelTime:
+    """Time of f(*args) by the wall clock, divided by `calls`: launches and the gaps between kernels count.
+
+    A repeat runs `f` several times on end and waits for the last result only.
+    """
+    at_once = 5
+    jax.block_until_ready(f(*args))
+    times: list[float] = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        for _ in range(at_once):
+            result = f(*args)
+        jax.block_until_ready(result)
+        times.append((time.perf_counter() - begin) * 1e6 / at_once / calls)
+    return KernelTime.of(times)
 
 
 def torch_times(f: Callable[..., Any], inputs: Sequence[Any], *, repeats: int = 10) -> KernelTime:

@@ -52,9 +52,12 @@ def layer_products(config: MoEConfig, ep: int, tokens: int) -> Iterator[Product]
 def _of_case(name: str) -> tuple[Product, ...]:
     case = CASES[name]
     s = case.shape
-    if name.startswith("layer"):
+    if name.startswith("permute"):
+        return ()
+    if name.startswith(("layer", "qwen3")):
+        dtype: ProductDtype = "fp8-blocks" if name.startswith("qwen3-fp8") else case.dtype
         down = GemmShape(s.G, s.M, s.N, s.K)
-        return Product(GemmShape(s.G, s.M, s.K, 2 * s.N), case.dtype, fused=True), Product(down, case.dtype)
+        return Product(GemmShape(s.G, s.M, s.K, 2 * s.N), dtype, fused=True), Product(down, dtype)
     if name.startswith("backward"):
         return Product(s, case.dtype), Product(GemmShape(s.G, s.M, s.N, s.K), case.dtype, transposed=True)
     return (Product(s, "fp8-blocks" if name.endswith("blocks") else case.dtype),)

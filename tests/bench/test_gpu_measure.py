@@ -43,6 +43,20 @@ def test_a_case_is_right(name, times):
     assert (ours.time.median_us, peers) == (1.0, {})
 
 
+def test_moving_rows_is_right(times):
+    case = dataclasses.replace(CASES["permute-fp16"], shape=GemmShape(128, 40, 64, 64))
+    ours, peers = measure_case(case, repeats=1, with_peers=True)
+    assert max(ours.relative_error, peers["xla"].relative_error) < 1e-3
+
+
+@pytest.mark.parametrize("name", ["qwen3-fp8-64", "qwen3-bf16-16384"])
+def test_a_layer_is_timed_by_the_wall_clock(name):
+    case = dataclasses.replace(CASES[name], shape=GemmShape(16, 4, 256, 128), calls=2)
+    ours, _ = measure_case(case, repeats=2, with_peers=False)
+    assert ours.relative_error < 2e-2
+    assert ours.time.median_us > 0
+
+
 def test_peers_get_the_same_inputs(times):
     case = dataclasses.replace(CASES["decode-bf16"], shape=GemmShape(2, 8, 128, 128))
     _, peers = measure_case(case, repeats=1, with_peers=True)
@@ -52,7 +66,7 @@ def test_peers_get_the_same_inputs(times):
 
 def _try(functions, **settings):
     implementation = Implementation("x", "jax", "jax", functions, **settings)
-    return attempt(implementation, [(jnp.ones(4),)], jnp.ones(4), repeats=1)
+    return attempt(CASES["decode-bf16"], implementation, [(jnp.ones(4),)], jnp.ones(4), repeats=1)
 
 
 def test_a_wrong_result_is_not_timed(times):
