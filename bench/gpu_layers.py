@@ -33,7 +33,9 @@ def permute(x: jax.Array, logits: jax.Array, *, backend: str = "auto") -> jax.Ar
     ids = top_k_ids(logits, PERMUTE_TOP_K, backend=backend)
     weights = jax.nn.softmax(jnp.take_along_axis(logits, ids, axis=1))
     plan = make_plan(ids, PERMUTE_EXPERTS)
-    return combine(dispatch(x, plan, backend=backend), plan, weights, backend=backend)
+    # Experts would stand between; without them XLA would gather through both steps at once.
+    rows = jax.lax.optimization_barrier(dispatch(x, plan, backend=backend))
+    return combine(rows, plan, weights, backend=backend)
 
 
 def layer_inputs(

@@ -52,13 +52,23 @@ def measure_case(case: Case, *, repeats: int, with_peers: bool) -> tuple[Outcome
     """Ours, and each peer by name, on the same inputs."""
     problem = case.build(case)
     inputs = copies_of(problem.inputs) if case.clock == "kernels" else [problem.inputs]
-    reference = jax.block_until_ready(jax.jit(problem.reference)(*problem.inputs))
-    measured = functools.partial(attempt, case, inputs=inputs, reference=reference, repeats=repeats)
+    checked = problem.inputs if problem.checked is None else problem.checked
+    reference = jax.block_until_ready(jax.jit(problem.reference)(*checked))
+    measured = functools.partial(
+        attempt, case, inputs=inputs, reference=reference, repeats=repeats, checked=problem.checked
+    )
     ours = measured(problem.ours)
     return ours, {peer.name: measured(peer) for peer in (problem.peers if with_peers else ())}
 
 
-def attempt(case: Case, implementation: Implementation, inputs: Sequence[Any], reference: Any, repeats: int) -> Outcome:
+def attempt(
+    case: Case,
+    implementation: Implementation,
+    inputs: Sequence[Any],
+    reference: Any,
+    repeats: int,
+    checked: tuple[Any, ...] | None = None,
+) -> Outcome:
     """Measures `implementation`; whatever it raises becomes the reason, as one case must not end the others."""
     if (reason := implementation.why_not()) is not None:
         return reason
@@ -70,7 +80,11 @@ def attempt(case: Case, implementation: Implementation, inputs: Sequence[Any], r
     reasons: list[str] = []
     for name, function in implementation.functions.items():
         try:
-            outcomes.append(_measure(case, implementation.framework, name, function, args, reference, repeats))
+            if case.clock == "wall":
+                to_check = checked or args[0]
+                outcomes.append(_measure_by_wall(case, name, function, args[0], to_check, reference, repeats))
+            else:
+                outcomes.append(_measure(implementation.framework, name, function, args, reference, repeats))
         except Exception as error:
             reasons.append(describe(error))
     if outcomes:
@@ -78,19 +92,23 @@ def attempt(case: Case, implementation: Implementation, inputs: Sequence[Any], r
     return reasons[0]
 
 
-def _measure(
+def _measure_by_wall(
     case: Case,
-    framework: str,
     name: str,
     function: Callable[..., Any],
     args: Sequence[Any],
+    checked: Sequence[Any],
     reference: Any,
     repeats: int,
 ) -> Measurement:
-    if case.clock == "wall":
-        whole = jax.jit(function)
-        check(error := relative_error(whole(*args[0]), reference))
-        return Measurement(wall_times(whole, *args[0], repeats=repeats, calls=case.calls), error, name)
+    whole = jax.jit(function)
+    check(error := relative_error(whole(*checked), reference))
+    return Measurement(wall_times(whole, *args, repeats=repeats, calls=case.calls), error, name)
+
+
+def _measure(
+    framework: str, name: str, function: Callable[..., Any], args: Sequence[Any], reference: Any, repeats: int
+) -> Measurement:
     if framework == "torch":
         check(error := max(relative_error(from_torch(function(*one)), reference) for one in args))
         return Measurement(torch_times(function, args, repeats=repeats), error, name)

@@ -203,6 +203,7 @@ def _moe_on_chip(
         {name: getattr(params, name) for name in EXPERT_FIELDS},
         num_experts=config.num_experts,
         transport=transport,
+        preferred_element_type=x.dtype if params.shared_gate_up is None else jnp.float32,
     )
     if params.shared_gate_up is not None:
         y += shared_mlp(x, params.shared_gate_up, params.shared_down, config).astype(jnp.float32)

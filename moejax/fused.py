@@ -88,8 +88,9 @@ def fused_experts(
             wire_scaling=wire_scaling,
             backend=backend,
         ),
+        preferred_element_type=hidden_states.dtype,
     )
-    return y.astype(hidden_states.dtype)
+    return y
 
 
 def _experts(

@@ -76,14 +76,20 @@ class Quantization:
       dtype: 8-bit dtype of both operands.
       lhs_scaling: scaling of the activations [M, K].
       rhs_scaling: scaling of the weights [G, K, N].
+      gradient_dtype: 8-bit dtype to which the cotangent is rounded (by `lhs_scaling`) for the gradient of the
+        activations, float8_e5m2 say; None multiplies it as it comes. Gradients of the weights sum over rows, and
+        always take it as it comes.
     """
 
     dtype: QDtype = "float8_e4m3fn"
     lhs_scaling: Scaling = "1x128"
     rhs_scaling: Scaling = "128x128"
+    gradient_dtype: QDtype | None = None
 
     def __post_init__(self):
         check_qdtype(self.dtype)
+        if self.gradient_dtype is not None:
+            check_qdtype(self.gradient_dtype)
         block_shape(self.lhs_scaling)
         block_shape(self.rhs_scaling)
 

@@ -69,6 +69,7 @@ def expert_parallel(
     *,
     num_experts: int,
     transport: Transport,
+    preferred_element_type: jax.typing.DTypeLike = jnp.float32,
 ) -> tuple[jax.Array, jax.Array]:
     """Σ_k topk_weights[t, k] · expert[topk_ids[t, k]](x[t]) for this chip's tokens.
 
@@ -80,9 +81,10 @@ def expert_parallel(
       params: their parameters, a pytree that `experts` understands.
       num_experts: E.
       transport: how rows travel.
+      preferred_element_type: dtype of the sum, which is made in float32 all the same.
 
     Returns:
-      float32 [T, H], and int32 [E]: of this chip's assignments, how many each expert had no room for.
+      [T, H], and int32 [E]: of this chip's assignments, how many each expert had no room for.
 
     Raises:
       ValueError: ep does not divide E.
@@ -96,7 +98,10 @@ def expert_parallel(
         kept_ids = limit_to_capacity(topk_ids, num_experts, capacity)
     dropped = count_dropped(topk_ids, kept_ids, num_experts)
     if transport.expert_axis is None or transport.ep == 1:
-        return _on_one_chip(x, topk_weights, kept_ids, experts, params, num_experts, transport.backend), dropped
+        plan = make_plan(kept_ids, num_experts)
+        rows = experts(params, dispatch(x, plan, backend=transport.backend), plan.group_sizes)
+        y = combine(rows, plan, topk_weights, preferred_element_type=preferred_element_type, backend=transport.backend)
+        return y, dropped
 
     if isinstance(x, QTensor):
         raise ValueError("x must be an array when experts are split over chips; wire_scaling sends its rows in 8 bits")
@@ -115,20 +120,6 @@ def expert_parallel(
     destinations, by_rank = plan_destinations(kept_ids, num_local, transport.ep)
     constants, args = (kept_ids, destinations, by_rank), (x, topk_weights, params)
     if max_rounds == 1:
-        return one_round(0, constants, args), dropped
+        return one_round(0, constants, args).astype(preferred_element_type), dropped
     rounds = jax.lax.pmax(-(-by_rank.group_sizes.max() // slab), transport.token_axes or axis)
-    return sum_over_rounds(one_round, rounds, constants, args), dropped
-
-
-def _on_one_chip(
-    x: Operand,
-    topk_weights: jax.Array,
-    topk_ids: jax.Array,
-    experts: Experts,
-    params: Any,
-    num_experts: int,
-    backend: str,
-) -> jax.Array:
-    plan = make_plan(topk_ids, num_experts)
-    rows = experts(params, dispatch(x, plan, backend=backend), plan.group_sizes)
-    return combine(rows, plan, topk_weights, preferred_element_type=jnp.float32, backend=backend)
+    return sum_over_rounds(one_round, rounds, constants, args).astype(preferred_element_type), dropped

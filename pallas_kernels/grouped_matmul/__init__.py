@@ -186,6 +186,11 @@ class _Settings:
     activation: Activation = "silu"
     activation_limit: float | None = None
 
+    @property
+    def gradient_dtype(self) -> QDtype | None:
+        """The 8-bit dtype of cotangents, if they are rounded."""
+        return None if self.quantization is None else self.quantization.gradient_dtype
+
 
 def _quantized(settings, lhs: Operand, rhs: Operand, group_sizes, group_offset) -> tuple[Operand, Operand]:
     """The operands, rounded if the settings say so; see `_lies_k_major` for the layout of rhs."""
@@ -307,7 +312,14 @@ def _operand_gradients(settings, residuals, dout):
     dlhs = drhs = dbias = None
     if faces.lhs is not None:
         backward = dataclasses.replace(settings, out_dtype=faces.lhs)
-        dlhs = _run_matmul(backward, dout, rhs, None, group_sizes, group_offset, transpose_rhs=not faces.k_major)
+        dlhs = _run_matmul(
+            backward,
+            *_for_dlhs(settings, dout, rhs, faces.k_major, group_sizes, group_offset),
+            None,
+            group_sizes,
+            group_offset,
+            transpose_rhs=not faces.k_major if settings.gradient_dtype is None else True,
+        )
     if faces.rhs is not None:
         a, b = (dout, lhs) if settings.transpose_rhs else (lhs, dout)
         drhs = _run_drhs(settings, a, b, group_sizes, group_offset, rhs.shape[0], faces.rhs)
@@ -315,6 +327,16 @@ def _operand_gradients(settings, residuals, dout):
         ones = jnp.ones((dout.shape[0], 1), dout.dtype)
         dbias = _run_drhs(settings, ones, dout, group_sizes, group_offset, rhs.shape[0], faces.bias)[:, 0]
     return dlhs, drhs, dbias, None, None
+
+
+def _for_dlhs(settings, dout, rhs: Operand, k_major: bool, group_sizes, group_offset) -> tuple[Operand, Operand]:
+    """The operands of the gradient of lhs. In 8 bits, both have N last, as Hopper needs it."""
+    if settings.gradient_dtype is None:
+        return dout, rhs
+    scaling = settings.quantization.lhs_scaling
+    if block_shape(scaling)[0] != 1:
+        dout = _without_other_rows(dout, group_sizes, group_offset, rhs.shape[0])
+    return quantize(dout, settings.gradient_dtype, scaling=scaling), rhs.mT if k_major else rhs
 
 
 def _run_matmul(settings, lhs, rhs, bias, group_sizes, group_offset, *, transpose_rhs):

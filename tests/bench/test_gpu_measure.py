@@ -25,7 +25,7 @@ def times(monkeypatch):
 
     monkeypatch.setattr(gpu_measure, "kernel_times", clock)
     monkeypatch.setattr(gpu_measure, "copies_of", lambda inputs: [inputs, inputs])
-    for name in ("grouped_matmul", "grouped_gate_up"):
+    for name in ("grouped_matmul", "grouped_gate_up_in_8_bits"):
         function = getattr(gpu_cases, name)
         monkeypatch.setattr(gpu_cases, name, functools.partial(_in_xla, function))
     return left

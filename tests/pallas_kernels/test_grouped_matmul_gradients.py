@@ -17,6 +17,7 @@ from tests.pallas_kernels.grouped import (
     dense_matmul,
     gated_gradient,
     limit_beside_8_bits,
+    limit_in_8_bits,
     owned,
     quantized,
     random_sizes,
@@ -178,6 +179,24 @@ def test_gradients_pass_straight_through_the_rounding(backend, rng, quantization
     qrhs = quantized(rhs, quantization.dtype, scaling=quantization.rhs_scaling)
     gradients = dlhs, (drhs.mT if transpose else drhs), dbias
     assert_all_close(gradients, dense_gradients(qlhs, qrhs, sizes, dout), limit_beside_8_bits(backend))
+
+
+@pytest.mark.parametrize("transpose", [False, True], ids=["", "transposed"])
+@pytest.mark.parametrize("lhs_scaling", ["1x128", "per_tensor"])
+def test_cotangents_in_8_bits(backend, rng, lhs_scaling, transpose):
+    lhs, rhs, bias, dout = problem(rng, 256, 256, 128, 4)
+    sizes = random_sizes(rng, 4, 250)
+    quantization = Quantization(lhs_scaling=lhs_scaling, gradient_dtype="float8_e5m2")
+    run = value_and_gradients(grouped_matmul, backend=backend, quantization=quantization, transpose_rhs=transpose)
+    _, (dlhs, drhs, _) = run(lhs, rhs.mT if transpose else rhs, bias, sizes, dout.at[250:].set(jnp.nan))
+    clean = dout.at[250:].set(0)
+    qlhs = quantized(lhs.at[250:].set(0), scaling=lhs_scaling)
+    qrhs, qdout = quantized(rhs, scaling="128x128"), quantized(clean, "float8_e5m2", scaling=lhs_scaling)
+    rounded, _, _ = dense_gradients(qlhs, qrhs, sizes, values(qdout))
+    exact, weights, _ = dense_gradients(qlhs, qrhs, sizes, clean)
+    assert relative_error(dlhs, rounded) < limit_in_8_bits(backend)
+    assert relative_error(dlhs, exact) < 0.1
+    assert relative_error(drhs.mT if transpose else drhs, weights) < limit_beside_8_bits(backend)
 
 
 def test_gradients_of_the_fused_product_pass_straight_through(backend, rng):

@@ -95,8 +95,9 @@ def test_repeated_experts_within_a_token_are_not_lost():
 def test_gradients_equal_those_of_the_plain_sum(problem, rng):
     """For x, the weights and the experts' parameters, through as many rounds as the load takes."""
     _, _, ids, factors = inputs(problem, rng, used=[0, 1])
-    x = normal(rng, problem.all_tokens, problem.hidden)
-    weights, direction = normal(rng, *ids.shape), normal(rng, *x.shape)
+    # Positive, so that no sum cancels out and leaves rounding only.
+    x = abs(normal(rng, problem.all_tokens, problem.hidden))
+    weights, direction = abs(normal(rng, *ids.shape)), abs(normal(rng, *x.shape))
 
     def loss(x, weights, factors):
         return (apply_experts(problem)(x, weights, ids, factors)[0] * direction).sum()
