@@ -90,6 +90,7 @@ class Case:
       note: what the name does not say, for people.
       clock: "kernels" sums up the kernels on the device, "wall" also counts what lies between them.
       calls: how often what is measured is done in one run; the time is of one.
+      tolerance: the largest relative error of a result that counts as right.
     """
 
     name: str
@@ -101,6 +102,7 @@ class Case:
     note: str = ""
     clock: Literal["kernels", "wall"] = "kernels"
     calls: int = 1
+    tolerance: float = 2e-2
 
     @property
     def flops(self) -> int:
@@ -237,9 +239,7 @@ def _layer_fp8(case: Case) -> Problem:
         return _product(h, down, sizes, transpose_rhs=True)
 
     def reference(x, gate_up, down, sizes):
-        h = gated_halves(_exact(dequantize(x), dequantize(gate_up)), "silu", None)
-        # Rounded as everyone has to, each in a way of his own: most of the error that is left.
-        return _exact(dequantize(quantize(h, scaling="1x128")), dequantize(down))
+        return _exact(gated_halves(_exact(dequantize(x), dequantize(gate_up)), "silu", None), dequantize(down))
 
     x = _fp8(_random(s.G * s.M, s.K, seed=0), "per_row")
     gate_up = _fp8(_random(s.G, 2 * s.N, s.K, seed=1, scale=s.K**-0.5), "per_row")
@@ -340,6 +340,7 @@ CASES: Mapping[str, Case] = MappingProxyType(
                 _layer_cost,
                 _layer_fp8,
                 "gate/up with silu, then down",
+                tolerance=5e-2,  # everyone rounds to FP8 in between, in a way of his own
             ),
             Case(
                 "backward-bf16",

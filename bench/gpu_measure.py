@@ -14,7 +14,6 @@ from bench.peers import Implementation, from_torch
 from bench.timing import KernelTime, copies_of, kernel_times, rotated, torch_times, wall_times
 from pallas_kernels.chips import Chip
 
-TOLERANCE = 2e-2
 _GOALS_CHIP = "h200"
 
 
@@ -84,7 +83,7 @@ def attempt(
                 to_check = checked or args[0]
                 outcomes.append(_measure_by_wall(case, name, function, args[0], to_check, reference, repeats))
             else:
-                outcomes.append(_measure(implementation.framework, name, function, args, reference, repeats))
+                outcomes.append(_measure(case, implementation.framework, name, function, args, reference, repeats))
         except Exception as error:
             reasons.append(describe(error))
     if outcomes:
@@ -102,18 +101,24 @@ def _measure_by_wall(
     repeats: int,
 ) -> Measurement:
     whole = jax.jit(function)
-    check(error := relative_error(whole(*checked), reference))
+    check(error := relative_error(whole(*checked), reference), case.tolerance)
     return Measurement(wall_times(whole, *args, repeats=repeats, calls=case.calls), error, name)
 
 
 def _measure(
-    framework: str, name: str, function: Callable[..., Any], args: Sequence[Any], reference: Any, repeats: int
+    case: Case,
+    framework: str,
+    name: str,
+    function: Callable[..., Any],
+    args: Sequence[Any],
+    reference: Any,
+    repeats: int,
 ) -> Measurement:
     if framework == "torch":
-        check(error := max(relative_error(from_torch(function(*one)), reference) for one in args))
+        check(error := max(relative_error(from_torch(function(*one)), reference) for one in args), case.tolerance)
         return Measurement(torch_times(function, args, repeats=repeats), error, name)
     program = rotated(function)
-    check(error := max(relative_error(result, reference) for result in program(args)))
+    check(error := max(relative_error(result, reference) for result in program(args)), case.tolerance)
     return Measurement(kernel_times(program, args, repeats=repeats, calls=len(args)), error, name)
 
 
@@ -131,10 +136,10 @@ def relative_error(result: Any, reference: Any) -> float:
     return float(_relative_error(result, reference))
 
 
-def check(error: float) -> None:
+def check(error: float, tolerance: float) -> None:
     """Raises ValueError if `error` exceeds the tolerance, or is not a number."""
-    if not error <= TOLERANCE:
-        raise ValueError(f"wrong result: relative error {error:.1e}, limit {TOLERANCE:.0e}")
+    if not error <= tolerance:
+        raise ValueError(f"wrong result: relative error {error:.1e}, limit {tolerance:.0e}")
 
 
 def describe(error: Exception) -> str:

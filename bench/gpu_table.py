@@ -9,10 +9,13 @@ Record = Mapping[str, Any]
 
 
 def table(record: Record, markdown: bool = False) -> str:
-    """One line a case: our time and rate, the share of this run's floor, the goal, each peer's time and its ratio."""
-    headers, rows = _cells(record)
+    """One line a case: our time and rate, the share of this run's floor, the goal, each peer's time and its ratio.
+
+    In Markdown, which is for readers of README, goals and errors are left out and the peers share a column.
+    """
     if not markdown:
-        return format_table(headers, rows)
+        return format_table(*_cells(record))
+    headers, rows = _cells_for_readers(record)
     lines: list[Sequence[Cell]] = [headers, ["---"] * len(headers), *rows]
     return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
 
@@ -64,17 +67,39 @@ def _cells(record: Record) -> tuple[list[str], list[list[Cell]]]:
     rows: list[list[Cell]] = []
     for name, case in cases.items():
         label = f"{name} ({case['note']})" if case["note"] else name
-        shape = ",".join(str(case[dim]) for dim in "GMKN")
+        shape = _shape(case)
         goal = [_goal(case["goal"], "bar"), _goal(case["goal"], "aim")]
         others = [_peer(case["peers"].get(peer)) for peer in peers]
         if "error" in case:
             rows.append([label, shape, "failed", "-", "-", *goal, "no", *others, case["error"]])
             continue
-        rate = f"{case['tflops']:.0f} TFLOP/s" if case["goal"]["unit"] == "TFLOP/s" else f"{case['tb_per_s']:.2f} TB/s"
+        rate = _rate(case)
         met = {True: "yes", False: "no", None: "-"}[case["met"]]
         share = f"{case['share_of_measured_floor']:.0%}"
         rows.append([label, shape, _us(case["us"]), rate, share, *goal, met, *others, f"{case['relative_error']:.1e}"])
     return headers, rows
+
+
+def _cells_for_readers(record: Record) -> tuple[list[str], list[list[Cell]]]:
+    rows: list[list[Cell]] = []
+    for name, case in record["cases"].items():
+        if "error" in case:
+            continue
+        peers = [f"{peer} {_peer(case['peers'][peer])}" for peer in measured_peers(case)]
+        label = f"{name}: {case['note']}" if case["note"] else name
+        share = f"{case['share_of_measured_floor']:.0%}"
+        rows.append([label, _shape(case), _us(case["us"]), _rate(case), share, ", ".join(peers) or "-"])
+    return ["case", "G,M,K,N", "µs", "rate", "of floor", "others, µs"], rows
+
+
+def _shape(case: Record) -> str:
+    return ",".join(str(case[dim]) for dim in "GMKN")
+
+
+def _rate(case: Record) -> str:
+    if case["goal"]["unit"] == "TFLOP/s":
+        return f"{case['tflops']:.0f} TFLOP/s"
+    return f"{case['tb_per_s']:.2f} TB/s"
 
 
 def _peer(peer: Record | None) -> str:

@@ -14,6 +14,8 @@ from bench.timing import copies_of, kernel_times, rotated
 from pallas_kernels.grouped_matmul import tiling
 from pallas_kernels.grouped_matmul.hopper import Config
 
+_TOLERANCE = 2e-2  # between two configurations, which sum in different orders
+
 
 class ConfigTimer:
     """Gives the kernel time of each configuration in µs; those that fail, or differ from the first, are left out.
@@ -74,4 +76,4 @@ class ConfigTimer:
             if not jnp.isfinite(result).all():
                 raise ValueError("the result is not finite")
             self._reference = result.astype(jnp.float32)
-        check(relative_error(result, self._reference))
+        check(relative_error(result, self._reference), _TOLERANCE)

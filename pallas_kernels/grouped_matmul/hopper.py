@@ -464,13 +464,13 @@ class _Block:
                         if c == 0:
                             self._wait_full(step + k)
                         self._multiply(accumulator, self._slot(step + k), chunks[c])
-                    row_scales = [self._row_scale(tile, self._slot(step + k)) for k, _ in batch]
-                    plgpu.commit_smem()  # the copy engine may overwrite what has been read
                     for i, (accumulator, (k, c)) in enumerate(zip(accumulators, batch, strict=True)):
                         part = plgpu.wgmma_accumulator_load(accumulator, wait_n=len(batch) - 1 - i)
+                        scale = self._row_scale(tile, self._slot(step + k)) * scales[begin + i]
                         if c == len(chunks) - 1:
+                            plgpu.commit_smem()  # the copy engine may overwrite what has been read
                             self._release(self._slot(step + k))
-                        totals[c] = totals[c] + part * _along_rows(row_scales[i] * scales[begin + i], part.shape)
+                        totals[c] = totals[c] + part * _along_rows(scale, part.shape)
                     return totals
 
                 accumulators = [plgpu.ACC((WGMMA_ROWS, width), jnp.float32)] * len(batch)

@@ -39,7 +39,7 @@ def _in_xla(function, *args, **kwargs):
 def test_a_case_is_right(name, times):
     case = dataclasses.replace(CASES[name], shape=GemmShape(2, 8, 256, 128))
     ours, peers = measure_case(case, repeats=1, with_peers=False)
-    assert ours.relative_error < 4e-3
+    assert ours.relative_error < (4e-3 if name != "layer-fp8" else 4e-2)  # which rounds to FP8 in between
     assert (ours.time.median_us, peers) == (1.0, {})
 
 

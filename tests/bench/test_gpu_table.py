@@ -35,10 +35,12 @@ def test_plain_table(run):
 
 def test_markdown_table(run):
     lines = table(run, markdown=True).splitlines()
-    assert lines[0].startswith("| case | G,M,K,N | ours µs | rate | of floor | bar | aim | met | torch._scaled")
+    assert lines[0] == "| case | G,M,K,N | µs | rate | of floor | others, µs |"
     assert set(lines[1]) == set("| -")
-    assert "| Unsupported: a \\| b |" in lines[-1]
-    assert len(lines) == 2 + 4
+    assert len(lines) == 2 + 3  # without the case that failed
+    assert (
+        "| prefill-fp8-blocks: scales 1x128 and 128x128 | 8,4096,7168,4096 | 1600.0 | 1203 TFLOP/s | 86% | - |" in lines
+    )
 
 
 def test_failures_name_the_bar(run):
