@@ -17,7 +17,7 @@ from pallas_kernels.grouped_matmul.tuned_table import Key, tuned_configs
 _ISSUE_RATE = 0.75  # share of the peak that wgmma sustains
 _CACHE_BANDWIDTH = 1.25  # of the cache, in multiples of the memory's
 _FINISH_SECONDS = 0.6e-6  # of a tile: the end of its pipeline, epilogue, first store
-_RESERVED_BYTES = 4 * 1024  # barriers, scales and bias
+_RESERVED_BYTES = 5 * 1024  # barriers, scales of rows, columns and an FP8 result, and bias: at most 1 KiB each
 _MAX_STAGES = 12
 
 _forced = contextvars.ContextVar[Config | None]("forced", default=None)

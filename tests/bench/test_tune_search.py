@@ -16,6 +16,12 @@ PREFILL = Product(GemmShape(8, 4096, 7168, 4096), "bf16")
 DECODE = Product(GemmShape(8, 48, 7168, 2048), "fp8")
 
 
+@pytest.fixture(autouse=True)
+def nothing_tuned(monkeypatch):
+    """Whatever has been tuned so far, the search begins with the model."""
+    monkeypatch.setattr(tiling, "tuned_configs", lambda chip: {})
+
+
 def timer_of(function):
     calls = []
 
@@ -51,11 +57,12 @@ def test_the_models_choice_wins_where_nothing_is_faster(product):
 
 def test_strip_and_ring_are_sought_with_the_best_tile():
     def microseconds(config):
-        return 100 - 10 * (config.strip == 4) - 5 * (config.num_stages == 3) + 50 * (config.block_m < 128)
+        return 100 - 10 * (config.strip == 4) - 5 * (config.num_stages == shorter) + 50 * (config.block_m < 128)
 
+    shorter = pick(PREFILL).num_stages - 1
     timer, calls = timer_of(microseconds)
     outcome = search(PREFILL, CHIP, timer)
-    assert (outcome.best.strip, outcome.best.num_stages) == (4, 3)
+    assert (outcome.best.strip, outcome.best.num_stages) == (4, shorter)
     assert (outcome.model_us, outcome.best_us) == (100, 85)
     assert outcome.gain == pytest.approx(0.15)
     assert outcome.is_worth_it
@@ -76,7 +83,7 @@ def test_a_gain_that_does_not_come_back_is_luck():
     seen = set()
 
     def microseconds(config):
-        lucky = config.num_stages == 3 and config not in seen
+        lucky = config.num_stages == pick(PREFILL).num_stages - 1 and config not in seen
         seen.add(config)
         return 90.0 if lucky else 100.0
 
@@ -115,4 +122,5 @@ def test_the_default_products():
     for product in products:
         assert product.lhs_rows >= product.shape.G * product.shape.M
         assert by_modelled_time(product, CHIP)
-    assert max(p.shape.G * p.shape.M for p in products) == max(TOKENS_A_CHIP) * 8
+    of_models = products[len(case_products()) :]
+    assert max(p.shape.G * p.shape.M for p in of_models) == max(TOKENS_A_CHIP) * 8

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -111,6 +112,15 @@ def test_gradient_of_the_weights_on_a_simulated_gpu(rng):
     assert not np.asarray(out[1]).any()
 
 
+ALL_CONFIGS = [
+    config
+    for block_scales in (False, True)
+    for config in tiling.candidates(
+        get_chip("h200"), out_itemsize=1, block_scales=block_scales, fused=True, columns=1536
+    )
+]
+
+
 def lowered_for_cuda(function, *args):
     return jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
 
@@ -144,6 +154,27 @@ def test_lowers_for_cuda(g, m, k, n, operand, fused):
 
     sizes, bias = jax.ShapeDtypeStruct((g,), jnp.int32), jax.ShapeDtypeStruct((g, n), jnp.bfloat16)
     assert "mosaic_gpu" in lowered_for_cuda(run, lhs, rhs, sizes, bias)
+
+
+@pytest.mark.parametrize(("lhs_scaling", "rhs_scaling"), [("per_row", "per_channel"), ("1x128", "128x128")])
+@pytest.mark.parametrize("config", ["picked", *ALL_CONFIGS], ids=str)
+def test_a_result_in_8_bits_lowers_for_cuda(config, lhs_scaling, rhs_scaling):
+    """With all that shares the memory of a block: scales of rows and columns, bias, scales of the result."""
+
+    def run(lhs, rhs, sizes, bias):
+        lhs, rhs = quantized(lhs, scaling=lhs_scaling), quantized(rhs, scaling=rhs_scaling).mT
+        return grouped_gate_up_in_8_bits(lhs, rhs, sizes, bias=bias, backend="pallas_gpu", transpose_rhs=True)
+
+    shapes = ((512, 2048), (64, 2048, 1536), (64,), (64, 1536))
+    dtypes = (jnp.bfloat16, jnp.bfloat16, jnp.int32, jnp.float32)
+    arguments = [jax.ShapeDtypeStruct(*each) for each in zip(shapes, dtypes, strict=True)]
+    blocks = rhs_scaling == "128x128"
+    if config != "picked" and not tiling.fits(
+        get_chip("h200"), config, out_itemsize=1, block_scales=blocks, fused=True
+    ):
+        pytest.skip("does not fit, as tiling knows")
+    with contextlib.nullcontext() if config == "picked" else tiling.forced(config):
+        assert "mosaic_gpu" in lowered_for_cuda(run, *arguments)
 
 
 def test_gradients_lower_for_cuda():
@@ -226,3 +257,14 @@ def test_scales_that_do_not_fit(rng):
             backend="pallas_gpu",
             transpose_rhs=True,
         )
+
+
+@pytest.mark.parametrize(("kind", "capability"), [("NVIDIA A100-SXM4-80GB", "8.0"), ("NVIDIA B200", "10.0")])
+def test_a_gpu_that_is_no_hopper(monkeypatch, kind, capability):
+    gpu = types.SimpleNamespace(platform="gpu", device_kind=kind, compute_capability=capability)
+    monkeypatch.setattr("pallas_kernels.hopper.jax.devices", lambda: [gpu])
+    lhs, rhs = jnp.zeros((64, 64), jnp.bfloat16), jnp.zeros((2, 64, 64), jnp.bfloat16)
+    with pytest.raises(
+        Unsupported, match=rf"needs a Hopper GPU \(compute capability 9.0\), got {kind} with {capability}"
+    ):
+        grouped_matmul(lhs, rhs, jnp.array([32, 32]), backend="pallas_gpu")
