@@ -167,11 +167,17 @@ def _quantize(x: jax.Array, name: str, scales: tuple[int, ...]) -> tuple[jax.Arr
     bits = jax.lax.bitcast_convert_type(jnp.abs(blocks), jnp.int32)
     amax = jax.lax.bitcast_convert_type(jnp.max(bits, axis=axes, keepdims=True, initial=0), jnp.float32)
     largest = _LARGEST[name]
-    # Below this the reciprocal of the scale would overflow; such values are zero in any 8-bit format anyway.
-    scale = jnp.where(amax > largest * jnp.finfo(jnp.float32).tiny * 4, amax * (1 / largest), 1.0)
-    scale = jnp.where(jnp.isfinite(amax), scale, jnp.nan)
+    scale = jnp.where(jnp.isfinite(amax), finite_scale(amax, name), jnp.nan)
     scaled = jnp.clip(blocks * (1 / scale), -largest, largest)
     return _round(scaled, name).astype(name).reshape(x.shape), scale.reshape(scales)
+
+
+def finite_scale(amax: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """The scale of a block whose largest magnitude `amax` is finite, float32; also for use inside kernels."""
+    largest = _LARGEST[check_qdtype(dtype)]
+    # Below this the reciprocal of the scale would overflow; such values are zero in any 8-bit format anyway.
+    smallest = largest * float(jnp.finfo(jnp.float32).tiny) * 4
+    return jnp.where(amax > smallest, amax * (1 / largest), 1.0)
 
 
 def _round(x: jax.Array, name: str) -> jax.Array:

@@ -25,6 +25,7 @@ from pallas_kernels.activations import Activation, gated
 from pallas_kernels.grouped_matmul.hopper_smem import SWIZZLE, Views, swizzled
 from pallas_kernels.grouped_matmul.hopper_store import store_rows, store_vector
 from pallas_kernels.grouped_matmul.hopper_tiles import Tile, Walk
+from pallas_kernels.quantize import finite_scale
 
 WGMMA_ROWS = 64
 """Rows of a math warpgroup."""
@@ -320,7 +321,7 @@ class _Block:
             num_steps = jnp.minimum(num_steps, self.config.num_stages - step)
 
         def one_step(k, step):
-            slot = lax.rem(step, jnp.int32(self.config.num_stages))
+            slot = self._slot(step)
 
             @pl.when(step >= self.config.num_stages)
             def _():
@@ -567,7 +568,7 @@ class _Block:
             amax = jnp.maximum(amax, plgpu.load(buffer.at[1 - self.warpgroup], layout=_ROWS))
             plgpu.barrier_arrive(self.scratch.shared_scales)
             plgpu.barrier_wait(self.scratch.shared_scales)
-        scale = jnp.where(amax > largest * float(jnp.finfo(jnp.float32).tiny) * 4, amax * (1 / largest), 1.0)
+        scale = finite_scale(amax, dtype)
         scaled = value * _along_rows(1 / scale, value.shape)
         return jnp.clip(scaled, -largest, largest).astype(dtype), scale
 

@@ -20,6 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.grouped_matmul.hopper_smem import SWIZZLE, Views, swizzled
 from pallas_kernels.grouped_matmul.hopper_store import store_rows
+from pallas_kernels.grouped_matmul.hopper_tiles import place_in_strips
 
 ROW_ALIGNMENT = 8
 """The number of rows of lhs and dout must be a multiple of this."""
@@ -83,13 +84,11 @@ def grouped_drhs(
         def place(tile):
             """Group, row tile and column tile of a tile; its first row and its number of steps."""
             group, local = lax.div(tile, tiles_each), lax.rem(tile, tiles_each)
-            strip = lax.div(local, row_tiles * config.strip)
-            local = local - strip * row_tiles * config.strip
-            width = jnp.minimum(config.strip, column_tiles - strip * config.strip)
+            row_tile, column_tile = place_in_strips(local, row_tiles, column_tiles, config.strip)
             first = lax.div(begins[group], ROW_ALIGNMENT) * ROW_ALIGNMENT
             steps = lax.div(ends[group] - first + (block_rows - 1), block_rows)
             steps = jnp.where(ends[group] > begins[group], steps, 0)
-            return group, lax.div(local, width), strip * config.strip + lax.rem(local, width), first, steps
+            return group, row_tile, column_tile, first, steps
 
         def for_each_tile(function, carry):
             @plgpu.nd_loop((num_groups * tiles_each,), collective_axes="block", init_carry=carry)

@@ -107,18 +107,22 @@ class Walk:
             begin, first = jnp.where(is_past, row, begin), jnp.where(is_past, tile, first)
             mine = jnp.where(is_past, size, mine)
             row, tile = row + size, tile + self._row_tiles(size) * self.column_tiles
-        row_tile, column = self._place(index - first, self._row_tiles(mine))
+        row_tile, column = place_in_strips(index - first, self._row_tiles(mine), self.column_tiles, self.strip)
         row = begin + row_tile * self.block_m
         return Tile(group, row, jnp.minimum(self.block_m, begin + mine - row), column)
 
-    def _place(self, local, row_tiles):
-        """Row tile and column tile of the tile number `local` of a group."""
-        if self.strip >= self.column_tiles:
-            return lax.div(local, jnp.int32(self.column_tiles)), lax.rem(local, jnp.int32(self.column_tiles))
-        strip = lax.div(local, row_tiles * self.strip)
-        local = local - strip * row_tiles * self.strip
-        width = jnp.minimum(self.strip, self.column_tiles - strip * self.strip)
-        return lax.div(local, width), strip * self.strip + lax.rem(local, width)
+
+def place_in_strips(local, row_tiles, column_tiles: int, strip: int):
+    """Row tile and column tile of the tile number `local` of a group of `row_tiles` by `column_tiles`.
+
+    Goes down a strip of `strip` column tiles, row by row, before the next strip.
+    """
+    if strip >= column_tiles:
+        return lax.div(local, jnp.int32(column_tiles)), lax.rem(local, jnp.int32(column_tiles))
+    index = lax.div(local, row_tiles * strip)
+    local = local - index * row_tiles * strip
+    width = jnp.minimum(strip, column_tiles - index * strip)
+    return lax.div(local, width), index * strip + lax.rem(local, width)
 
 
 class _Cursor(NamedTuple):
