@@ -32,7 +32,7 @@ def permute(x: jax.Array, logits: jax.Array, *, backend: str = "auto") -> jax.Ar
     """Routes, copies each token to its experts and sums the copies up: x again, as the weights of a token sum to 1."""
     ids = top_k_ids(logits, PERMUTE_TOP_K, backend=backend)
     weights = jax.nn.softmax(jnp.take_along_axis(logits, ids, axis=1))
-    plan = make_plan(ids, PERMUTE_EXPERTS)
+    plan = make_plan(ids, PERMUTE_EXPERTS, backend=backend)
     # Experts would stand between; without them XLA would gather through both steps at once.
     rows = jax.lax.optimization_barrier(dispatch(x, plan, backend=backend))
     return combine(rows, plan, weights, backend=backend)
@@ -41,7 +41,7 @@ def permute(x: jax.Array, logits: jax.Array, *, backend: str = "auto") -> jax.Ar
 def layer_inputs(
     num_tokens: int, num_experts: int, hidden: int, width: int, in_8_bits: bool, num_layers: int
 ) -> tuple[Any, ...]:
-    """Tokens [T, H] in BF16, and for each layer the router's kernel, w1 [E, 2I, H] and w2 [E, H, I]."""
+    """Tokens [T, H] in BF16, and for each layer the router's kernel in BF16, w1 [E, 2I, H] and w2 [E, H, I]."""
 
     @functools.partial(jax.jit, static_argnums=1)
     def weights(key, shape):
@@ -50,7 +50,7 @@ def layer_inputs(
 
     def one_layer(key):
         keys = jax.random.split(key, 3)
-        router = jax.random.normal(keys[0], (hidden, num_experts), jnp.float32) * hidden**-0.5
+        router = jax.random.normal(keys[0], (hidden, num_experts), jnp.bfloat16) * jnp.bfloat16(hidden**-0.5)
         return (
             router,
             weights(keys[1], (num_experts, 2 * width, hidden)),

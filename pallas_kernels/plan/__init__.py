@@ -18,7 +18,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-_BLOCK = 128
+from pallas_kernels.plan.counting_sort import counting_sort
 
 
 @jax.tree_util.register_dataclass
@@ -41,7 +41,7 @@ class Plan:
     dropped: jax.Array
 
 
-def make_plan(topk_ids: jax.Array, num_groups: int, *, capacity: int | None = None) -> Plan:
+def make_plan(topk_ids: jax.Array, num_groups: int, *, capacity: int | None = None, backend: str = "auto") -> Plan:
     """Sorts assignments by group with a stable counting sort.
 
     Args:
@@ -51,6 +51,7 @@ def make_plan(topk_ids: jax.Array, num_groups: int, *, capacity: int | None = No
       capacity: None packs the groups tightly (R = T·K rows, token order within a group). A number gives every group
         that many rows (R = G·capacity), and what does not fit is dropped: rows go to all first choices in token
         order, then to all second choices, and so on.
+      backend: of the sort: "auto", "xla", "pallas_tpu" or "pallas_gpu".
 
     Returns:
       The Plan. Equal inputs give equal plans, bit for bit.
@@ -65,20 +66,15 @@ def make_plan(topk_ids: jax.Array, num_groups: int, *, capacity: int | None = No
     if capacity is not None and capacity < 1:
         raise ValueError(f"capacity must be at least 1 row a group, got {capacity}; use None for no limit")
     num_tokens, top_k = topk_ids.shape
-    if topk_ids.dtype.itemsize < 4:  # num_groups itself may not fit into uint8
-        topk_ids = topk_ids.astype(jnp.int32)
-    ids = jnp.where((topk_ids >= 0) & (topk_ids < num_groups), topk_ids, num_groups).astype(jnp.int32)
+    ids = _as_int32(topk_ids, num_groups)
     if capacity is None:
-        rank, group_sizes = _rank_in_group(ids.reshape(-1), num_groups)
-        rank = rank.reshape(num_tokens, top_k)
+        rows, order, group_sizes = counting_sort(ids.reshape(-1), num_groups, backend=backend)
+        inverse = rows.reshape(num_tokens, top_k)
     else:  # First choices first.
-        rank, group_sizes = _rank_in_group(ids.T.reshape(-1), num_groups)
-        rank = rank.reshape(top_k, num_tokens).T
+        rows, order, group_sizes = counting_sort(ids.T.reshape(-1), num_groups, backend=backend)
+        inverse = rows.reshape(top_k, num_tokens).T
+        order = jnp.where(order < 0, -1, order % max(num_tokens, 1) * top_k + order // max(num_tokens, 1))
     offsets = jnp.cumsum(group_sizes, dtype=jnp.int32) - group_sizes
-    num_rows = num_tokens * top_k
-    inverse = jnp.where(ids < num_groups, offsets[jnp.minimum(ids, num_groups - 1)] + rank, -1)
-    target = jnp.where(inverse < 0, num_rows, inverse).reshape(-1)
-    order = jnp.full(num_rows, -1, jnp.int32).at[target].set(jnp.arange(num_rows, dtype=jnp.int32), mode="drop")
     plan = Plan(order, inverse, group_sizes, offsets, jnp.zeros((), jnp.int32))
     if capacity is None:
         return plan
@@ -114,19 +110,10 @@ def take_slots(plan: Plan, topk_ids: jax.Array, slots: int, begin: jax.Array | i
     return Plan(order, inverse, group_sizes, offsets, plan.dropped)
 
 
-def _rank_in_group(ids: jax.Array, num_groups: int) -> tuple[jax.Array, jax.Array]:
-    """For each of [N] ids, how many equal ids come before it; and how often each of the `num_groups` ids occurs.
-
-    Works in blocks of `_BLOCK` ids: a histogram per block, a prefix sum over blocks, and pairwise comparison inside a
-    block. No step depends on the order in which threads run.
-    """
-    num_ids = ids.shape[0]
-    if num_ids == 0:
-        return ids, jnp.zeros(num_groups, jnp.int32)
-    blocks = jnp.pad(ids, (0, -num_ids % _BLOCK), constant_values=num_groups).reshape(-1, _BLOCK)
-    histogram = (blocks[:, :, None] == jnp.arange(num_groups + 1)).sum(1, dtype=jnp.int32)
-    before_block = jnp.cumsum(histogram, axis=0, dtype=jnp.int32) - histogram
-    earlier = jnp.tril(jnp.ones((_BLOCK, _BLOCK), bool), -1)
-    in_block = ((blocks[:, :, None] == blocks[:, None, :]) & earlier).sum(2, dtype=jnp.int32)
-    rank = jnp.take_along_axis(before_block, blocks, axis=1) + in_block
-    return rank.reshape(-1)[:num_ids], histogram.sum(0, dtype=jnp.int32)[:num_groups]
+def _as_int32(ids: jax.Array, num_groups: int) -> jax.Array:
+    """Ids as int32; those of wider or unsigned dtypes that int32 cannot hold are no group's either way."""
+    if ids.dtype == jnp.int32:
+        return ids
+    if ids.dtype.itemsize < 4:
+        return ids.astype(jnp.int32)
+    return jnp.where((ids >= 0) & (ids < num_groups), ids, -1).astype(jnp.int32)
