@@ -1,8 +1,8 @@
 """The router's matrix product, in float32 whatever its operands are.
 
 A GPU multiplies float32 outside of its matrix units, twenty times slower than BF16. Activations that are BF16 already
-need not pay for that: a float32 weight is the sum of three BF16 numbers, to the last bit but one, and products of BF16
-numbers are exact in the float32 accumulators.
+need not pay for that: products of BF16 numbers are exact in the float32 accumulators, and a float32 weight is the sum
+of three BF16 numbers, to the last bit but one.
 """
 
 import jax
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 def router_logits(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """The product x [T, H] · kernel [H, E] -> float32 [T, E], with the precision of float32 operands."""
     if x.dtype == jnp.bfloat16 and jax.default_backend() == "gpu":
-        return _in_three_parts(x, kernel.astype(jnp.float32))
+        return _in_bfloat16(x, kernel)
     return _in_float32(x, kernel)
 
 
@@ -21,8 +21,10 @@ def _in_float32(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 @jax.custom_vjp
-def _in_three_parts(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    parts, rest = [], kernel
+def _in_bfloat16(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    if kernel.dtype == jnp.bfloat16:
+        return jnp.dot(x, kernel, preferred_element_type=jnp.float32)
+    parts, rest = [], kernel.astype(jnp.float32)
     for _ in range(3):
         # Not a cast there and back, which XLA takes for superfluous.
         part = jax.lax.reduce_precision(rest, exponent_bits=8, mantissa_bits=7)
@@ -34,11 +36,11 @@ def _in_three_parts(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def _forward(x, kernel):
-    return _in_three_parts(x, kernel), (x, kernel)
+    return _in_bfloat16(x, kernel), (x, kernel)
 
 
 def _backward(operands, dlogits):
     return jax.vjp(_in_float32, *operands)[1](dlogits)
 
 
-_in_three_parts.defvjp(_forward, _backward)
+_in_bfloat16.defvjp(_forward, _backward)

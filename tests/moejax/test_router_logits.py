@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from moejax.router_logits import _in_three_parts, router_logits
+from moejax.router_logits import _in_bfloat16, router_logits
 from tests.helpers import LIMIT, float64, normal, relative_error
 
 
@@ -16,12 +16,12 @@ def test_as_precise_as_float32(rng, dtype):
 
 def test_three_parts_of_a_weight_are_all_of_it(rng):
     x, kernel = normal(rng, 100, 256, dtype="bfloat16"), normal(rng, 256, 24)
-    assert relative_error(jax.jit(_in_three_parts)(x, kernel), float64(x) @ float64(kernel)) < 1e-6
+    assert relative_error(jax.jit(_in_bfloat16)(x, kernel), float64(x) @ float64(kernel)) < 1e-6
 
 
 def test_gradients(rng):
     x, kernel, dlogits = normal(rng, 20, 64, dtype="bfloat16"), normal(rng, 64, 8), normal(rng, 20, 8)
-    dx, dkernel = jax.jit(lambda *operands: jax.vjp(_in_three_parts, *operands)[1](dlogits))(x, kernel)
+    dx, dkernel = jax.jit(lambda *operands: jax.vjp(_in_bfloat16, *operands)[1](dlogits))(x, kernel)
     assert (dx.dtype, dkernel.dtype) == (jnp.bfloat16, jnp.float32)
     assert relative_error(dx, float64(dlogits) @ float64(kernel).T) < LIMIT["bfloat16"]
     assert relative_error(dkernel, float64(x).T @ float64(dlogits)) < LIMIT["float32"]
