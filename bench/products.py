@@ -34,7 +34,7 @@ PRODUCT_DTYPES: dict[str, tuple[str, str | None, str | None]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Product:
-    """A grouped product with a BF16 result.
+    """A grouped product.
 
     Attributes:
       shape: G groups of M rows, K -> N; N counts gate and up when they are fused.
@@ -42,6 +42,7 @@ class Product:
       fused: gate and up together, with silu.
       num_rows: rows of lhs, at least G·M, all of them if None. No group owns those past G·M.
       transposed: weights in 16 bits lie as [G, N, K] too.
+      result_in_8_bits: whether a fused product rounds its result to FP8, with 1x128 scales; else it is BF16.
     """
 
     shape: GemmShape
@@ -49,6 +50,11 @@ class Product:
     fused: bool = False
     num_rows: int | None = None
     transposed: bool = False
+    result_in_8_bits: bool = False
+
+    def __post_init__(self):
+        if self.result_in_8_bits and not self.fused:
+            raise ValueError("only a fused product rounds its result to 8 bits; add --fused")
 
     @property
     def lhs_rows(self) -> int:
@@ -71,10 +77,17 @@ class Product:
         return self.dtype == "fp8-blocks"
 
     @property
+    def out_dtype(self) -> jnp.dtype:
+        """Of the result."""
+        return jnp.dtype(jnp.float8_e4m3fn if self.result_in_8_bits else jnp.bfloat16)
+
+    @property
     def name(self) -> str:
         """What it is, in a few words."""
         shape = self.shape
-        return f"{shape.G},{shape.M},{shape.K},{shape.N} {self.dtype}{' gate/up' if self.fused else ''}"
+        return f"{shape.G},{shape.M},{shape.K},{shape.N} {self.dtype}{' gate/up' if self.fused else ''}" + (
+            " to fp8" if self.result_in_8_bits else ""
+        )
 
     def run(self, lhs: Operand, rhs: Operand, group_sizes: jax.Array, stage: Stage = "full") -> Any:
         """The kernel, all of it or one of its stages.
@@ -86,7 +99,7 @@ class Product:
             "bias": None,
             "group_offset": 0,
             "transpose_rhs": self.k_major,
-            "out_dtype": jnp.bfloat16,
+            "out_dtype": self.out_dtype,
             "stage": stage,
         }
         if not self.fused:

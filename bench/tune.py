@@ -91,7 +91,16 @@ def key_of(product: Product) -> Key:
     """Where the table has the product."""
     shape = product.shape
     rows = tiling.rows_of_a_group(product.lhs_rows, shape.G)
-    return Key.of(product.operand, product.block_scales, product.fused, shape.G, rows, shape.K, shape.N)
+    return Key.of(
+        product.operand,
+        product.block_scales,
+        product.fused,
+        product.result_in_8_bits,
+        shape.G,
+        rows,
+        shape.K,
+        shape.N,
+    )
 
 
 def entry(key: Key, outcome: Outcome, head: Mapping[str, Any]) -> dict[str, Any]:
@@ -129,6 +138,7 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype", default="bf16", choices=tuple(PRODUCT_DTYPES), help="of --shape's operands (default: %(default)s)"
     )
     parser.add_argument("--fused", action="store_true", help="N of --shape counts gate and up, multiplied together")
+    parser.add_argument("--result-in-8-bits", action="store_true", help="with --fused: the result is rounded to FP8")
     parser.add_argument(
         "--quick", action="store_true", help=f"products of bench.gpu only, {_QUICK_REPEATS} repeats, not {_REPEATS}"
     )
@@ -146,7 +156,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _products(args: argparse.Namespace) -> tuple[Product, ...]:
     if args.shape:
-        return tuple(Product(parse_shape(text), args.dtype, args.fused) for text in args.shape)
+        kind = {"fused": args.fused, "result_in_8_bits": args.result_in_8_bits}
+        return tuple(Product(parse_shape(text), args.dtype, **kind) for text in args.shape)
     return case_products() if args.quick else default_products()
 
 

@@ -13,6 +13,7 @@ from bench.products import Product, make_inputs
 from bench.timing import copies_of, kernel_times, rotated
 from pallas_kernels.grouped_matmul import tiling
 from pallas_kernels.grouped_matmul.hopper import Config
+from pallas_kernels.quantize import QTensor, dequantize
 
 _TOLERANCE = 2e-2  # between two configurations, which sum in different orders
 
@@ -72,6 +73,8 @@ class ConfigTimer:
 
     def _check(self, program: Callable[..., list[jax.Array]]) -> None:
         result = program(self._inputs)[0]
+        if isinstance(result, QTensor):
+            result = dequantize(result)
         if self._reference is None:
             if not jnp.isfinite(result).all():
                 raise ValueError("the result is not finite")

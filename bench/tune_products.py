@@ -56,8 +56,9 @@ def _of_case(name: str) -> tuple[Product, ...]:
         return ()
     if name.startswith(("layer", "qwen3")):
         dtype: ProductDtype = "fp8-blocks" if name.startswith("qwen3-fp8") else case.dtype
-        down = GemmShape(s.G, s.M, s.N, s.K)
-        return Product(GemmShape(s.G, s.M, s.K, 2 * s.N), dtype, fused=True), Product(down, dtype)
+        in_8_bits = case.dtype == "fp8"
+        gate_up = Product(GemmShape(s.G, s.M, s.K, 2 * s.N), dtype, fused=True, result_in_8_bits=in_8_bits)
+        return gate_up, Product(GemmShape(s.G, s.M, s.N, s.K), "fp8-blocks" if in_8_bits else dtype)
     if name.startswith("backward"):
         return Product(s, case.dtype), Product(GemmShape(s.G, s.M, s.N, s.K), case.dtype, transposed=True)
     return (Product(s, "fp8-blocks" if name.endswith("blocks") else case.dtype),)

@@ -25,7 +25,6 @@ LEAST_GAIN = 0.02
 
 _STRIPS = (1, 4, 8, 16)
 _FEWER_STAGES = (1, 2)
-_OUT_ITEMSIZE = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,10 +93,11 @@ def by_modelled_time(product: Product, chip: Chip) -> dict[Config, float]:
     shape = product.shape
     options = tiling.candidates(
         chip,
-        out_itemsize=_OUT_ITEMSIZE,
+        out_itemsize=product.out_dtype.itemsize,
         block_scales=product.block_scales,
         fused=product.fused,
         columns=shape.N,
+        any_width=product.k_major and not product.fused,
     )
     times = {
         config: tiling.modelled_seconds(

@@ -13,6 +13,7 @@ A remainder of K is filled with zeros by the copy engine, in both operands.
 
 import dataclasses
 import functools
+import math
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -35,6 +36,9 @@ SCALE_BLOCK = 128
 
 Stage = Literal["full", "comp", "dma"]
 """What a kernel does: all of it, every multiplication on tiles that stay where they are, or every copy and no more."""
+
+_STEPS_AT_ONCE = 4
+"""Steps with block scales between which the tensor cores do not wait."""
 
 _ROWS = plgpu.Layout.WGMMA.reduce(1)
 _COLUMNS = plgpu.Layout.WGMMA.reduce(0)
@@ -174,7 +178,12 @@ def grouped_product(
         num_threads=config.warpgroups + 1,
         thread_name="warpgroup",
         kernel_name="grouped_gate_up" if epilogue.activation else "grouped_matmul",
-        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True,
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+            # Wherever threads read what others of their warpgroup wrote, `commit_smem` stands between.
+            unsafe_no_auto_barriers=True,
+        ),
     )
     return kernel(*inputs)
 
@@ -243,7 +252,7 @@ class _Scratch(NamedTuple):
       out: staging of the result, see `store_rows`.
       lhs_scales: ring of the rows' scales.
       row_scale: scales of the tile's rows.
-      column_scale: scales of the tile's columns, [column groups · windows · wg_width].
+      column_scale: scales of the tile's columns, [windows · width].
       bias: of the tile's columns, likewise.
       side_full: the three before have been filled.
       side_empty: and have been read.
@@ -272,12 +281,11 @@ class _Scratch(NamedTuple):
         rhs_tile: tuple[int, ...] = (shape.wg_columns, shape.block_k)
         if not shape.k_major:
             rhs_tile = (shape.windows, shape.block_k, shape.wg_width)
-        copies = config.column_groups * shape.windows
         row_scales = config.block_m + _VECTOR_SLACK
         by_row, by_column = epilogue.lhs_scale == "row", epilogue.rhs_scale == "channel"
-        side = by_row + copies * (by_column + (inputs.bias is not None))
-        loads = config.row_groups + copies + (epilogue.lhs_scale == "block")
-        out_chunk = min(SWIZZLE // epilogue.out_dtype.itemsize, shape.wg_width)
+        side = by_row + shape.windows * (by_column + (inputs.bias is not None))
+        loads = config.row_groups + config.column_groups * shape.windows + (epilogue.lhs_scale == "block")
+        out_chunk = math.gcd(SWIZZLE // epilogue.out_dtype.itemsize, shape.wg_width)
         return cls(
             lhs=swizzled((stages, config.row_groups, WGMMA_ROWS, shape.block_k), inputs.lhs.dtype),
             rhs=swizzled((stages, config.column_groups, *rhs_tile), inputs.rhs.dtype, any_row=shape.k_major),
@@ -373,8 +381,11 @@ class _Block:
         copy = functools.partial(plgpu.copy_gmem_to_smem, barrier=self.scratch.side_full)
         if self.epilogue.lhs_scale == "row":
             copy(self.inputs.lhs_scale.at[self._scale_rows(tile)], self.scratch.row_scale)
-        for part, window, columns in self._windows(tile):
-            target = pl.ds((part * self.shape.windows + window) * self.shape.wg_width, self.shape.wg_width)
+        width = self.shape.width
+        for window in range(self.shape.windows):
+            column = pl.multiple_of(tile.column * width, width)
+            columns = pl.ds(column + window * self.shape.out_columns, width)
+            target = slice(window * width, (window + 1) * width)
             if self.epilogue.rhs_scale == "channel":
                 copy(self.inputs.rhs_scale.at[self._scale_group(group), columns], self.scratch.column_scale.at[target])
             if self.inputs.bias is not None:
@@ -393,13 +404,15 @@ class _Block:
             rows = jnp.where(step < 0, rows, 0)
 
         def store(result):
+            scale = None
             if self.epilogue.requantizes:
                 result, scale = self._to_fp8(result)
+            column = tile.column * shape.width + self.column_group * shape.wg_width
+            store_rows(self.outs[0], self.staging, self.warpgroup, result, row=row, rows=rows, column=column)
+            if scale is not None:
                 column_rows = jnp.where(jnp.equal(self.column_group, 0), rows, 0)
                 buffer = self.scratch.out_scales.at[self.warpgroup]
                 store_vector(self.outs[1].at[tile.column], buffer, scale, row, column_rows)
-            column = tile.column * shape.width + self.column_group * shape.wg_width
-            store_rows(self.outs[0], self.staging, self.warpgroup, result, row=row, rows=rows, column=column)
 
         @pl.when(is_owned)
         def _():
@@ -443,47 +456,47 @@ class _Block:
         return pl.run_scoped(multiply_all, plgpu.ACC((WGMMA_ROWS, self.shape.wg_columns), jnp.float32))
 
     def _sum_by_block(self, tile: Tile, group, num_steps, step):
-        """The same, with the scales of each 128 of K applied to their part of the sum, at most 128 columns at a time.
+        """The same, with the scales of each 128 of K applied to their part of the sum.
 
-        Where the registers hold two parts they are both in flight: the tensor cores multiply one while the other is
-        scaled and added.
+        Where the registers hold two parts they are both in flight: the tensor cores multiply one while the one before
+        it is scaled and added.
         """
-        width = min(SCALE_BLOCK, self.shape.wg_width)
-        chunks = [slice(i, i + width) for i in range(0, self.shape.wg_columns, width)]
-        in_flight = 2 if self.shape.wg_columns <= SCALE_BLOCK else 1
-        steps_at_once = max(1, in_flight // len(chunks))
+        shape = self.shape
+        width = math.gcd(SCALE_BLOCK, shape.wg_width)  # of columns that surely share the scale of the weights
+        pieces = [slice(i, i + width) for i in range(0, shape.wg_columns, width)]
+        at_once = _STEPS_AT_ONCE if shape.wg_columns <= SCALE_BLOCK else 1
 
         def some_steps(first, count, totals):
-            jobs = [(first + i, c) for i in range(count) for c in range(len(chunks))]
-            scales = [self._weight_scale(tile, group, k, chunks[c].start) for k, c in jobs]
-            for begin in range(0, len(jobs), in_flight):
-                batch = jobs[begin : begin + in_flight]
+            scales = [[self._weight_scale(tile, group, first + i, p.start) for p in pieces] for i in range(count)]
 
-                def multiply(*accumulators, batch=batch, begin=begin, totals=totals):
-                    totals = list(totals)
-                    for accumulator, (k, c) in zip(accumulators, batch, strict=True):
-                        if c == 0:
-                            self._wait_full(step + k)
-                        self._multiply(accumulator, self._slot(step + k), chunks[c])
-                    for i, (accumulator, (k, c)) in enumerate(zip(accumulators, batch, strict=True)):
-                        part = plgpu.wgmma_accumulator_load(accumulator, wait_n=len(batch) - 1 - i)
-                        scale = self._row_scale(tile, self._slot(step + k)) * scales[begin + i]
-                        if c == len(chunks) - 1:
-                            plgpu.commit_smem()  # the copy engine may overwrite what has been read
-                            self._release(self._slot(step + k))
-                        totals[c] = totals[c] + part * _along_rows(scale, part.shape)
-                    return totals
+            def multiply_from(i, before, sums):
+                """The steps from i on, while that before is in flight."""
+                if i == count:
+                    return add(i - 1, before, 0, sums)
 
-                accumulators = [plgpu.ACC((WGMMA_ROWS, width), jnp.float32)] * len(batch)
-                totals = pl.run_scoped(multiply, *accumulators)
-            return totals
+                def multiply(accumulator):
+                    self._wait_full(step + first + i)
+                    self._multiply(accumulator, self._slot(step + first + i))
+                    return multiply_from(i + 1, accumulator, sums if before is None else add(i - 1, before, 1, sums))
+
+                return pl.run_scoped(multiply, plgpu.ACC((WGMMA_ROWS, shape.wg_columns), jnp.float32))
+
+            def add(i, accumulator, in_flight, sums):
+                part = plgpu.wgmma_accumulator_load(accumulator, wait_n=in_flight)
+                row_scale = self._row_scale(tile, self._slot(step + first + i))
+                plgpu.commit_smem()  # the copy engine may overwrite what has been read
+                self._release(self._slot(step + first + i))
+                factors = [_along_rows(row_scale * scale, (WGMMA_ROWS, width)) for scale in scales[i]]
+                return [total + part[:, p] * factor for total, p, factor in zip(sums, pieces, factors, strict=True)]
+
+            return multiply_from(0, None, totals)
 
         zeros = plgpu.layout_cast(jnp.zeros((WGMMA_ROWS, width), jnp.float32), plgpu.Layout.WGMMA)
-        totals, rounds = [zeros] * len(chunks), lax.div(num_steps, jnp.int32(steps_at_once))
-        totals = lax.fori_loop(0, rounds, lambda i, t: some_steps(i * steps_at_once, steps_at_once, t), totals)
-        if steps_at_once > 1:
-            totals = lax.fori_loop(rounds * steps_at_once, num_steps, lambda k, t: some_steps(k, 1, t), totals)
-        return totals[0] if len(chunks) == 1 else lax.concatenate(totals, 1)
+        totals, rounds = [zeros] * len(pieces), lax.div(num_steps, jnp.int32(at_once))
+        totals = lax.fori_loop(0, rounds, lambda i, t: some_steps(i * at_once, at_once, t), totals)
+        if at_once > 1:
+            totals = lax.fori_loop(rounds * at_once, num_steps, lambda k, t: some_steps(k, 1, t), totals)
+        return totals[0] if len(pieces) == 1 else lax.concatenate(totals, 1)
 
     def _row_scale(self, tile: Tile, slot) -> Any:
         """The block scales of this warpgroup's rows in a buffer of the ring."""
@@ -491,12 +504,12 @@ class _Block:
             return 1.0
         return plgpu.load(self.scratch.lhs_scales.at[slot, self._vector_rows(tile)], layout=_ROWS)
 
-    def _multiply(self, accumulator, slot, columns: slice = slice(None)):
+    def _multiply(self, accumulator, slot):
         if self.stage == "dma":
             return
         lhs = self.lhs_tiles.tiled.at[slot, self.row_group]
         if self.shape.k_major:
-            rhs = self.rhs_tiles.tiled.at[slot, self.column_group, columns]
+            rhs = self.rhs_tiles.tiled.at[slot, self.column_group]
             plgpu.wgmma(accumulator, lhs, rhs.transpose((1, 0)))
             return
         for window in range(self.shape.windows):
@@ -505,7 +518,7 @@ class _Block:
             plgpu.wgmma(accumulator.at[:, columns], lhs, rhs)
 
     def _weight_scale(self, tile: Tile, group, k, first_column: int) -> Any:
-        """The scale of at most 128 of this warpgroup's columns at step k."""
+        """The scale of this warpgroup's columns from `first_column` on, up to the next 128, at step k."""
         if self.epilogue.rhs_scale != "block":
             return 1.0
         shape, scales = self.shape, self.inputs.rhs_scale
@@ -532,7 +545,7 @@ class _Block:
             total = total * _along_rows(scale, total.shape)
 
         def along_columns(ref, window):
-            mine = pl.ds((self.column_group * self.shape.windows + window) * width, width)
+            mine = pl.ds(window * self.shape.width + self.column_group * width, width)
             values = plgpu.load(ref.at[mine], layout=_COLUMNS).astype(jnp.float32)
             return lax.broadcast_in_dim(values, (WGMMA_ROWS, width), (1,))
 

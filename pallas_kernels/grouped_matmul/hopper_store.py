@@ -6,6 +6,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.grouped_matmul.hopper_smem import Views
 
+_STORES_AT_ONCE = 8  # whose loads wait for one another no more
+
 
 def store_rows(out, staging: Views, warpgroup, value: jax.Array, *, row, rows, column) -> None:
     """Stores value[:rows] to out[row : row + rows, column : …], cutting off columns past the end of `out`.
@@ -65,8 +67,15 @@ def store_vector(out, buffer, value: jax.Array, row, rows) -> None:
     @pl.when((rows > 0) & (rows < num_rows))
     def _():
         buffer[...] = value
+        plgpu.commit_smem()
 
-        def store_one(i, _):
-            out[row + i] = buffer[i]
+        def store_some(i, _):
+            places = [i * _STORES_AT_ONCE + j for j in range(_STORES_AT_ONCE)]
+            for place, scalar in [(place, buffer[place]) for place in places]:
 
-        jax.lax.fori_loop(0, rows, store_one, None)
+                @pl.when(place < rows)
+                def _(place=place, scalar=scalar):
+                    out[row + place] = scalar
+
+        jax.lax.fori_loop(0, pl.cdiv(rows, _STORES_AT_ONCE), store_some, None)
+        plgpu.commit_smem()

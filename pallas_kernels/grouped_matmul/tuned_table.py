@@ -4,8 +4,8 @@
 and that of the model's choice in the same run.
 
     {"chip": "NVIDIA H200", ..., "entries": [
-      {"operand": "bfloat16", "block_scales": false, "fused": false, "num_groups": 8, "rows": 64, "depth": 7168,
-       "columns": 2048, "config": {"block_m": 64, ...}, "us": ..., "model_us": ...}, ...]}
+      {"operand": "bfloat16", "block_scales": false, "fused": false, "result_in_8_bits": false, "num_groups": 8,
+       "rows": 64, "depth": 7168, "columns": 2048, "config": {"block_m": 64, ...}, "us": ..., "model_us": ...}, ...]}
 
 A chip without a file has no entries.
 """
@@ -29,6 +29,7 @@ class Key:
       operand: dtype of the operands.
       block_scales: whether scales come every 128 of K.
       fused: whether gate and up are multiplied together.
+      result_in_8_bits: whether the result is rounded to FP8.
       num_groups: G.
       rows: rows of a group, rounded up to a power of two.
       depth: K.
@@ -38,6 +39,7 @@ class Key:
     operand: str
     block_scales: bool
     fused: bool
+    result_in_8_bits: bool
     num_groups: int
     rows: int
     depth: int
@@ -45,10 +47,19 @@ class Key:
 
     @classmethod
     def of(
-        cls, operand: str, block_scales: bool, fused: bool, num_groups: int, rows: int, depth: int, columns: int
+        cls,
+        operand: str,
+        block_scales: bool,
+        fused: bool,
+        result_in_8_bits: bool,
+        num_groups: int,
+        rows: int,
+        depth: int,
+        columns: int,
     ) -> "Key":
         """The key of a product with `rows` rows a group, not yet rounded."""
-        return cls(operand, block_scales, fused, num_groups, 1 << (rows - 1).bit_length(), depth, columns)
+        rows = 1 << (rows - 1).bit_length()
+        return cls(operand, block_scales, fused, result_in_8_bits, num_groups, rows, depth, columns)
 
 
 @functools.cache

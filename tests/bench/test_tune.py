@@ -51,6 +51,7 @@ def test_what_beats_the_model_is_written(gains, tmp_path, capsys):
         "operand": "float8_e4m3fn",
         "block_scales": False,
         "fused": False,
+        "result_in_8_bits": False,
         "num_groups": 8,
         "rows": 64,
         "depth": 7168,

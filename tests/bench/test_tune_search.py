@@ -115,7 +115,7 @@ def test_the_default_products():
     assert len(set(products)) == len(products)
     assert products[: len(case_products())] == case_products()
     names = [product.name for product in products]
-    assert "8,48,7168,4096 fp8 gate/up" in names  # bench.gpu's layer-fp8
+    assert "8,48,7168,4096 fp8 gate/up to fp8" in names  # bench.gpu's layer-fp8
     assert "256,2,7168,4096 fp8-blocks gate/up" in names  # DeepSeek-V3, ep 1, 64 tokens
     assert "16,1024,2880,5760 fp8 gate/up" in names  # gpt-oss, ep 8, 4096 tokens, which scales no blocks
     assert "8,1024,14336,4096 bf16" in names  # Mixtral, ep 1, 4096 tokens

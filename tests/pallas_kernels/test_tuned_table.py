@@ -1,5 +1,6 @@
 """The table of tuned configurations: when it is asked, and whether the kernels can do what it says."""
 
+import dataclasses
 import json
 
 import pytest
@@ -19,7 +20,7 @@ PRODUCT = dict(
     block_scales=False,
     fused=False,
 )
-KEY = Key("bfloat16", False, False, 8, 64, 7168, 2048)
+KEY = Key("bfloat16", False, False, False, 8, 64, 7168, 2048)
 TUNED = tiling.Config(64, 64, 5, 1, 4)
 
 
@@ -61,8 +62,9 @@ def test_other_chips_fall_to_the_model(table):
 
 def test_an_entry_that_the_result_does_not_allow_falls_to_the_model(table):
     fused = PRODUCT | {"operand": "float8_e4m3fn", "fused": True}
-    key = Key("float8_e4m3fn", False, True, 8, 64, 7168, 2048)
-    table[key] = narrow = tiling.Config(64, 128, 5, 1, 4)
+    key = Key("float8_e4m3fn", False, True, False, 8, 64, 7168, 2048)
+    narrow = tiling.Config(64, 128, 5, 1, 4)
+    table |= {key: narrow, dataclasses.replace(key, result_in_8_bits=True): narrow}
     assert tiling.pick(H200, **fused) == narrow
     assert tiling.pick(H200, **fused | {"out_itemsize": 1}).block_n == 256
 
@@ -76,13 +78,20 @@ def test_forced_comes_first(table):
 
 @pytest.mark.parametrize(("rows", "rounded"), [(1, 1), (2, 2), (3, 4), (64, 64), (65, 128), (4096, 4096)])
 def test_rows_are_rounded_up_to_a_power_of_two(rows, rounded):
-    assert Key.of("bfloat16", False, False, 8, rows, 1, 1).rows == rounded
+    assert Key.of("bfloat16", False, False, False, 8, rows, 1, 1).rows == rounded
 
 
 @pytest.mark.parametrize("chip", list(CHIPS.values()), ids=list(CHIPS))
 def test_every_tuned_configuration_fits(chip):
     for key, config in tuned_configs(chip.name).items():
-        assert tiling.fits(chip, config, out_itemsize=2, block_scales=key.block_scales, fused=key.fused), key
+        assert tiling.fits(
+            chip,
+            config,
+            out_itemsize=1 if key.result_in_8_bits else 2,
+            block_scales=key.block_scales,
+            fused=key.fused,
+            any_width=key.operand.startswith("float8") and not key.fused,
+        ), key
         assert key.rows == 1 << (key.rows - 1).bit_length()
 
 
