@@ -97,7 +97,6 @@ def by_modelled_time(product: Product, chip: Chip) -> dict[Config, float]:
         block_scales=product.block_scales,
         fused=product.fused,
         columns=shape.N,
-        any_width=product.k_major and not product.fused,
     )
     times = {
         config: tiling.modelled_seconds(

@@ -126,7 +126,6 @@ def _product(lhs, rhs, group_sizes, bias, group_offset, k_major: bool, epilogue:
         out_itemsize=epilogue.out_dtype.itemsize,
         block_scales="block" in (lhs_kind, rhs_kind),
         fused=epilogue.activation is not None,
-        any_width=k_major and bias is None and not epilogue.activation,
     )
     out = grouped_product(
         Inputs(

@@ -285,7 +285,7 @@ class _Scratch(NamedTuple):
         by_row, by_column = epilogue.lhs_scale == "row", epilogue.rhs_scale == "channel"
         side = by_row + shape.windows * (by_column + (inputs.bias is not None))
         loads = config.row_groups + config.column_groups * shape.windows + (epilogue.lhs_scale == "block")
-        out_chunk = math.gcd(SWIZZLE // epilogue.out_dtype.itemsize, shape.wg_width)
+        out_chunk = min(SWIZZLE // epilogue.out_dtype.itemsize, shape.wg_width)
         return cls(
             lhs=swizzled((stages, config.row_groups, WGMMA_ROWS, shape.block_k), inputs.lhs.dtype),
             rhs=swizzled((stages, config.column_groups, *rhs_tile), inputs.rhs.dtype, any_row=shape.k_major),

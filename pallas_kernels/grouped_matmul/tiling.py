@@ -8,7 +8,6 @@ the memory delivers the weights. Constants were fitted to an H200.
 import contextlib
 import contextvars
 from collections.abc import Iterator
-from typing import Any
 
 from pallas_kernels.chips import Chip
 from pallas_kernels.grouped_matmul.hopper import SCALE_BLOCK, WGMMA_ROWS, Config
@@ -35,7 +34,6 @@ def pick(
     out_itemsize: int,
     block_scales: bool,
     fused: bool,
-    any_width: bool = False,
 ) -> Config:
     """The configuration for rows spread evenly over the groups: measured where the chip's table has it, else modelled.
 
@@ -49,22 +47,15 @@ def pick(
       out_itemsize: bytes of an element of the result.
       block_scales: whether scales come every 128 of K.
       fused: whether gate and up are multiplied together.
-      any_width: whether a tile need not be a multiple of 64 columns wide; see `fits`.
     """
     if (config := _forced.get()) is not None:
         return config
     rows = rows_of_a_group(num_rows, num_groups)
     key = Key.of(operand, block_scales, fused, out_itemsize == 1, num_groups, rows, depth, columns)
     tuned = tuned_configs(chip.name).get(key)
-    kind: dict[str, Any] = {
-        "out_itemsize": out_itemsize,
-        "block_scales": block_scales,
-        "fused": fused,
-        "any_width": any_width,
-    }
-    if tuned is not None and fits(chip, tuned, **kind):
+    if tuned is not None and fits(chip, tuned, out_itemsize=out_itemsize, block_scales=block_scales, fused=fused):
         return tuned
-    options = candidates(chip, columns=columns, **kind)
+    options = candidates(chip, out_itemsize=out_itemsize, block_scales=block_scales, fused=fused, columns=columns)
 
     def seconds(config: Config) -> float:
         return modelled_seconds(
@@ -106,53 +97,43 @@ def modelled_seconds(
     return max(waves * (steps * max(multiply, copy) + finish), weights * (1 + 0.02 * (config.block_n < 128)))
 
 
-def candidates(
-    chip: Chip, *, out_itemsize: int, block_scales: bool, fused: bool, columns: int, any_width: bool = False
-) -> Iterator[Config]:
+def candidates(chip: Chip, *, out_itemsize: int, block_scales: bool, fused: bool, columns: int) -> Iterator[Config]:
     """One configuration for each size of a tile that the kernel can do, with as many stages as fit."""
     for block_m, warpgroups in ((64, 1), (64, 2), (128, 2)):
-        for block_n in range(64, 257, 32):
-            stage_bytes, other_bytes = _shared_memory(block_m, block_n, warpgroups, block_scales)
+        for block_n in (64, 128, 192, 256):
+            stage_bytes, other_bytes = _shared_memory(block_m, block_n, warpgroups, out_itemsize, block_scales)
             stages = min(_MAX_STAGES, (chip.fast_memory_bytes - other_bytes) // stage_bytes)
             column_tiles = -(-columns // block_n)
             strip = column_tiles if block_m == 64 else min(8, column_tiles)
             config = Config(block_m, block_n, stages, warpgroups, strip)
-            if fits(
-                chip,
-                config,
-                out_itemsize=out_itemsize,
-                block_scales=block_scales,
-                fused=fused,
-                any_width=any_width,
-            ):
+            if fits(chip, config, out_itemsize=out_itemsize, block_scales=block_scales, fused=fused):
                 yield config
 
 
-def fits(
-    chip: Chip, config: Config, *, out_itemsize: int, block_scales: bool, fused: bool, any_width: bool = False
-) -> bool:
-    """Whether the kernel can do `config`: its tiles divide among the warpgroups, its buffers fit the chip.
-
-    Tiles are multiples of 64 columns wide for each warpgroup that shares their columns. With `any_width`, of 32 and 16
-    for each: that takes a K-major rhs, and neither bias nor activation.
-    """
+def fits(chip: Chip, config: Config, *, out_itemsize: int, block_scales: bool, fused: bool) -> bool:
+    """Whether the kernel can do `config`: its tiles divide among the warpgroups, its buffers fit the chip."""
     if (config.block_m, config.warpgroups) not in ((64, 1), (64, 2), (128, 2)) or config.block_n > 256:
         return False
     if config.num_stages < 2 or config.strip < 1:
         return False
     width = config.block_n // 2 if fused else config.block_n
-    width_of_a_group = width // config.column_groups
-    if width % 32 or width_of_a_group % (16 if any_width else 64) or (out_itemsize == 1 and width != SCALE_BLOCK):
+    if width // config.column_groups % 64 or (out_itemsize == 1 and width != SCALE_BLOCK):
         return False
     # The sums and a part that is not scaled yet are in the registers together.
     most_columns = 192 if config.warpgroups > 1 else 128
     if block_scales and config.block_n // config.column_groups > most_columns:
         return False
-    stage_bytes, other_bytes = _shared_memory(config.block_m, config.block_n, config.warpgroups, block_scales)
+    stage_bytes, other_bytes = _shared_memory(
+        config.block_m, config.block_n, config.warpgroups, out_itemsize, block_scales
+    )
     return config.num_stages * stage_bytes + other_bytes <= chip.fast_memory_bytes
 
 
-def _shared_memory(block_m: int, block_n: int, warpgroups: int, block_scales: bool) -> tuple[int, int]:
+def _shared_memory(
+    block_m: int, block_n: int, warpgroups: int, out_itemsize: int, block_scales: bool
+) -> tuple[int, int]:
     """Bytes of a stage, and of all that is not in stages."""
     stage = (block_m + block_n) * SWIZZLE + block_scales * 4 * (block_m + 32)
-    return stage, warpgroups * 2 * WGMMA_ROWS * SWIZZLE + _RESERVED_BYTES
+    column_groups = warpgroups * WGMMA_ROWS // block_m
+    staged_row = SWIZZLE if out_itemsize > 1 else SCALE_BLOCK // column_groups
+    return stage, warpgroups * 2 * WGMMA_ROWS * staged_row + _RESERVED_BYTES
