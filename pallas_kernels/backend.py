@@ -6,8 +6,8 @@ An operator is a folder; each of its implementations is a module in it, found by
     "pallas_tpu"  tpu.py         Pallas kernels for TPU
     "pallas_gpu"  gpu.py         Pallas kernels for NVIDIA GPUs
 
-"auto" takes the kernels of the platform at hand and falls through to "xla" where they raise `Unsupported`, and says
-so once. A backend that the caller names never falls through.
+"auto" takes the kernels of the platform at hand (of the chip named by `target.targeting`, if one is) and falls through
+to "xla" where they raise `Unsupported`, and says so once. A backend that the caller names never falls through.
 """
 
 import functools
@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from types import MappingProxyType, ModuleType
 from typing import Any
 
-import jax
+from pallas_kernels.target import target_platform
 
 MODULES: Mapping[str, str] = MappingProxyType({"xla": "reference", "pallas_tpu": "tpu", "pallas_gpu": "gpu"})
 _PREFERRED: Mapping[str, str] = MappingProxyType({"tpu": "pallas_tpu", "gpu": "pallas_gpu"})
@@ -50,7 +50,7 @@ def run(operator: str, function: str, backend: str, *args: Any, **kwargs: Any) -
     check_backend(backend)
     if backend != "auto":
         return getattr(_load(operator, backend), function)(*args, **kwargs)
-    preferred = _PREFERRED.get(jax.default_backend())
+    preferred = _PREFERRED.get(target_platform())
     if preferred in available(operator):
         try:
             return getattr(_load(operator, preferred), function)(*args, **kwargs)

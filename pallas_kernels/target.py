@@ -1,0 +1,41 @@
+"""The chip that a program is traced for, where it is not the one at hand: compiling ahead of time on another machine.
+
+    with targeting(get_chip("v6e")):
+        jax.jit(layer, ...).lower(*shapes).compile()
+
+Everything that asks for a chip while tracing (`backend="auto"`, the tilings) then answers for the target.
+"""
+
+import contextlib
+import contextvars
+from collections.abc import Iterator
+
+import jax
+
+from pallas_kernels.chips import Chip
+
+_target = contextvars.ContextVar[Chip | None]("target", default=None)
+
+
+@contextlib.contextmanager
+def targeting(chip: Chip) -> Iterator[None]:
+    """What is traced in this context is traced for `chip`, whatever devices there are.
+
+    Caches of traced functions do not know of it: trace a jitted function anew (`.lower`) for each target.
+    """
+    token = _target.set(chip)
+    try:
+        yield
+    finally:
+        _target.reset(token)
+
+
+def target_chip() -> Chip | None:
+    """The chip of the innermost `targeting`, or None outside of one."""
+    return _target.get()
+
+
+def target_platform() -> str:
+    """The platform that is traced for, as `jax.default_backend` names it: "tpu", "gpu" or "cpu"."""
+    chip = target_chip()
+    return chip.kind if chip is not None and chip.kind != "ds_tpu" else jax.default_backend()
