@@ -26,3 +26,8 @@ def tpu_chip() -> Chip:
     if (chip := chip_of(device)) is None:
         raise Unsupported(f"Pallas TPU kernels know v5e, v5p, v6e and v7x, got {device.device_kind}")
     return chip
+
+
+def cores_of_a_device(chip: Chip) -> int:
+    """TensorCores that act as one JAX device: both of a v5p, one of the others (a v7x is two devices)."""
+    return chip.cores if chip.name == "v5p" else 1

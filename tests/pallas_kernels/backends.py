@@ -9,9 +9,9 @@ import contextlib
 
 import jax
 import pytest
-from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.backend import available
+from tests.pallas_kernels.kernels_tpu import interpreted
 
 
 def every_backend(operator: str):
@@ -29,5 +29,5 @@ def every_backend(operator: str):
 
 def _interpreted(backend: str):
     if backend == "pallas_tpu" and jax.default_backend() != "tpu":
-        return pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True))
+        return interpreted()
     return contextlib.nullcontext()

@@ -1,0 +1,108 @@
+"""Which rows a TPU kernel visits: the groups of the window that have rows, each cut into tiles.
+
+Memory is addressed in strips of `sublanes` rows. A tile begins at the strip that holds its group's first row and ends
+with its group, so two groups may share a strip, and then the tiles of both hold it:
+
+    group_sizes = [5, 0, 14], sublanes = 8, block_m = 16
+    group 0: rows  0 to  4, strip 0           one tile, strip 0
+    group 2: rows  5 to 18, strips 0, 1, 2    two tiles, strips 0 and 1, strip 2
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+
+@dataclasses.dataclass(frozen=True)
+class Groups:
+    """The groups that have rows, in order. Refs in scalar memory; the first `count` entries are valid.
+
+    Attributes:
+      index: int32 [G], the group's matrix.
+      begin: int32 [G], its first row.
+      end: int32 [G], one past its last row.
+    """
+
+    index: Any
+    begin: Any
+    end: Any
+
+    @staticmethod
+    def scratch(num_groups: int) -> "list[Any]":
+        """The scratch memory of the three refs."""
+        return [pltpu.SMEM((num_groups,), jnp.int32) for _ in range(3)]
+
+    def fill(self, group_sizes: Any, group_offset: Any, num_rows: int) -> jax.Array:
+        """Lists the groups with rows among the G from `group_offset` on; returns how many they are.
+
+        Sizes that are negative count as zero, and what exceeds `num_rows` is cut off.
+        """
+        first, num_groups = group_offset[0], self.index.shape[0]
+
+        def visit(group, state):
+            row, count = state
+            end = jnp.minimum(row + jnp.maximum(group_sizes[group], 0), num_rows)
+            mine = (group >= first) & (end > row)
+
+            @pl.when(mine)
+            def _():
+                self.index[count] = group - first
+                self.begin[count] = row
+                self.end[count] = end
+
+            return end, count + mine.astype(jnp.int32)
+
+        _, count = lax.fori_loop(0, first + num_groups, visit, (jnp.int32(0), jnp.int32(0)))
+        return count
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """Rows of one group, at most `block_m` with those before it in its first strip.
+
+    Attributes:
+      strip: the first strip.
+      begin: the group's first row, counted from the first strip; negative in all but its first tile.
+      end: one past the group's last row, likewise; more than `block_m` in all but its last tile.
+      rows: block_m.
+      sublanes: rows of a strip.
+    """
+
+    strip: jax.Array
+    begin: jax.Array
+    end: jax.Array
+    rows: int
+    sublanes: int
+
+    @classmethod
+    def of(cls, groups: Groups, group: jax.Array, tile: jax.Array, block_m: int, sublanes: int) -> "Tile":
+        """Tile number `tile` of the listed group number `group`."""
+        begin, end = groups.begin[group], groups.end[group]
+        strip = begin // sublanes + tile * (block_m // sublanes)
+        return cls(strip, begin - strip * sublanes, end - strip * sublanes, block_m, sublanes)
+
+    @staticmethod
+    def count(groups: Groups, group: jax.Array, block_m: int, sublanes: int) -> jax.Array:
+        """Tiles of a listed group."""
+        first = groups.begin[group] // sublanes * sublanes
+        return pl.cdiv(groups.end[group] - first, block_m)
+
+    @property
+    def strips(self) -> jax.Array:
+        """Strips that hold rows of the tile."""
+        return pl.cdiv(jnp.minimum(self.end, self.rows), self.sublanes)
+
+    @property
+    def whole_strips(self) -> jax.Array:
+        """The same without a last strip in which the next group goes on."""
+        return jnp.minimum(self.end, self.rows) // self.sublanes
+
+    def owned(self, shape: tuple[int, int]) -> jax.Array:
+        """Which elements of a tile of `shape` lie in rows of the group."""
+        row = lax.broadcasted_iota(jnp.int32, shape, 0)
+        return (row >= self.begin) & (row < self.end)
