@@ -2,8 +2,8 @@
 
     operands                        scales
     BF16, float32, and mixes        -
-    8 bits · 8 bits, or beside      lhs per tensor, row, 1x128 or 128x128; rhs per tensor, channel, or blocks like 128x128
-    BF16 or float32                 (deep by a multiple of 128)
+    8 bits · 8 bits, or beside      lhs per tensor, row, 1x128 or 128x128; rhs per tensor, channel, or in blocks like
+    BF16 or float32                 128x128, of a depth that is a multiple of 128
 
 Two 8-bit operands of one dtype are multiplied as they are where the chip does so natively (INT8 on v5e, v5p and v6e,
 e4m3fn on v7x, e5m2 on all), and converted to BF16 in VMEM, which is exact, elsewhere: they save bytes only. Beside
@@ -175,6 +175,7 @@ def _product(
         scale_bytes=4 * ((0 if right_scale is None else right_scale.shape[1]) + (bias is not None)),
         cores=cores,
     )
+    config = tpu_tiling.pick(chip, problem)
     dtypes = {"lhs_dtype": left.dtype, "rhs_dtype": right.dtype, "out_dtype": out_dtype}
     model = grouped_gate_up_cost if activation else grouped_matmul_cost
     cost = model(num_rows, depth, columns, min(num_groups, num_rows), **dtypes)
@@ -189,9 +190,9 @@ def _product(
             None if bias is None else bias.astype(jnp.float32)[:, None],
         ),
         arithmetic,
-        tpu_tiling.pick(chip, problem),
+        config,
         cores=cores,
-        vmem_limit_bytes=tpu_tiling.vmem_limit(chip),
+        vmem_limit_bytes=tpu_tiling.vmem_request(chip, problem, config),
         cost=pl.CostEstimate(flops=cost.flops, bytes_accessed=cost.hbm_bytes, transcendentals=0),
         stage=stage,
     )

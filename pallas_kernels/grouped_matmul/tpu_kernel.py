@@ -15,6 +15,7 @@ On a chip whose two cores act as one device, each core takes every other column 
 """
 
 import dataclasses
+import functools
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -38,13 +39,15 @@ class Config:
       block_m: rows of a tile, a multiple of the strip.
       block_n: columns of a tile of the result, a multiple of 128 unless all of them; gate and up each have as many.
       weight_buffers: weight tiles in VMEM, of which all but one are on their way.
-      chunk: columns that are multiplied at a time.
+      chunk_m: rows that are multiplied at a time, a multiple of the strip.
+      chunk_n: columns that are multiplied at a time.
     """
 
     block_m: int
     block_n: int
     weight_buffers: int
-    chunk: int
+    chunk_m: int
+    chunk_n: int
 
 
 class Inputs(NamedTuple):
@@ -102,15 +105,15 @@ def grouped_product(
         out_ref, scratch = refs[sum(present)], _Scratch(*refs[sum(present) + 1 :])
         _Core(operands, out_ref, scratch, arithmetic, config, layout, stage).run(sizes_ref, offset_ref)
 
-    anywhere = pl.BlockSpec(memory_space=pl.ANY)
+    in_hbm = pl.BlockSpec(memory_space=pltpu.HBM)  # elsewhere XLA might move what it believes to fit VMEM
     return pl.pallas_call(
         body,
         out_shape=jax.ShapeDtypeStruct((layout.strips, layout.sublanes, layout.columns), arithmetic.out_dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(cores,),
-            in_specs=[anywhere] * sum(present),
-            out_specs=anywhere,
+            in_specs=[in_hbm] * sum(present),
+            out_specs=in_hbm,
             scratch_shapes=_Scratch.describe(inputs, arithmetic, config, layout),
         ),
         compiler_params=pltpu.CompilerParams(
@@ -154,9 +157,9 @@ class _Layout:
 class _Scratch(NamedTuple):
     """A core's memory. Sizes with [2] or [weight_buffers] in front are buffers of a ring."""
 
-    index: Any
-    begin: Any
-    end: Any
+    group_index: Any
+    group_begin: Any
+    group_end: Any
     stored: Any  # [2, 2]: strips and column tile of the copy that leaves each buffer of out; no copy if no strips
     lhs: Any
     lhs_scale: Any
@@ -188,9 +191,12 @@ class _Scratch(NamedTuple):
             return of(operand, buffers, halves, 1 if operand is None else operand.shape[1], n)
 
         out_dtype, dma = arithmetic.out_dtype, pltpu.SemaphoreType.DMA
+        per_group = pltpu.SMEM((layout.groups,), jnp.int32)
         return list(
             cls(
-                *Groups.scratch(layout.groups),
+                group_index=per_group,
+                group_begin=per_group,
+                group_end=per_group,
                 stored=pltpu.SMEM((2, 2), jnp.int32),
                 lhs=rows(inputs.lhs),
                 lhs_scale=rows(inputs.lhs_scale),
@@ -222,11 +228,12 @@ class _Core:
 
     def run(self, sizes_ref: Any, offset_ref: Any) -> None:
         """All of it."""
-        scratch, core = self.scratch, pl.program_id(0)
-        groups = Groups(scratch.index, scratch.begin, scratch.end)
+        scratch, cores = self.scratch, self.layout.cores
+        core: Any = pl.program_id(0) if cores > 1 else 0
+        groups = Groups(scratch.group_index, scratch.group_begin, scratch.group_end)
         num_rows = self.layout.strips * self.layout.sublanes
         count = groups.fill(sizes_ref, offset_ref, num_rows)
-        mine = (self.layout.column_tiles - core + self.layout.cores - 1) // self.layout.cores
+        mine = (self.layout.column_tiles - core + cores - 1) // cores
         schedule = _Schedule(groups, count, core, mine, self)
         for buffer in range(self.config.weight_buffers if self.stage == "comp" else self.config.weight_buffers - 1):
             schedule.start_weights(jnp.int32(buffer))
@@ -243,7 +250,7 @@ class _Core:
         for buffer in range(2):
             scratch.stored[buffer, 0] = jnp.int32(0)
         schedule.fill_zeros("start")
-        lax.fori_loop(0, count, schedule.group, (jnp.int32(0), jnp.int32(0), jnp.int32(1)))
+        lax.fori_loop(0, schedule.steps(), schedule.step, _Place.first())
         for buffer in range(2):
             self.await_store(buffer)
         schedule.fill_zeros("wait")
@@ -338,36 +345,39 @@ class _Core:
     # ---- Arithmetic --------------------------------------------------------------------------------------------------
 
     def multiply(self, tile: Tile, weights: Any, rows: Any, buffer: Any) -> None:
-        """Computes a tile of out from the given buffers of rhs and lhs."""
-        scratch, block_n, chunk = self.scratch, self.config.block_n, self.config.chunk
+        """Computes a tile of out from the given buffers of rhs and lhs, as much at a time as registers hold."""
+        scratch, config, sublanes = self.scratch, self.config, self.layout.sublanes
 
-        def compute(start: Any, width: int) -> None:
-            at = pl.ds(start, width)
+        def compute(first: Any, strips: int, start: Any, width: int) -> None:
+            at, columns = pl.ds(first, strips), pl.ds(start, width)
+            lhs_scale = None if self.operands.lhs_scale is None else scratch.lhs_scale.at[rows, at]
             parts = []
-            lhs = scratch.lhs.at[rows]
-            lhs_scale = None if self.operands.lhs_scale is None else scratch.lhs_scale.at[rows]
             for half in range(self.arithmetic.halves):
                 rhs = scratch.rhs.at[weights, half]
-                rhs = rhs.at[at] if self.arithmetic.k_major else rhs.at[:, at]
+                rhs = rhs.at[columns] if self.arithmetic.k_major else rhs.at[:, columns]
                 rhs_scale = None
                 if self.operands.rhs_scale is not None:
-                    rhs_scale = scratch.rhs_scale.at[weights, half, :, at]
-                part = product(lhs, lhs_scale, rhs, rhs_scale, self.arithmetic)
+                    rhs_scale = scratch.rhs_scale.at[weights, half, :, columns]
+                part = product(scratch.lhs.at[rows, at], lhs_scale, rhs, rhs_scale, self.arithmetic)
                 if self.operands.bias is not None:
-                    part += scratch.bias[weights, half, :, at]
+                    part += scratch.bias[weights, half, :, columns]
                 parts.append(part)
             out = activate(parts, self.arithmetic)
-            out = jnp.where(tile.owned(out.shape), out, 0).astype(self.arithmetic.out_dtype)
-            shape = (self.config.block_m // self.layout.sublanes, self.layout.sublanes, width)
-            scratch.out[buffer, :, :, at] = out.reshape(shape)
+            out = jnp.where(tile.owned(out.shape, first * sublanes), out, 0).astype(self.arithmetic.out_dtype)
+            scratch.out[buffer, at, :, columns] = out.reshape(strips, sublanes, width)
 
-        whole = block_n // chunk
-        if whole > 1:
-            pl.loop(0, whole)(lambda index: compute(pl.multiple_of(index * chunk, chunk), chunk))
-        elif whole:
-            compute(0, chunk)
-        if block_n % chunk:
-            compute(whole * chunk, block_n % chunk)
+        strips = config.block_m // sublanes
+
+        def for_columns(start: Any, width: int) -> None:
+            # Rows that the group does not have are not multiplied.
+            _for_parts(
+                strips,
+                config.chunk_m // sublanes,
+                tile.strips,
+                lambda first, count: compute(first, count, start, width),
+            )
+
+        _for_parts(config.block_n, config.chunk_n, None, for_columns)
 
     def take_shared(self, tile: Tile, column_tile: jax.Array, buffer: Any) -> None:
         """Puts in what earlier groups left of the first strip."""
@@ -386,14 +396,39 @@ class _Core:
             self.scratch.shared[column_tile] = self.scratch.out[buffer, tile.whole_strips]
 
 
+class _Place(NamedTuple):
+    """Where a core is in its work.
+
+    Attributes:
+      group: of those with rows.
+      column: of the core's column tiles.
+      tile: of the group's row tiles.
+      weights: weight tiles before this one.
+      rows: buffer of the rows.
+      awaited: 1 if the rows may still be on their way.
+    """
+
+    group: jax.Array
+    column: jax.Array
+    tile: jax.Array
+    weights: jax.Array
+    rows: jax.Array
+    awaited: jax.Array
+
+    @classmethod
+    def first(cls) -> "_Place":
+        zero = jnp.int32(0)
+        return cls(zero, zero, zero, zero, rows=zero, awaited=jnp.int32(1))
+
+
 @dataclasses.dataclass(frozen=True)
 class _Schedule:
     """The order of a core's work, and what is copied ahead of it."""
 
     groups: Groups
     count: jax.Array  # groups with rows
-    first_column: jax.Array
-    mine: jax.Array  # column tiles of this core: every `cores`-th from the first one on
+    first_column: Any
+    mine: Any  # column tiles of this core: every `cores`-th from the first one on
     core: _Core
 
     def column_tile(self, index: Any) -> jax.Array:
@@ -411,51 +446,58 @@ class _Schedule:
             buffer = lax.rem(number, jnp.int32(self.core.config.weight_buffers))
             self.core.copy_weights(self.groups.index[group], self.column_tile(column), buffer, "start")
 
-    def group(self, group: jax.Array, state: Any) -> Any:
-        """The column tiles of a listed group."""
+    def steps(self) -> Any:
+        """How many tiles the core computes."""
         core = self.core
-        tiles = Tile.count(self.groups, group, core.config.block_m, core.layout.sublanes)
 
-        def column(index, state):
-            number = group * self.mine + index
-            buffers = core.config.weight_buffers
-            weights = lax.rem(number, jnp.int32(buffers))
-            column_tile = self.column_tile(index)
-            if core.stage != "comp":
-                self.start_weights(number + buffers - 1)
-                core.copy_weights(self.groups.index[group], column_tile, weights, "wait")
-            else:
-                pl.when(number < buffers)(
-                    lambda: core.copy_weights(self.groups.index[group], column_tile, weights, "wait")
-                )
-            return lax.fori_loop(0, tiles, lambda tile, state: row_tile(index, weights, tile, state), state)
+        def add(group, total):
+            return total + Tile.count(self.groups, group, core.config.block_m, core.layout.sublanes)
 
-        def row_tile(index, weights, number, state):
-            step, rows, awaited = state
-            tile, column_tile = self.tile(group, number), self.column_tile(index)
-            last_row, last_column = number + 1 == tiles, index + 1 == self.mine
-            again = last_row & (number == 0) & ~last_column  # the next step takes the same rows
-            next_group = group + (last_row & last_column).astype(jnp.int32)
-            more = next_group < self.count
-            if core.stage != "comp":
-                following = self.tile(jnp.minimum(next_group, self.count - 1), jnp.where(last_row, 0, number + 1))
-                pl.when(more & ~again)(lambda: core.copy_rows(following, 1 - rows, "start"))
-            pl.when(awaited == 1)(lambda: core.copy_rows(tile, rows, "wait"))
-            buffer = lax.rem(step, 2)
-            core.await_store(buffer)
-            if core.stage != "dma":
-                core.multiply(tile, weights, rows, buffer)
-                pl.when(number == 0)(lambda: core.take_shared(tile, column_tile, buffer))
-                core.leave_shared(tile, column_tile, buffer)
-            strips = jnp.where(last_row & (group + 1 < self.count), tile.whole_strips, tile.strips)
-            if core.stage != "comp":
-                core.start_store(tile, strips, column_tile, buffer)
-            switch = (~again).astype(jnp.int32)
-            if core.stage == "comp":
-                return step + 1, rows, jnp.int32(0)
-            return step + 1, jnp.where(again, rows, 1 - rows), switch
+        return lax.fori_loop(0, self.count, add, jnp.int32(0)) * self.mine
 
-        return lax.fori_loop(0, self.mine, column, state)
+    def step(self, number: jax.Array, at: "_Place") -> "_Place":
+        """Computes the tile at a place while others are copied; returns the next place."""
+        core, config = self.core, self.core.config
+        tiles = Tile.count(self.groups, at.group, config.block_m, core.layout.sublanes)
+        tile, column_tile = self.tile(at.group, at.tile), self.column_tile(at.column)
+        weights = lax.rem(at.weights, jnp.int32(config.weight_buffers))
+        last_tile, last_column = at.tile + 1 == tiles, at.column + 1 == self.mine
+        last_of_group = last_tile & last_column
+        next_group = at.group + last_of_group.astype(jnp.int32)
+        again = (tiles == 1) & ~last_column  # the next step takes the same rows
+
+        @pl.when(at.tile == 0)
+        def _():
+            if core.stage != "comp":
+                self.start_weights(at.weights + config.weight_buffers - 1)
+            loaded = core.stage != "comp" or at.weights < config.weight_buffers
+            pl.when(loaded)(lambda: core.copy_weights(self.groups.index[at.group], column_tile, weights, "wait"))
+
+        if core.stage != "comp":
+
+            @pl.when((next_group < self.count) & ~again)
+            def _():
+                core.copy_rows(self.tile(next_group, jnp.where(last_tile, 0, at.tile + 1)), 1 - at.rows, "start")
+
+        pl.when(at.awaited == 1)(lambda: core.copy_rows(tile, at.rows, "wait"))
+        buffer = lax.rem(number, 2)
+        core.await_store(buffer)
+        if core.stage != "dma":
+            core.multiply(tile, weights, at.rows, buffer)
+            pl.when(at.tile == 0)(lambda: core.take_shared(tile, column_tile, buffer))
+            core.leave_shared(tile, column_tile, buffer)
+        if core.stage != "comp":
+            goes_on = last_tile & (at.group + 1 < self.count)
+            core.start_store(tile, jnp.where(goes_on, tile.whole_strips, tile.strips), column_tile, buffer)
+        stays = again | (core.stage == "comp")
+        return _Place(
+            group=next_group,
+            column=jnp.where(last_of_group, 0, at.column + last_tile.astype(jnp.int32)),
+            tile=jnp.where(last_tile, 0, at.tile + 1),
+            weights=at.weights + last_tile.astype(jnp.int32),
+            rows=jnp.where(stays, at.rows, 1 - at.rows),
+            awaited=jnp.where(stays, 0, 1),
+        )
 
     def fill_zeros(self, act: Literal["start", "wait"]) -> None:
         """Writes zeros in the strips before the first group and after the last."""
@@ -480,3 +522,16 @@ class _Schedule:
 
         fill(jnp.int32(0), before)
         fill(after, jnp.int32(strips))
+
+
+def _for_parts(size: int, part: int, needed: Any, function: Any) -> None:
+    """Calls `function(start, length)` for every part of `size`; for those below `needed` if it is not None."""
+    whole = size // part
+    if whole == 1:
+        function(0, part)
+    elif whole:
+        count = whole if needed is None else jnp.minimum(pl.cdiv(needed, part), whole)
+        pl.loop(0, count)(lambda index: function(pl.multiple_of(index * part, part), part))
+    if size % part:
+        rest = functools.partial(function, whole * part, size % part)
+        rest() if needed is None else pl.when(needed > whole * part)(rest)

@@ -44,21 +44,8 @@ class Arithmetic:
         return 2 if self.activation else 1
 
 
-def multiply(lhs: Any, rhs: Any, arithmetic: Arithmetic) -> jax.Array:
-    """lhs [rows, k] · rhs [k, columns] ([columns, k] if K-major), float32."""
-    dtype = arithmetic.multiply
-    out = lax.dot_general(
-        lhs.astype(dtype),
-        rhs.astype(dtype),
-        (((1,), (1 if arithmetic.k_major else 0,)), ((), ())),
-        precision=lax.Precision.HIGHEST if dtype == jnp.float32 else None,
-        preferred_element_type=jnp.int32 if dtype == jnp.int8 else jnp.float32,
-    )
-    return out.astype(jnp.float32)
-
-
 def product(lhs: Any, lhs_scale: Any, rhs: Any, rhs_scale: Any, arithmetic: Arithmetic) -> jax.Array:
-    """The scaled product of tiles with all of K.
+    """The product of tiles with all of K, with its scales.
 
     Args:
       lhs: ref [strips, s, K], rows in strips of s.
@@ -73,14 +60,14 @@ def product(lhs: Any, lhs_scale: Any, rhs: Any, rhs_scale: Any, arithmetic: Arit
     strips, sublanes, depth = lhs.shape
     block = arithmetic.scale_block
 
-    def rows(ref, at=slice(None)):
+    def rows(ref: Any, at: slice = slice(None)) -> jax.Array:
         x = ref[:, :, at]
         return x.reshape(strips * sublanes, x.shape[2])
 
     total = None
     for index in range(depth // block):
         at = slice(index * block, (index + 1) * block)
-        part = multiply(rows(lhs, at), rhs[:, at] if arithmetic.k_major else rhs[at, :], arithmetic)
+        part = _multiply(rows(lhs, at), rhs[:, at] if arithmetic.k_major else rhs[at, :], arithmetic)
         if arithmetic.lhs_scale == "block":
             part *= rows(lhs_scale, slice(index, index + 1))
         if arithmetic.rhs_scale == "block":
@@ -99,3 +86,16 @@ def activate(parts: list[jax.Array], arithmetic: Arithmetic) -> jax.Array:
     if arithmetic.activation is None:
         return parts[0]
     return gated(parts[0], parts[1], arithmetic.activation, arithmetic.activation_limit)
+
+
+def _multiply(lhs: jax.Array, rhs: jax.Array, arithmetic: Arithmetic) -> jax.Array:
+    """Of [rows, k] and [k, columns] ([columns, k] if K-major), in float32."""
+    dtype = arithmetic.multiply
+    out = lax.dot_general(
+        lhs.astype(dtype),
+        rhs.astype(dtype),
+        (((1,), (1 if arithmetic.k_major else 0,)), ((), ())),
+        precision=lax.Precision.HIGHEST if dtype == jnp.float32 else None,
+        preferred_element_type=jnp.int32 if dtype == jnp.int8 else jnp.float32,
+    )
+    return out.astype(jnp.float32)

@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,11 +30,6 @@ class Groups:
     index: Any
     begin: Any
     end: Any
-
-    @staticmethod
-    def scratch(num_groups: int) -> "list[Any]":
-        """The scratch memory of the three refs."""
-        return [pltpu.SMEM((num_groups,), jnp.int32) for _ in range(3)]
 
     def fill(self, group_sizes: Any, group_offset: Any, num_rows: int) -> jax.Array:
         """Lists the groups with rows among the G from `group_offset` on; returns how many they are.
@@ -102,7 +96,7 @@ class Tile:
         """The same without a last strip in which the next group goes on."""
         return jnp.minimum(self.end, self.rows) // self.sublanes
 
-    def owned(self, shape: tuple[int, int]) -> jax.Array:
-        """Which elements of a tile of `shape` lie in rows of the group."""
-        row = lax.broadcasted_iota(jnp.int32, shape, 0)
+    def owned(self, shape: tuple[int, ...], first: Any) -> jax.Array:
+        """Which elements lie in rows of the group, in a part of the tile of `shape` from row `first` on."""
+        row = lax.broadcasted_iota(jnp.int32, shape, 0) + first
         return (row >= self.begin) & (row < self.end)

@@ -1,16 +1,17 @@
 """How the TPU kernels cut their work: the configuration of least modelled time that fits VMEM.
 
-The model adds up, over the weight tiles of a group, the larger of what the matrix unit needs for the group's row tiles
-and what memory needs to deliver the weights and rows. The matrix unit is loaded with the weights anew for each row
-tile, which costs as much as `_LOAD_ROWS` rows more.
+The model adds up, over the weight tiles of a group, the larger of what the matrix unit needs for the group's rows
+and what memory needs to deliver the weights and rows. The matrix unit is loaded with the weights anew for each chunk
+of rows, which costs as much as `_LOAD_ROWS` rows more. Its constants were fitted to the cycles that libtpu 0.0.52
+schedules for v6e, not to a measurement.
 """
 
 import contextlib
 import contextvars
 import dataclasses
+import itertools
 from collections.abc import Iterator
 
-import jax
 import jax.numpy as jnp
 
 from pallas_kernels.backend import Unsupported
@@ -19,10 +20,14 @@ from pallas_kernels.grouped_matmul.tpu_kernel import Config
 
 LANES = 128
 _VMEM_SHARE = 0.9  # of VMEM for one kernel
-_INTERNAL_BYTES = 4 * MIB  # what the compiler keeps there besides
-_LOAD_ROWS = 128
+_INTERNAL_BYTES = 6 * MIB  # what the compiler keeps there besides
+_RATE = 0.55  # of the peak, by the compiler's schedule of long chunks
+_LOAD_ROWS = 40
+_CHUNK_M = 256
+_CHUNK_N = 512
+_BLOCKS = (8, 16, 32, 64, 128, 256, 512, 1024)
+_WIDTHS = (128, 256, 384, 512, 768, 1024, 1536, 2048, 4096)
 _STEP_SECONDS = 0.3e-6  # of a row tile: its copies and branches
-_CHUNK = 256
 
 _forced = contextvars.ContextVar[Config | None]("forced", default=None)
 
@@ -71,8 +76,8 @@ def pick(chip: Chip, problem: Problem) -> Config:
     options = [config for config in candidates(problem) if fits(chip, problem, config)]
     if not options:
         raise Unsupported(
-            f"the TPU kernel keeps two tiles of rhs with all of K and at least {LANES} columns in VMEM (all N columns, if "
-            f"N is no multiple of {LANES}), and K = {problem.depth}, N = {problem.columns} are too large for the "
+            f"the TPU kernel keeps two tiles of rhs with all of K and at least {LANES} columns in VMEM (all N columns, "
+            f"if N is no multiple of {LANES}), and K = {problem.depth}, N = {problem.columns} are too large for the "
             f"{chip.fast_memory_bytes // MIB} MiB of a core of {chip.name}; pad N to a multiple of {LANES}, or split K"
         )
     return min(options, key=lambda config: modelled_seconds(chip, problem, config))
@@ -93,17 +98,20 @@ def vmem_limit(chip: Chip) -> int:
     return int(chip.fast_memory_bytes * _VMEM_SHARE)
 
 
+def vmem_request(chip: Chip, problem: Problem, config: Config) -> int:
+    """Bytes of VMEM to ask for: no more than needed, since XLA keeps other arrays in the rest."""
+    return min(vmem_bytes(problem, config) + _INTERNAL_BYTES, chip.fast_memory_bytes)
+
+
 def candidates(problem: Problem) -> Iterator[Config]:
     """Row tiles of powers of two; column tiles of whole lanes, or all columns where they do not end with a lane."""
-    widths = (128, 256, 512, 768, 1024, 1536, 2048, 4096)
-    widths = [n for n in widths if n <= problem.columns] if problem.columns % LANES == 0 else [problem.columns]
+    widths = [n for n in _WIDTHS if n <= problem.columns] if problem.columns % LANES == 0 else [problem.columns]
     most = max(problem.sublanes, 1 << (problem.num_rows - 1).bit_length())
-    for block_m in (16, 32, 64, 128, 256, 512, 1024):
-        if block_m % problem.sublanes or block_m > most:
-            continue
-        for block_n in widths:
-            for weight_buffers in (3, 2):
-                yield Config(block_m, block_n, weight_buffers, min(_CHUNK, block_n))
+    blocks = [block for block in _BLOCKS if block % problem.sublanes == 0 and block <= most]
+    for block_m, block_n, weight_buffers in itertools.product(blocks, widths, (3, 2)):
+        for chunk_m in blocks:
+            if chunk_m <= min(block_m, _CHUNK_M):
+                yield Config(block_m, block_n, weight_buffers, chunk_m, min(block_n, _CHUNK_N // problem.halves))
 
 
 def fits(chip: Chip, problem: Problem, config: Config) -> bool:
@@ -119,34 +127,35 @@ def vmem_bytes(problem: Problem, config: Config) -> int:
     lhs = config.block_m * depth * problem.lhs_itemsize
     out = config.block_m * width * problem.out_itemsize
     shared = _cdiv(problem.columns, config.block_n) * problem.sublanes * width * problem.out_itemsize
-    chunk = _padded(min(config.chunk, width), LANES)
-    multiply = jax.dtypes.canonicalize_dtype(problem.multiply).itemsize
-    parts = 2 * problem.halves * config.block_m * chunk * 4
-    converted = 0
+    # Operands as they are multiplied, where they are converted first, and sums that registers cannot hold.
+    multiply = problem.multiply.itemsize
+    chunk = problem.halves * _padded(min(config.chunk_n, width), LANES)
+    converted = 4 * config.chunk_m * chunk
     if problem.rhs_itemsize != multiply:
-        converted += problem.halves * depth * chunk * multiply
+        converted += chunk * depth * multiply
     if problem.lhs_itemsize != multiply:
-        converted += config.block_m * depth * multiply
-    return config.weight_buffers * rhs + 2 * lhs + 3 * out + shared + parts + converted
+        converted += config.chunk_m * depth * multiply
+    return config.weight_buffers * rhs + 2 * lhs + 3 * out + shared + converted
 
 
 def modelled_seconds(chip: Chip, problem: Problem, config: Config) -> float:
     """Time of the product."""
     groups = min(problem.num_groups, problem.num_rows)
-    rows = _cdiv(problem.num_rows, groups)
     # A group that does not begin with a strip reaches into one more.
-    tiles = _cdiv(rows + problem.sublanes // 2, config.block_m)
-    column_tiles = _cdiv(problem.columns, config.block_n)
-    shared_tiles = _cdiv(column_tiles, problem.cores)
+    rows = _cdiv(problem.num_rows, groups) + problem.sublanes // 2
+    tiles = _cdiv(rows, config.block_m)
+    column_tiles = _cdiv(_cdiv(problem.columns, config.block_n), problem.cores)
     width = config.block_n * problem.halves
-    peak = chip.peak(problem.multiply) / chip.cores
+    rate = chip.peak(problem.multiply) / chip.cores * _RATE
     bandwidth = chip.hbm_bandwidth / chip.cores
-    multiply = tiles * (2 * (config.block_m + _LOAD_ROWS) * problem.depth * width / peak + _STEP_SECONDS)
-    lhs = config.block_m * problem.depth * problem.lhs_itemsize * tiles * (1 if tiles > 1 else 1 / shared_tiles)
-    memory = (width * problem.depth * problem.rhs_itemsize + lhs) / bandwidth
-    first = width * problem.depth * problem.rhs_itemsize / bandwidth
+    multiplied = _cdiv(rows, config.chunk_m) * (config.chunk_m + _LOAD_ROWS)
+    multiply = 2 * multiplied * problem.depth * width / rate + tiles * _STEP_SECONDS
+    weights = width * problem.depth * problem.rhs_itemsize / bandwidth
+    lhs = rows * problem.depth * problem.lhs_itemsize / bandwidth / (1 if tiles > 1 else column_tiles)
+    memory = weights + lhs
+    # With one tile on its way, the memory waits for the first rows of the tile to be multiplied.
     behind = 0.0 if config.weight_buffers > 2 else 0.1
-    return first + groups * shared_tiles * (max(multiply, memory) + behind * min(multiply, memory))
+    return weights + groups * column_tiles * (max(multiply, memory) + behind * min(multiply, memory))
 
 
 def _cdiv(a: int, b: int) -> int:
