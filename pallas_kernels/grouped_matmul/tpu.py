@@ -173,6 +173,7 @@ def _product(
         multiply=multiply,
         sublanes=sublanes,
         scale_bytes=4 * ((0 if right_scale is None else right_scale.shape[1]) + (bias is not None)),
+        lhs_scales=0 if left_scale is None else left_scale.shape[1],
         cores=cores,
     )
     config = tpu_tiling.pick(chip, problem)

@@ -48,6 +48,7 @@ class Problem:
       multiply: dtype in which the matrix unit takes the operands.
       sublanes: rows of a strip.
       scale_bytes: bytes of scales and bias of a column of rhs.
+      lhs_scales: scales of a row of lhs.
       cores: cores that share the work.
     """
 
@@ -62,6 +63,7 @@ class Problem:
     multiply: jnp.dtype
     sublanes: int
     scale_bytes: int = 0
+    lhs_scales: int = 0
     cores: int = 1
 
 
@@ -124,13 +126,15 @@ def vmem_bytes(problem: Problem, config: Config) -> int:
     width = _padded(config.block_n, LANES)
     depth = _padded(problem.depth, LANES)
     rhs = problem.halves * width * (depth * problem.rhs_itemsize + 8 * problem.scale_bytes)
-    lhs = config.block_m * depth * problem.lhs_itemsize
+    lhs = config.block_m * (depth * problem.lhs_itemsize + 4 * _padded(problem.lhs_scales, LANES))
     out = config.block_m * width * problem.out_itemsize
     shared = _cdiv(problem.columns, config.block_n) * problem.sublanes * width * problem.out_itemsize
-    # Operands as they are multiplied, where they are converted first, and sums that registers cannot hold.
+    # Operands as they are multiplied, where they are converted first, and what registers cannot hold of sums, scales.
     multiply = problem.multiply.itemsize
     chunk = problem.halves * _padded(min(config.chunk_n, width), LANES)
     converted = 4 * config.chunk_m * chunk
+    if problem.lhs_scales > 1:  # each is spread over the lanes, and their products are kept apart
+        converted += 4 * config.chunk_m * (LANES * problem.lhs_scales + chunk)
     if problem.rhs_itemsize != multiply:
         converted += chunk * depth * multiply
     if problem.lhs_itemsize != multiply:
@@ -149,13 +153,14 @@ def modelled_seconds(chip: Chip, problem: Problem, config: Config) -> float:
     rate = chip.peak(problem.multiply) / chip.cores * _RATE
     bandwidth = chip.hbm_bandwidth / chip.cores
     multiplied = _cdiv(rows, config.chunk_m) * (config.chunk_m + _LOAD_ROWS)
-    multiply = 2 * multiplied * problem.depth * width / rate + tiles * _STEP_SECONDS
+    multiply = 2 * multiplied * problem.depth * width / rate
     weights = width * problem.depth * problem.rhs_itemsize / bandwidth
     lhs = rows * problem.depth * problem.lhs_itemsize / bandwidth / (1 if tiles > 1 else column_tiles)
     memory = weights + lhs
-    # With one tile on its way, the memory waits for the first rows of the tile to be multiplied.
-    behind = 0.0 if config.weight_buffers > 2 else 0.1
-    return weights + groups * column_tiles * (max(multiply, memory) + behind * min(multiply, memory))
+    # Of the shorter one some shows too, more so when only one weight tile is on its way.
+    behind = 0.05 if config.weight_buffers > 2 else 0.15
+    tile = max(multiply, memory) + behind * min(multiply, memory) + tiles * _STEP_SECONDS
+    return weights + groups * column_tiles * tile
 
 
 def _cdiv(a: int, b: int) -> int:
