@@ -19,8 +19,9 @@ from pallas_kernels.backend import Unsupported
 from pallas_kernels.chips import Chip
 from pallas_kernels.cost import grouped_gate_up_cost, grouped_matmul_cost
 from pallas_kernels.grouped_matmul import tpu_drhs, tpu_tiling
-from pallas_kernels.grouped_matmul.tpu_kernel import Inputs, Stage, grouped_product
+from pallas_kernels.grouped_matmul.tpu_kernel import grouped_product
 from pallas_kernels.grouped_matmul.tpu_math import Arithmetic
+from pallas_kernels.grouped_matmul.tpu_memory import Inputs, Stage
 from pallas_kernels.grouped_matmul.tpu_scales import lhs_scales, rhs_scales
 from pallas_kernels.quantize import Operand, QTensor, dequantize, quantize
 from pallas_kernels.tpu import cores_of_a_device, tpu_chip

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.backend import Unsupported
 from pallas_kernels.chips import MIB, Chip
-from pallas_kernels.grouped_matmul.tpu_kernel import Config
+from pallas_kernels.grouped_matmul.tpu_memory import Config
 
 LANES = 128
 _VMEM_SHARE = 0.9  # of VMEM for one kernel

@@ -19,7 +19,7 @@ from pallas_kernels.grouped_matmul import (
     tpu_drhs,
     tpu_tiling,
 )
-from pallas_kernels.grouped_matmul.tpu_kernel import Config
+from pallas_kernels.grouped_matmul.tpu_memory import Config
 from pallas_kernels.quantize import QTensor, quantize
 from pallas_kernels.target import targeting
 from pallas_kernels.tpu import cores_of_a_device
