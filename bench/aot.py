@@ -1,0 +1,285 @@
+"""Compiles the full-size layer for a TPU slice on any machine: does it compile, does it fit, what is in it."""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from bench.aot_layer import LayerJob
+from bench.aot_models import ds_tpu_us, roofline_us
+from bench.cli import make_parser, run
+from bench.libtpu import CompileError, require_libtpu, run_job
+from bench.progress import Progress
+from bench.report import Cell, format_table, write_json
+from bench.static_cycles import NOTE, kernel_cycles
+from bench.tpu_slices import GENERATIONS, parse_slice, slices_for
+from bench.workloads import moe_workload
+from moejax import PRESETS
+from moejax.config import PRECISIONS
+from pallas_kernels.chips import GIB, MIB
+
+_WORKER = "bench.aot_worker"
+_DECODE_BATCH, _TRAINING_BATCH = 48, 1024  # tokens a device
+_WEIGHTS = {"fp8": "float8_e4m3fn", "int8": "int8"}
+_SHOWN = 12
+
+_EXAMPLES = (
+    "--topology v6e:4x8 --model deepseek-v3 --ep 32",
+    "--topology v6e:4x8 --model deepseek-v3 --ep 32 --precision w8a8 --precision w16a16 --grad",
+    "--topology tpu7x:2x2x4 --model qwen3-235b-a22b --ep 16 --batch 4096 --json -",
+    "--all --ep 32 --json aot.json",
+)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Compiles what is asked for, one process each, and prints it; returns 1 when something does not compile."""
+    args = _parser().parse_args(argv)
+    jobs = _jobs(args)
+    require_libtpu()
+    progress = Progress(len(jobs))
+    records = []
+    for done, (job, quantized) in enumerate(jobs):
+        progress.show(done, f"compiling {_title(job)}")
+        records.append(compile_record(job, quantized, with_cycles=not args.no_kernel_cycles))
+    progress.show(len(jobs), "done")
+    if args.json is not None:
+        write_json(records[0] if len(records) == 1 else records, args.json)
+    if args.json != "-":
+        print(_summary(records))
+        if len(records) == 1 and records[0]["ok"]:
+            print(_details(records[0]))
+        print("\n" + _notes(records))
+    failed = [record for record in records if not record["ok"]]
+    for record in failed:
+        print(f"error: {_title(LayerJob(**record['job']))}: {record['reason']}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = make_parser(
+        "bench.aot",
+        "Compiles one expert-parallel MoE layer at full size for a TPU slice, with the TPU compiler and without a TPU, "
+        "and shows what a device of the slice needs: HBM, VMEM, collectives, cycles, and modelled times beside them.",
+        _EXAMPLES,
+    )
+    kinds = ", ".join(f"{kind}:{generation.slices[0]}" for kind, generation in GENERATIONS.items())
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--topology", metavar="NAME", help=f"the slice: a TPU and a shape, such as {kinds}")
+    what.add_argument(
+        "--all",
+        action="store_true",
+        help="every kind of TPU, with the smallest slice of 32 devices or more that has ep",
+    )
+    parser.add_argument("--model", default="deepseek-v3", help=f"one of {', '.join(PRESETS)} (default deepseek-v3)")
+    parser.add_argument("--ep", type=int, default=32, help="devices that share the experts (default 32)")
+    parser.add_argument(
+        "--precision",
+        action="append",
+        metavar="MODE",
+        help=f"{' or '.join(PRECISIONS)}; give it again for both (default w8a8)",
+    )
+    parser.add_argument(
+        "--weights", choices=tuple(_WEIGHTS), help="the 8 bits of w8a8 (default: what the TPU multiplies natively)"
+    )
+    parser.add_argument(
+        "--grad", action="store_true", help="the gradients of a training step instead of a forward pass"
+    )
+    parser.add_argument(
+        "--batch",
+        type=int,
+        help=f"tokens over the slice (default {_DECODE_BATCH} a device, with --grad {_TRAINING_BATCH})",
+    )
+    parser.add_argument("--backend", default="auto", help="auto, xla or pallas_tpu (default auto)")
+    parser.add_argument("--reduce", type=int, default=1, metavar="N", help="divide the widths by N (default 1)")
+    parser.add_argument(
+        "--no-kernel-cycles", action="store_true", help="leave out the cycles of Pallas kernels, and their compiles"
+    )
+    parser.add_argument(
+        "--json",
+        metavar="FILE",
+        help="write JSON to FILE, - for standard output: an object, for several compiles a list",
+    )
+    return parser
+
+
+def _jobs(args: argparse.Namespace) -> list[tuple[LayerJob, str]]:
+    """What to compile, checked, each with the 8-bit operands' short name."""
+    slices = slices_for(args.ep) if args.all else [parse_slice(args.topology)]
+    jobs = []
+    for slice_ in slices:
+        native = "fp8" if slice_.device.is_native("float8_e4m3fn") else "int8"
+        quantized = args.weights or native
+        for precision in args.precision or ["w8a8"]:
+            job = LayerJob(
+                topology=slice_.name,
+                model=args.model,
+                ep=args.ep,
+                batch=args.batch
+                if args.batch is not None
+                else slice_.num_devices * (_TRAINING_BATCH if args.grad else _DECODE_BATCH),
+                precision=precision,
+                weights=_WEIGHTS[quantized],  # type: ignore[arg-type]
+                grad=args.grad,
+                backend=args.backend,
+                reduce=args.reduce,
+            )
+            job.config()
+            jobs.append((job, quantized))
+    return jobs
+
+
+def compile_record(job: LayerJob, quantized: str, *, with_cycles: bool = True) -> dict[str, Any]:
+    """Compiles one layer.
+
+    Args:
+      job: what to compile.
+      quantized: "fp8" or "int8", the operands of "w8a8" in the models.
+      with_cycles: compile each Pallas kernel once more, alone, for its cycles.
+
+    Returns:
+      What `bench.aot_worker` says, with "ok", modelled times, and the device's memories; sizes and times are those of
+      one device. {"ok": False, "reason"} when it does not compile.
+    """
+    slice_, device = job.slice, job.slice.device
+    record: dict[str, Any] = {
+        "job": dataclasses.asdict(job),
+        "chips": slice_.num_chips,
+        "devices": slice_.num_devices,
+        "dp": job.dp,
+        "chip": slice_.generation.chip,
+    }
+    layer = {"layer": dataclasses.asdict(job)}
+    try:
+        compiled = run_job(_WORKER, layer)
+    except CompileError as error:
+        return {**record, "ok": False, "reason": str(error)}
+    kernels = compiled["kernels"]
+    if with_cycles and kernels:
+        for kernel, cycles in zip(kernels, kernel_cycles(_WORKER, layer, len(kernels)), strict=True):
+            kernel["cycles" if isinstance(cycles, int) else "no_cycles"] = cycles
+    clock = slice_.generation.clock_hz / 1e6
+    for kernel in kernels:
+        kernel["us"] = kernel["calls"] * kernel["cycles"] / clock if "cycles" in kernel else None
+    for row in compiled["xla_operations"]:
+        row["us"] = row["cycles"] / clock
+    workload = moe_workload(
+        job.config(),
+        batch_size=job.batch // job.dp,
+        ep=job.ep,
+        precision=job.precision,  # type: ignore[arg-type]
+        quantized_dtype=quantized,  # type: ignore[arg-type]
+    )
+    return {
+        **record,
+        "ok": True,
+        **compiled,
+        "hbm_bytes": int(device.hbm_bytes),
+        "fits_hbm": compiled["memory"]["peak_bytes"] <= device.hbm_bytes,
+        "vmem_capacity_bytes": device.fast_memory_bytes,
+        "clock_hz": slice_.generation.clock_hz,
+        "kernels_us": sum(kernel["us"] or 0 for kernel in kernels),
+        "xla_us": compiled["xla_cycles"] / clock,
+        "roofline_us": roofline_us(slice_, workload, job.grad),
+        "ds_tpu_us": ds_tpu_us(slice_, workload, job.grad),
+    }
+
+
+def _title(job: LayerJob) -> str:
+    return f"{job.topology} {job.model} ep {job.ep} {job.precision} {'training step' if job.grad else 'forward'}"
+
+
+def _summary(records: Sequence[dict[str, Any]]) -> str:
+    headers = [
+        "topology",
+        "precision",
+        "pass",
+        "compiles",
+        "s",
+        "HBM GiB",
+        "of",
+        "VMEM MiB",
+        "of",
+        "collectives MB",
+        "kernels µs",
+        "XLA µs",
+        "roofline µs",
+        "DS_TPU µs",
+    ]
+    rows: list[list[Cell]] = []
+    for record in records:
+        job = record["job"]
+        head: list[Cell] = [job["topology"], job["precision"], "training" if job["grad"] else "forward"]
+        if not record["ok"]:
+            rows.append([*head, "no", *[None] * (len(headers) - 4)])
+            continue
+        rows.append(
+            [
+                *head,
+                "yes" if record["fits_hbm"] else "too large",
+                record["compile_s"],
+                record["memory"]["peak_bytes"] / GIB,
+                record["hbm_bytes"] / GIB,
+                record["vmem_bytes"] / MIB,
+                record["vmem_capacity_bytes"] / MIB,
+                sum(collectives["bytes"] for collectives in record["collectives"]) / 1e6,
+                record["kernels_us"],
+                record["xla_us"],
+                record["roofline_us"],
+                record["ds_tpu_us"],
+            ]
+        )
+    return format_table(headers, rows)
+
+
+def _details(record: dict[str, Any]) -> str:
+    memory = record["memory"]
+    parts = [
+        format_table(
+            ["HBM of a device", "bytes"],
+            [[name.removesuffix("_bytes"), size] for name, size in memory.items()],
+        ),
+        format_table(
+            ["collective", "count", "bytes"],
+            [[each["kind"], each["count"], each["bytes"]] for each in record["collectives"]],
+        ),
+    ]
+    if record["kernels"]:
+        bandwidth = LayerJob(**record["job"]).slice.device.hbm_bandwidth
+        rows: list[list[Cell]] = []
+        for kernel in record["kernels"]:
+            moved = kernel["hbm_bytes"]
+            rows.append(
+                [
+                    kernel["name"],
+                    kernel["calls"],
+                    kernel.get("cycles"),
+                    kernel["us"],
+                    None if moved is None else kernel["calls"] * moved / bandwidth * 1e6,
+                    kernel.get("no_cycles", ""),
+                ]
+            )
+        parts.append(format_table(["Pallas kernel", "calls", "cycles of one", "µs", "its bytes, µs", ""], rows))
+    operations = [[row["name"], row["calls"], row["cycles"], row["us"]] for row in record["xla_operations"][:_SHOWN]]
+    parts.append(format_table(["XLA operations", "calls", "cycles", "µs"], operations))
+    return "\n" + "\n\n".join(parts)
+
+
+def _notes(records: Sequence[dict[str, Any]]) -> str:
+    lines = [
+        f"Kernels: {NOTE}.",
+        "XLA: the compiler's guess for its own operations, collectives left out. Roofline and DS_TPU: modelled.",
+        "Sizes and times are those of one device; v7x shows two devices a chip. None of this is measured.",
+    ]
+    made = [record for record in records if record["ok"]]
+    if any(record["has_dynamic_loops"] for record in made):
+        lines.append("A loop whose trips only the data tell (the rounds of an exchange) counts once.")
+    lines += sorted({note for record in made for note in record["notes"]})
+    if made:
+        versions = made[0]["versions"]
+        lines.append(", ".join(f"{name} {version}" for name, version in versions.items()))
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

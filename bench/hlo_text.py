@@ -1,0 +1,175 @@
+"""What the text of a compiled TPU programme says: collectives, fast memory, and the cycles that the compiler expects.
+
+The compiler notes its own estimate beside most operations. It knows neither a loop's trips that only the data tell
+(such a loop counts once here) nor the network: no estimate of a collective is taken for one.
+"""
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping, Sequence
+
+import jax.numpy as jnp
+
+COLLECTIVES = (
+    "all-gather",
+    "all-reduce",
+    "all-to-all",
+    "collective-broadcast",
+    "collective-permute",
+    "ragged-all-to-all",
+    "reduce-scatter",
+)
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_OPERATION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.+?) ([a-z][\w\-]*)\(")
+_ARRAY = re.compile(r"\b(pred|[a-z]+\d+[a-z0-9]*)\[([\d,]*)\]")
+_DTYPES = {"pred": "bool", "bf16": "bfloat16", "f16": "float16", "f32": "float32", "f64": "float64"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """One operation of a compiled programme.
+
+    Attributes:
+      name: as the compiler calls it.
+      opcode: of HLO.
+      type: of its result, as text.
+      attributes: the rest of its line.
+    """
+
+    name: str
+    opcode: str
+    type: str
+    attributes: str
+
+    @property
+    def cycles(self) -> int:
+        """The compiler's estimate, 0 where it gives none."""
+        found = re.search(r'"estimated_cycles":"(\d+)"', self.attributes)
+        return int(found[1]) if found else 0
+
+    @property
+    def source(self) -> str:
+        """The end of the path of jax's operations that it came from."""
+        found = re.search(r'op_name="([^"]*)"', self.attributes)
+        return "/".join(found[1].split("/")[-2:]) if found else ""
+
+    @property
+    def vmem_bytes(self) -> int:
+        """Fast memory that it takes for itself while it runs."""
+        configs = re.findall(r'"(?:used_)?scoped_memory_configs":\[([^\]]*)\]', self.attributes)
+        sizes = [re.findall(r'"memory_space":"1","offset":"\d+","size":"(\d+)"', config) for config in configs]
+        return max((int(size) for group in sizes for size in group), default=0)
+
+    @property
+    def is_kernel(self) -> bool:
+        """Whether it is a Pallas kernel."""
+        return self.opcode == "custom-call" and 'custom_call_target="tpu_custom_call"' in self.attributes
+
+    @property
+    def collective(self) -> str | None:
+        """The kind of collective that it is or starts."""
+        kind = self.opcode.removesuffix("-start")
+        return kind if kind in COLLECTIVES else None
+
+    @property
+    def result_bytes(self) -> int:
+        """Bytes of its result; of a tuple, of its largest element."""
+        return max((_bytes(dtype, sizes) for dtype, sizes in _ARRAY.findall(self.type)), default=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Collectives:
+    """All collectives of one kind: how many a device takes part in, and the bytes of their results there."""
+
+    kind: str
+    count: int
+    bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A compiled programme.
+
+    Attributes:
+      computations: by name.
+      entry: the name of the first.
+    """
+
+    computations: Mapping[str, Sequence[Operation]]
+    entry: str
+
+    def executed(self) -> Iterator[tuple[Operation, int]]:
+        """Each operation that runs by itself, and how many times; of a branch, the one with the most cycles."""
+        yield from self._executed(self.entry, 1)
+
+    def _executed(self, name: str, times: int) -> Iterator[tuple[Operation, int]]:
+        for operation in self.computations.get(name, ()):
+            if operation.opcode == "while":
+                body = _attribute(operation, "body")
+                yield from self._executed(body[0], times * trip_count(operation)) if body else ()
+            elif operation.opcode == "conditional":
+                names = _attribute(operation, "branch_computations", "true_computation", "false_computation")
+                branches = [list(self._executed(branch, times)) for branch in names]
+                yield from max(branches, key=lambda ops: sum(op.cycles * n for op, n in ops), default=())
+            elif operation.opcode in ("call", "async-start"):
+                for called in _attribute(operation, "to_apply", "calls"):
+                    yield from self._executed(called, times)
+            else:
+                yield operation, times
+
+    @property
+    def has_dynamic_loops(self) -> bool:
+        """Whether some loop's trips are not known to the compiler."""
+        operations = [op for operations in self.computations.values() for op in operations]
+        return any(op.opcode == "while" and '"known_trip_count"' not in op.attributes for op in operations)
+
+    def collectives(self) -> list[Collectives]:
+        """The collectives by kind."""
+        found: dict[str, list[int]] = {}
+        for operation, times in self.executed():
+            if kind := operation.collective:
+                found.setdefault(kind, []).extend([operation.result_bytes] * times)
+        return [Collectives(kind, len(sizes), sum(sizes)) for kind, sizes in sorted(found.items())]
+
+
+def parse_program(text: str) -> Program:
+    """Reads `compiled.as_text()`.
+
+    Raises:
+      ValueError: the text has no entry computation.
+    """
+    computations: dict[str, list[Operation]] = {}
+    entry = ""
+    current: list[Operation] = []
+    for line in text.splitlines():
+        if head := _COMPUTATION.match(line):
+            current = computations.setdefault(head[2], [])
+            entry = head[2] if head[1] else entry
+        elif found := _OPERATION.match(line):
+            current.append(Operation(found[1], found[3], found[2], line[found.end() :]))
+    if not entry:
+        raise ValueError("the compiled programme's text has no ENTRY computation")
+    return Program(computations, entry)
+
+
+def trip_count(operation: Operation) -> int:
+    """The trips of a loop; 1 where only the data tell."""
+    found = re.search(r'"known_trip_count":\{"n":"(\d+)"', operation.attributes)
+    return int(found[1]) if found else 1
+
+
+def _attribute(operation: Operation, *names: str) -> list[str]:
+    """The computations that an operation's attributes name."""
+    found = re.findall(rf"\b(?:{'|'.join(names)})=(\{{[^}}]*\}}|%?[\w.\-]+)", operation.attributes)
+    return [name.strip().lstrip("%") for group in found for name in group.strip("{}").split(",")]
+
+
+def _bytes(dtype: str, sizes: str) -> int:
+    count = 1
+    for size in filter(None, sizes.split(",")):
+        count *= int(size)
+    if dtype.startswith("f8"):
+        return count
+    if dtype not in _DTYPES:  # s8, u32, …
+        return count * max(8, int(re.sub(r"\D", "", dtype))) // 8
+    return count * jnp.dtype(_DTYPES[dtype]).itemsize

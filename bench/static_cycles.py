@@ -1,0 +1,87 @@
+"""Cycles of single kernels as the TPU compiler counts them in the programme it made: an estimate without a TPU.
+
+The compiler writes down, for each operation, the cycles of its instructions along the loops of the grid. It counts no
+waiting for copies between HBM and fast memory, so a kernel that is bound by bandwidth takes longer than this: its bytes
+over the bandwidth stand beside it. Loops whose trips only the data tell are guessed. The option is undocumented, which
+is why libtpu's version goes with every figure.
+
+libtpu checks more when it writes such a profile, and ends the process on some sound programmes, after the profile has
+been written. So kernels are compiled one after the other in a process that may die; the next one goes on behind it.
+"""
+
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from bench.libtpu import CompileError, one_line, run_job
+from bench.pallas_calls import PallasCall
+
+_CURRENT = "current"
+NOTE = (
+    "cycles count instructions, not the waits for copies from and to HBM; loops whose trips the data tell are guessed"
+)
+
+
+def kernel_cycles(module: str, job: Mapping[str, Any], count: int) -> list[int | str]:
+    """The cycles of kernels 0 … count − 1, or why there is no figure.
+
+    Args:
+      module: one whose `main` serves jobs with `compile_alone`.
+      job: what it is given, besides "kernels" and "folder".
+      count: kernels.
+    """
+    answers: list[int | str] = []
+    while len(answers) < count:
+        with tempfile.TemporaryDirectory() as folder:
+            rest = list(range(len(answers), count))
+            reasons: dict[str, str] = {}
+            died = None
+            try:
+                reasons = run_job(
+                    module,
+                    {**job, "kernels": rest, "folder": folder},
+                    options=f"--xla_jf_dump_static_llo_profile_to={folder}",
+                )["reasons"]
+            except CompileError as error:
+                died = str(error)
+            current = Path(folder, _CURRENT)
+            last = int(current.read_text()) if current.exists() else rest[0]
+            for kernel in range(rest[0], last + 1):
+                done = Path(folder, str(kernel))
+                cycles = read_profiles(done if done.exists() else Path(folder))
+                answers.append(cycles if cycles is not None else reasons.get(str(kernel), died or "no profile written"))
+            if died is None and last < rest[-1]:
+                raise RuntimeError(f"{module} compiled kernels up to {last} of {rest}")
+    return answers
+
+
+def compile_alone(kernels: Sequence[PallasCall], job: Mapping[str, Any]) -> dict[str, Any]:
+    """The other end: compiles the kernels of job["kernels"] for one device of job["topology"]."""
+    folder = Path(job["folder"])
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=job["topology"])
+    sharding = NamedSharding(Mesh(topology.devices[:1], "x"), PartitionSpec())
+    reasons: dict[int, str] = {}
+    for index in job["kernels"]:
+        Path(folder, _CURRENT).write_text(str(index))
+        try:
+            jax.jit(kernels[index].function, keep_unused=True).lower(*kernels[index].arguments(sharding)).compile()
+        except Exception as error:  # the compiler's reason is the result; the other kernels go on
+            reasons[index] = one_line(f"{type(error).__name__}: {error}")
+        done = Path(folder, str(index))
+        done.mkdir()
+        for profile in folder.glob("*.textproto"):
+            profile.rename(done / profile.name)
+    return {"reasons": reasons}
+
+
+def read_profiles(folder: Path) -> int | None:
+    """The most cycles of an operation in the profiles of a folder; around a kernel alone there are only trifles."""
+    texts = [path.read_text() for path in folder.glob("*.textproto")]
+    cycles = [int(number) for text in texts for number in re.findall(r"estimated_cycles: (\d+)", text)]
+    return max(cycles, default=None)
