@@ -12,7 +12,6 @@ import jax
 import numpy as np
 from jax.extend import core
 
-
 _OWN_ARGUMENTS = ("scan", "while", "cond")
 """Primitives whose bodies take other arguments than they do themselves."""
 

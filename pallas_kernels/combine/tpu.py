@@ -1,0 +1,176 @@
+"""Weighted sums of rows by a plan on TPUs, through fast memory.
+
+    floor in time of combine          = (bytes of the rows in use + bytes of the result) / HBM bandwidth
+    floor in time of combine_dweights = (bytes of the rows in use + bytes of dout) / HBM bandwidth
+
+which is what the kernels move where all rows fit fast memory, those without an assignment included. Where they do not,
+rows are read one by one, in BF16 each with the one that shares its 32-bit words: twice the bytes.
+
+A step takes a few tokens: the rows of their first choices, then those of their second ones, and so on, each choice in a
+block of its own, so that the sum runs over blocks in the order of k.
+"""
+
+import dataclasses
+import functools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.backend import Unsupported
+from pallas_kernels.combine import reference
+from pallas_kernels.cost import combine_cost
+from pallas_kernels.plan import Plan
+from pallas_kernels.row_copies import SUBLANES, Rows, pipelined
+from pallas_kernels.tpu import tpu_chip
+
+Stage = Literal["full", "comp", "dma"]
+
+_TILE = 2 * SUBLANES  # tokens in a tile of BF16, the narrowest result
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """How the work is cut.
+
+    Attributes:
+      block_tokens: tokens in a step, a multiple of 16.
+      is_resident: whether the rows are held in fast memory.
+    """
+
+    block_tokens: int
+    is_resident: bool
+
+
+def combine(
+    rows: jax.Array,
+    plan: Plan,
+    weights: jax.Array,
+    *,
+    out_dtype: jax.typing.DTypeLike,
+    config: Config | None = None,
+    stage: Stage = "full",
+) -> jax.Array:
+    """See `pallas_kernels.combine.combine`.
+
+    Args:
+      rows: [R, H], BF16 or float32.
+      plan: the plan.
+      weights: [T, K].
+      out_dtype: of the result, BF16 or float32.
+      config: for tuning.
+      stage: "comp" copies no rows, "dma" copies and sums none; their results mean nothing.
+
+    Raises:
+      Unsupported: rows or result have another dtype.
+    """
+    looked_at = _look_at("combine", rows, out_dtype)
+    if plan.inverse.size == 0 or rows.shape[0] == 0:
+        return reference.combine(rows, plan, weights, out_dtype=out_dtype)
+    out = jax.ShapeDtypeStruct((plan.inverse.shape[0], looked_at.columns), jnp.dtype(out_dtype))
+    weights = weights.astype(jnp.float32)
+    y = _call(_combine_kernel, looked_at, rows, plan, weights, out, config, stage, name="combine")
+    return y[:, : rows.shape[1]]
+
+
+def combine_dweights(
+    rows: jax.Array, plan: Plan, dout: jax.Array, config: Config | None = None, stage: Stage = "full"
+) -> jax.Array:
+    """See `pallas_kernels.combine.reference.combine_dweights`; what it refuses, and the rest, as `combine`."""
+    looked_at = _look_at("combine_dweights", rows, dout.dtype)
+    if plan.inverse.size == 0 or rows.shape[0] == 0:
+        return reference.combine_dweights(rows, plan, dout)
+    out = jax.ShapeDtypeStruct(plan.inverse.shape, jnp.float32)
+    dout = jnp.pad(dout, ((0, 0), (0, looked_at.columns - dout.shape[1])))
+    return _call(_dweights_kernel, looked_at, rows, plan, dout, out, config, stage, name="combine_dweights")
+
+
+def _look_at(operator: str, rows: jax.Array, other: jax.typing.DTypeLike) -> Rows:
+    for dtype in (rows.dtype, jnp.dtype(other)):
+        if dtype not in (jnp.bfloat16, jnp.float32):
+            raise Unsupported(f"{operator}: TPUs compute in BF16 and float32, got {dtype.name}")
+    return Rows.of(operator, rows, tpu_chip())
+
+
+def _call(kernel, looked_at: Rows, rows, plan: Plan, by_token, out, config: Config | None, stage: Stage, *, name: str):
+    """Runs `kernel` over blocks of tokens; `by_token` [T, …] and `out` [T, …] come in such blocks too."""
+    chip = tpu_chip()
+    num_tokens, top_k = plan.inverse.shape
+    config = config or Config(looked_at.rows_at_once(num_tokens, _TILE, factor=top_k), looked_at.is_resident)
+    looked_at = dataclasses.replace(looked_at, is_resident=config.is_resident)
+    block, cores = config.block_tokens, chip.cores
+    blocks = pl.cdiv(num_tokens, block)
+    steps = pl.cdiv(blocks, cores)
+    row = jnp.pad(plan.inverse, ((0, cores * steps * block - num_tokens), (0, 0)), constant_values=-1)
+    copies = row.reshape(-1, block, top_k).mT.reshape(-1, 1, top_k * block)
+
+    def step_of(core, step):
+        return core * steps + step
+
+    def next_of(core, step):
+        return step_of(core, jnp.minimum(step + 1, steps - 1))
+
+    def block_of(core, step):  # the last core may have less to do
+        return jnp.minimum(step_of(core, step), blocks - 1), 0
+
+    scalars = functools.partial(pl.BlockSpec, (1, 1, top_k * block), memory_space=pltpu.SMEM)
+    cost = combine_cost(num_tokens, plan.inverse.size, rows.shape[1], dtype=rows.dtype)
+    return pl.pallas_call(
+        functools.partial(kernel, rows=looked_at, steps=steps, stage=stage),
+        out_shape=out,
+        grid=(cores, steps),
+        in_specs=[
+            scalars(lambda core, step: (step_of(core, step), 0, 0)),
+            scalars(lambda core, step: (next_of(core, step), 0, 0)),
+            pl.BlockSpec((block, top_k), lambda core, step: (step_of(core, step), 0)),
+            pl.BlockSpec((block, by_token.shape[1]), block_of),
+            looked_at.spec,
+        ],
+        out_specs=pl.BlockSpec((block, out.shape[1]), block_of),
+        scratch_shapes=looked_at.scratch(top_k * block),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=int(0.9 * chip.fast_memory_bytes)
+        ),
+        cost_estimate=pl.CostEstimate(flops=cost.flops, transcendentals=0, bytes_accessed=cost.hbm_bytes),
+        name=name,
+    )(copies, copies, row, by_token, looked_at.viewed(rows))
+
+
+def _gathered(now, following, source, buffers, semaphores, rows: Rows, steps: int, stage: Stage):
+    step = pl.program_id(1)
+    if stage == "comp":
+        return buffers.at[lax.rem(step, 2)]
+    return pipelined(rows, now, following, source, buffers, semaphores, step, steps)
+
+
+def _choice(buffer, row, k: int, rows: Rows) -> jax.Array:
+    """The rows of the tokens' k-th choices, [tokens, H] in float32; zeros where there is none."""
+    tokens = row.shape[0]
+    bits = rows.bits(buffer[pl.ds(k * tokens, tokens)], row[:, k : k + 1])
+    # A BF16 number is the upper half of a float32 one.
+    return lax.bitcast_convert_type(bits << 16 if rows.packing == 2 else bits, jnp.float32)
+
+
+def _combine_kernel(now, following, row, weights, source, out, buffers, semaphores, *, rows, steps, stage) -> None:
+    buffer = _gathered(now, following, source, buffers, semaphores, rows, steps, stage)
+    if stage == "dma":
+        return
+    total = jnp.zeros(out.shape, jnp.float32)
+    for k in range(row.shape[1]):
+        share = _choice(buffer, row, k, rows) * weights[:, k : k + 1]
+        # The first share itself, not 0 plus it: a single choice keeps the sign of its zeros.
+        total = jnp.where(row[:, k : k + 1] >= 0, total + share if k else share, total)
+    out[...] = total.astype(out.dtype)
+
+
+def _dweights_kernel(now, following, row, dout, source, out, buffers, semaphores, *, rows, steps, stage) -> None:
+    buffer = _gathered(now, following, source, buffers, semaphores, rows, steps, stage)
+    if stage == "dma":
+        return
+    gradient = dout[...].astype(jnp.float32)
+    for k in range(row.shape[1]):
+        product = jnp.sum(gradient * _choice(buffer, row, k, rows), axis=1, keepdims=True)
+        out[:, k : k + 1] = jnp.where(row[:, k : k + 1] >= 0, product, 0)

@@ -1,0 +1,129 @@
+"""Copying rows by a plan on TPUs, through fast memory.
+
+    floor in time = (bytes of x + bytes of the result) / HBM bandwidth
+
+which is what the kernel moves where x fits fast memory: x is read once, the result written once. Where it does not, the
+rows are read for each of the result's, together with those that share their 32-bit words: twice the bytes of the
+result in BF16, four times in 8 bits.
+
+The result of a step is made word by word: the rows that will share words are gathered to different places of the
+buffer, and joined by shifts. So any dtype of 1, 2 or 4 bytes is copied bit by bit, NaN and all.
+"""
+
+import dataclasses
+import functools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.cost import dispatch_cost
+from pallas_kernels.dispatch import reference
+from pallas_kernels.plan import Plan
+from pallas_kernels.quantize import QTensor
+from pallas_kernels.row_copies import SUBLANES, Rows, pipelined
+from pallas_kernels.tpu import tpu_chip
+
+Stage = Literal["full", "comp", "dma"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """How the work is cut.
+
+    Attributes:
+      block_rows: rows of the result in a step, a multiple of the rows in a tile.
+      is_resident: whether x is held in fast memory.
+    """
+
+    block_rows: int
+    is_resident: bool
+
+
+def dispatch(x: jax.Array | QTensor, plan: Plan) -> jax.Array | QTensor:
+    """See `pallas_kernels.dispatch.dispatch`. The scales of a QTensor, a few numbers a row, are left to XLA."""
+    if isinstance(x, QTensor):
+        return QTensor(dispatch_rows(x.values, plan), reference.dispatch(x.scale, plan))
+    return dispatch_rows(x, plan)
+
+
+def dispatch_rows(x: jax.Array, plan: Plan, config: Config | None = None, stage: Stage = "full") -> jax.Array:
+    """The kernel: x [T, H] -> [R, H].
+
+    Args:
+      x: [T, H] of any dtype of 1, 2 or 4 bytes.
+      plan: made from topk_ids [T, K].
+      config: for tuning.
+      stage: "comp" copies no rows, "dma" copies and joins none; their results mean nothing.
+
+    Raises:
+      Unsupported: x has another dtype.
+    """
+    chip = tpu_chip()
+    rows = Rows.of("dispatch", x, chip)
+    num_rows = plan.order.shape[0]
+    if plan.inverse.size == 0 or num_rows == 0:
+        return reference.dispatch(x, plan)
+    config = config or _config(rows, num_rows)
+    rows = dataclasses.replace(rows, is_resident=config.is_resident)
+    block, words = config.block_rows, config.block_rows // rows.packing
+    cores = chip.cores
+    steps = pl.cdiv(pl.cdiv(num_rows, block), cores)
+    token = jnp.where(plan.order >= 0, plan.order // plan.inverse.shape[1], -1)
+    token = jnp.pad(token, (0, cores * steps * block - num_rows), constant_values=-1)
+    by_word = token.reshape(-1, rows.packing)
+    copies = by_word.reshape(-1, words, rows.packing).mT.reshape(-1, 1, block)
+
+    def step_of(core, step):
+        return core * steps + step
+
+    def next_of(core, step):
+        return step_of(core, jnp.minimum(step + 1, steps - 1))
+
+    def out_block(core, step):  # the last core may have less to do
+        return jnp.minimum(step_of(core, step), pl.cdiv(num_rows, block) - 1), 0
+
+    scalars = functools.partial(pl.BlockSpec, (1, 1, block), memory_space=pltpu.SMEM)
+    cost = dispatch_cost(*x.shape[:1], num_rows, rows.columns, in_dtype=x.dtype, out_dtype=x.dtype)
+    result = pl.pallas_call(
+        functools.partial(_kernel, rows=rows, steps=steps, stage=stage),
+        out_shape=rows.result(num_rows),
+        grid=(cores, steps),
+        in_specs=[
+            scalars(lambda core, step: (step_of(core, step), 0, 0)),
+            scalars(lambda core, step: (next_of(core, step), 0, 0)),
+            pl.BlockSpec((words, rows.packing), lambda core, step: (step_of(core, step), 0)),
+            rows.spec,
+        ],
+        out_specs=pl.BlockSpec(rows.result_block(block), out_block),
+        scratch_shapes=rows.scratch(block),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=int(0.9 * chip.fast_memory_bytes)
+        ),
+        cost_estimate=pl.CostEstimate(flops=0, transcendentals=0, bytes_accessed=cost.hbm_bytes),
+        name="dispatch",
+    )(copies, copies, by_word, rows.viewed(x))
+    return rows.finished(result, num_rows, x.shape[1])
+
+
+def _kernel(now, following, by_word, x, out, buffers, semaphores, *, rows: Rows, steps: int, stage: Stage) -> None:
+    step = pl.program_id(1)
+    if stage == "comp":
+        buffer = buffers.at[lax.rem(step, 2)]
+    else:
+        buffer = pipelined(rows, now, following, x, buffers, semaphores, step, steps)
+    if stage == "dma":
+        return
+    words = by_word.shape[0]
+    joined = jnp.zeros((words, rows.columns), jnp.uint32)
+    for place in range(rows.packing):
+        part = rows.bits(buffer[pl.ds(place * words, words)], by_word[:, place : place + 1])
+        joined |= lax.shift_left(part, jnp.uint32(8 * rows.dtype.itemsize * place))
+    rows.words(out)[...] = joined
+
+
+def _config(rows: Rows, num_rows: int) -> Config:
+    return Config(rows.rows_at_once(num_rows, SUBLANES * rows.packing), rows.is_resident)
