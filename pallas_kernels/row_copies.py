@@ -9,6 +9,8 @@ from there.
 """
 
 import dataclasses
+from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +22,8 @@ from pallas_kernels.backend import Unsupported
 from pallas_kernels.chips import Chip
 from pallas_kernels.target import target_platform
 
+Stage = Literal["full", "comp", "dma"]
+
 LANES = 128
 SUBLANES = 8
 _WORD = 4
@@ -29,6 +33,7 @@ RESIDENT_SHARE = 0.4
 
 _IN_FLIGHT_BYTES = 2 << 20
 _MOST_ROWS = 256
+_STRIP = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +97,11 @@ class Rows:
         rows = lax.bitcast_convert_type(result, self.dtype) if _has_views() else from_words(result, self.dtype)
         return rows[:num_rows, :columns]
 
+    @property
+    def strips(self) -> list:
+        """Slices of columns, so narrow that what is computed of a tile of rows stays in registers."""
+        return [pl.ds(c, min(_STRIP, self.columns - c)) for c in range(0, self.columns, _STRIP)]
+
     def rows_at_once(self, num_rows: int, tile: int, factor: int = 1) -> int:
         """Rows to copy in one step: a multiple of `tile`, as many as keep the copy engine busy.
 
@@ -111,36 +121,48 @@ class Rows:
         """The words of a matrix, or of a result, as the kernel sees it."""
         return ref.bitcast(jnp.uint32) if ref.dtype != jnp.uint32 else ref
 
+    def copies(self, row: jax.Array) -> jax.Array:
+        """What `start` wants to know of the rows to copy: the numbers of their words, −1 for a copy to leave out.
+
+        From fast memory something is always copied, which costs less than to ask whether.
+        """
+        missing = 0 if self.is_resident else -1
+        return jnp.where(row >= 0, row // self.packing, missing).astype(jnp.int32)
+
     def start(self, index, source, buffer, semaphore) -> None:
-        """Starts to copy row index[0, 0, i] of `source` to buffer[i], for every i with an index of at least 0."""
+        """Starts to copy the words index[0, 0, i] of `source` to buffer[i], for every i that has some."""
         self._for_each_copy(index, source, buffer, semaphore, lambda copy: copy.start())
 
     def wait(self, index, source, buffer, semaphore) -> None:
         """Waits for what `start` began."""
-        self._for_each_copy(index, source, buffer, semaphore, lambda copy: copy.wait())
+        if self.is_resident:  # as many bytes as the whole buffer has
+            pltpu.make_async_copy(buffer, buffer, semaphore).wait()
+        else:
+            self._for_each_copy(index, source, buffer, semaphore, lambda copy: copy.wait())
 
     def _for_each_copy(self, index, source, buffer, semaphore, act) -> None:
         words = self.words(source)
 
         @pl.loop(0, buffer.shape[0], unroll=True if buffer.shape[0] <= SUBLANES else SUBLANES)
         def _(i):
-            row = index[0, 0, i]
+            word = index[0, 0, i]
 
-            @pl.when(row >= 0)
-            def _():
-                word = lax.div(row, jnp.int32(self.packing))
+            def copy():
                 act(pltpu.make_async_copy(words.at[pl.ds(word, 1)], buffer.at[pl.ds(i, 1)], semaphore))
 
-    def bits(self, words: jax.Array, row: jax.Array) -> jax.Array:
-        """The bits of the rows `row` [n, 1] out of the words [n, H] that hold them, in the low end; 0 where row < 0."""
-        if self.packing > 1:
-            width = 8 * self.dtype.itemsize
-            place = lax.bitwise_and(row, jnp.int32(self.packing - 1)).astype(jnp.uint32)
-            words = lax.bitwise_and(
-                lax.shift_right_logical(words, jnp.broadcast_to(place * width, words.shape)),
-                jnp.uint32((1 << width) - 1),
-            )
-        return jnp.where(row >= 0, words, jnp.uint32(0))
+            if self.is_resident:
+                copy()
+            else:
+                pl.when(word >= 0)(copy)
+
+    def picker(self, row: jax.Array) -> Callable[[jax.Array], jax.Array]:
+        """For rows `row` [n, 1]: words [n, columns] that hold them -> their bits in the low end, 0 where row < 0."""
+        width = 8 * self.dtype.itemsize
+        mask = jnp.where(row >= 0, jnp.uint32((1 << width) - 1), jnp.uint32(0))
+        if self.packing == 1:
+            return lambda words: words & mask
+        shift = lax.bitwise_and(row, jnp.int32(self.packing - 1)).astype(jnp.uint32) * width
+        return lambda words: lax.shift_right_logical(words, jnp.broadcast_to(shift, words.shape)) & mask
 
 
 def to_words(x: jax.Array) -> jax.Array:
@@ -166,28 +188,64 @@ def _has_views() -> bool:
     return target_platform() == "tpu"
 
 
-def pipelined(rows: Rows, now, following, source, buffers, semaphores, step, num_steps) -> tuple:
-    """Keeps the copies of the next step in flight while this one's are used; returns the buffer of this step.
+def pipelined(rows: Rows, ahead, now, source, buffers, semaphores, stage: Stage, use: Callable) -> None:
+    """The body of a kernel with a grid of (cores, steps + 1): copies the rows of a step while those before are used.
 
     Args:
       rows: of the source.
-      now: indices of this step, in scalar memory.
-      following: those of the next one.
+      ahead: what to copy in this step, from `Rows.copies`, in scalar memory.
+      now: what the step before has copied.
       source: the matrix.
       buffers: as `Rows.scratch` makes them.
       semaphores: likewise.
-      step: number of this step.
-      num_steps: steps that follow each other.
+      stage: "comp" copies nothing, "dma" uses nothing.
+      use: is called with the buffer that holds the rows `now`.
     """
+    step = pl.program_id(1)
     slot = lax.rem(step, jnp.int32(2))
 
-    @pl.when(step == 0)
+    @pl.when((step + 1 < pl.num_programs(1)) & (stage != "comp"))
     def _():
-        rows.start(now, source, buffers.at[slot], semaphores.at[slot])
+        rows.start(ahead, source, buffers.at[slot], semaphores.at[slot])
 
-    @pl.when(step + 1 < num_steps)
+    @pl.when(step > 0)
     def _():
-        rows.start(following, source, buffers.at[1 - slot], semaphores.at[1 - slot])
+        if stage != "comp":
+            rows.wait(now, source, buffers.at[1 - slot], semaphores.at[1 - slot])
+        if stage != "dma":
+            use(buffers.at[1 - slot])
 
-    rows.wait(now, source, buffers.at[slot], semaphores.at[slot])
-    return buffers.at[slot]
+
+@dataclasses.dataclass(frozen=True)
+class Steps:
+    """Blocks of a result, dealt to the cores of a chip, each made one step after its rows are asked for.
+
+    Attributes:
+      blocks: of the result.
+      cores: that share them.
+    """
+
+    blocks: int
+    cores: int
+
+    @property
+    def each(self) -> int:
+        """Blocks of a core; the last core's may go beyond the result, and do nothing then."""
+        return pl.cdiv(self.blocks, self.cores)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """The grid of the kernel."""
+        return self.cores, self.each + 1
+
+    def ahead(self, core, step):
+        """The block whose rows are asked for."""
+        return core * self.each + jnp.minimum(step, self.each - 1)
+
+    def now(self, core, step):
+        """The block that is made."""
+        return core * self.each + jnp.maximum(step - 1, 0)
+
+    def result(self, core, step):
+        """`now` within the result."""
+        return jnp.minimum(self.now(core, step), self.blocks - 1)

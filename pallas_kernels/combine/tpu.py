@@ -12,7 +12,6 @@ block of its own, so that the sum runs over blocks in the order of k.
 
 import dataclasses
 import functools
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,10 +23,8 @@ from pallas_kernels.backend import Unsupported
 from pallas_kernels.combine import reference
 from pallas_kernels.cost import combine_cost
 from pallas_kernels.plan import Plan
-from pallas_kernels.row_copies import SUBLANES, Rows, pipelined
+from pallas_kernels.row_copies import SUBLANES, Rows, Stage, Steps, pipelined
 from pallas_kernels.tpu import tpu_chip
-
-Stage = Literal["full", "comp", "dma"]
 
 _TILE = 2 * SUBLANES  # tokens in a tile of BF16, the narrowest result
 
@@ -101,35 +98,24 @@ def _call(kernel, looked_at: Rows, rows, plan: Plan, by_token, out, config: Conf
     num_tokens, top_k = plan.inverse.shape
     config = config or Config(looked_at.rows_at_once(num_tokens, _TILE, factor=top_k), looked_at.is_resident)
     looked_at = dataclasses.replace(looked_at, is_resident=config.is_resident)
-    block, cores = config.block_tokens, chip.cores
-    blocks = pl.cdiv(num_tokens, block)
-    steps = pl.cdiv(blocks, cores)
-    row = jnp.pad(plan.inverse, ((0, cores * steps * block - num_tokens), (0, 0)), constant_values=-1)
-    copies = row.reshape(-1, block, top_k).mT.reshape(-1, 1, top_k * block)
-
-    def step_of(core, step):
-        return core * steps + step
-
-    def next_of(core, step):
-        return step_of(core, jnp.minimum(step + 1, steps - 1))
-
-    def block_of(core, step):  # the last core may have less to do
-        return jnp.minimum(step_of(core, step), blocks - 1), 0
-
+    block = config.block_tokens
+    steps = Steps(pl.cdiv(num_tokens, block), chip.cores)
+    row = jnp.pad(plan.inverse, ((0, steps.cores * steps.each * block - num_tokens), (0, 0)), constant_values=-1)
+    copies = looked_at.copies(row.reshape(-1, block, top_k).mT.reshape(-1, 1, top_k * block))
     scalars = functools.partial(pl.BlockSpec, (1, 1, top_k * block), memory_space=pltpu.SMEM)
     cost = combine_cost(num_tokens, plan.inverse.size, rows.shape[1], dtype=rows.dtype)
     return pl.pallas_call(
-        functools.partial(kernel, rows=looked_at, steps=steps, stage=stage),
+        functools.partial(kernel, rows=looked_at, stage=stage),
         out_shape=out,
-        grid=(cores, steps),
+        grid=steps.grid,
         in_specs=[
-            scalars(lambda core, step: (step_of(core, step), 0, 0)),
-            scalars(lambda core, step: (next_of(core, step), 0, 0)),
-            pl.BlockSpec((block, top_k), lambda core, step: (step_of(core, step), 0)),
-            pl.BlockSpec((block, by_token.shape[1]), block_of),
+            scalars(lambda *at: (steps.ahead(*at), 0, 0)),
+            scalars(lambda *at: (steps.now(*at), 0, 0)),
+            pl.BlockSpec((block, top_k), lambda *at: (steps.now(*at), 0)),
+            pl.BlockSpec((block, by_token.shape[1]), lambda *at: (steps.result(*at), 0)),
             looked_at.spec,
         ],
-        out_specs=pl.BlockSpec((block, out.shape[1]), block_of),
+        out_specs=pl.BlockSpec((block, out.shape[1]), lambda *at: (steps.result(*at), 0)),
         scratch_shapes=looked_at.scratch(top_k * block),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=int(0.9 * chip.fast_memory_bytes)
@@ -139,38 +125,53 @@ def _call(kernel, looked_at: Rows, rows, plan: Plan, by_token, out, config: Conf
     )(copies, copies, row, by_token, looked_at.viewed(rows))
 
 
-def _gathered(now, following, source, buffers, semaphores, rows: Rows, steps: int, stage: Stage):
-    step = pl.program_id(1)
-    if stage == "comp":
-        return buffers.at[lax.rem(step, 2)]
-    return pipelined(rows, now, following, source, buffers, semaphores, step, steps)
+def _for_each_tile(row, rows: Rows, use) -> None:
+    """Calls use(tile, rows of its tokens [tile, K], choice) for every few tokens of a block.
+
+    choice(buffer, k, strip) are the tokens' k-th rows, some columns of them, in float32; zeros where there is none.
+    """
+    tokens, top_k = row.shape
+
+    @pl.loop(0, tokens, step=_TILE)
+    def _(first):
+        first = pl.multiple_of(first, _TILE)
+        tile = pl.ds(first, _TILE)
+        pick = [rows.picker(row[tile, pl.ds(k, 1)]) for k in range(top_k)]
+
+        def choice(buffer, k: int, strip) -> jax.Array:
+            bits = pick[k](buffer[pl.ds(k * tokens + first, _TILE), strip])
+            # A BF16 number is the upper half of a float32 one.
+            return lax.bitcast_convert_type(bits << 16 if rows.packing == 2 else bits, jnp.float32)
+
+        use(tile, row[tile], choice)
 
 
-def _choice(buffer, row, k: int, rows: Rows) -> jax.Array:
-    """The rows of the tokens' k-th choices, [tokens, H] in float32; zeros where there is none."""
-    tokens = row.shape[0]
-    bits = rows.bits(buffer[pl.ds(k * tokens, tokens)], row[:, k : k + 1])
-    # A BF16 number is the upper half of a float32 one.
-    return lax.bitcast_convert_type(bits << 16 if rows.packing == 2 else bits, jnp.float32)
+def _combine_kernel(ahead, now, row, weights, source, out, buffers, semaphores, *, rows: Rows, stage: Stage) -> None:
+    def add_up(buffer) -> None:
+        def of_tile(tile, row, choice) -> None:
+            for strip in rows.strips:
+                total = jnp.zeros((_TILE, strip.size), jnp.float32)
+                for k in range(row.shape[1]):
+                    share = choice(buffer, k, strip) * weights[tile, pl.ds(k, 1)]
+                    # The first share itself, not 0 plus it: a single choice keeps the sign of its zeros.
+                    total = jnp.where(row[:, k : k + 1] >= 0, total + share if k else share, total)
+                out[tile, strip] = total.astype(out.dtype)
+
+        _for_each_tile(row, rows, of_tile)
+
+    pipelined(rows, ahead, now, source, buffers, semaphores, stage, add_up)
 
 
-def _combine_kernel(now, following, row, weights, source, out, buffers, semaphores, *, rows, steps, stage) -> None:
-    buffer = _gathered(now, following, source, buffers, semaphores, rows, steps, stage)
-    if stage == "dma":
-        return
-    total = jnp.zeros(out.shape, jnp.float32)
-    for k in range(row.shape[1]):
-        share = _choice(buffer, row, k, rows) * weights[:, k : k + 1]
-        # The first share itself, not 0 plus it: a single choice keeps the sign of its zeros.
-        total = jnp.where(row[:, k : k + 1] >= 0, total + share if k else share, total)
-    out[...] = total.astype(out.dtype)
+def _dweights_kernel(ahead, now, row, dout, source, out, buffers, semaphores, *, rows: Rows, stage: Stage) -> None:
+    def multiply(buffer) -> None:
+        def of_tile(tile, row, choice) -> None:
+            for k in range(row.shape[1]):
+                product = jnp.zeros((_TILE, 1), jnp.float32)
+                for strip in rows.strips:
+                    gradient = dout[tile, strip].astype(jnp.float32)
+                    product += jnp.sum(gradient * choice(buffer, k, strip), axis=1, keepdims=True)
+                out[tile, pl.ds(k, 1)] = jnp.where(row[:, k : k + 1] >= 0, product, 0)
 
+        _for_each_tile(row, rows, of_tile)
 
-def _dweights_kernel(now, following, row, dout, source, out, buffers, semaphores, *, rows, steps, stage) -> None:
-    buffer = _gathered(now, following, source, buffers, semaphores, rows, steps, stage)
-    if stage == "dma":
-        return
-    gradient = dout[...].astype(jnp.float32)
-    for k in range(row.shape[1]):
-        product = jnp.sum(gradient * _choice(buffer, row, k, rows), axis=1, keepdims=True)
-        out[:, k : k + 1] = jnp.where(row[:, k : k + 1] >= 0, product, 0)
+    pipelined(rows, ahead, now, source, buffers, semaphores, stage, multiply)

@@ -12,7 +12,6 @@ buffer, and joined by shifts. So any dtype of 1, 2 or 4 bytes is copied bit by b
 
 import dataclasses
 import functools
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,10 +23,8 @@ from pallas_kernels.cost import dispatch_cost
 from pallas_kernels.dispatch import reference
 from pallas_kernels.plan import Plan
 from pallas_kernels.quantize import QTensor
-from pallas_kernels.row_copies import SUBLANES, Rows, pipelined
+from pallas_kernels.row_copies import SUBLANES, Rows, Stage, Steps, pipelined
 from pallas_kernels.tpu import tpu_chip
-
-Stage = Literal["full", "comp", "dma"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,35 +67,24 @@ def dispatch_rows(x: jax.Array, plan: Plan, config: Config | None = None, stage:
     config = config or _config(rows, num_rows)
     rows = dataclasses.replace(rows, is_resident=config.is_resident)
     block, words = config.block_rows, config.block_rows // rows.packing
-    cores = chip.cores
-    steps = pl.cdiv(pl.cdiv(num_rows, block), cores)
+    steps = Steps(pl.cdiv(num_rows, block), chip.cores)
     token = jnp.where(plan.order >= 0, plan.order // plan.inverse.shape[1], -1)
-    token = jnp.pad(token, (0, cores * steps * block - num_rows), constant_values=-1)
+    token = jnp.pad(token, (0, steps.cores * steps.each * block - num_rows), constant_values=-1)
     by_word = token.reshape(-1, rows.packing)
-    copies = by_word.reshape(-1, words, rows.packing).mT.reshape(-1, 1, block)
-
-    def step_of(core, step):
-        return core * steps + step
-
-    def next_of(core, step):
-        return step_of(core, jnp.minimum(step + 1, steps - 1))
-
-    def out_block(core, step):  # the last core may have less to do
-        return jnp.minimum(step_of(core, step), pl.cdiv(num_rows, block) - 1), 0
-
+    copies = rows.copies(by_word.reshape(-1, words, rows.packing).mT.reshape(-1, 1, block))
     scalars = functools.partial(pl.BlockSpec, (1, 1, block), memory_space=pltpu.SMEM)
     cost = dispatch_cost(*x.shape[:1], num_rows, rows.columns, in_dtype=x.dtype, out_dtype=x.dtype)
     result = pl.pallas_call(
-        functools.partial(_kernel, rows=rows, steps=steps, stage=stage),
+        functools.partial(_kernel, rows=rows, stage=stage),
         out_shape=rows.result(num_rows),
-        grid=(cores, steps),
+        grid=steps.grid,
         in_specs=[
-            scalars(lambda core, step: (step_of(core, step), 0, 0)),
-            scalars(lambda core, step: (next_of(core, step), 0, 0)),
-            pl.BlockSpec((words, rows.packing), lambda core, step: (step_of(core, step), 0)),
+            scalars(lambda *at: (steps.ahead(*at), 0, 0)),
+            scalars(lambda *at: (steps.now(*at), 0, 0)),
+            pl.BlockSpec((words, rows.packing), lambda *at: (steps.now(*at), 0)),
             rows.spec,
         ],
-        out_specs=pl.BlockSpec(rows.result_block(block), out_block),
+        out_specs=pl.BlockSpec(rows.result_block(block), lambda *at: (steps.result(*at), 0)),
         scratch_shapes=rows.scratch(block),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=int(0.9 * chip.fast_memory_bytes)
@@ -109,20 +95,22 @@ def dispatch_rows(x: jax.Array, plan: Plan, config: Config | None = None, stage:
     return rows.finished(result, num_rows, x.shape[1])
 
 
-def _kernel(now, following, by_word, x, out, buffers, semaphores, *, rows: Rows, steps: int, stage: Stage) -> None:
-    step = pl.program_id(1)
-    if stage == "comp":
-        buffer = buffers.at[lax.rem(step, 2)]
-    else:
-        buffer = pipelined(rows, now, following, x, buffers, semaphores, step, steps)
-    if stage == "dma":
-        return
-    words = by_word.shape[0]
-    joined = jnp.zeros((words, rows.columns), jnp.uint32)
-    for place in range(rows.packing):
-        part = rows.bits(buffer[pl.ds(place * words, words)], by_word[:, place : place + 1])
-        joined |= lax.shift_left(part, jnp.uint32(8 * rows.dtype.itemsize * place))
-    rows.words(out)[...] = joined
+def _kernel(ahead, now, by_word, x, out, buffers, semaphores, *, rows: Rows, stage: Stage) -> None:
+    words, result = by_word.shape[0], rows.words(out)
+
+    def join(buffer) -> None:
+        @pl.loop(0, words, step=SUBLANES)
+        def _(first):
+            first = pl.multiple_of(first, SUBLANES)
+            pick = [rows.picker(by_word[pl.ds(first, SUBLANES), pl.ds(p, 1)]) for p in range(rows.packing)]
+            for strip in rows.strips:
+                joined = jnp.zeros((SUBLANES, strip.size), jnp.uint32)
+                for place in range(rows.packing):
+                    part = pick[place](buffer[pl.ds(place * words + first, SUBLANES), strip])
+                    joined |= lax.shift_left(part, jnp.uint32(8 * rows.dtype.itemsize * place))
+                result[pl.ds(first, SUBLANES), strip] = joined
+
+    pipelined(rows, ahead, now, x, buffers, semaphores, stage, join)
 
 
 def _config(rows: Rows, num_rows: int) -> Config:

@@ -1,6 +1,10 @@
 """What the tests of TPU kernels on a machine without a TPU share."""
 
+import jax
 from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.chips import get_chip
+from pallas_kernels.target import targeting
 
 
 def interpreted(**options):
@@ -9,3 +13,14 @@ def interpreted(**options):
         detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise", **options
     )
     return pltpu.force_tpu_interpret_mode(params)
+
+
+def lower_for_tpu(function, *args, chip: str = "v6e"):
+    """Lowers for a TPU what interpret mode cannot run: its callbacks have effects, which jax.checkpoint refuses."""
+    with pltpu.force_tpu_interpret_mode(None), targeting(get_chip(chip)):
+        return jax.jit(function).trace(*args).lower(lowering_platforms=("tpu",))
+
+
+def is_interpreted(backend: str) -> bool:
+    """Whether a test of `backend` runs in interpret mode."""
+    return backend == "pallas_tpu" and jax.default_backend() != "tpu"
