@@ -22,6 +22,7 @@ COLLECTIVES = (
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _OPERATION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.+?) ([a-z][\w\-]*)\(")
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+[a-z0-9]*)\[([\d,]*)\]")
+_NO_ESTIMATE = 1 << 62
 _DTYPES = {"pred": "bool", "bf16": "bfloat16", "f16": "float16", "f32": "float32", "f64": "float64"}
 
 
@@ -43,9 +44,9 @@ class Operation:
 
     @property
     def cycles(self) -> int:
-        """The compiler's estimate, 0 where it gives none."""
+        """The compiler's estimate; 0 where it gives none, or a huge number, as for what SparseCores do."""
         found = re.search(r'"estimated_cycles":"(\d+)"', self.attributes)
-        return int(found[1]) if found else 0
+        return int(found[1]) if found and int(found[1]) < _NO_ESTIMATE else 0
 
     @property
     def source(self) -> str:

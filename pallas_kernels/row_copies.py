@@ -33,7 +33,7 @@ RESIDENT_SHARE = 0.4
 
 _IN_FLIGHT_BYTES = 2 << 20
 _MOST_ROWS = 256
-_STRIP = 1024
+_STRIP = 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,10 +159,14 @@ class Rows:
         """For rows `row` [n, 1]: words [n, columns] that hold them -> their bits in the low end, 0 where row < 0."""
         width = 8 * self.dtype.itemsize
         mask = jnp.where(row >= 0, jnp.uint32((1 << width) - 1), jnp.uint32(0))
+        return lambda words: self.shifted(words, row) & mask
+
+    def shifted(self, words: jax.Array, row: jax.Array) -> jax.Array:
+        """Words [n, columns], the bits of the rows `row` [n, 1] that they hold moved to the low end."""
         if self.packing == 1:
-            return lambda words: words & mask
-        shift = lax.bitwise_and(row, jnp.int32(self.packing - 1)).astype(jnp.uint32) * width
-        return lambda words: lax.shift_right_logical(words, jnp.broadcast_to(shift, words.shape)) & mask
+            return words
+        shift = lax.bitwise_and(row, jnp.int32(self.packing - 1)).astype(jnp.uint32) * (8 * self.dtype.itemsize)
+        return lax.shift_right_logical(words, jnp.broadcast_to(shift, words.shape))
 
 
 def to_words(x: jax.Array) -> jax.Array:

@@ -128,7 +128,7 @@ def _call(kernel, looked_at: Rows, rows, plan: Plan, by_token, out, config: Conf
 def _for_each_tile(row, rows: Rows, use) -> None:
     """Calls use(tile, rows of its tokens [tile, K], choice) for every few tokens of a block.
 
-    choice(buffer, k, strip) are the tokens' k-th rows, some columns of them, in float32; zeros where there is none.
+    choice(buffer, k, strip) are the tokens' k-th rows, some columns of them, in float32; anything where there is none.
     """
     tokens, top_k = row.shape
 
@@ -136,10 +136,10 @@ def _for_each_tile(row, rows: Rows, use) -> None:
     def _(first):
         first = pl.multiple_of(first, _TILE)
         tile = pl.ds(first, _TILE)
-        pick = [rows.picker(row[tile, pl.ds(k, 1)]) for k in range(top_k)]
+        chosen = [row[tile, pl.ds(k, 1)] for k in range(top_k)]
 
         def choice(buffer, k: int, strip) -> jax.Array:
-            bits = pick[k](buffer[pl.ds(k * tokens + first, _TILE), strip])
+            bits = rows.shifted(buffer[pl.ds(k * tokens + first, _TILE), strip], chosen[k])
             # A BF16 number is the upper half of a float32 one.
             return lax.bitcast_convert_type(bits << 16 if rows.packing == 2 else bits, jnp.float32)
 
@@ -169,8 +169,9 @@ def _dweights_kernel(ahead, now, row, dout, source, out, buffers, semaphores, *,
                 product = jnp.zeros((_TILE, 1), jnp.float32)
                 for strip in rows.strips:
                     gradient = dout[tile, strip].astype(jnp.float32)
-                    product += jnp.sum(gradient * choice(buffer, k, strip), axis=1, keepdims=True)
-                out[tile, pl.ds(k, 1)] = jnp.where(row[:, k : k + 1] >= 0, product, 0)
+                    share = jnp.where(row[:, k : k + 1] >= 0, choice(buffer, k, strip), 0)
+                    product += jnp.sum(gradient * share, axis=1, keepdims=True)
+                out[tile, pl.ds(k, 1)] = product
 
         _for_each_tile(row, rows, of_tile)
 
