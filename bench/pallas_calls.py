@@ -50,7 +50,7 @@ class PallasCall:
             mapping = params["grid_mapping"]
             values = iter(self.grid)
             sizes = tuple(size if isinstance(size, int) else next(values) for size in mapping.grid)
-            params["grid_mapping"] = mapping.replace(grid=sizes, num_dynamic_grid_bounds=0)
+            params["grid_mapping"] = mapping.replace(grid=sizes)
             args = args[self.dynamic_dims :]
         return self.equation.primitive.bind(*args, **params)
 
