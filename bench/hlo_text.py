@@ -57,9 +57,9 @@ class Operation:
     @property
     def vmem_bytes(self) -> int:
         """Fast memory that it takes for itself while it runs."""
-        configs = re.findall(r'"(?:used_)?scoped_memory_configs":\[([^\]]*)\]', self.attributes)
-        sizes = [re.findall(r'"memory_space":"1","offset":"\d+","size":"(\d+)"', config) for config in configs]
-        return max((int(size) for group in sizes for size in group), default=0)
+        used = re.search(r'"used_scoped_memory_configs":\[([^\]]*)\]', self.attributes)
+        sizes = re.findall(r'"memory_space":"1","offset":"\d+","size":"(\d+)"', used[1]) if used else []
+        return max(map(int, sizes), default=0)
 
     @property
     def is_kernel(self) -> bool:

@@ -113,6 +113,19 @@ class Rows:
         busy = _IN_FLIGHT_BYTES // (self.columns * _WORD * factor)
         return tile * max(1, min(busy, _MOST_ROWS, num_rows + tile - 1) // tile)
 
+    def vmem_limit(self, source: jax.Array, copies: int, *blocks: tuple[int, ...]) -> int:
+        """Fast memory to ask for, in bytes: what a kernel holds and some more, so that XLA may use the rest.
+
+        Args:
+          source: the matrix that the kernel gathers from.
+          copies: rows that are copied in a step.
+          *blocks: shapes of the other blocks, which are held twice, as float32.
+        """
+        held = source.nbytes if self.is_resident else 0
+        buffers = 2 * copies * self.columns * _WORD
+        other = sum(2 * _WORD * rows * -(-columns // LANES) * LANES for rows, columns in blocks)
+        return int(1.25 * (held + buffers + other)) + (4 << 20)
+
     def scratch(self, num_rows: int) -> list:
         """Scratch for two steps of `num_rows` copies: words and semaphores."""
         return [pltpu.VMEM((2, num_rows, self.columns), jnp.uint32), pltpu.SemaphoreType.DMA((2,))]

@@ -104,6 +104,8 @@ def _call(kernel, looked_at: Rows, rows, plan: Plan, by_token, out, config: Conf
     copies = looked_at.copies(row.reshape(-1, block, top_k).mT.reshape(-1, 1, top_k * block))
     scalars = functools.partial(pl.BlockSpec, (1, 1, top_k * block), memory_space=pltpu.SMEM)
     cost = combine_cost(num_tokens, plan.inverse.size, rows.shape[1], dtype=rows.dtype)
+    seen = looked_at.viewed(rows)
+    blocks = (block, top_k), (block, by_token.shape[1]), (block, out.shape[1])
     return pl.pallas_call(
         functools.partial(kernel, rows=looked_at, stage=stage),
         out_shape=out,
@@ -118,11 +120,12 @@ def _call(kernel, looked_at: Rows, rows, plan: Plan, by_token, out, config: Conf
         out_specs=pl.BlockSpec((block, out.shape[1]), lambda *at: (steps.result(*at), 0)),
         scratch_shapes=looked_at.scratch(top_k * block),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=int(0.9 * chip.fast_memory_bytes)
+            dimension_semantics=("parallel", "arbitrary"),
+            vmem_limit_bytes=looked_at.vmem_limit(seen, copies.shape[2], *blocks),
         ),
         cost_estimate=pl.CostEstimate(flops=cost.flops, transcendentals=0, bytes_accessed=cost.hbm_bytes),
         name=name,
-    )(copies, copies, row, by_token, looked_at.viewed(rows))
+    )(copies, copies, row, by_token, seen)
 
 
 def _for_each_tile(row, rows: Rows, use) -> None:

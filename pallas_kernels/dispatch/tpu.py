@@ -74,6 +74,7 @@ def dispatch_rows(x: jax.Array, plan: Plan, config: Config | None = None, stage:
     copies = rows.copies(by_word.reshape(-1, words, rows.packing).mT.reshape(-1, 1, block))
     scalars = functools.partial(pl.BlockSpec, (1, 1, block), memory_space=pltpu.SMEM)
     cost = dispatch_cost(*x.shape[:1], num_rows, rows.columns, in_dtype=x.dtype, out_dtype=x.dtype)
+    seen = rows.viewed(x)
     result = pl.pallas_call(
         functools.partial(_kernel, rows=rows, stage=stage),
         out_shape=rows.result(num_rows),
@@ -87,11 +88,12 @@ def dispatch_rows(x: jax.Array, plan: Plan, config: Config | None = None, stage:
         out_specs=pl.BlockSpec(rows.result_block(block), lambda *at: (steps.result(*at), 0)),
         scratch_shapes=rows.scratch(block),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=int(0.9 * chip.fast_memory_bytes)
+            dimension_semantics=("parallel", "arbitrary"),
+            vmem_limit_bytes=rows.vmem_limit(seen, block, (block, rows.columns), (words, rows.packing)),
         ),
         cost_estimate=pl.CostEstimate(flops=0, transcendentals=0, bytes_accessed=cost.hbm_bytes),
         name="dispatch",
-    )(copies, copies, by_word, rows.viewed(x))
+    )(copies, copies, by_word, seen)
     return rows.finished(result, num_rows, x.shape[1])
 
 

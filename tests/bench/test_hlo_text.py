@@ -24,7 +24,7 @@ ENTRY %main (x: bf16[8,128]) -> bf16[8,128] {
   %x = bf16[8,128]{1,0} parameter(0)
   %while.1 = (s32[], bf16[8,128]) while(%x), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"3"}}
   %c = f32[4]{0} conditional(%x, %x, %x), branch_computations={%once, %twice}
-  %grouped_matmul.2 = f32[16,128]{1,0} custom-call(%x), custom_call_target="tpu_custom_call", backend_config={"scoped_memory_configs":[{"memory_space":"1","offset":"0","size":"8192"}]}
+  %grouped_matmul.2 = f32[16,128]{1,0} custom-call(%x), custom_call_target="tpu_custom_call", backend_config={"scoped_memory_configs":[{"memory_space":"1","offset":"0","size":"99999"}],"used_scoped_memory_configs":[{"memory_space":"1","offset":"0","size":"8192"}]}
   %start = (f32[4]{0}, f32[4]{0}) all-reduce-start(%c), to_apply=%add
   %huge = f32[4]{0} fusion(%c), kind=kCustom, calls=%f, backend_config={"window_config":{"estimated_cycles":"9223372036854775807"}}
   ROOT %y = bf16[8,128]{1,0} copy(%x), backend_config={"window_config":{"estimated_cycles":"7"}}
