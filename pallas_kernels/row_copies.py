@@ -205,11 +205,12 @@ def _has_views() -> bool:
     return target_platform() == "tpu"
 
 
-def pipelined(rows: Rows, ahead, now, source, buffers, semaphores, stage: Stage, use: Callable) -> None:
+def pipelined(rows: Rows, steps: "Steps", ahead, now, source, buffers, semaphores, stage: Stage, use: Callable) -> None:
     """The body of a kernel with a grid of (cores, steps + 1): copies the rows of a step while those before are used.
 
     Args:
       rows: of the source.
+      steps: of the kernel.
       ahead: what to copy in this step, from `Rows.copies`, in scalar memory.
       now: what the step before has copied.
       source: the matrix.
@@ -221,11 +222,14 @@ def pipelined(rows: Rows, ahead, now, source, buffers, semaphores, stage: Stage,
     step = pl.program_id(1)
     slot = lax.rem(step, jnp.int32(2))
 
-    @pl.when((step + 1 < pl.num_programs(1)) & (stage != "comp"))
-    def _():
-        rows.start(ahead, source, buffers.at[slot], semaphores.at[slot])
+    if stage != "comp":
 
-    @pl.when(step > 0)
+        @pl.when((step < steps.each) & (steps.ahead(pl.program_id(0), step) < steps.blocks))
+        def _():
+            rows.start(ahead, source, buffers.at[slot], semaphores.at[slot])
+
+    # A block beyond the result shares the window of the last one, which has to stay as it is.
+    @pl.when((step > 0) & (steps.now(pl.program_id(0), step) < steps.blocks))
     def _():
         if stage != "comp":
             rows.wait(now, source, buffers.at[1 - slot], semaphores.at[1 - slot])
@@ -245,9 +249,14 @@ class Steps:
     blocks: int
     cores: int
 
+    @classmethod
+    def of(cls, blocks: int, cores: int) -> "Steps":
+        """Deals `blocks` to at most `cores` cores, each of which gets some."""
+        return cls(blocks, pl.cdiv(blocks, pl.cdiv(blocks, cores)))
+
     @property
     def each(self) -> int:
-        """Blocks of a core; the last core's may go beyond the result, and do nothing then."""
+        """Blocks of a core; the last core's may go beyond the result, and are not made then."""
         return pl.cdiv(self.blocks, self.cores)
 
     @property

@@ -99,7 +99,7 @@ def _call(kernel, looked_at: Rows, rows, plan: Plan, by_token, out, config: Conf
     config = config or Config(looked_at.rows_at_once(num_tokens, _TILE, factor=top_k), looked_at.is_resident)
     looked_at = dataclasses.replace(looked_at, is_resident=config.is_resident)
     block = config.block_tokens
-    steps = Steps(pl.cdiv(num_tokens, block), chip.cores)
+    steps = Steps.of(pl.cdiv(num_tokens, block), chip.cores)
     row = jnp.pad(plan.inverse, ((0, steps.cores * steps.each * block - num_tokens), (0, 0)), constant_values=-1)
     copies = looked_at.copies(row.reshape(-1, block, top_k).mT.reshape(-1, 1, top_k * block))
     scalars = functools.partial(pl.BlockSpec, (1, 1, top_k * block), memory_space=pltpu.SMEM)
@@ -107,7 +107,7 @@ def _call(kernel, looked_at: Rows, rows, plan: Plan, by_token, out, config: Conf
     seen = looked_at.viewed(rows)
     blocks = (block, top_k), (block, by_token.shape[1]), (block, out.shape[1])
     return pl.pallas_call(
-        functools.partial(kernel, rows=looked_at, stage=stage),
+        functools.partial(kernel, rows=looked_at, steps=steps, stage=stage),
         out_shape=out,
         grid=steps.grid,
         in_specs=[
@@ -149,7 +149,9 @@ def _for_each_tile(row, rows: Rows, use) -> None:
         use(tile, row[tile], choice)
 
 
-def _combine_kernel(ahead, now, row, weights, source, out, buffers, semaphores, *, rows: Rows, stage: Stage) -> None:
+def _combine_kernel(
+    ahead, now, row, weights, source, out, buffers, semaphores, *, rows: Rows, steps: Steps, stage: Stage
+) -> None:
     def add_up(buffer) -> None:
         def of_tile(tile, row, choice) -> None:
             for strip in rows.strips:
@@ -162,10 +164,12 @@ def _combine_kernel(ahead, now, row, weights, source, out, buffers, semaphores, 
 
         _for_each_tile(row, rows, of_tile)
 
-    pipelined(rows, ahead, now, source, buffers, semaphores, stage, add_up)
+    pipelined(rows, steps, ahead, now, source, buffers, semaphores, stage, add_up)
 
 
-def _dweights_kernel(ahead, now, row, dout, source, out, buffers, semaphores, *, rows: Rows, stage: Stage) -> None:
+def _dweights_kernel(
+    ahead, now, row, dout, source, out, buffers, semaphores, *, rows: Rows, steps: Steps, stage: Stage
+) -> None:
     def multiply(buffer) -> None:
         def of_tile(tile, row, choice) -> None:
             for k in range(row.shape[1]):
@@ -178,4 +182,4 @@ def _dweights_kernel(ahead, now, row, dout, source, out, buffers, semaphores, *,
 
         _for_each_tile(row, rows, of_tile)
 
-    pipelined(rows, ahead, now, source, buffers, semaphores, stage, multiply)
+    pipelined(rows, steps, ahead, now, source, buffers, semaphores, stage, multiply)

@@ -67,7 +67,7 @@ def dispatch_rows(x: jax.Array, plan: Plan, config: Config | None = None, stage:
     config = config or _config(rows, num_rows)
     rows = dataclasses.replace(rows, is_resident=config.is_resident)
     block, words = config.block_rows, config.block_rows // rows.packing
-    steps = Steps(pl.cdiv(num_rows, block), chip.cores)
+    steps = Steps.of(pl.cdiv(num_rows, block), chip.cores)
     token = jnp.where(plan.order >= 0, plan.order // plan.inverse.shape[1], -1)
     token = jnp.pad(token, (0, steps.cores * steps.each * block - num_rows), constant_values=-1)
     by_word = token.reshape(-1, rows.packing)
@@ -76,7 +76,7 @@ def dispatch_rows(x: jax.Array, plan: Plan, config: Config | None = None, stage:
     cost = dispatch_cost(*x.shape[:1], num_rows, rows.columns, in_dtype=x.dtype, out_dtype=x.dtype)
     seen = rows.viewed(x)
     result = pl.pallas_call(
-        functools.partial(_kernel, rows=rows, stage=stage),
+        functools.partial(_kernel, rows=rows, steps=steps, stage=stage),
         out_shape=rows.result(num_rows),
         grid=steps.grid,
         in_specs=[
@@ -97,7 +97,7 @@ def dispatch_rows(x: jax.Array, plan: Plan, config: Config | None = None, stage:
     return rows.finished(result, num_rows, x.shape[1])
 
 
-def _kernel(ahead, now, by_word, x, out, buffers, semaphores, *, rows: Rows, stage: Stage) -> None:
+def _kernel(ahead, now, by_word, x, out, buffers, semaphores, *, rows: Rows, steps: Steps, stage: Stage) -> None:
     words, result = by_word.shape[0], rows.words(out)
 
     def join(buffer) -> None:
@@ -112,7 +112,7 @@ def _kernel(ahead, now, by_word, x, out, buffers, semaphores, *, rows: Rows, sta
                     joined |= lax.shift_left(part, jnp.uint32(8 * rows.dtype.itemsize * place))
                 result[pl.ds(first, SUBLANES), strip] = joined
 
-    pipelined(rows, ahead, now, x, buffers, semaphores, stage, join)
+    pipelined(rows, steps, ahead, now, x, buffers, semaphores, stage, join)
 
 
 def _config(rows: Rows, num_rows: int) -> Config:

@@ -1,0 +1,23 @@
+"""Kernels for TPUs have to compile for each of them: interpret mode accepts layouts that the compiler refuses."""
+
+import pytest
+
+from bench.libtpu import libtpu_version, run_job
+
+KERNELS = {
+    "dispatch": ["dispatch"],
+    "dispatch 8 bits": ["dispatch"],
+    "dispatch float16": ["dispatch"],
+    "dispatch 2880": ["dispatch"],
+    "dispatch streamed": ["dispatch"],
+    "combine": ["combine_dweights", "dispatch"],
+    "gate/up": ["grouped_gate_up"],
+    "matmul": ["grouped_matmul", "grouped_matmul_drhs"],
+    "matmul 8 bits": ["grouped_matmul"],
+}
+
+
+@pytest.mark.skipif(libtpu_version() is None, reason="libtpu is not installed (EXTRAS=aot)")
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
+def test_kernels_compile(topology):
+    assert run_job("tests.pallas_kernels.aot_gate", {"topology": topology}, timeout=500) == KERNELS
