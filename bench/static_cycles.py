@@ -65,12 +65,16 @@ def compile_alone(kernels: Sequence[PallasCall], job: Mapping[str, Any]) -> dict
     """The other end: compiles the kernels of job["kernels"] for one device of job["topology"]."""
     folder = Path(job["folder"])
     topology = topologies.get_topology_desc(platform="tpu", topology_name=job["topology"])
-    sharding = NamedSharding(Mesh(topology.devices[:1], "x"), PartitionSpec())
+    mesh = Mesh(topology.devices[:1], "x")
+    sharding = NamedSharding(mesh, PartitionSpec())
     reasons: dict[int, str] = {}
     for index in job["kernels"]:
         Path(folder, _CURRENT).write_text(str(index))
         try:
-            jax.jit(kernels[index].function, keep_unused=True).lower(*kernels[index].arguments(sharding)).compile()
+            function = jax.jit(kernels[index].function, keep_unused=True)
+            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # says which TPU the kernel is for
+                lowered = function.lower(*kernels[index].arguments(sharding))
+            lowered.compile()
         except Exception as error:  # the compiler's reason is the result; the other kernels go on
             reasons[index] = one_line(f"{type(error).__name__}: {error}")
         done = Path(folder, str(index))

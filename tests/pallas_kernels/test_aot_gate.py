@@ -10,7 +10,7 @@ KERNELS = {
     "dispatch float16": ["dispatch"],
     "dispatch 2880": ["dispatch"],
     "dispatch streamed": ["dispatch"],
-    "combine": ["combine_dweights", "dispatch"],
+    "combine": ["combine", "combine_dweights", "dispatch"],
     "gate/up": ["grouped_gate_up"],
     "matmul": ["grouped_matmul", "grouped_matmul_drhs"],
     "matmul 8 bits": ["grouped_matmul"],
