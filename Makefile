@@ -4,7 +4,7 @@
 # pyproject.toml changes. Variables, on the command line or in the environment:
 #   PYTHON      the Python to make .venv with; given on the command line, no other is tried
 #   EXTRAS      further extras of pyproject.toml to install: EXTRAS=tpu, EXTRAS=gpu,plots
-#   ARGS        further arguments for bench.decode or bench.gpu; a repeated option overrides the one given here
+#   ARGS        further arguments for bench.decode, bench.gpu or bench.aot; a repeated option overrides the one given here
 #   TEST_ARGS   further arguments for pytest: TEST_ARGS="-n 0 -k dispatch"
 #   GPU_PYTHON  the Python of `make test-gpu` and `make bench-gpu`, which already has jax, flax and pytest
 
@@ -18,7 +18,7 @@ SHELL := /bin/sh
 .SHELLFLAGS := -euc
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help setup decode test lint format test-gpu bench-gpu clean base tools
+.PHONY: help setup decode test lint format test-gpu bench-gpu aot clean base tools compiler
 
 RUN := .venv/bin/python
 GPU_PYTHON ?= python3
@@ -60,6 +60,14 @@ bench-gpu:  ## time the GPU kernels and their peers with GPU_PYTHON, show the fi
 	$(GPU_PYTHON) -m bench.publish docs/results/h200.json
 	exit "$$status"
 
+# Status 1 says that something does not compile; the rest is shown all the same.
+aot: compiler  ## compile the full-size layer for every TPU, forward and training, with no TPU at hand
+	status=0
+	for pass in '' --grad; do
+	  $(RUN) -m bench.aot --all --precision w8a8 --precision w16a16 $$pass $(ARGS) || status=1
+	done
+	exit "$$status"
+
 clean:  ## remove .venv, caches and build outputs
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name .git -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
@@ -69,6 +77,9 @@ base:
 
 tools:
 	@$(call install,test)
+
+compiler:
+	@$(call install,aot)
 
 # ---- How .venv is made -----------------------------------------------------------------------------------------------
 

@@ -38,6 +38,11 @@ class PallasCall:
         return self.equation.params["grid_mapping"].num_dynamic_grid_bounds
 
     @property
+    def has_dynamic_loops(self) -> bool:
+        """Whether the kernel has loops of its own whose trips only the data tell."""
+        return any(equation.primitive.name == "while" for equation in _equations(self.equation.params["jaxpr"]))
+
+    @property
     def hbm_bytes(self) -> int | None:
         """What the kernel says that it moves, None if it says nothing."""
         estimate = self.equation.params["cost_estimate"]
@@ -110,6 +115,14 @@ def _walk(jaxpr: core.Jaxpr, values: dict[Any, Any], times: int) -> Iterator[tup
             values |= dict(
                 zip(equation.outvars, results if equation.primitive.multiple_results else [results], strict=True)
             )
+
+
+def _equations(jaxpr: core.Jaxpr) -> Iterator[Any]:
+    for equation in jaxpr.eqns:
+        yield equation
+        for leaf in jax.tree.leaves(dict(equation.params), is_leaf=_is_jaxpr):
+            if _is_jaxpr(leaf):
+                yield from _equations(leaf)
 
 
 def _is_jaxpr(value: Any) -> bool:
