@@ -15,6 +15,9 @@ from jax.extend import core
 _OWN_ARGUMENTS = ("scan", "while", "cond")
 """Primitives whose bodies take other arguments than they do themselves."""
 
+_MOST_ELEMENTS = 1 << 20
+"""What is larger is no index, and is not worked out."""
+
 
 @dataclasses.dataclass(frozen=True)
 class PallasCall:
@@ -76,7 +79,7 @@ def find_kernels(traced: core.Jaxpr, known: Mapping[int, Any] | None = None) -> 
     """
     values = {variable: (known or {}).get(i) for i, variable in enumerate(traced.invars)} | _constants(traced)
     found: dict[str, PallasCall] = {}
-    for equation, calls, grid in _walk(traced, values, 1):
+    for equation, calls, grid in _walk(traced, values, 1, known is not None):
         operands = [str(variable.aval) for variable in equation.invars]
         identity = f"{equation.params} {operands} {grid}"
         before = found.get(identity)
@@ -85,8 +88,14 @@ def find_kernels(traced: core.Jaxpr, known: Mapping[int, Any] | None = None) -> 
     return list(found.values())
 
 
-def _walk(jaxpr: core.Jaxpr, values: dict[Any, Any], times: int) -> Iterator[tuple[Any, int, tuple[int, ...] | None]]:
-    """Every kernel's equation with its calls and grid; works out on the way what follows from known values."""
+def _walk(
+    jaxpr: core.Jaxpr, values: dict[Any, Any], times: int, works_out: bool
+) -> Iterator[tuple[Any, int, tuple[int, ...] | None]]:
+    """Every kernel's equation with its calls and grid.
+
+    With `works_out`, what follows from known values is worked out on the way; not so for a function that is laid out
+    over the devices of a slice, which are not here.
+    """
 
     def read(variable: Any) -> Any:
         return variable.val if isinstance(variable, core.Literal) else values.get(variable)
@@ -98,6 +107,10 @@ def _walk(jaxpr: core.Jaxpr, values: dict[Any, Any], times: int) -> Iterator[tup
             is_known = bool(bounds) and all(bound is not None for bound in bounds)
             yield equation, times, tuple(int(bound) for bound in bounds) if is_known else None
             continue
+        is_small = sum(_size(variable) for variable in equation.outvars) <= _MOST_ELEMENTS
+        if works_out and is_small and all(value is not None for value in inputs) and not _has_kernel(equation):
+            _evaluate(equation, inputs, values)
+            continue
         leaves = jax.tree.leaves(dict(equation.params), is_leaf=_is_jaxpr)
         inner = [leaf for leaf in leaves if _is_jaxpr(leaf)]
         binds = equation.primitive.name not in _OWN_ARGUMENTS
@@ -105,16 +118,25 @@ def _walk(jaxpr: core.Jaxpr, values: dict[Any, Any], times: int) -> Iterator[tup
             binds = binds and len(body.invars) == len(inputs)
             below = dict(zip(body.invars, inputs if binds else [None] * len(body.invars), strict=True))
             below |= _constants(body)
-            yield from _walk(body, below, times * equation.params.get("length", 1))
+            yield from _walk(body, below, times * equation.params.get("length", 1), works_out)
             if binds and len(inner) == 1:
                 for outer, result in zip(equation.outvars, body.outvars, strict=True):
                     values[outer] = result.val if isinstance(result, core.Literal) else below.get(result)
-        if not inner and inputs and all(value is not None for value in inputs):
-            with jax.ensure_compile_time_eval():
-                results = equation.primitive.bind(*map(np.asarray, inputs), **equation.params)
-            values |= dict(
-                zip(equation.outvars, results if equation.primitive.multiple_results else [results], strict=True)
-            )
+
+
+def _size(variable: Any) -> int:
+    return variable.aval.size
+
+
+def _evaluate(equation: Any, inputs: list[Any], values: dict[Any, Any]) -> None:
+    with jax.ensure_compile_time_eval():
+        results = equation.primitive.bind(*map(np.asarray, inputs), **equation.params)
+    values |= dict(zip(equation.outvars, results if equation.primitive.multiple_results else [results], strict=True))
+
+
+def _has_kernel(equation: Any) -> bool:
+    bodies = [leaf for leaf in jax.tree.leaves(dict(equation.params), is_leaf=_is_jaxpr) if _is_jaxpr(leaf)]
+    return any(inner.primitive.name == "pallas_call" for body in bodies for inner in _equations(body))
 
 
 def _equations(jaxpr: core.Jaxpr) -> Iterator[Any]:

@@ -28,13 +28,14 @@ NOTE = (
 )
 
 
-def kernel_cycles(module: str, job: Mapping[str, Any], count: int) -> list[int | str]:
+def kernel_cycles(module: str, job: Mapping[str, Any], count: int, timeout: float = 120) -> list[int | str]:
     """The cycles of kernels 0 … count − 1, or why there is no figure.
 
     Args:
       module: one whose `main` serves jobs with `compile_alone`.
       job: what it is given, besides "kernels" and "folder".
       count: kernels.
+      timeout: seconds for all of them; the compiler walks a grid step by step, and large ones take it long.
     """
     answers: list[int | str] = []
     while len(answers) < count:
@@ -47,6 +48,7 @@ def kernel_cycles(module: str, job: Mapping[str, Any], count: int) -> list[int |
                     module,
                     {**job, "kernels": rest, "folder": folder},
                     options=f"--xla_jf_dump_static_llo_profile_to={folder}",
+                    timeout=timeout,
                 )["reasons"]
             except CompileError as error:
                 died = str(error)

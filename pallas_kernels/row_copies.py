@@ -219,18 +219,18 @@ def pipelined(rows: Rows, steps: "Steps", ahead, now, source, buffers, semaphore
       stage: "comp" copies nothing, "dma" uses nothing.
       use: is called with the buffer that holds the rows `now`.
     """
-    step = pl.program_id(1)
+    core, step = pl.program_id(0), pl.program_id(1)
     slot = lax.rem(step, jnp.int32(2))
 
     if stage != "comp":
 
-        @pl.when((step < steps.each) & (steps.ahead(pl.program_id(0), step) < steps.blocks))
-        def _():
+        @pl.when((step < steps.each) & (steps.ahead(core, step) < steps.blocks))
+        def ask_for_rows():
             rows.start(ahead, source, buffers.at[slot], semaphores.at[slot])
 
     # A block beyond the result shares the window of the last one, which has to stay as it is.
-    @pl.when((step > 0) & (steps.now(pl.program_id(0), step) < steps.blocks))
-    def _():
+    @pl.when((step > 0) & (steps.now(core, step) < steps.blocks))
+    def use_rows():
         if stage != "comp":
             rows.wait(now, source, buffers.at[1 - slot], semaphores.at[1 - slot])
         if stage != "dma":

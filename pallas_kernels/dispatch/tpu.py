@@ -73,7 +73,7 @@ def dispatch_rows(x: jax.Array, plan: Plan, config: Config | None = None, stage:
     by_word = token.reshape(-1, rows.packing)
     copies = rows.copies(by_word.reshape(-1, words, rows.packing).mT.reshape(-1, 1, block))
     scalars = functools.partial(pl.BlockSpec, (1, 1, block), memory_space=pltpu.SMEM)
-    cost = dispatch_cost(*x.shape[:1], num_rows, rows.columns, in_dtype=x.dtype, out_dtype=x.dtype)
+    cost = dispatch_cost(x.shape[0], num_rows, rows.columns, in_dtype=x.dtype, out_dtype=x.dtype)
     seen = rows.viewed(x)
     result = pl.pallas_call(
         functools.partial(_kernel, rows=rows, steps=steps, stage=stage),
