@@ -18,7 +18,10 @@ from collections.abc import Mapping
 from types import MappingProxyType, ModuleType
 from typing import Any
 
+import jax
+
 from pallas_kernels.target import target_platform
+from pallas_kernels.varying import vary_over, varying_axes
 
 MODULES: Mapping[str, str] = MappingProxyType({"xla": "reference", "pallas_tpu": "tpu", "pallas_gpu": "gpu"})
 _PREFERRED: Mapping[str, str] = MappingProxyType({"tpu": "pallas_tpu", "gpu": "pallas_gpu"})
@@ -49,14 +52,21 @@ def run(operator: str, function: str, backend: str, *args: Any, **kwargs: Any) -
     """
     check_backend(backend)
     if backend != "auto":
-        return getattr(_load(operator, backend), function)(*args, **kwargs)
+        return _call(operator, function, backend, args, kwargs)
     preferred = _PREFERRED.get(target_platform())
     if preferred in available(operator):
         try:
-            return getattr(_load(operator, preferred), function)(*args, **kwargs)
+            return _call(operator, function, preferred, args, kwargs)
         except Unsupported as reason:
             _say_once(operator, str(reason))
-    return getattr(_load(operator, "xla"), function)(*args, **kwargs)
+    return _call(operator, function, "xla", args, kwargs)
+
+
+def _call(operator: str, function: str, backend: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Calls it. Inside `jax.shard_map`, what a kernel returns varies over the mesh axes that its operands vary over."""
+    result = getattr(_load(operator, backend), function)(*args, **kwargs)
+    operands = [leaf for leaf in jax.tree.leaves((args, kwargs)) if isinstance(leaf, jax.Array)]
+    return vary_over(result, varying_axes(operands))
 
 
 def _load(operator: str, backend: str) -> ModuleType:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.backend import run
 from pallas_kernels.plan import Plan
+from pallas_kernels.varying import vary_alike
 
 
 def combine(
@@ -49,7 +50,7 @@ def combine(
             f"weights must have the plan's shape [T, K] = {list(plan.inverse.shape)}, got {list(weights.shape)}"
         )
     out_dtype = rows.dtype if preferred_element_type is None else jnp.dtype(preferred_element_type)
-    return _combine(backend, out_dtype, rows, plan, weights)
+    return _combine(backend, out_dtype, *vary_alike((rows, plan, weights)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

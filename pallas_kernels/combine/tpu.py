@@ -25,6 +25,7 @@ from pallas_kernels.cost import combine_cost
 from pallas_kernels.plan import Plan
 from pallas_kernels.row_copies import SUBLANES, Rows, Stage, Steps, pipelined
 from pallas_kernels.tpu import tpu_chip
+from pallas_kernels.varying import result_varying_as
 
 _TILE = 2 * SUBLANES  # tokens in a tile of BF16, the narrowest result
 
@@ -108,7 +109,7 @@ def _call(kernel, looked_at: Rows, rows, plan: Plan, by_token, out, config: Conf
     blocks = (block, top_k), (block, by_token.shape[1]), (block, out.shape[1])
     return pl.pallas_call(
         functools.partial(kernel, rows=looked_at, steps=steps, stage=stage),
-        out_shape=out,
+        out_shape=result_varying_as(rows, out.shape, out.dtype),
         grid=steps.grid,
         in_specs=[
             scalars(lambda *at: (steps.ahead(*at), 0, 0)),

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from pallas_kernels.backend import run
 from pallas_kernels.plan import Plan
 from pallas_kernels.quantize import QTensor, check_qtensor
+from pallas_kernels.varying import vary_alike
 
 
 def dispatch[Rows: jax.Array | QTensor](x: Rows, plan: Plan, *, backend: str = "auto") -> Rows:
@@ -40,7 +41,7 @@ def dispatch[Rows: jax.Array | QTensor](x: Rows, plan: Plan, *, backend: str = "
                 "quantize with scaling '1x128' or 'per_row'"
             )
         return run("dispatch", "dispatch", backend, jax.lax.stop_gradient(x), plan)
-    return _dispatch(backend, x, plan)
+    return _dispatch(backend, *vary_alike((x, plan)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

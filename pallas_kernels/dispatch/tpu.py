@@ -25,6 +25,7 @@ from pallas_kernels.plan import Plan
 from pallas_kernels.quantize import QTensor
 from pallas_kernels.row_copies import SUBLANES, Rows, Stage, Steps, pipelined
 from pallas_kernels.tpu import tpu_chip
+from pallas_kernels.varying import result_varying_as
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,10 +75,10 @@ def dispatch_rows(x: jax.Array, plan: Plan, config: Config | None = None, stage:
     copies = rows.copies(by_word.reshape(-1, words, rows.packing).mT.reshape(-1, 1, block))
     scalars = functools.partial(pl.BlockSpec, (1, 1, block), memory_space=pltpu.SMEM)
     cost = dispatch_cost(x.shape[0], num_rows, rows.columns, in_dtype=x.dtype, out_dtype=x.dtype)
-    seen = rows.viewed(x)
+    seen, out = rows.viewed(x), rows.result(num_rows)
     result = pl.pallas_call(
         functools.partial(_kernel, rows=rows, steps=steps, stage=stage),
-        out_shape=rows.result(num_rows),
+        out_shape=result_varying_as(x, out.shape, out.dtype),
         grid=steps.grid,
         in_specs=[
             scalars(lambda *at: (steps.ahead(*at), 0, 0)),

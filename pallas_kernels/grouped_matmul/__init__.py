@@ -31,6 +31,7 @@ from pallas_kernels.quantize import (
     quantize,
     scale_shape,
 )
+from pallas_kernels.varying import vary_alike
 
 
 def grouped_matmul(
@@ -72,7 +73,8 @@ def grouped_matmul(
         out_dtype=_result_dtype(lhs, preferred_element_type),
         backend=backend,
     )
-    return _matmul(settings, lhs, rhs, bias, group_sizes, jnp.asarray(group_offset, jnp.int32))
+    operands = lhs, rhs, bias, group_sizes, jnp.asarray(group_offset, jnp.int32)
+    return _matmul(settings, *vary_alike(operands))
 
 
 def grouped_gate_up(
@@ -122,7 +124,8 @@ def grouped_gate_up(
         activation_limit=activation_limit,
         backend=backend,
     )
-    return _gate_up(settings, lhs, rhs, bias, group_sizes, jnp.asarray(group_offset, jnp.int32))
+    operands = lhs, rhs, bias, group_sizes, jnp.asarray(group_offset, jnp.int32)
+    return _gate_up(settings, *vary_alike(operands))
 
 
 def grouped_gate_up_in_8_bits(

@@ -21,6 +21,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.backend import Unsupported
 from pallas_kernels.chips import MIB, Chip
+from pallas_kernels.varying import result_varying_as
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +154,7 @@ def grouped_drhs(
     itemsize = lhs.dtype.itemsize
     return pl.pallas_call(
         body,
-        out_shape=jax.ShapeDtypeStruct((num_groups, depth, columns), out_dtype),
+        out_shape=result_varying_as(lhs, (num_groups, depth, columns), out_dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
             grid=(pl.cdiv(depth, config.block_k), pl.cdiv(columns, config.block_n), visits.count),

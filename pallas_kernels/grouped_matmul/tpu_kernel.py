@@ -27,6 +27,7 @@ from pallas_kernels.grouped_matmul.tpu_core import Core
 from pallas_kernels.grouped_matmul.tpu_math import Arithmetic
 from pallas_kernels.grouped_matmul.tpu_memory import Config, Inputs, Layout, Scratch, Stage
 from pallas_kernels.grouped_matmul.tpu_rows import Groups, Tile
+from pallas_kernels.varying import result_varying_as
 
 
 def grouped_product(
@@ -69,7 +70,7 @@ def grouped_product(
     in_hbm = pl.BlockSpec(memory_space=pltpu.HBM)  # elsewhere XLA might move what it believes to fit VMEM
     return pl.pallas_call(
         body,
-        out_shape=jax.ShapeDtypeStruct((layout.strips, layout.sublanes, layout.columns), arithmetic.out_dtype),
+        out_shape=result_varying_as(inputs.lhs, (layout.strips, layout.sublanes, layout.columns), arithmetic.out_dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(cores,),
