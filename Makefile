@@ -25,6 +25,11 @@ GPU_PYTHON ?= python3
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
+# The tests bring the TPU compiler with them, and where it is installed jax complains that there is no TPU.
+ifeq ($(wildcard /dev/accel[0-9]* /dev/vfio/[0-9]* /dev/nvidia[0-9]* /dev/kfd),)
+export JAX_PLATFORMS ?= cpu
+endif
+
 help:  ## list the targets
 	@echo 'Usage: make TARGET [ARGS="..."] [TEST_ARGS="..."] [EXTRAS=tpu] [PYTHON=/path/to/python3]'
 	sed -n 's/^\([a-z-]*\):.*  ## /\1:/p' Makefile | while IFS=: read -r target text; do

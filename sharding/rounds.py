@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.varying import vary_over, varying_axes
+
 Round = Callable[[jax.Array, Any, Any], jax.Array]
 
 
@@ -31,7 +33,8 @@ def sum_over_rounds(function: Round, count: jax.Array, constants: Any, args: Any
     def body(index: jax.Array, so_far: jax.Array) -> jax.Array:
         return so_far + function(index, constants, args)
 
-    return lax.fori_loop(0, count, body, jnp.zeros(total.shape, total.dtype))
+    zeros = vary_over(jnp.zeros(total.shape, total.dtype), varying_axes((constants, args)))
+    return lax.fori_loop(0, count, body, zeros)
 
 
 def _forward(function, count, constants, args):
@@ -54,7 +57,8 @@ def _backward(function, residuals, dout):
         (gradients,) = pullback(dout)
         return [total + g.astype(jnp.float32) for total, g in zip(so_far, gradients, strict=True)]
 
-    totals = lax.fori_loop(0, count, body, [jnp.zeros(leaves[i].shape, jnp.float32) for i in trained])
+    zeros = [vary_over(jnp.zeros(leaves[i].shape, jnp.float32), varying_axes(leaves[i])) for i in trained]
+    totals = lax.fori_loop(0, count, body, zeros)
     gradients = [None] * len(leaves)
     for i, total in zip(trained, totals, strict=True):
         gradients[i] = total.astype(leaves[i].dtype)

@@ -13,6 +13,7 @@ from jax import lax
 
 from pallas_kernels.activations import Activation, gated_halves
 from pallas_kernels.quantize import Operand, QTensor, dequantize, quantize
+from pallas_kernels.varying import vary_over, varying_axes
 
 _BLOCK_M = 64
 
@@ -86,7 +87,7 @@ def grouped_matmul_drhs(
     zeros = jnp.zeros((num_groups, lhs.shape[1], dout.shape[1]), jnp.float32)
     if lhs.shape[0] == 0:
         return zeros.astype(out_dtype)
-    return lax.fori_loop(0, blocks.count, body, zeros).astype(out_dtype)
+    return lax.fori_loop(0, blocks.count, body, vary_over(zeros, varying_axes(lhs))).astype(out_dtype)
 
 
 class _Blocks:
@@ -139,7 +140,7 @@ def _map_blocks(
     zeros = jnp.zeros((lhs.shape[0], num_columns), out_dtype)
     if lhs.shape[0] == 0:
         return zeros
-    return lax.fori_loop(0, blocks.count, body, zeros)
+    return lax.fori_loop(0, blocks.count, body, vary_over(zeros, varying_axes(lhs)))
 
 
 def _product(

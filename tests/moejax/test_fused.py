@@ -7,6 +7,8 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from moejax import Quantization, fused_experts, make_mesh, quantize
+from pallas_kernels.chips import get_chip
+from pallas_kernels.target import targeting
 from tests.helpers import LIMIT, float64, normal, relative_error
 from tests.pallas_kernels.grouped import gated, values
 
@@ -86,15 +88,36 @@ def test_choices_that_are_not_made(rng):
     assert not np.asarray(y[3]).any()
 
 
+@pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("quantization", [None, Quantization()], ids=["float", "fp8"])
-def test_over_an_axis(rng, quantization):
+def test_over_an_axis(rng, quantization, check_vma):
     x, w1, w2, weights, ids = problem(rng, tokens=40)
     mesh = make_mesh(4)
     split = PartitionSpec(mesh.axis_names[-1])
     run = functools.partial(fused_experts, quantization=quantization, ep_axis=mesh.axis_names[-1])
-    sharded = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=(split,) * 5, out_specs=split, check_vma=False))
+    sharded = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=(split,) * 5, out_specs=split, check_vma=check_vma))
     y, alone = sharded(x, w1, w2, weights, ids), jitted(quantization=quantization)(x, w1, w2, weights, ids)
     assert relative_error(y, alone) < (LIMIT["float32"] if quantization is None else LIMIT["bfloat16"])
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("ep", [4, 8])  # 8 take rounds
+def test_gradients_over_an_axis(rng, ep, check_vma):
+    *arguments, ids = problem(rng, tokens=40)
+    mesh = make_mesh(ep)
+    split = PartitionSpec(mesh.axis_names[-1])
+    run = functools.partial(fused_experts, ep_axis=mesh.axis_names[-1])
+    sharded = jax.shard_map(run, mesh=mesh, in_specs=(split,) * 5, out_specs=split, check_vma=check_vma)
+
+    def gradients(function):
+        return jax.jit(jax.grad(lambda *args: (function(*args, ids) ** 2).sum(), argnums=(0, 1, 2, 3)))
+
+    for over, alone in zip(gradients(sharded)(*arguments), gradients(fused_experts)(*arguments), strict=True):
+        assert relative_error(over, alone) < LIMIT["float32"]
+    in_bf16 = [argument.astype(jnp.bfloat16) for argument in arguments]
+    with targeting(get_chip("h200")):
+        lowered = gradients(sharded).trace(*in_bf16).lower(lowering_platforms=("cuda",)).as_text()
+    assert all(kernel in lowered for kernel in ("counting_sort", "dispatch", "grouped_matmul", "combine_dweights"))
 
 
 def test_gradients_without_rounding(rng):

@@ -1,5 +1,9 @@
 """Compiles a few kernels for one TPU, without one: the other end of test_aot_gate.py."""
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
@@ -21,20 +25,24 @@ ROWS = TOKENS * TOP_K
 LARGE = 65536  # tokens that no VMEM holds
 
 
-def cases(array, chip) -> dict:
+def cases(array, chip, mesh) -> dict:
     """Name -> function and shapes; `array(shape, dtype)` makes one."""
     ints = "int32"
     groups = array((GROUPS,), ints)
     plan = Plan(array((ROWS,), ints), array((TOKENS, TOP_K), ints), groups, groups, array((), ints))
     large = Plan(array((2 * LARGE,), ints), array((LARGE, 2), ints), groups, groups, array((), ints))
     eight = "float8_e4m3fn" if chip.is_native("float8_e4m3fn") else "int8"
-    weights = QTensor(array((GROUPS, WIDTH, HIDDEN), eight), array((GROUPS, WIDTH // 128, HIDDEN // 128), "float32"))
-    lhs = QTensor(array((ROWS, HIDDEN), eight), array((ROWS, HIDDEN // 128), "float32"))
     rows, dense = array((ROWS, HIDDEN), "bfloat16"), array((GROUPS, HIDDEN, WIDTH), "bfloat16")
     on_tpu = {"backend": "pallas_tpu"}
+    split, whole = PartitionSpec(*mesh.axis_names), PartitionSpec()
 
     def gradients(function, *args):
         return jax.grad(lambda *args: function(*args).astype(jnp.float32).sum(), argnums=tuple(range(len(args))))(*args)
+
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=(split, split, split, whole, whole), out_specs=split)
+    def sharded(x, weights, rhs, sizes, plan):
+        rows = grouped_matmul(dispatch(x, plan, **on_tpu), rhs, sizes, **on_tpu)
+        return combine(rows, plan, weights, **on_tpu)
 
     return {
         "dispatch": (lambda x, plan: dispatch(x, plan, **on_tpu), array((TOKENS, HIDDEN), "bfloat16"), plan),
@@ -50,14 +58,82 @@ def cases(array, chip) -> dict:
             array((TOKENS, TOP_K), "float32"),
             plan,
         ),
-        "gate/up": (lambda *args: grouped_gate_up(*args, **on_tpu), rows, dense, groups),
-        "matmul": (
-            lambda lhs, rhs, sizes: gradients(lambda *args: grouped_matmul(*args, sizes, **on_tpu), lhs, rhs),
+        "in shard_map": (
+            lambda x, weights, rhs, sizes, plan: gradients(
+                lambda x, weights, rhs: sharded(x, weights, rhs, sizes, plan), x, weights, rhs
+            ),
+            array((TOKENS, HIDDEN), "bfloat16"),
+            array((TOKENS, TOP_K), "float32"),
+            dense,
+            groups,
+            plan,
+        ),
+        **products(array, groups, rows, dense, gradients),
+    }
+
+
+def products(array, groups, rows, dense, gradients) -> dict[str, tuple[Callable[..., Any], Any, Any, Any]]:
+    """The grouped products: dtypes, layouts and scales that the chips treat differently."""
+
+    def eight_bits(dtype, shape, scale):
+        return QTensor(array(shape, dtype), array(scale, "float32"))
+
+    def matmul(lhs, rhs, sizes):
+        return grouped_matmul(lhs, rhs, sizes, backend="pallas_tpu")
+
+    def gate_up(lhs, rhs, sizes):
+        return grouped_gate_up(lhs, rhs, sizes, backend="pallas_tpu")
+
+    def gate_up_k_major(lhs, rhs, sizes):
+        return grouped_gate_up(lhs, rhs, sizes, transpose_rhs=True, backend="pallas_tpu")
+
+    fp8, int8 = "float8_e4m3fn", "int8"
+    deep, wide = HIDDEN // 128, WIDTH // 128
+    in_blocks = eight_bits(fp8, (ROWS, HIDDEN), (ROWS, deep))
+    by_channel = {dtype: eight_bits(dtype, (GROUPS, HIDDEN, WIDTH), (GROUPS, 1, WIDTH)) for dtype in (fp8, int8)}
+    float32 = array((ROWS, HIDDEN), "float32"), array((GROUPS, HIDDEN, WIDTH), "float32")
+    return {
+        "matmul gradients": (
+            lambda lhs, rhs, sizes: gradients(lambda *args: matmul(*args, sizes), lhs, rhs),
             rows,
             dense,
             groups,
         ),
-        "matmul 8 bits": (lambda *args: grouped_matmul(*args, transpose_rhs=True, **on_tpu), lhs, weights, groups),
+        "gate/up gradients": (
+            lambda lhs, rhs, sizes: gradients(lambda *args: gate_up(*args, sizes), lhs, rhs),
+            rows,
+            dense,
+            groups,
+        ),
+        "gate/up K-major": (gate_up_k_major, rows, array((GROUPS, WIDTH, HIDDEN), "bfloat16"), groups),
+        "matmul float32": (matmul, *float32, groups),
+        "matmul no whole tiles": (
+            matmul,
+            array((301, 200), "bfloat16"),
+            array((GROUPS, 200, 450), "bfloat16"),
+            groups,
+        ),
+        "matmul 2880": (matmul, array((ROWS, 2880), "bfloat16"), array((GROUPS, 2880, 2880), "bfloat16"), groups),
+        "gate/up fp8 blocks": (
+            gate_up,
+            in_blocks,
+            eight_bits(fp8, (GROUPS, HIDDEN, WIDTH), (GROUPS, deep, wide)),
+            groups,
+        ),
+        "gate/up fp8 blocks K-major": (
+            gate_up_k_major,
+            in_blocks,
+            eight_bits(fp8, (GROUPS, WIDTH, HIDDEN), (GROUPS, wide, deep)),
+            groups,
+        ),
+        "matmul e5m2 by e4m3": (
+            matmul,
+            eight_bits("float8_e5m2", (ROWS, HIDDEN), (1, 1)),
+            by_channel[fp8],
+            groups,
+        ),
+        "matmul int8": (matmul, eight_bits(int8, (ROWS, HIDDEN), (ROWS, 1)), by_channel[int8], groups),
+        "gate/up int8 weights": (gate_up, rows, by_channel[int8], groups),
     }
 
 
@@ -73,7 +149,7 @@ def work(job: dict) -> dict:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
     answers = {}
-    for name, (function, *shapes) in cases(array, chip).items():
+    for name, (function, *shapes) in cases(array, chip, mesh).items():
         try:
             with targeting(chip), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
                 traced = jax.jit(function).trace(*shapes)

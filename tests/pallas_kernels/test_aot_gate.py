@@ -11,9 +11,18 @@ KERNELS = {
     "dispatch 2880": ["dispatch"],
     "dispatch streamed": ["dispatch"],
     "combine": ["combine", "combine_dweights", "dispatch"],
-    "gate/up": ["grouped_gate_up"],
-    "matmul": ["grouped_matmul", "grouped_matmul_drhs"],
-    "matmul 8 bits": ["grouped_matmul"],
+    "in shard_map": ["combine", "combine_dweights", "dispatch", "grouped_matmul", "grouped_matmul_drhs"],
+    "matmul gradients": ["grouped_matmul", "grouped_matmul_drhs"],
+    "gate/up gradients": ["grouped_matmul", "grouped_matmul_drhs"],
+    "gate/up K-major": ["grouped_gate_up"],
+    "matmul float32": ["grouped_matmul"],
+    "matmul no whole tiles": ["grouped_matmul"],
+    "matmul 2880": ["grouped_matmul"],
+    "gate/up fp8 blocks": ["grouped_gate_up"],
+    "gate/up fp8 blocks K-major": ["grouped_gate_up"],
+    "matmul e5m2 by e4m3": ["grouped_matmul"],
+    "matmul int8": ["grouped_matmul"],
+    "gate/up int8 weights": ["grouped_gate_up"],
 }
 
 

@@ -23,6 +23,7 @@ from tests.pallas_kernels.grouped import (
     random_sizes,
     values,
 )
+from tests.pallas_kernels.kernels_tpu import is_interpreted, lower_for_tpu
 
 backend = every_backend("grouped_matmul")
 
@@ -251,11 +252,13 @@ def test_no_gradient_reaches_a_qtensor(backend, rng):
 
 @pytest.mark.parametrize("quantization", [None, Quantization()], ids=["float", "fp8"])
 def test_checkpoint(backend, rng, quantization):
-    if backend == "pallas_tpu" and jax.default_backend() != "tpu":
-        pytest.skip("jax.checkpoint refuses the effects of the TPU interpreter; test_grouped_matmul_tpu.py lowers it")
     lhs, rhs, bias, dout = problem(rng, 128, 128, 256, 4, width=128)
     sizes = random_sizes(rng, 4, 120)
     options = dict(backend=backend, quantization=quantization)
+    if is_interpreted(backend):
+        recomputed = value_and_gradients(grouped_gate_up, checkpoint=True, **options)
+        assert "tpu_custom_call" in lower_for_tpu(recomputed, lhs, rhs, bias, sizes, dout).as_text()
+        return
     stored = value_and_gradients(grouped_gate_up, **options)(lhs, rhs, bias, sizes, dout)
     recomputed = value_and_gradients(grouped_gate_up, checkpoint=True, **options)(lhs, rhs, bias, sizes, dout)
     assert relative_error(recomputed[0], stored[0]) < 1e-6

@@ -1,8 +1,4 @@
 import functools
-import os
-import pathlib
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +20,6 @@ from pallas_kernels.quantize import QTensor, quantize
 from pallas_kernels.target import targeting
 from pallas_kernels.tpu import cores_of_a_device
 from tests.helpers import LIMIT, normal, raises_saying, relative_error, same_bits
-from tests.pallas_kernels import aot_tpu
 from tests.pallas_kernels.grouped import dense_drhs, dense_gate_up, dense_matmul, operands, owned, values
 from tests.pallas_kernels.kernels_tpu import interpreted
 
@@ -211,19 +206,6 @@ def test_same_inputs_same_bits_for_every_tiling_of_columns(rng):
     assert same_bits(outs[0], outs[2])
 
 
-def test_it_lowers_under_checkpoint(rng):
-    """The interpreter has effects, which `jax.checkpoint` refuses; the kernel itself has none."""
-    lhs, rhs, _ = operands(rng, (64, 128, 256, 2), jnp.bfloat16)
-    sizes = jnp.asarray([20, 30], jnp.int32)
-
-    def loss(lhs, rhs):
-        return grouped_gate_up(lhs, rhs, sizes, backend="pallas_tpu").astype(jnp.float32).sum()
-
-    with targeting(get_chip("v6e")):
-        traced = jax.jit(jax.grad(jax.checkpoint(loss), argnums=(0, 1))).trace(lhs, rhs)
-    assert str(traced.jaxpr).count("pallas_call") >= 3
-
-
 @pytest.mark.parametrize("chip", TPUS)
 @pytest.mark.parametrize("itemsize", [1, 2])
 @pytest.mark.parametrize("halves", [1, 2])
@@ -274,20 +256,3 @@ def test_what_the_kernels_refuse():
         jax.eval_shape(lambda a, b: run(grouped_matmul, a, b, sizes, chip="v7x"), rows, shape)
     with raises_saying(Unsupported, "h200"):
         run(grouped_matmul, half, jnp.zeros((2, 128, 128)), sizes, chip="h200")
-
-
-@pytest.mark.parametrize("chip", TPUS)
-def test_it_compiles_ahead_of_time(chip):
-    """Interpret mode takes layouts that the compiler refuses."""
-    pytest.importorskip("libtpu", reason="compiling ahead of time needs libtpu (pip install libtpu)")
-    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
-    compiled = subprocess.run(
-        [sys.executable, "-m", "tests.pallas_kernels.aot_tpu", chip],
-        env=environment | aot_tpu.ENVIRONMENT,
-        cwd=pathlib.Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert compiled.returncode == 0, f"after {compiled.stdout.split(chr(10))}: {compiled.stderr[-3000:]}"
-    assert len(compiled.stdout.splitlines()) == 11
