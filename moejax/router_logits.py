@@ -8,10 +8,12 @@ of three BF16 numbers, to the last bit but one.
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.target import target_platform
+
 
 def router_logits(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """The product x [T, H] · kernel [H, E] -> float32 [T, E], with the precision of float32 operands."""
-    if x.dtype == jnp.bfloat16 and jax.default_backend() == "gpu":
+    if x.dtype == jnp.bfloat16 and target_platform() == "gpu":
         return _in_bfloat16(x, kernel)
     return _in_float32(x, kernel)
 
