@@ -6,33 +6,18 @@
 Everything that asks for a chip while tracing (`backend="auto"`, the tilings) then answers for the target.
 """
 
-import contextlib
-import contextvars
-from collections.abc import Iterator
-
 import jax
 
 from pallas_kernels.chips import Chip
+from pallas_kernels.override import Override
 
-_target = contextvars.ContextVar[Chip | None]("target", default=None)
-
-
-@contextlib.contextmanager
-def targeting(chip: Chip) -> Iterator[None]:
-    """What is traced in this context is traced for `chip`, whatever devices there are.
-
-    Caches of traced functions do not know of it: trace a jitted function anew (`.lower`) for each target.
-    """
-    token = _target.set(chip)
-    try:
-        yield
-    finally:
-        _target.reset(token)
+targeting = Override[Chip]("target")
+"""What is traced inside `with targeting(chip)` is traced for `chip`, whatever devices there are."""
 
 
 def target_chip() -> Chip | None:
     """The chip of the innermost `targeting`, or None outside of one."""
-    return _target.get()
+    return targeting.get()
 
 
 def target_platform() -> str:

@@ -7,19 +7,19 @@ multiple of 8 rows. So one buffer has two views: `copied` for the copy engine, `
 Interpret mode keeps apart the views of a buffer that the hardware keeps together; `single_view` gives it one.
 """
 
-import contextlib
-import contextvars
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.override import Override
+
 SWIZZLE = 128
 """Bytes of a row of a tile."""
 
-_single_view = contextvars.ContextVar("single_view", default=False)
+single_view = Override[bool]("single_view")
+"""Kernels traced inside `with single_view(True)` keep to one view a buffer, as interpret mode needs."""
 
 
 class Views(NamedTuple):
@@ -31,7 +31,7 @@ class Views(NamedTuple):
     @classmethod
     def of(cls, ref: Any) -> "Views":
         """The views of a buffer that `swizzled` described with `any_row`."""
-        return cls(ref, ref) if _single_view.get() else cls(*ref)
+        return cls(ref, ref) if single_view.get() else cls(*ref)
 
 
 def swizzled(shape: tuple[int, ...], dtype: jax.typing.DTypeLike, *, any_row: bool = True) -> Any:
@@ -47,19 +47,9 @@ def swizzled(shape: tuple[int, ...], dtype: jax.typing.DTypeLike, *, any_row: bo
     swizzle = plgpu.SwizzleTransform(row_bytes)  # type: ignore[abstract]
     tiling = plgpu.TilingTransform((8, row_bytes // itemsize))  # type: ignore[abstract]
     tiled = (tiling, swizzle)
-    if not any_row or _single_view.get():
+    if not any_row or single_view.get():
         return plgpu.SMEM(shape, dtype, transforms=tiled)
     return plgpu.RefUnion(
         plgpu.SMEM(shape, dtype, transforms=(swizzle,)),
         plgpu.SMEM(shape, dtype, transforms=tiled),
     )
-
-
-@contextlib.contextmanager
-def single_view() -> Iterator[None]:
-    """Kernels traced in this context keep to one view a buffer, as interpret mode needs."""
-    token = _single_view.set(True)
-    try:
-        yield
-    finally:
-        _single_view.reset(token)

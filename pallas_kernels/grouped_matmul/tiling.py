@@ -5,14 +5,13 @@ from the cache into shared memory, step by step, then finishing the tile. Blocks
 the memory delivers the weights. Constants were fitted to an H200.
 """
 
-import contextlib
-import contextvars
 from collections.abc import Iterator
 
 from pallas_kernels.chips import Chip
 from pallas_kernels.grouped_matmul.hopper import SCALE_BLOCK, WGMMA_ROWS, Config
 from pallas_kernels.grouped_matmul.hopper_smem import SWIZZLE
 from pallas_kernels.grouped_matmul.tuned_table import Key, tuned_configs
+from pallas_kernels.override import Override
 
 _ISSUE_RATE = 0.75  # share of the peak that wgmma sustains
 _CACHE_BANDWIDTH = 1.25  # of the cache, in multiples of the memory's
@@ -20,7 +19,8 @@ _FINISH_SECONDS = 0.6e-6  # of a tile: the end of its pipeline, epilogue, first 
 _RESERVED_BYTES = 5 * 1024  # barriers, scales of rows, columns and an FP8 result, and bias: at most 1 KiB each
 _MAX_STAGES = 12
 
-_forced = contextvars.ContextVar[Config | None]("forced", default=None)
+forced = Override[Config]("forced")
+"""Kernels traced inside `with forced(config)` are cut as `config` says."""
 
 
 def pick(
@@ -48,7 +48,7 @@ def pick(
       block_scales: whether scales come every 128 of K.
       fused: whether gate and up are multiplied together.
     """
-    if (config := _forced.get()) is not None:
+    if (config := forced.get()) is not None:
         return config
     rows = rows_of_a_group(num_rows, num_groups)
     key = Key.of(operand, block_scales, fused, out_itemsize == 1, num_groups, rows, depth, columns)
@@ -63,16 +63,6 @@ def pick(
         )
 
     return min(options, key=seconds)
-
-
-@contextlib.contextmanager
-def forced(config: Config) -> Iterator[None]:
-    """Kernels traced in this context are cut as `config` says."""
-    token = _forced.set(config)
-    try:
-        yield
-    finally:
-        _forced.reset(token)
 
 
 def rows_of_a_group(num_rows: int, num_groups: int) -> int:

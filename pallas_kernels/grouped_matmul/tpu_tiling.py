@@ -6,8 +6,6 @@ of rows, which costs as much as `_LOAD_ROWS` rows more. Its constants were fitte
 schedules for v6e, not to a measurement.
 """
 
-import contextlib
-import contextvars
 import dataclasses
 import itertools
 from collections.abc import Iterator
@@ -17,6 +15,7 @@ import jax.numpy as jnp
 from pallas_kernels.backend import Unsupported
 from pallas_kernels.chips import MIB, Chip
 from pallas_kernels.grouped_matmul.tpu_memory import Config
+from pallas_kernels.override import Override
 
 LANES = 128
 _VMEM_SHARE = 0.9  # of VMEM for one kernel
@@ -29,7 +28,8 @@ _BLOCKS = (8, 16, 32, 64, 128, 256, 512, 1024)
 _WIDTHS = (128, 256, 384, 512, 768, 1024, 1536, 2048, 4096)
 _STEP_SECONDS = 0.3e-6  # of a row tile: its copies and branches
 
-_forced = contextvars.ContextVar[Config | None]("forced", default=None)
+forced = Override[Config]("forced")
+"""Kernels traced inside `with forced(config)` are cut as `config` says."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +73,7 @@ def pick(chip: Chip, problem: Problem) -> Config:
     Raises:
       Unsupported: no tile of all of K fits VMEM.
     """
-    if (config := _forced.get()) is not None:
+    if (config := forced.get()) is not None:
         return config
     options = [config for config in candidates(problem) if fits(chip, problem, config)]
     if not options:
@@ -83,16 +83,6 @@ def pick(chip: Chip, problem: Problem) -> Config:
             f"{chip.fast_memory_bytes // MIB} MiB of a core of {chip.name}; pad N to a multiple of {LANES}, or split K"
         )
     return min(options, key=lambda config: modelled_seconds(chip, problem, config))
-
-
-@contextlib.contextmanager
-def forced(config: Config) -> Iterator[None]:
-    """Kernels traced in this context are cut as `config` says."""
-    token = _forced.set(config)
-    try:
-        yield
-    finally:
-        _forced.reset(token)
 
 
 def vmem_limit(chip: Chip) -> int:

@@ -37,7 +37,7 @@ def simulated(monkeypatch, config):
         "pallas_kernels.grouped_matmul.gpu.grouped_product",
         lambda *args, **kwargs: two_cores(*args, **(kwargs | {"num_blocks": 2})),
     )
-    with single_view(), plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+    with single_view(True), plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
         yield
 
 
@@ -107,7 +107,7 @@ def test_gradient_of_the_weights_on_a_simulated_gpu(rng):
         config=hopper_drhs.Config(block_n=64, num_stages=3, strip=2),
         num_blocks=2,
     )
-    with single_view(), plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+    with single_view(True), plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
         out = jax.jit(run)(lhs, dout, ends - jnp.array(SIZES), ends)
     assert relative_error(out, dense_drhs(lhs, dout, SIZES, len(SIZES))) < LIMIT["float32"]
     assert not np.asarray(out[1]).any()
