@@ -173,8 +173,9 @@ def _product(
         out_itemsize=out_dtype.itemsize,
         multiply=multiply,
         sublanes=sublanes,
-        scale_bytes=4 * ((0 if right_scale is None else right_scale.shape[1]) + (bias is not None)),
         lhs_scales=0 if left_scale is None else left_scale.shape[1],
+        rhs_scales=0 if right_scale is None else right_scale.shape[1],
+        has_bias=bias is not None,
         cores=cores,
     )
     config = tpu_tiling.pick(chip, problem)

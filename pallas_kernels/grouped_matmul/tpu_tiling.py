@@ -18,8 +18,9 @@ from pallas_kernels.grouped_matmul.tpu_memory import Config
 from pallas_kernels.override import Override
 
 LANES = 128
+_SUBLANES = 8  # rows of float32 that a register holds
 _VMEM_SHARE = 0.9  # of VMEM for one kernel
-_INTERNAL_BYTES = 6 * MIB  # what the compiler keeps there besides
+_INTERNAL_BYTES = 2 * MIB  # for what the compiler keeps there besides
 _RATE = 0.55  # of the peak, by the compiler's schedule of long chunks
 _LOAD_ROWS = 40
 _CHUNK_M = 256
@@ -47,8 +48,9 @@ class Problem:
       out_itemsize: bytes of an element of the result.
       multiply: dtype in which the matrix unit takes the operands.
       sublanes: rows of a strip.
-      scale_bytes: bytes of scales and bias of a column of rhs.
       lhs_scales: scales of a row of lhs.
+      rhs_scales: scales of a column of rhs.
+      has_bias: whether a column has a bias.
       cores: cores that share the work.
     """
 
@@ -62,8 +64,9 @@ class Problem:
     out_itemsize: int
     multiply: jnp.dtype
     sublanes: int
-    scale_bytes: int = 0
     lhs_scales: int = 0
+    rhs_scales: int = 0
+    has_bias: bool = False
     cores: int = 1
 
 
@@ -113,23 +116,36 @@ def fits(chip: Chip, problem: Problem, config: Config) -> bool:
 
 def vmem_bytes(problem: Problem, config: Config) -> int:
     """Bytes of the kernel's buffers, and of what it keeps of a tile while it multiplies."""
+    return _buffer_bytes(problem, config) + _kept_bytes(problem, config)
+
+
+def _buffer_bytes(problem: Problem, config: Config) -> int:
+    """`tpu_memory.Scratch` as it lies in VMEM: the last dimension in whole lanes, float32 rows in whole registers."""
     width = _padded(config.block_n, LANES)
     depth = _padded(problem.depth, LANES)
-    rhs = problem.halves * width * (depth * problem.rhs_itemsize + 8 * problem.scale_bytes)
+    column_scales = _padded(problem.rhs_scales, _SUBLANES) + _SUBLANES * problem.has_bias
+    rhs = problem.halves * width * (depth * problem.rhs_itemsize + 4 * column_scales)
     lhs = config.block_m * (depth * problem.lhs_itemsize + 4 * _padded(problem.lhs_scales, LANES))
     out = config.block_m * width * problem.out_itemsize
     shared = _cdiv(problem.columns, config.block_n) * problem.sublanes * width * problem.out_itemsize
-    # Operands as they are multiplied, where they are converted first, and what registers cannot hold of sums, scales.
-    multiply = problem.multiply.itemsize
-    chunk = problem.halves * _padded(min(config.chunk_n, width), LANES)
-    converted = 4 * config.chunk_m * chunk
-    if problem.lhs_scales > 1:  # each is spread over the lanes, and their products are kept apart
-        converted += 4 * config.chunk_m * (LANES * problem.lhs_scales + chunk)
-    if problem.rhs_itemsize != multiply:
-        converted += chunk * depth * multiply
-    if problem.lhs_itemsize != multiply:
-        converted += config.chunk_m * depth * multiply
-    return config.weight_buffers * rhs + 2 * lhs + 3 * out + shared + converted
+    return config.weight_buffers * rhs + 2 * lhs + 3 * out + shared
+
+
+def _kept_bytes(problem: Problem, config: Config) -> int:
+    """What registers cannot hold of a chunk. The weights are not part of it: they go to the matrix unit as they come.
+
+    Where scales come in blocks, one block of K is multiplied after the other; gate and up share what they need of lhs,
+    which therefore stays until the end. An element of lhs then takes 16 bits, also if it has 8, and one that is
+    multiplied in float32 four times 32, for the parts that full precision is made of.
+    """
+    blocks = max(problem.lhs_scales, problem.rhs_scales, 1)
+    kept = blocks if problem.halves > 1 else 1
+    depth = kept * _padded(_cdiv(problem.depth, blocks), LANES)
+    lhs = depth * (16 if problem.multiply.itemsize == 4 else 2)
+    scales = 4 * LANES * min(problem.lhs_scales, kept)  # each is spread over the lanes
+    width = problem.halves * _padded(min(config.chunk_n, config.block_n), LANES)
+    sums = 2 * 4 * width  # a product, and the sum so far
+    return config.chunk_m * (lhs + scales + sums)
 
 
 def modelled_seconds(chip: Chip, problem: Problem, config: Config) -> float:

@@ -107,6 +107,12 @@ def products(array, groups, rows, dense, gradients) -> dict[str, tuple[Callable[
         ),
         "gate/up K-major": (gate_up_k_major, rows, array((GROUPS, WIDTH, HIDDEN), "bfloat16"), groups),
         "matmul float32": (matmul, *float32, groups),
+        "matmul float32, deep": (
+            matmul,
+            array((ROWS, 7168), "float32"),
+            array((GROUPS, 7168, 2048), "float32"),
+            groups,
+        ),
         "matmul no whole tiles": (
             matmul,
             array((301, 200), "bfloat16"),

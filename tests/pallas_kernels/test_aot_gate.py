@@ -16,6 +16,7 @@ KERNELS = {
     "gate/up gradients": ["grouped_matmul", "grouped_matmul_drhs"],
     "gate/up K-major": ["grouped_gate_up"],
     "matmul float32": ["grouped_matmul"],
+    "matmul float32, deep": ["grouped_matmul"],
     "matmul no whole tiles": ["grouped_matmul"],
     "matmul 2880": ["grouped_matmul"],
     "gate/up fp8 blocks": ["grouped_gate_up"],

@@ -242,6 +242,45 @@ def test_configurations_fit_and_the_model_prefers_them(chip, itemsize, halves, r
     assert floor < seconds < 4 * floor
 
 
+# K = 384 in 3 blocks of 128. Of 128 lanes each: 200 columns take two, 3 scales of a row one. 3 scales of a column take
+# 8 rows, a bias too. Gate and up keep the lhs chunk at 2 bytes an element, and each of its scales as 128 lanes; one
+# product keeps those of a block.
+@pytest.mark.parametrize(
+    ("halves", "kept"), [(2, 32 * (384 * 2 + 3 * 512 + 2 * 2 * 256 * 4)), (1, 32 * (128 * 2 + 512 + 2 * 256 * 4))]
+)
+def test_vmem_is_counted_in_the_padded_layout(halves, kept):
+    problem = tpu_tiling.Problem(
+        num_rows=256,
+        num_groups=4,
+        depth=384,
+        columns=200,
+        halves=halves,
+        lhs_itemsize=1,
+        rhs_itemsize=1,
+        out_itemsize=4,
+        multiply=jnp.dtype(jnp.float8_e4m3fn),
+        sublanes=32,
+        lhs_scales=3,
+        rhs_scales=3,
+        has_bias=True,
+    )
+    lhs = 2 * 64 * (384 + 128 * 4)
+    rhs = 3 * halves * (384 * 256 + (8 + 8) * 256 * 4)
+    out, zeros, shared = 2 * 64 * 256 * 4, 64 * 256 * 4, 32 * 256 * 4
+    config = Config(block_m=64, block_n=200, weight_buffers=3, chunk_m=32, chunk_n=200)
+    assert tpu_tiling.vmem_bytes(problem, config) == lhs + rhs + out + zeros + shared + kept
+
+
+@pytest.mark.parametrize(("multiply", "bytes_kept"), [("bfloat16", 2), ("float32", 16)])
+def test_full_precision_keeps_the_parts_of_every_element(multiply, bytes_kept):
+    problem = tpu_tiling.Problem(256, 4, 512, 128, 1, 4, 2, 4, jnp.dtype(multiply), 8)
+    small, large = (
+        tpu_tiling.vmem_bytes(problem, Config(block_m=64, block_n=128, weight_buffers=2, chunk_m=rows, chunk_n=128))
+        for rows in (32, 64)
+    )
+    assert large - small == 32 * (512 * bytes_kept + 2 * 128 * 4)
+
+
 def test_what_the_kernels_refuse():
     sizes = jnp.zeros(2, jnp.int32)
     half = jnp.zeros((16, 128), jnp.float16)
