@@ -17,7 +17,10 @@ def interpreted(**options):
 
 def lower_for_tpu(function, *args, chip: str = "v6e"):
     """Lowers for a TPU what interpret mode cannot run: its callbacks have effects, which jax.checkpoint refuses."""
-    with pltpu.force_tpu_interpret_mode(None), targeting(get_chip(chip)):
+    target = get_chip(chip)
+    device = jax.sharding.AbstractDevice(device_kind=target.device_kinds[0], num_cores=1, platform="tpu")
+    mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)  # what kernels are lowered for
+    with pltpu.force_tpu_interpret_mode(None), targeting(target), jax.sharding.use_abstract_mesh(mesh):
         return jax.jit(function).trace(*args).lower(lowering_platforms=("tpu",))
 
 
