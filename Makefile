@@ -18,7 +18,7 @@ SHELL := /bin/sh
 .SHELLFLAGS := -euc
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help setup decode test lint format test-gpu bench-gpu aot clean base tools compiler
+.PHONY: help setup decode test lint format test-gpu bench-gpu aot clean base tools compiler cuda
 
 RUN := .venv/bin/python
 GPU_PYTHON ?= python3
@@ -36,12 +36,12 @@ help:  ## list the targets
 	  printf '  make %-9s %s\n' "$$target" "$$text"
 	done
 
-setup: tools  ## make .venv with moejax and all that `make test` needs
+setup: cuda  ## make .venv with moejax and all that `make test` needs
 
 decode: base  ## run the main job: decode over 32 expert-parallel chips, timed and modelled
 	$(RUN) -m bench.decode --ep 32 $(ARGS)
 
-test: lint  ## lint, check types, run the tests
+test: lint cuda  ## lint, check types, run the tests
 	$(RUN) -m pytest -n 2 --dist loadgroup $(TEST_ARGS)
 
 lint: tools  ## check style, format and types
@@ -85,6 +85,21 @@ tools:
 
 compiler:
 	@$(call install,aot)
+
+# The compiler for GPUs, for tests that compile and run nothing. It has a folder of its own, as a jax that sees it looks
+# for a GPU wherever it starts.
+cuda: tools
+	@version=$$($(RUN) -c 'import jax; print(jax.__version__)')
+	if [ "$$(uname -sm)" != 'Linux x86_64' ] || [ -e ".venv/cuda/$$version" ]; then exit; fi
+	echo "==> installing the compiler for GPUs of jax $$version in .venv/cuda"
+	rm -rf .venv/cuda
+	$(RUN) -m pip install -qq --no-input --no-deps --target .venv/cuda \
+	  "jax-cuda12-pjrt==$$version" "jax-cuda12-plugin==$$version" 'nvidia-cuda-nvcc-cu12>=12.9,<13' || {
+	  rm -rf .venv/cuda
+	  echo 'make: pip could not, as it says above; the tests that need it are skipped' >&2
+	  exit 0
+	}
+	touch ".venv/cuda/$$version"
 
 # ---- How .venv is made -----------------------------------------------------------------------------------------------
 

@@ -6,20 +6,20 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from bench.aot_layer import LayerJob
-from bench.aot_models import ds_tpu_us, roofline_us
 from bench.cli import make_parser, run
-from bench.libtpu import CompileError, require_libtpu, run_job
 from bench.progress import Progress
 from bench.report import Cell, format_table, write_json
-from bench.static_cycles import NOTE, kernel_cycles
-from bench.tpu_slices import GENERATIONS, parse_slice, slices_for
+from bench.tpu.aot_layer import LayerJob
+from bench.tpu.aot_models import ds_tpu_us, roofline_us
+from bench.tpu.libtpu import CompileError, require_libtpu, run_job
+from bench.tpu.static_cycles import NOTE, kernel_cycles
+from bench.tpu.tpu_slices import GENERATIONS, parse_slice, slices_for
 from bench.workloads import moe_workload
 from moejax import PRESETS
 from moejax.config import PRECISIONS
 from pallas_kernels.chips import GIB, MIB
 
-_WORKER = "bench.aot_worker"
+_WORKER = "bench.tpu.aot_worker"
 _DECODE_BATCH, _TRAINING_BATCH = 48, 1024  # tokens a device
 _WEIGHTS = {"fp8": "float8_e4m3fn", "int8": "int8"}
 _SHOWN = 12
@@ -42,9 +42,9 @@ def main(argv: Sequence[str]) -> int:
     for done, (job, quantized) in enumerate(jobs):
         progress.show(done, f"compiling {_title(job)}")
         records.append(compile_record(job, quantized, with_cycles=not args.no_kernel_cycles))
+        if args.json is not None and (args.json != "-" or len(records) == len(jobs)):
+            write_json(records if len(jobs) > 1 else records[0], args.json)  # what is done stays if the rest is stopped
     progress.show(len(jobs), "done")
-    if args.json is not None:
-        write_json(records[0] if len(records) == 1 else records, args.json)
     if args.json != "-":
         print(_summary(records))
         if len(records) == 1 and records[0]["ok"]:
@@ -138,8 +138,8 @@ def compile_record(job: LayerJob, quantized: str, *, with_cycles: bool = True) -
       with_cycles: compile each Pallas kernel once more, alone, for its cycles.
 
     Returns:
-      What `bench.aot_worker` says, with "ok", modelled times, and the device's memories; sizes and times are those of
-      one device. {"ok": False, "reason"} when it does not compile.
+      What `bench.tpu.aot_worker` says, with "ok", modelled times, and the device's memories; sizes and times are those
+      of one device. {"ok": False, "reason"} when it does not compile.
     """
     slice_, device = job.slice, job.slice.device
     record: dict[str, Any] = {

@@ -1,26 +1,40 @@
 """Static cycles of our grouped products beside the peers', compiled for each TPU in one run."""
 
+import concurrent.futures
 import dataclasses
 import datetime
+import json
+import re
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from bench.cli import make_parser, run
-from bench.cycles_cases import Case, all_cases, implementations
-from bench.libtpu import CompileError, require_libtpu, run_job
-from bench.peers import package_version
 from bench.progress import Progress
-from bench.provenance import current_commit
-from bench.report import Cell, format_table, write_json
+from bench.provenance import current_commit, package_version
+from bench.report import write_json
 from bench.roofline import roofline_gemm
-from bench.static_cycles import NOTE, kernel_cycles
-from bench.tpu_slices import GENERATIONS, parse_slice
+from bench.tpu.cycles_cases import ACTIVATION, GUESSED, KINDS, Case, Choice, all_cases, choices, copied_bytes
+from bench.tpu.cycles_table import table
+from bench.tpu.cycles_worker import FACTS
+from bench.tpu.libtpu import CompileError, require_libtpu, run_job
+from bench.tpu.tpu_slices import GENERATIONS, parse_slice
 
-_WORKER = "bench.cycles_worker"
-_SMALLEST = {"v5e": "2x2", "v5p": "2x2x1", "v6e": "2x2", "tpu7x": "2x2x1"}
+_WORKER = "bench.tpu.cycles_worker"
+_SMALLEST = {"v6e": "2x2", "tpu7x": "2x2x1", "v5e": "2x2", "v5p": "2x2x1"}
 _PACKAGES = ("jax", "jaxlib", "libtpu", "tokamax")
+_TIMEOUT = 1200  # seconds for one program
+NOTE = (
+    "Each kernel is compiled as its static twin, which writes the group sizes into scalar memory itself, so that the "
+    "compiler's estimate follows its loops as they would run. The estimate gives each semaphore a memory of its own, "
+    "of a fixed rate and latency: copies that signal one semaphore follow each other, those of several run at once. "
+    "Waits so tell how many semaphores a kernel has, not how busy HBM is, and a kernel can come out below the floor: "
+    "the larger of arithmetic at the peak and of the least bytes at HBM's bandwidth. Instructions: the same kernel "
+    "without copies and without waits for them. Nothing was run on a TPU."
+)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -28,7 +42,8 @@ def main(argv: Sequence[str]) -> None:
     parser = make_parser(
         "bench.cycles",
         "Compiles grouped matrix products for TPUs without a TPU, ours and those of megablox (in jax) and tokamax (if "
-        "installed), and compares the cycles that the compiler counts in each kernel.",
+        "installed: pip install -e '.[aot,peers-tpu]'), and compares the cycles that the compiler estimates for each "
+        "kernel. With --json FILE, what an interrupted run has found is kept there and not compiled again.",
         (
             "",
             "--chip v6e --case deepseek --json -",
@@ -39,92 +54,153 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--chip", action="append", choices=tuple(GENERATIONS), help="a TPU; again for more (all)")
     parser.add_argument("--case", default="", metavar="WORDS", help="only cases whose names have all these words")
     parser.add_argument("--json", metavar="FILE", help="write JSON to FILE, - for standard output only")
+    parser.add_argument("--jobs", type=int, default=2, help="programs to compile at once (default: %(default)s)")
+    parser.add_argument("--timeout", type=int, default=_TIMEOUT, help="seconds for one program (default: %(default)s)")
+    parser.add_argument("--anew", action="store_true", help="keep nothing of what FILE holds")
     args = parser.parse_args(argv)
 
     cases = [case for case in all_cases() if all(word in case.name for word in args.case.split())]
     if not cases:
         raise ValueError(f"no case has the words {args.case!r}; there are {', '.join(c.name for c in all_cases())}")
+    for name in ("jobs", "timeout"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
     require_libtpu()
-    chips = args.chip or list(GENERATIONS)
-    progress = Progress(len(cases) * len(chips))
-    records: list[dict[str, Any]] = []
-    for chip in chips:
-        for case in cases:
-            progress.show(len(records), f"{chip} {case.name}")
-            records.append(case_record(case, chip))
-    progress.show(len(records), "done")
-    if args.json is not None:
-        write_json(
-            {
-                "command": shlex.join(["python", "-m", "bench.cycles", *argv]),
-                "note": NOTE,
-                "versions": {package: package_version(package) for package in _PACKAGES},
-                "commit": current_commit(),
-                "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-                "cases": records,
-            },
-            args.json,
-        )
-    if args.json != "-":
-        print(table(records))
-        print(f"\nCycles of one call: {NOTE}; these are marked ~. Floor: of bytes and arithmetic, at the chip's clock.")
+    record: dict[str, Any] = {
+        "command": shlex.join(["python", "-m", "bench.cycles", *argv]),
+        "note": NOTE,
+        "versions": {package: package_version(package) for package in _PACKAGES},
+        "commit": current_commit(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "rows": [],
+    }
+    path = None if args.json in (None, "-") else Path(args.json)
+    if path is not None and path.exists() and not args.anew:
+        record = _resumed(record, json.loads(path.read_text(encoding="utf-8")))
+    chips = args.chip or list(_SMALLEST)
+    measure(record, [(chip, case) for case in cases for chip in chips], path, args.jobs, args.timeout)
+    if args.json == "-":
+        write_json(record, "-")
+    else:
+        print(table(record["rows"]))
+        print(f"\n{NOTE}")
 
 
-def case_record(case: Case, chip: str) -> dict[str, Any]:
-    """The cycles of one case on one TPU, by implementation; of several configurations the best."""
-    topology = f"{chip}:{_SMALLEST[chip]}"
-    slice_ = parse_slice(topology)
-    floor_us = roofline_gemm(slice_.device, case.shape, "bf16").elapsed
-    measured = {name: _cycles(case, name, topology) for name in implementations(case)}
+def _resumed(record: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """`record` with the rows of an earlier run, if that was of the same programs."""
+    commits = [str(part.get("commit")).removesuffix("+dirty") for part in (record, found)]
+    return found if found.get("versions") == record["versions"] and commits[0] == commits[1] else record
+
+
+def measure(
+    record: dict[str, Any], wanted: Sequence[tuple[str, Case]], path: Path | None, jobs: int, timeout: float
+) -> None:
+    """Adds what is `wanted` and not there yet to `record`, and writes that to `path` after every program."""
+    there = {(row["chip"], row["case"]): row for row in record["rows"]}
+    made_at = {"commit": record["commit"]}
+    rows = {(chip, case.name): there.get((chip, case.name)) or new_row(chip, case) | made_at for chip, case in wanted}
+    tasks = [
+        (chip, case, kind, name)
+        for chip, case in wanted
+        for kind in KINDS
+        for name in choices(case, kind)
+        if name not in rows[chip, case.name][kind]
+    ]
+    progress = Progress(len(tasks))
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        running = {
+            pool.submit(figures, chip, case, kind, choices(case, kind)[name], timeout): (chip, case, kind, name)
+            for chip, case, kind, name in tasks
+        }
+
+        def keep(future: concurrent.futures.Future) -> str:
+            chip, case, kind, name = running[future]
+            row = rows[chip, case.name]
+            row[kind][name] = future.result()
+            if not any(row is known for known in record["rows"]):
+                record["rows"].append(row)
+            if path is not None:
+                write_json(record, str(path))
+            return f"{chip} {case.name}, {kind}: {name}"
+
+        try:
+            for done, future in enumerate(concurrent.futures.as_completed(running), start=1):
+                progress.show(done, keep(future))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for future in running:
+                if future.done() and not future.cancelled() and future.exception() is None:
+                    keep(future)
+            raise
+
+
+def new_row(chip: str, case: Case) -> dict[str, Any]:
+    """A case on a TPU, with its floors in cycles and no implementation yet."""
+    slice_ = parse_slice(f"{chip}:{_SMALLEST[chip]}")
+    floor = roofline_gemm(slice_.device, case.shape, "bf16")
+    clock = slice_.generation.clock_hz / 1e6
     return {
         "chip": chip,
         "case": case.name,
         "shape": dataclasses.asdict(case.shape),
-        "floor_cycles": round(floor_us * slice_.generation.clock_hz / 1e6),
-        "implementations": measured,
+        "arithmetic_cycles": round(floor.comp_elapsed * clock),
+        "floor_cycles": round(floor.elapsed * clock),
+        **{kind: {} for kind in KINDS},
     }
 
 
-def _cycles(case: Case, implementation: str, topology: str) -> dict[str, Any]:
-    job = {"case": dataclasses.asdict(case), "implementation": implementation, "topology": topology}
-    try:
-        found = run_job(_WORKER, job)
-    except CompileError as error:
-        return {"reason": str(error)}
-    kernels = found["kernels"]
-    totals: dict[str, int] = {}
-    reasons: dict[str, str] = dict(found["reasons"])
-    for kernel, cycles in zip(kernels, kernel_cycles(_WORKER, job, len(kernels)), strict=True):
-        name = kernel["configuration"]
-        if isinstance(cycles, int):
-            totals[name] = totals.get(name, 0) + kernel["calls"] * cycles
-        else:
-            reasons[name] = cycles
-    whole = {name: total for name, total in totals.items() if name not in reasons}
-    if not whole:
-        return {"reason": next(iter(reasons.values()), "it has no Pallas kernel")}
-    best = min(whole, key=whole.__getitem__)
-    guesses = [kernel["is_guess"] for kernel in kernels if kernel["configuration"] == best]
-    return {"cycles": whole[best], "configuration": best, "is_guess": any(guesses)}
+def figures(chip: str, case: Case, kind: str, options: Sequence[Choice], timeout: float) -> list[dict[str, Any]]:
+    """The cycles of an implementation's first choice that compiles, after the reasons why others have none."""
+    found: list[dict[str, Any]] = []
+    for choice in options:
+        found.append(figure(chip, case, kind, choice, timeout))
+        if "cycles" in found[-1]:
+            break
+    return found
 
 
-def table(records: Sequence[Mapping[str, Any]]) -> str:
-    """One line a case and chip, one column an implementation."""
-    names = list(dict.fromkeys(name for record in records for name in record["implementations"]))
-    rows: list[list[Cell]] = []
-    for record in records:
-        shape = ",".join(str(record["shape"][dim]) for dim in "GMKN")
-        cells = [_cell(record["implementations"].get(name)) for name in names]
-        rows.append([record["chip"], record["case"], shape, record["floor_cycles"], *cells])
-    return format_table(["chip", "case", "G,M,K,N", "floor", *names], rows)
+def figure(chip: str, case: Case, kind: str, choice: Choice, timeout: float = _TIMEOUT) -> dict[str, Any]:
+    """The cycles of one choice, or the reason why there are none; beside them those that its copies take."""
+    slice_ = parse_slice(f"{chip}:{_SMALLEST[chip]}")
+    answer: dict[str, Any] = {"configuration": choice.configuration}
+    copied = copied_bytes(choice, case)
+    if copied is not None:
+        answer["copy_cycles"] = round(copied / slice_.device.hbm_bandwidth * slice_.generation.clock_hz)
+    with tempfile.TemporaryDirectory() as folder:
+        job = {
+            "case": dataclasses.asdict(case),
+            "choice": dataclasses.asdict(choice),
+            "topology": slice_.name,
+            "kind": kind,
+            "folder": folder,
+        }
+        reason = "the compiler wrote no profile"
+        try:
+            run_job(_WORKER, job, options=f"--xla_jf_dump_static_llo_profile_to={folder}", timeout=timeout)
+        except CompileError as error:  # often after the profile has been written: see bench.tpu.static_cycles
+            reason = str(error)
+        cycles = profiled_cycles(Path(folder), all_of_them=choice.implementation == ACTIVATION)
+        facts = Path(folder, FACTS)
+        is_guess = json.loads(facts.read_text())["is_guess"] if facts.exists() else True
+    if cycles is None:
+        return {**answer, "reason": _short(reason)}
+    if is_guess or (choice.implementation != ACTIVATION and cycles < new_row(chip, case)["arithmetic_cycles"]):
+        return {**answer, "reason": GUESSED}
+    return {**answer, "cycles": cycles}
 
 
-def _cell(measured: Mapping[str, Any] | None) -> str:
-    if measured is None:
-        return "-"
-    if "cycles" not in measured:
-        return "no: " + measured["reason"][:40]
-    return f"{'~' if measured['is_guess'] else ''}{measured['cycles']:,}"
+def profiled_cycles(folder: Path, all_of_them: bool) -> int | None:
+    """The cycles of the operation that takes most, or of all: around a kernel alone there are only trifles."""
+    texts = [path.read_text() for path in folder.glob("*.textproto")]
+    cycles = [int(number) for text in texts for number in re.findall(r"estimated_cycles: (\d+)", text)]
+    return None if not cycles else sum(cycles) if all_of_them else max(cycles)
+
+
+def _short(reason: str) -> str:
+    """The compiler's reason in few words."""
+    if re.search(r"memory space vmem|RESOURCE_EXHAUSTED.*vmem", reason):
+        return "needs more VMEM than there is"
+    return re.sub(r"^\S*Error: ", "", reason)[:120]
 
 
 if __name__ == "__main__":

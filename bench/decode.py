@@ -15,9 +15,9 @@ from bench.decode_run import TOLERANCE, DecodeRun, run_decode, tokens_of_text
 from bench.devices import Devices, start
 from bench.evaluation import build_evaluation
 from bench.fit import Fit, fit
+from bench.hopper.stages import StageTimes
 from bench.report import format_table, layer_table, write_json
 from bench.roofline import LayerTime, model_layer
-from bench.stages import StageTimes
 from bench.text import default_text_path, read_text
 from bench.weights import make_params
 from bench.workloads import Workload, moe_workload

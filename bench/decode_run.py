@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from bench.stages import StageTimes, time_stages
+from bench.hopper.stages import StageTimes, time_stages
 from bench.text import embed, sample_contexts
 from moejax import LoadStats, MoEConfig, MoEParams, dense_moe, moe, params_spec
 from sharding.mesh import EXPERT_AXIS, tokens_spec

@@ -10,8 +10,8 @@ from typing import Any
 
 from bench.cli import make_parser, run
 from bench.evaluation import operator_record
-from bench.overlap import OverlapTimes, measure_overlap
-from bench.products import PRODUCT_DTYPES, Product, hopper_at_hand, make_inputs
+from bench.hopper.overlap import OverlapTimes, measure_overlap
+from bench.hopper.products import PRODUCT_DTYPES, Product, hopper_at_hand, make_inputs
 from bench.report import Cell, format_table, write_json
 from bench.roofline import model_gemm
 from bench.timing import copies_of

@@ -11,11 +11,11 @@ from typing import Any
 
 import jax
 
-from bench.ceilings import Ceilings, measure_ceilings
 from bench.cli import make_parser, run
-from bench.gpu_cases import CASES, Case, select_cases
-from bench.gpu_measure import case_record, describe, measure_case
-from bench.gpu_table import ceilings_line, failures, peer_problems, table
+from bench.hopper.ceilings import Ceilings, measure_ceilings
+from bench.hopper.gpu_cases import CASES, Case, select_cases
+from bench.hopper.gpu_measure import case_record, describe, measure_case
+from bench.hopper.gpu_table import ceilings_line, failures, peer_problems, table
 from bench.provenance import provenance
 from bench.report import write_json
 from bench.timing import require_nvidia_gpu

@@ -1,18 +1,21 @@
 """Where figures come from: the command, chip, driver, versions, commit and date that belong beside them."""
 
 import datetime
+import importlib.metadata
+import os
+import platform
 import shlex
 import subprocess
 from collections.abc import Sequence
 from typing import Any
 
-from bench.peers import package_version
+import jax
 
 
 def provenance(
     module: str, argv: Sequence[str], chip: str, packages: Sequence[str], commit: str | None
 ) -> dict[str, Any]:
-    """The head of a record on an NVIDIA GPU.
+    """The head of a record; the driver is that of an NVIDIA GPU, "unknown" where there is none.
 
     Args:
       module: what `python -m` ran.
@@ -29,6 +32,20 @@ def provenance(
         "commit": commit or current_commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+def package_version(package: str) -> str | None:
+    """The installed version of a distribution, or None."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def chip_name() -> str:
+    """The first device as it calls itself; a CPU's architecture and cores."""
+    device = jax.devices()[0]
+    return f"{platform.machine()} CPU, {os.cpu_count()} cores" if device.platform == "cpu" else device.device_kind
 
 
 def current_commit() -> str:

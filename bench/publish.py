@@ -1,4 +1,7 @@
-"""Shows the record of `bench.gpu` in README.md and as a plot: `python -m bench.publish docs/results/h200.json`."""
+"""Shows the record of `bench.gpu` in README.md and as a plot: `python -m bench.publish docs/results/h200.json`.
+
+A record of `bench.cycles` gets a table in a section of its own, and no plot.
+"""
 
 import importlib.util
 import json
@@ -10,10 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from bench.cli import make_parser, run
-from bench.gpu_table import ceilings_line, measured_peers, table
+from bench.hopper.gpu_table import ceilings_line, measured_peers, table
+from bench.tpu.cycles_table import block as cycles_block
 
 HEADING = "## Speed on an H200"
 BEGIN, END = "<!-- h200:begin -->", "<!-- h200:end -->"
+CYCLES_HEADING = "## Cycles on TPUs, as compiled"
+CYCLES_MARKS = "<!-- tpu-cycles:begin -->", "<!-- tpu-cycles:end -->"
 _LICENSE = re.compile(r"^#+ licen[cs]e\b", re.IGNORECASE | re.MULTILINE)
 _BAR = 0.8  # of the height of a case, shared by its implementations
 
@@ -22,23 +28,33 @@ def main(argv: Sequence[str]) -> None:
     """Reads the record, draws the plot beside it, and writes the README's block."""
     parser = make_parser(
         "bench.publish",
-        "Puts the table of a run of bench.gpu into the README, between its two marks, and plots it beside the record.",
-        ("docs/results/h200.json", "docs/results/h200.json --readme docs/speed.md"),
+        "Puts the table of a run of bench.gpu into the README, between its two marks, and plots it beside the record; "
+        "or the table of a run of bench.cycles.",
+        (
+            "docs/results/h200.json",
+            "docs/results/h200.json --readme docs/speed.md",
+            "docs/results/tpu_cycles.json",
+        ),
     )
-    parser.add_argument("record", help="the JSON file of bench.gpu")
+    parser.add_argument("record", help="the JSON file of bench.gpu or bench.cycles")
     parser.add_argument("--readme", default="README.md", help="the file to change (default: %(default)s)")
     args = parser.parse_args(argv)
 
     path, readme = Path(args.record), Path(args.readme)
     record = json.loads(path.read_text(encoding="utf-8"))
     text = readme.read_text(encoding="utf-8")
+    base = readme.resolve().parent
+    if "rows" in record:
+        content = cycles_block(record, os.path.relpath(path.resolve(), base))
+        readme.write_text(replace_block(text, content, CYCLES_HEADING, CYCLES_MARKS), encoding="utf-8")
+        print(f"wrote {readme}")
+        return
     svg = path.with_suffix(".svg")
     if importlib.util.find_spec("matplotlib"):
         plot(record, svg)
         print(f"wrote {svg}")
     else:
         print(f"{svg} is left as it is: matplotlib is not installed (pip install -e '.[plots]')", file=sys.stderr)
-    base = readme.resolve().parent
     links = [os.path.relpath(file.resolve(), base) for file in (path, svg) if file.exists()]
     readme.write_text(replace_block(text, block(record, *links)), encoding="utf-8")
     print(f"wrote {readme}")
@@ -59,21 +75,22 @@ def block(record: Mapping[str, Any], record_link: str, plot_link: str | None = N
     return "\n\n".join(parts)
 
 
-def replace_block(text: str, content: str) -> str:
+def replace_block(text: str, content: str, heading: str = HEADING, marks: tuple[str, str] = (BEGIN, END)) -> str:
     """`text` with `content` between the marks; where they are missing, under a new heading before the licence's.
 
     Raises:
       ValueError: one mark is there without the other, twice, or in the wrong order.
     """
-    marked = f"{BEGIN}\n{content}\n{END}"
-    if BEGIN not in text and END not in text:
+    first, last = marks
+    marked = f"{first}\n{content}\n{last}"
+    if first not in text and last not in text:
         found = _LICENSE.search(text)
         before, after = (text[: found.start()], "\n" + text[found.start() :]) if found else (text, "")
-        return f"{before.rstrip()}\n\n{HEADING}\n\n{marked}\n{after}"
-    begin, end = text.find(BEGIN), text.find(END)
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or begin > end:
-        raise ValueError(f"expected {BEGIN} once and {END} once after it, or neither; mend the file or remove both")
-    return text[:begin] + marked + text[end + len(END) :]
+        return f"{before.rstrip()}\n\n{heading}\n\n{marked}\n{after}"
+    begin, end = text.find(first), text.find(last)
+    if text.count(first) != 1 or text.count(last) != 1 or begin > end:
+        raise ValueError(f"expected {first} once and {last} once after it, or neither; mend the file or remove both")
+    return text[:begin] + marked + text[end + len(last) :]
 
 
 def plot(record: Mapping[str, Any], path: Path) -> None:

@@ -27,7 +27,7 @@ def format_table(headers: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
             raise ValueError(
                 f"each row must have {len(headers)} cells, one for each of {list(headers)}; got {list(row)}"
             )
-    texts = [[_format(cell) for cell in row] for row in rows]
+    texts = [[cell_text(cell) for cell in row] for row in rows]
     columns = range(len(headers))
     widths = [max(len(line[i]) for line in [headers, *texts]) for i in columns]
     numeric = [bool(rows) and all(not isinstance(row[i], str) for row in rows) for i in columns]
@@ -76,7 +76,8 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} has no JSON form: {value!r}")
 
 
-def _format(cell: Cell) -> str:
+def cell_text(cell: Cell) -> str:
+    """A cell as tables show it."""
     if cell is None:
         return "-"
     if isinstance(cell, str):

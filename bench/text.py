@@ -21,12 +21,16 @@ def default_text_path() -> pathlib.Path:
     """A long English text that every Python installation carries: the help topics of pydoc."""
     spec = importlib.util.find_spec("pydoc_data.topics")
     if spec is None or spec.origin is None:
-        raise ValueError("this Python carries no pydoc_data.topics; pass a text with --input FILE")
+        raise ValueError("this Python carries no pydoc_data.topics; pass a text of your own (--help)")
     return pathlib.Path(spec.origin)
 
 
-def read_text(path: pathlib.Path) -> np.ndarray:
+def read_text(path: pathlib.Path, option: str = "--input") -> np.ndarray:
     """The bytes of a file, uint8 [length].
+
+    Args:
+      path: the file.
+      option: what named it on the command line, for errors.
 
     Raises:
       ValueError: the file cannot be read, or has fewer bytes than one context.
@@ -34,9 +38,9 @@ def read_text(path: pathlib.Path) -> np.ndarray:
     try:
         data = path.read_bytes()
     except OSError as reason:
-        raise ValueError(f"--input {path}: cannot be read: {reason.strerror}") from None
+        raise ValueError(f"{option} {path}: cannot be read: {reason.strerror}") from None
     if len(data) < CONTEXT:
-        raise ValueError(f"--input {path}: has {len(data)} bytes; at least {CONTEXT} are needed to make a token")
+        raise ValueError(f"{option} {path}: has {len(data)} bytes; at least {CONTEXT} are needed to make a token")
     return np.frombuffer(data, np.uint8)
 
 

@@ -18,13 +18,13 @@ import jax
 
 from bench.cli import make_parser, run
 from bench.gemm import parse_shape
-from bench.products import PRODUCT_DTYPES, Product, hopper_at_hand
+from bench.hopper.products import PRODUCT_DTYPES, Product, hopper_at_hand
+from bench.hopper.tune_measure import ConfigTimer
+from bench.hopper.tune_products import case_products, default_products
+from bench.hopper.tune_search import LEAST_GAIN, Outcome, search
 from bench.progress import Progress
 from bench.provenance import provenance
 from bench.report import Cell, format_table, write_json
-from bench.tune_measure import ConfigTimer
-from bench.tune_products import case_products, default_products
-from bench.tune_search import LEAST_GAIN, Outcome, search
 from pallas_kernels.chips import Chip
 from pallas_kernels.grouped_matmul import tiling, tuned_table
 from pallas_kernels.grouped_matmul.tuned_table import Key

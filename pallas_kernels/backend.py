@@ -7,7 +7,9 @@ An operator is a folder; each of its implementations is a module in it, found by
     "pallas_gpu"  gpu.py         Pallas kernels for NVIDIA GPUs
 
 "auto" takes the kernels of the platform at hand (of the chip named by `target.targeting`, if one is) and falls through
-to "xla" where they raise `Unsupported`, and says so once. A backend that the caller names never falls through.
+to "xla" where they raise `Unsupported`, and says so once. A backend that the caller names never falls through: what its
+kernels cannot do is an error. But an operator that has no kernels for the named platform at all (top-k and plan on a
+TPU) is XLA's there, so that one name serves a whole layer.
 """
 
 import functools
@@ -15,7 +17,7 @@ import importlib
 import importlib.util
 import warnings
 from collections.abc import Mapping
-from types import MappingProxyType, ModuleType
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -48,11 +50,11 @@ def run(operator: str, function: str, backend: str, *args: Any, **kwargs: Any) -
 
     Raises:
       ValueError: `backend` is not a name of a backend.
-      Unsupported: the named backend does not exist for this operator, or cannot do what it was asked.
+      Unsupported: the named backend cannot do what it was asked.
     """
     check_backend(backend)
     if backend != "auto":
-        return _call(operator, function, backend, args, kwargs)
+        return _call(operator, function, backend if backend in available(operator) else "xla", args, kwargs)
     preferred = _PREFERRED.get(target_platform())
     if preferred in available(operator):
         try:
@@ -64,18 +66,10 @@ def run(operator: str, function: str, backend: str, *args: Any, **kwargs: Any) -
 
 def _call(operator: str, function: str, backend: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Calls it. Inside `jax.shard_map`, what a kernel returns varies over the mesh axes that its operands vary over."""
-    result = getattr(_load(operator, backend), function)(*args, **kwargs)
+    module = importlib.import_module(_path(operator, MODULES[backend]))
+    result = getattr(module, function)(*args, **kwargs)
     operands = [leaf for leaf in jax.tree.leaves((args, kwargs)) if isinstance(leaf, jax.Array)]
     return vary_over(result, varying_axes(operands))
-
-
-def _load(operator: str, backend: str) -> ModuleType:
-    if backend not in available(operator):
-        raise Unsupported(
-            f"operator {operator!r} has no backend {backend!r}; available: 'auto', "
-            f"{', '.join(map(repr, available(operator)))}"
-        )
-    return importlib.import_module(_path(operator, MODULES[backend]))
 
 
 def _path(operator: str, module: str) -> str:

@@ -39,6 +39,7 @@ class Chip:
       link_bandwidth: bytes/s that the chip can send to its peers (one direction, all links together).
       fast_memory_bytes: software-managed on-chip memory of one core in bytes (VMEM, shared memory, SRAM).
       device_kinds: the strings that `jax.Device.device_kind` shows for this chip.
+      matrix_unit: rows, and columns, of the weights that a systolic matrix unit holds; None for chips without one.
       source: where the figures come from.
     """
 
@@ -52,6 +53,7 @@ class Chip:
     fast_memory_bytes: int
     source: str
     device_kinds: tuple[str, ...] = ()
+    matrix_unit: int | None = None
 
     def is_native(self, dtype: jax.typing.DTypeLike) -> bool:
         """Whether the matrix unit multiplies operands of `dtype` without converting them first."""
@@ -126,6 +128,7 @@ CHIPS: Mapping[str, Chip] = MappingProxyType(
                 link_bandwidth=200 * GB,
                 fast_memory_bytes=128 * MIB,
                 device_kinds=("TPU v5e", "TPU v5 lite"),
+                matrix_unit=128,
                 source=_CLOUD_TPU,
             ),
             _tpu(
@@ -137,6 +140,7 @@ CHIPS: Mapping[str, Chip] = MappingProxyType(
                 link_bandwidth=600 * GB,
                 fast_memory_bytes=64 * MIB,
                 device_kinds=("TPU v5", "TPU v5p"),
+                matrix_unit=128,
                 source=_CLOUD_TPU,
             ),
             _tpu(
@@ -148,6 +152,7 @@ CHIPS: Mapping[str, Chip] = MappingProxyType(
                 link_bandwidth=400 * GB,
                 fast_memory_bytes=128 * MIB,
                 device_kinds=("TPU v6e", "TPU v6 lite"),
+                matrix_unit=256,
                 source=_CLOUD_TPU,
             ),
             _tpu(
@@ -159,6 +164,7 @@ CHIPS: Mapping[str, Chip] = MappingProxyType(
                 link_bandwidth=600 * GB,
                 fast_memory_bytes=64 * MIB,
                 device_kinds=("TPU7x",),
+                matrix_unit=256,
                 source=_CLOUD_TPU,
             ),
             _hopper("h100", 80, 3.35, ("NVIDIA H100 80GB HBM3",), "NVIDIA H100 SXM data sheet"),

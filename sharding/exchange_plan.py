@@ -67,16 +67,26 @@ def count_dropped(topk_ids: jax.Array, kept_ids: jax.Array, num_experts: int) ->
     return lost.sum((0, 1), dtype=jnp.int32)
 
 
-def slab_size(num_tokens: int, top_k: int, num_local_experts: int, ep: int, capacity: int | None) -> tuple[int, int]:
+def slab_size(
+    num_tokens: int,
+    top_k: int,
+    num_local_experts: int,
+    ep: int,
+    capacity: int | None,
+    *,
+    choices: int | None = None,
+) -> tuple[int, int]:
     """S, the rows that one rank can send to another in a round; and the most rounds that any load can need.
 
     A slab holds twice the rows of a balanced load, in multiples of 8. Where that is not far from all that one rank
-    could ever have for another, it holds all of it and one round will do.
+    could ever have for another, it holds all of it and one round will do. A balanced load is T·K choices, or `choices`
+    where many of the T·K are not made.
     """
     worst = num_tokens * top_k
     if capacity is not None:
         worst = min(worst, num_local_experts * capacity)
-    twice_balanced = 8 * math.ceil(2 * num_tokens * top_k / ep / 8)
+    balanced = num_tokens * top_k if choices is None else choices
+    twice_balanced = 8 * math.ceil(2 * balanced / ep / 8)
     if worst <= 2 * twice_balanced:
         return worst, 1
     return twice_balanced, math.ceil(worst / twice_balanced)

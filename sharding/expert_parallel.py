@@ -9,6 +9,7 @@ of it goes in rounds (see `sharding.exchange_plan`), whose buffers are sized for
 """
 
 import dataclasses
+import math
 from typing import Any, Protocol
 
 import jax
@@ -50,6 +51,8 @@ class Transport:
         ⌈capacity_factor · T·K / E⌉ rows of each chip's T tokens, and the rest is dropped and counted.
       wire_scaling: None sends rows in their own dtype, else in FP8 with this scaling.
       backend: of dispatch and combine.
+      max_choices: choices that all chips' tokens make together at most, where most of topk_ids are −1; None for T·K a
+        chip. It bounds the rows in memory on one chip, and sizes the buffers of an exchange over several.
     """
 
     expert_axis: str | None = None
@@ -58,6 +61,7 @@ class Transport:
     capacity_factor: float | None = None
     wire_scaling: Scaling | None = None
     backend: str = "auto"
+    max_choices: int | None = None
 
 
 def expert_parallel(
@@ -99,6 +103,9 @@ def expert_parallel(
     dropped = count_dropped(topk_ids, kept_ids, num_experts)
     if transport.expert_axis is None or transport.ep == 1:
         plan = make_plan(kept_ids, num_experts)
+        if transport.max_choices is not None:
+            # Rows in use lie first, so that these hold every choice.
+            plan = dataclasses.replace(plan, order=plan.order[: transport.max_choices])
         rows = experts(params, dispatch(x, plan, backend=transport.backend), plan.group_sizes)
         y = combine(rows, plan, topk_weights, preferred_element_type=preferred_element_type, backend=transport.backend)
         return y, dropped
@@ -106,7 +113,8 @@ def expert_parallel(
     if isinstance(x, QTensor):
         raise ValueError("x must be an array when experts are split over chips; wire_scaling sends its rows in 8 bits")
     axis, backend = transport.expert_axis, transport.backend
-    slab, max_rounds = slab_size(num_tokens, top_k, num_local, transport.ep, capacity)
+    choices = _choices_per_chip(num_tokens * top_k, transport)
+    slab, max_rounds = slab_size(num_tokens, top_k, num_local, transport.ep, capacity, choices=choices)
 
     def one_round(index: jax.Array | int, constants: Any, args: Any) -> jax.Array:
         ids, destinations, by_rank = constants
@@ -123,3 +131,11 @@ def expert_parallel(
         return one_round(0, constants, args).astype(preferred_element_type), dropped
     rounds = jax.lax.pmax(-(-by_rank.group_sizes.max() // slab), transport.token_axes or axis)
     return sum_over_rounds(one_round, rounds, constants, args).astype(preferred_element_type), dropped
+
+
+def _choices_per_chip(at_most: int, transport: Transport) -> int:
+    """The choices of this chip's tokens that are made, on the average of all chips."""
+    if transport.max_choices is None:
+        return at_most
+    chips = math.prod(jax.lax.axis_size(axis) for axis in transport.token_axes or (transport.expert_axis,))
+    return min(at_most, math.ceil(transport.max_choices / chips))

@@ -46,6 +46,13 @@ def pytest_runtest_setup(item):
             pytest.skip(f"needs a {platform.upper()}, and jax runs on {jax.default_backend()}")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _no_programs_left():
+    """Forgets a module's compiled programs: each is mapped into memory, and Linux grants a process 65530 such maps."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def rng(request) -> np.random.Generator:
     """Random numbers of this run's seed and this test."""

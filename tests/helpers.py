@@ -52,3 +52,8 @@ def raises_saying(error: type[Exception], *parts: str) -> Iterator[None]:
         yield
     missing = [part for part in parts if part not in str(caught.value)]
     assert not missing, f"the message lacks {missing}: {caught.value}"
+
+
+def gradients(function, *args):
+    """The gradients of the sum of function(*args) for all of its arguments."""
+    return jax.grad(lambda *args: function(*args).astype(jnp.float32).sum(), argnums=tuple(range(len(args))))(*args)

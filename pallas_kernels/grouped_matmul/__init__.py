@@ -26,12 +26,16 @@ from pallas_kernels.quantize import (
     QDtype,
     QTensor,
     Quantization,
+    Scaling,
     block_shape,
     check_qdtype,
     quantize,
     scale_shape,
 )
 from pallas_kernels.varying import vary_alike
+
+_RESULT_SCALING: Scaling = "1x128"
+"""How `grouped_gate_up_in_8_bits` scales its result."""
 
 
 def grouped_matmul(
@@ -165,7 +169,7 @@ def grouped_gate_up_in_8_bits(
       Unsupported: a named backend cannot do this.
     """
     check_gate_up(lhs, rhs, group_sizes, bias, group_offset, transpose_rhs, activation, activation_limit)
-    scale_shape((lhs.shape[0], rhs.shape[1 if transpose_rhs else 2] // 2), "1x128")
+    scale_shape((lhs.shape[0], rhs.shape[1 if transpose_rhs else 2] // 2), _RESULT_SCALING)
     settings = _Settings(
         transpose_rhs=transpose_rhs,
         quantization=quantization,
@@ -176,6 +180,11 @@ def grouped_gate_up_in_8_bits(
     )
     operands = jax.lax.stop_gradient((lhs, rhs, bias))
     return _run_gate_up(settings, *operands, group_sizes, jnp.asarray(group_offset, jnp.int32))
+
+
+def result_can_stay(quantization: Quantization, width: int) -> bool:
+    """Whether a result [M, width] of `grouped_gate_up_in_8_bits` is what `quantization` would round it to."""
+    return quantization.lhs_scaling == _RESULT_SCALING and width % 128 == 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -377,4 +386,4 @@ def _result_dtype(lhs: Operand, preferred: jax.typing.DTypeLike | None) -> jnp.d
     return jnp.dtype(jnp.bfloat16) if isinstance(lhs, QTensor) else lhs.dtype
 
 
-__all__ = ["Operand", "grouped_gate_up", "grouped_gate_up_in_8_bits", "grouped_matmul"]
+__all__ = ["Operand", "grouped_gate_up", "grouped_gate_up_in_8_bits", "grouped_matmul", "result_can_stay"]

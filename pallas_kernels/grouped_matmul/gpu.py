@@ -19,7 +19,8 @@ import jax.numpy as jnp
 from pallas_kernels.activations import Activation
 from pallas_kernels.backend import Unsupported
 from pallas_kernels.grouped_matmul import hopper_drhs, tiling
-from pallas_kernels.grouped_matmul.hopper import SCALE_BLOCK, Epilogue, Inputs, Stage, grouped_product
+from pallas_kernels.grouped_matmul.hopper import grouped_product
+from pallas_kernels.grouped_matmul.hopper_problem import SCALE_BLOCK, Epilogue, Inputs, Stage
 from pallas_kernels.hopper import hopper_chip
 from pallas_kernels.quantize import Operand, QTensor, dequantize, quantize
 

@@ -8,7 +8,7 @@ the memory delivers the weights. Constants were fitted to an H200.
 from collections.abc import Iterator
 
 from pallas_kernels.chips import Chip
-from pallas_kernels.grouped_matmul.hopper import SCALE_BLOCK, WGMMA_ROWS, Config
+from pallas_kernels.grouped_matmul.hopper_problem import SCALE_BLOCK, WGMMA_ROWS, Config
 from pallas_kernels.grouped_matmul.hopper_smem import SWIZZLE
 from pallas_kernels.grouped_matmul.tuned_table import Key, tuned_configs
 from pallas_kernels.override import Override
@@ -107,7 +107,7 @@ def fits(chip: Chip, config: Config, *, out_itemsize: int, block_scales: bool, f
     if config.num_stages < 2 or config.strip < 1:
         return False
     width = config.block_n // 2 if fused else config.block_n
-    if width // config.column_groups % 64 or (out_itemsize == 1 and width != SCALE_BLOCK):
+    if width // config.column_groups % 64 or (out_itemsize == 1 and SCALE_BLOCK % width):
         return False
     # The sums and a part that is not scaled yet are in the registers together.
     most_columns = 192 if config.warpgroups > 1 else 128

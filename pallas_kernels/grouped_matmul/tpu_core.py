@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import itertools
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
@@ -11,7 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.grouped_matmul.tpu_math import Arithmetic, activate, product
-from pallas_kernels.grouped_matmul.tpu_memory import Config, Inputs, Layout, Scratch, Stage
+from pallas_kernels.grouped_matmul.tpu_memory import Config, Inputs, Layout, Scratch, Stage, chunk_lengths
 from pallas_kernels.grouped_matmul.tpu_rows import Tile
 
 
@@ -138,18 +140,15 @@ class Core:
             out = jnp.where(tile.owned(out.shape, first * sublanes), out, 0).astype(self.arithmetic.out_dtype)
             scratch.out[buffer, at, :, columns] = out.reshape(strips, sublanes, width)
 
-        strips = config.block_m // sublanes
-
         def for_columns(start: Any, width: int) -> None:
-            # Rows that the group does not have are not multiplied.
-            _for_parts(
-                strips,
-                config.chunk_m // sublanes,
+            _for_chunks(
+                config.block_m // sublanes,
+                chunk_lengths(config.chunk_m // sublanes, self.layout.depth // self.arithmetic.scale_block),
                 tile.strips,
                 lambda first, count: compute(first, count, start, width),
             )
 
-        _for_parts(config.block_n, config.chunk_n, None, for_columns)
+        _for_parts(config.block_n, config.chunk_n, for_columns)
 
     def take_shared(self, tile: Tile, column_tile: jax.Array, buffer: Any) -> None:
         """Puts in what earlier groups left of the first strip."""
@@ -168,14 +167,29 @@ class Core:
             self.scratch.shared[column_tile] = self.scratch.out[buffer, tile.whole_strips]
 
 
-def _for_parts(size: int, part: int, needed: Any, function: Any) -> None:
-    """Calls `function(start, length)` for every part of `size`; for those below `needed` if it is not None."""
-    whole = size // part
+def _for_parts(size: int, part: int, function: Any) -> None:
+    """Calls `function(start, length)` for every part of `size`."""
+    whole, rest = divmod(size, part)
     if whole == 1:
         function(0, part)
     elif whole:
-        count = whole if needed is None else jnp.minimum(pl.cdiv(needed, part), whole)
-        pl.loop(0, count)(lambda index: function(pl.multiple_of(index * part, part), part))
-    if size % part:
-        rest = functools.partial(function, whole * part, size % part)
-        rest() if needed is None else pl.when(needed > whole * part)(rest)
+        pl.loop(0, whole)(lambda index: function(pl.multiple_of(index * part, part), part))
+    if rest:
+        function(whole * part, rest)
+
+
+def _for_chunks(size: int, lengths: Sequence[int], needed: Any, function: Any) -> None:
+    """Calls `function(start, length)` for the first `needed` of `size`: in chunks of the last of `lengths`, and then
+    for what is left in the shortest one that holds it, so that few are done in vain.
+    """
+    chunk = lengths[-1]
+    longest_rest = lengths[-2] if len(lengths) > 1 else 0
+    whole = (needed + chunk - 1 - longest_rest) // chunk
+    if size == chunk:
+        pl.when(whole > 0)(lambda: function(0, chunk))
+    else:
+        pl.loop(0, whole)(lambda index: function(pl.multiple_of(index * chunk, chunk), chunk))
+    rest = needed - whole * chunk
+    for shorter, length in itertools.pairwise([0, *lengths[:-1]]):
+        start = 0 if size == chunk else pl.multiple_of(whole * chunk, chunk)
+        pl.when((rest > shorter) & (rest <= length))(functools.partial(function, start, length))

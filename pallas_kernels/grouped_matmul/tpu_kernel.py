@@ -92,7 +92,7 @@ def _run(core: Core, sizes_ref: Any, offset_ref: Any) -> None:
     number: Any = pl.program_id(0) if cores > 1 else 0
     groups = Groups(scratch.group_index, scratch.group_begin, scratch.group_end)
     num_rows = core.layout.strips * core.layout.sublanes
-    count = groups.fill(sizes_ref, offset_ref, num_rows)
+    count, tiles = groups.fill(sizes_ref, offset_ref, num_rows, core.config.block_m, core.layout.sublanes)
     mine = (core.layout.column_tiles - number + cores - 1) // cores
     schedule = _Schedule(groups, count, number, mine, core)
     for buffer in range(core.config.weight_buffers if core.stage == "comp" else core.config.weight_buffers - 1):
@@ -110,7 +110,7 @@ def _run(core: Core, sizes_ref: Any, offset_ref: Any) -> None:
     for buffer in range(2):
         scratch.stored[buffer, 0] = jnp.int32(0)
     schedule.fill_zeros("start")
-    lax.fori_loop(0, schedule.steps(), schedule.step, _Place.first())
+    lax.fori_loop(0, tiles * mine, schedule.step, _Place.first())
     for buffer in range(2):
         core.await_store(buffer)
     schedule.fill_zeros("wait")
@@ -165,15 +165,6 @@ class _Schedule:
         def _():
             buffer = lax.rem(number, jnp.int32(self.core.config.weight_buffers))
             self.core.copy_weights(self.groups.index[group], self.column_tile(column), buffer, "start")
-
-    def steps(self) -> Any:
-        """How many tiles the core computes."""
-        core = self.core
-
-        def add(group, total):
-            return total + Tile.count(self.groups, group, core.config.block_m, core.layout.sublanes)
-
-        return lax.fori_loop(0, self.count, add, jnp.int32(0)) * self.mine
 
     def step(self, number: jax.Array, at: "_Place") -> "_Place":
         """Computes the tile at a place while others are copied; returns the next place."""

@@ -18,7 +18,7 @@ class Config:
     """How the work is cut.
 
     Attributes:
-      block_m: rows of a tile, a multiple of the strip.
+      block_m: rows of a tile, a multiple of chunk_m.
       block_n: columns of a tile of the result, a multiple of 128 unless all of them; gate and up each have as many.
       weight_buffers: weight tiles in VMEM, of which all but one are on their way.
       chunk_m: rows that are multiplied at a time, a multiple of the strip.
@@ -30,6 +30,13 @@ class Config:
     weight_buffers: int
     chunk_m: int
     chunk_n: int
+
+
+def chunk_lengths(chunk: int, blocks: int) -> list[int]:
+    """Lengths of a group's last chunk, in the unit of `chunk`: quarters of it, in whole units. Each length has its own
+    instructions, and they are too many where each of several blocks of K has scales: there only the whole chunk.
+    """
+    return sorted({-(-chunk * quarters // 4) for quarters in range(1, 5)}) if blocks == 1 else [chunk]
 
 
 class Inputs(NamedTuple):

@@ -31,15 +31,17 @@ class Groups:
     begin: Any
     end: Any
 
-    def fill(self, group_sizes: Any, group_offset: Any, num_rows: int) -> jax.Array:
-        """Lists the groups with rows among the G from `group_offset` on; returns how many they are.
+    def fill(
+        self, group_sizes: Any, group_offset: Any, num_rows: int, block_m: int, sublanes: int
+    ) -> tuple[jax.Array, jax.Array]:
+        """Lists the groups with rows among the G from `group_offset` on; returns how many they and their tiles are.
 
         Sizes that are negative count as zero, and what exceeds `num_rows` is cut off.
         """
         first, num_groups = group_offset[0], self.index.shape[0]
 
         def visit(group, state):
-            row, count = state
+            row, count, tiles = state
             end = jnp.minimum(row + jnp.maximum(group_sizes[group], 0), num_rows)
             mine = (group >= first) & (end > row)
 
@@ -49,10 +51,12 @@ class Groups:
                 self.begin[count] = row
                 self.end[count] = end
 
-            return end, count + mine.astype(jnp.int32)
+            more = pl.cdiv(end - row // sublanes * sublanes, block_m)
+            return end, count + mine.astype(jnp.int32), tiles + jnp.where(mine, more, 0)
 
-        _, count = lax.fori_loop(0, first + num_groups, visit, (jnp.int32(0), jnp.int32(0)))
-        return count
+        zero = jnp.int32(0)
+        _, count, tiles = lax.fori_loop(0, first + num_groups, visit, (zero, zero, zero))
+        return count, tiles
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,6 @@ from pallas_kernels.hopper import require_hopper
 from pallas_kernels.top_k import reference
 
 _TOKENS = 64
-_FEW_TOKENS = 256  # below, XLA is as fast
 _MOST_EXPERTS = 256  # two registers a thread for each, of 255
 
 
@@ -29,7 +28,7 @@ def top_k_ids(scores: jax.Array, k: int) -> jax.Array:
             f"top_k: the kernel takes float32 scores of up to {_MOST_EXPERTS} experts, a multiple of 8, got "
             f"{scores.dtype} and {num_experts}"
         )
-    if num_tokens < _FEW_TOKENS:
+    if num_tokens < _TOKENS:
         return reference.top_k_ids(scores, k)
 
     def body(scores, out):

@@ -1,9 +1,9 @@
 """Records of `bench.gpu` from made-up measurements, for the tests of what shows them."""
 
-from bench.ceilings import Ceilings
 from bench.gpu import make_record
-from bench.gpu_cases import CASES
-from bench.gpu_measure import Measurement, case_record
+from bench.hopper.ceilings import Ceilings
+from bench.hopper.gpu_cases import CASES
+from bench.hopper.gpu_measure import Measurement, case_record
 from bench.timing import KernelTime
 from pallas_kernels.chips import get_chip
 

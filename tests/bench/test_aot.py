@@ -8,9 +8,9 @@ import sys
 import pytest
 
 from bench.aot import compile_record, main
-from bench.aot_layer import LayerJob
 from bench.cli import run
-from bench.libtpu import CompileError, libtpu_version, reason_of, run_job
+from bench.tpu.aot_layer import LayerJob
+from bench.tpu.libtpu import CompileError, libtpu_version, reason_of, run_job
 
 needs_libtpu = pytest.mark.skipif(libtpu_version() is None, reason="libtpu is not installed (EXTRAS=aot)")
 
@@ -56,7 +56,7 @@ def test_a_job_that_dies_or_fails_says_why():
     with pytest.raises(CompileError, match=r"ended with status 1: .*no_such_module"):
         run_job("bench.no_such_module", {})
     with pytest.raises(CompileError, match="KeyError"):
-        run_job("bench.aot_worker", {})
+        run_job("bench.tpu.aot_worker", {})
 
 
 @needs_libtpu
@@ -82,7 +82,7 @@ def test_a_small_layer_compiles_and_is_shown(tmp_path):
     assert {kernel["name"] for kernel in record["kernels"]} >= {"dispatch", "combine"}
     assert all(kernel["cycles"] > 0 for kernel in record["kernels"] if kernel["name"] in ("dispatch", "combine"))
     assert record["versions"]["libtpu"] == libtpu_version()
-    for text in ("v6e:2x2", "all-to-all", "Pallas kernel", "not the waits for copies", "roofline µs", "libtpu"):
+    for text in ("v6e:2x2", "all-to-all", "Pallas kernel", "cycles leave out loops", "roofline µs", "libtpu"):
         assert text in done.stdout
 
 
@@ -95,3 +95,19 @@ def test_what_cannot_be_compiled_gives_the_compilers_reason():
     assert "RESOURCE_EXHAUSTED" in record["reason"]
     assert "\n" not in record["reason"]
     assert record["job"] == dataclasses.asdict(job)
+
+
+@needs_libtpu
+def test_what_is_compiled_stays_when_the_rest_is_stopped(tmp_path, monkeypatch):
+    path = tmp_path / "aot.json"
+
+    def stopped_at_the_second(job, quantized, **kwargs):
+        if path.exists():
+            raise KeyboardInterrupt
+        return compile_record(job, quantized, **kwargs)
+
+    monkeypatch.setattr("bench.aot.compile_record", stopped_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        main([*SMALL, "--precision", "w16a16", "--precision", "w8a8", "--no-kernel-cycles", "--json", str(path)])
+    (record,) = json.loads(path.read_text())
+    assert record["job"]["precision"] == "w16a16"

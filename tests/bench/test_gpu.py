@@ -10,7 +10,7 @@ import pytest
 
 from bench import gpu
 from bench.cli import run
-from bench.gpu_cases import CASES
+from bench.hopper.gpu_cases import CASES
 from pallas_kernels.chips import get_chip
 from tests.bench.gpu_records import CEILINGS, measurement
 

@@ -1,3 +1,7 @@
+import os
+
+import jax
+
 from bench import provenance
 
 
@@ -19,3 +23,10 @@ def test_the_head_of_a_record(monkeypatch):
     assert (head["driver"], head["commit"]) == ("580.1", "unknown")
     assert head["versions"]["jax"]
     assert head["versions"]["no-such-package"] is None
+
+
+def test_a_cpu_is_called_by_architecture_and_cores():
+    if jax.default_backend() != "cpu":
+        assert provenance.chip_name() == jax.devices()[0].device_kind
+    else:
+        assert provenance.chip_name().endswith(f"CPU, {os.cpu_count()} cores")

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from bench.cli import run
-from bench.publish import BEGIN, END, HEADING, block, main, plot, replace_block
+from bench.publish import BEGIN, CYCLES_HEADING, CYCLES_MARKS, END, HEADING, block, main, plot, replace_block
 from tests.bench.gpu_records import measurement, record
 
 
@@ -70,6 +70,20 @@ def test_command_without_matplotlib(files, monkeypatch, capsys):
     assert text.startswith(f"# x\n\n{HEADING}\n\n{BEGIN}\n`make bench-gpu`")
     assert "(docs/results/h200.json)" in text
     assert "svg" not in text
+
+
+def test_a_record_of_cycles_gets_its_own_section(files):
+    path, readme = files
+    cell = {"chip": "v6e", "case": "a product", "shape": dict(zip("GMKN", (1, 2, 3, 4), strict=True))}
+    figures = {"ours": [{"cycles": 2000}], "tokamax v2": [{"cycles": 4000}]}
+    rows = [{**cell, "commit": "abc", "floor_cycles": 1000, "cycles": figures, "instructions": {}}]
+    found = {"rows": rows, "versions": {}, "date": "2026-01-01T", "note": "A note."}
+    path.write_text(json.dumps(found))
+    for _ in range(2):
+        assert run(main, [str(path), "--readme", str(readme)]) == 0
+        text = readme.read_text()
+        assert text.startswith(f"# x\n\n{CYCLES_HEADING}\n\n{CYCLES_MARKS[0]}\n")
+        assert text.count("| a product | 1,2,3,4 | 2 / 4 / -, floor 1 |") == 1
 
 
 def test_command_without_a_record(tmp_path, capsys):

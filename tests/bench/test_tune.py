@@ -6,12 +6,13 @@ import json
 import jax
 import pytest
 
-from bench import tune, tune_measure
+from bench import tune
 from bench.cli import run
-from bench.products import PRODUCT_DTYPES, Product, make_inputs
+from bench.hopper import tune_measure
+from bench.hopper.products import PRODUCT_DTYPES, Product, make_inputs
+from bench.hopper.tune_measure import ConfigTimer
+from bench.hopper.tune_search import Outcome
 from bench.timing import KernelTime
-from bench.tune_measure import ConfigTimer
-from bench.tune_search import Outcome
 from bench.workloads import GemmShape
 from pallas_kernels.chips import get_chip
 from pallas_kernels.grouped_matmul import tiling

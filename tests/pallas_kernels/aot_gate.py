@@ -5,13 +5,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from bench.libtpu import one_line, serve
-from bench.pallas_calls import find_kernels
-from bench.tpu_slices import parse_slice
+from bench.tpu.libtpu import one_line, serve
+from bench.tpu.pallas_calls import find_kernels
+from bench.tpu.tpu_slices import parse_slice
 from pallas_kernels.chips import get_chip
 from pallas_kernels.combine import combine
 from pallas_kernels.dispatch import dispatch
@@ -19,6 +18,7 @@ from pallas_kernels.grouped_matmul import grouped_gate_up, grouped_matmul
 from pallas_kernels.plan import Plan
 from pallas_kernels.quantize import QTensor
 from pallas_kernels.target import targeting
+from tests.helpers import gradients
 
 GROUPS, TOKENS, TOP_K, HIDDEN, WIDTH = 8, 40, 4, 1024, 512
 ROWS = TOKENS * TOP_K
@@ -35,9 +35,6 @@ def cases(array, chip, mesh) -> dict:
     rows, dense = array((ROWS, HIDDEN), "bfloat16"), array((GROUPS, HIDDEN, WIDTH), "bfloat16")
     on_tpu = {"backend": "pallas_tpu"}
     split, whole = PartitionSpec(*mesh.axis_names), PartitionSpec()
-
-    def gradients(function, *args):
-        return jax.grad(lambda *args: function(*args).astype(jnp.float32).sum(), argnums=tuple(range(len(args))))(*args)
 
     @functools.partial(jax.shard_map, mesh=mesh, in_specs=(split, split, split, whole, whole), out_specs=split)
     def sharded(x, weights, rhs, sizes, plan):
@@ -68,11 +65,11 @@ def cases(array, chip, mesh) -> dict:
             groups,
             plan,
         ),
-        **products(array, groups, rows, dense, gradients),
+        **products(array, groups, rows, dense),
     }
 
 
-def products(array, groups, rows, dense, gradients) -> dict[str, tuple[Callable[..., Any], Any, Any, Any]]:
+def products(array, groups, rows, dense) -> dict[str, tuple[Callable[..., Any], Any, Any, Any]]:
     """The grouped products: dtypes, layouts and scales that the chips treat differently."""
 
     def eight_bits(dtype, shape, scale):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from bench.libtpu import libtpu_version, run_job
+from bench.tpu.libtpu import libtpu_version, run_job
 
 KERNELS = {
     "dispatch": ["dispatch"],

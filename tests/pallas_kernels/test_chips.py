@@ -94,6 +94,7 @@ def test_tpu_figures_agree_with_jax(name):
     assert chip.hbm_bandwidth == pytest.approx(info.mem_bw_bytes_per_second * chip.cores, **bandwidth)
     assert chip.hbm_bytes == pytest.approx(info.hbm_capacity_bytes * chip.cores, rel=0.05)
     assert chip.fast_memory_bytes == info.vmem_capacity_bytes
+    assert chip.matrix_unit == info.mxu_column_size
     assert chip.cores == info.chip_version.num_physical_tensor_cores_per_chip
     peaks = {
         "bfloat16": info.bf16_ops_per_second,

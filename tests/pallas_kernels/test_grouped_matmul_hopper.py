@@ -20,6 +20,7 @@ from pallas_kernels.grouped_matmul import (
     hopper_drhs,
     tiling,
 )
+from pallas_kernels.grouped_matmul.hopper_problem import Config
 from pallas_kernels.grouped_matmul.hopper_smem import single_view
 from pallas_kernels.quantize import dequantize
 from tests.helpers import LIMIT, normal, relative_error
@@ -43,18 +44,18 @@ def simulated(monkeypatch, config):
 
 CASES = [
     # name, config, fused, K-major, lhs scaling, rhs scaling
-    ("bf16", hopper.Config(64, 64, 3, 1, 2), False, False, None, None),
-    ("bf16-k-major", hopper.Config(128, 128, 2, 2, 1), False, True, None, None),
-    ("bf16-fused", hopper.Config(64, 128, 2, 1, 2), True, True, None, None),
-    ("fp8-row-channel", hopper.Config(128, 128, 2, 2, 2), False, True, "per_row", "per_channel"),
-    ("fp8-tensor", hopper.Config(64, 64, 2, 1, 1), False, True, "per_tensor", "per_tensor"),
-    ("fp8-blocks", hopper.Config(64, 128, 2, 1, 2), False, True, "1x128", "128x128"),
-    ("fp8-blocks-fused", hopper.Config(64, 128, 2, 1, 2), True, True, "1x128", "128x128"),
-    ("bf16-columns", hopper.Config(64, 128, 3, 2, 2), False, False, None, None),
-    ("bf16-fused-columns", hopper.Config(64, 256, 2, 2, 2), True, False, None, None),
-    ("fp8-columns", hopper.Config(64, 128, 2, 2, 2), False, True, "per_row", "per_channel"),
-    ("fp8-blocks-wide", hopper.Config(128, 192, 2, 2, 2), False, True, "1x128", "128x128"),
-    ("fp8-blocks-fused-columns", hopper.Config(64, 256, 2, 2, 1), True, True, "1x128", "128x128"),
+    ("bf16", Config(64, 64, 3, 1, 2), False, False, None, None),
+    ("bf16-k-major", Config(128, 128, 2, 2, 1), False, True, None, None),
+    ("bf16-fused", Config(64, 128, 2, 1, 2), True, True, None, None),
+    ("fp8-row-channel", Config(128, 128, 2, 2, 2), False, True, "per_row", "per_channel"),
+    ("fp8-tensor", Config(64, 64, 2, 1, 1), False, True, "per_tensor", "per_tensor"),
+    ("fp8-blocks", Config(64, 128, 2, 1, 2), False, True, "1x128", "128x128"),
+    ("fp8-blocks-fused", Config(64, 128, 2, 1, 2), True, True, "1x128", "128x128"),
+    ("bf16-columns", Config(64, 128, 3, 2, 2), False, False, None, None),
+    ("bf16-fused-columns", Config(64, 256, 2, 2, 2), True, False, None, None),
+    ("fp8-columns", Config(64, 128, 2, 2, 2), False, True, "per_row", "per_channel"),
+    ("fp8-blocks-wide", Config(128, 192, 2, 2, 2), False, True, "1x128", "128x128"),
+    ("fp8-blocks-fused-columns", Config(64, 256, 2, 2, 1), True, True, "1x128", "128x128"),
 ]
 
 
@@ -75,10 +76,20 @@ def test_on_a_simulated_gpu(monkeypatch, rng, config, fused, k_major, lhs_scalin
     assert not np.asarray(out[sum(SIZES) :]).any()
 
 
-@pytest.mark.parametrize("config", [hopper.Config(64, 256, 2, 1, 1), hopper.Config(64, 256, 2, 2, 1)], ids=str)
-def test_result_in_8_bits_on_a_simulated_gpu(monkeypatch, rng, config):
-    lhs, rhs, bias = operands(rng, (80, 128, 512, len(SIZES)))
-    lhs, rhs = quantized(lhs, scaling="per_row"), quantized(rhs, scaling="per_channel").mT
+@pytest.mark.parametrize(
+    ("config", "lhs_scaling", "rhs_scaling"),
+    [
+        (Config(64, 256, 2, 1, 1), "per_row", "per_channel"),
+        (Config(64, 256, 2, 2, 1), "per_row", "per_channel"),
+        (Config(64, 128, 3, 1, 2), "per_row", "per_channel"),  # two sweeps, from here on
+        (Config(64, 128, 3, 1, 2), "1x128", "128x128"),
+        (Config(128, 128, 2, 2, 1), "per_row", "per_channel"),
+    ],
+    ids=str,
+)
+def test_result_in_8_bits_on_a_simulated_gpu(monkeypatch, rng, config, lhs_scaling, rhs_scaling):
+    lhs, rhs, bias = operands(rng, (80, 512, 512, len(SIZES)))
+    lhs, rhs = quantized(lhs, scaling=lhs_scaling), quantized(rhs, scaling=rhs_scaling).mT
     run = functools.partial(grouped_gate_up_in_8_bits, transpose_rhs=True)
     arguments = lhs, rhs, jnp.array(SIZES, jnp.int32)
     with simulated(monkeypatch, config):
@@ -92,7 +103,7 @@ def test_result_in_8_bits_on_a_simulated_gpu(monkeypatch, rng, config):
 def test_window_on_a_simulated_gpu(monkeypatch, rng):
     lhs, rhs, bias = operands(rng, (80, 128, 64, 2), jnp.bfloat16)
     run = functools.partial(grouped_matmul, backend="pallas_gpu", group_offset=1)
-    with simulated(monkeypatch, hopper.Config(64, 64, 2, 1, 1)):
+    with simulated(monkeypatch, Config(64, 64, 2, 1, 1)):
         out = jax.jit(run)(lhs, rhs, jnp.array(SIZES, jnp.int32), bias=bias)
     assert relative_error(out, dense_matmul(lhs, rhs, SIZES, bias, 1)) < LIMIT["bfloat16"]
 

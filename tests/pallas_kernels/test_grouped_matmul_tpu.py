@@ -15,7 +15,7 @@ from pallas_kernels.grouped_matmul import (
     tpu_drhs,
     tpu_tiling,
 )
-from pallas_kernels.grouped_matmul.tpu_memory import Config
+from pallas_kernels.grouped_matmul.tpu_memory import Config, chunk_lengths
 from pallas_kernels.quantize import QTensor, quantize
 from pallas_kernels.target import targeting
 from pallas_kernels.tpu import cores_of_a_device
@@ -52,6 +52,25 @@ def test_groups_that_share_strips_and_tiles(rng, sizes, fused, buffers, mode):
     sizes = jnp.asarray(sizes, jnp.int32)
     out = run(function, lhs, rhs, sizes, bias=bias, config=config, mode=mode)
     assert relative_error(out, oracle(lhs, rhs, sizes, bias)) < LIMIT["bfloat16"]
+
+
+@pytest.mark.parametrize("chunk", [64, 128])
+def test_a_last_chunk_of_every_length(rng, chunk):
+    """A group's rows are multiplied in whole chunks and a last one of a quarter, a half or three quarters of it."""
+    sizes = [1, 15, 0, 33, 47, 48, 64, 65, 100, 127, 128, 12]
+    lhs, rhs, bias = operands(rng, (sum(sizes) + 8, 64, 128, len(sizes)), jnp.bfloat16)
+    sizes = jnp.asarray(sizes, jnp.int32)
+    out = run(grouped_matmul, lhs, rhs, sizes, bias=bias, config=Config(128, 128, 3, chunk, 128))
+    assert relative_error(out, dense_matmul(lhs, rhs, sizes, bias)) < LIMIT["bfloat16"]
+    assert not np.asarray(out[-8:]).any()
+
+
+@pytest.mark.parametrize(
+    ("chunk", "lengths"), [(1, [1]), (2, [1, 2]), (3, [1, 2, 3]), (4, [1, 2, 3, 4]), (16, [4, 8, 12, 16])]
+)
+def test_lengths_of_a_last_chunk(chunk, lengths):
+    assert chunk_lengths(chunk, blocks=1) == lengths
+    assert chunk_lengths(chunk, blocks=2) == [chunk]
 
 
 @pytest.mark.parametrize("chip", TPUS)

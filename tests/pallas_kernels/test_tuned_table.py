@@ -63,10 +63,10 @@ def test_other_chips_fall_to_the_model(table):
 def test_an_entry_that_the_result_does_not_allow_falls_to_the_model(table):
     fused = PRODUCT | {"operand": "float8_e4m3fn", "fused": True}
     key = Key("float8_e4m3fn", False, True, False, 8, 64, 7168, 2048)
-    narrow = tiling.Config(64, 128, 5, 1, 4)
-    table |= {key: narrow, dataclasses.replace(key, result_in_8_bits=True): narrow}
-    assert tiling.pick(H200, **fused) == narrow
-    assert tiling.pick(H200, **fused | {"out_itemsize": 1}).block_n == 256
+    deep = tiling.Config(64, 256, 5, 2, 4)  # a wider result does not fit beside it
+    table |= {key: deep, dataclasses.replace(key, result_in_8_bits=True): deep}
+    assert tiling.pick(H200, **fused) != deep
+    assert tiling.pick(H200, **fused | {"out_itemsize": 1}) == deep
 
 
 def test_forced_comes_first(table):

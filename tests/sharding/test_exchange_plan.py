@@ -102,6 +102,16 @@ def test_slabs_hold_any_load_and_stay_small(num_tokens, top_k, num_local, ep, fa
         assert slab >= 2 * assignments / ep  # a balanced load, and twice that, takes one round
 
 
+@given(**sizes, choices=st.integers(1, 5000))
+def test_slabs_where_few_of_the_choices_are_made(num_tokens, top_k, num_local, ep, choices):
+    """Buffers are for the choices that are made, twice the balanced load; rounds are enough for all that could be."""
+    slab, rounds = slab_size(num_tokens, top_k, num_local, ep, None, choices=choices)
+    assert rounds * slab >= num_tokens * top_k
+    assert ep * slab <= 4 * choices + 16 * ep
+    if rounds > 1:
+        assert slab >= 2 * choices / ep
+
+
 @functools.cache
 def departures(ep: int, slab: int, rounds: int):
     """All rounds of one rank, jitted: a list of (plan, experts)."""

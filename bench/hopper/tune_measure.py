@@ -1,0 +1,82 @@
+"""Times configurations of one product on the device, after a look at their results."""
+
+import concurrent.futures
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from bench.hopper.gpu_measure import check, describe, relative_error
+from bench.hopper.products import Product, make_inputs
+from bench.timing import copies_of, kernel_times, rotated
+from pallas_kernels.grouped_matmul import tiling
+from pallas_kernels.grouped_matmul.hopper_problem import Config
+from pallas_kernels.quantize import QTensor, dequantize
+
+_TOLERANCE = 2e-2  # between two configurations, which sum in different orders
+
+
+class ConfigTimer:
+    """Gives the kernel time of each configuration in µs; those that fail, or differ from the first, are left out.
+
+    Configurations are compiled side by side and timed one after the other.
+
+    Args:
+      product: what to run.
+      repeats: how often each is timed.
+      say: takes a line on each that failed.
+    """
+
+    def __init__(self, product: Product, repeats: int, say: Callable[[str], None]):
+        self._product, self._repeats, self._say = product, repeats, say
+        self._inputs = copies_of(jax.block_until_ready(make_inputs(product)))
+        self._programs: dict[Config, Any] = {}
+        self._reference: jax.Array | None = None
+
+    def __call__(self, configs: Sequence[Config]) -> Mapping[Config, float]:
+        """The first configuration of the first call gives the result that all others must have."""
+        self._compile([config for config in configs if config not in self._programs])
+        times = {}
+        for config in configs:
+            program = self._programs[config]
+            try:
+                if isinstance(program, Exception):
+                    raise program
+                self._check(program)
+                time = kernel_times(program, self._inputs, repeats=self._repeats, calls=len(self._inputs))
+                times[config] = time.median_us
+            except Exception as error:  # one that does not compile must not end the others
+                self._say(f"{self._product.name}, {config}: {describe(error)}")
+        return times
+
+    def _compile(self, configs: Sequence[Config]) -> None:
+        lowered: dict[Config, Any] = {}
+        for config in configs:
+            try:
+                lowered[config] = self._lower(config)
+            except Exception as error:
+                self._programs[config] = error
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+            futures = {config: pool.submit(program.compile) for config, program in lowered.items()}
+        for config, future in futures.items():
+            self._programs[config] = future.exception() or future.result()
+
+    def _lower(self, config: Config) -> Any:
+        def call(*operands):  # a function of its own, as jax remembers what it traced
+            return self._product.run(*operands)
+
+        program: Any = rotated(call)
+        with tiling.forced(config):
+            return program.lower(self._inputs)
+
+    def _check(self, program: Callable[..., list[jax.Array]]) -> None:
+        result = program(self._inputs)[0]
+        if isinstance(result, QTensor):
+            result = dequantize(result)
+        if self._reference is None:
+            if not jnp.isfinite(result).all():
+                raise ValueError("the result is not finite")
+            self._reference = result.astype(jnp.float32)
+        check(relative_error(result, self._reference), _TOLERANCE)

@@ -1,0 +1,128 @@
+"""Which configurations of a product are timed, and which one wins.
+
+`search` times the sizes of tiles that the model does not rule out, then other strips with the best of them, then
+shorter rings with the best of those; `exhaustive` times all of these together. The winner is timed once more beside
+the model's choice, so that luck among many does not make a winner.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from bench.hopper.products import Product
+from pallas_kernels.chips import Chip
+from pallas_kernels.grouped_matmul import tiling
+from pallas_kernels.grouped_matmul.hopper_problem import Config
+
+Timer = Callable[[Sequence[Config]], Mapping[Config, float]]
+"""µs of each configuration; those that fail are left out."""
+
+MODEL_SLACK = 1.6
+"""Tiles that take longer than the least by this factor, as modelled, are not timed in a `search`."""
+
+LEAST_GAIN = 0.02
+"""A configuration that is not faster than the model's choice by this share is not worth an entry."""
+
+_STRIPS = (1, 4, 8, 16)
+_FEWER_STAGES = (1, 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """Times of a product in µs.
+
+    Attributes:
+      model: the model's choice.
+      model_us: its time.
+      best: the fastest, which may be the model's choice.
+      best_us: its time.
+      num_timed: how many configurations were timed.
+    """
+
+    model: Config
+    model_us: float
+    best: Config
+    best_us: float
+    num_timed: int
+
+    @property
+    def gain(self) -> float:
+        """The share of the time of the model's choice that the best saves."""
+        return 1 - self.best_us / self.model_us
+
+    @property
+    def is_worth_it(self) -> bool:
+        """Whether the gain exceeds `LEAST_GAIN`."""
+        return self.gain > LEAST_GAIN
+
+
+def search(product: Product, chip: Chip, timer: Timer, *, exhaustive: bool = False) -> Outcome:
+    """Finds the fastest configuration.
+
+    Raises:
+      ValueError: the model's choice cannot be timed.
+    """
+    tiles = by_modelled_time(product, chip)
+    model, least = next(iter(tiles.items()))
+    times: dict[Config, float] = {}
+
+    def time_new(configs: Iterable[Config]) -> None:
+        new = [config for config in dict.fromkeys(configs) if config not in times]
+        times.update(timer(new) if new else {})
+        if model not in times:
+            raise ValueError(f"the model's choice {model} cannot be timed")
+
+    def best() -> Config:
+        return min(times, key=times.__getitem__)
+
+    if exhaustive:
+        time_new(v for tile in tiles for strip in strips(product, tile) for v in (strip, *shorter_rings(strip)))
+    else:
+        time_new(config for config, seconds in tiles.items() if seconds <= MODEL_SLACK * least)
+        time_new(strips(product, best()))
+        time_new(shorter_rings(best()))
+    winner = best()
+    if winner == model:
+        return Outcome(model, times[model], model, times[model], len(times))
+    again = timer([model, winner])
+    return Outcome(model, again[model], winner, again[winner], len(times))
+
+
+def by_modelled_time(product: Product, chip: Chip) -> dict[Config, float]:
+    """Every size of a tile with its modelled time; the model's choice is the first."""
+    shape = product.shape
+    options = tiling.candidates(
+        chip,
+        out_itemsize=product.out_dtype.itemsize,
+        block_scales=product.block_scales,
+        fused=product.fused,
+        columns=shape.N,
+    )
+    times = {
+        config: tiling.modelled_seconds(
+            chip,
+            config,
+            rows=tiling.rows_of_a_group(product.lhs_rows, shape.G),
+            num_groups=min(shape.G, product.lhs_rows),
+            depth=shape.K,
+            columns=shape.N,
+            operand=product.operand,
+        )
+        for config in options
+    }
+    return dict(sorted(times.items(), key=lambda item: item[1]))
+
+
+def strips(product: Product, config: Config) -> list[Config]:
+    """`config` with every other width of a strip; itself alone where a group has one row of tiles, in any order."""
+    if config.block_m >= product.shape.M:
+        return [config]
+    column_tiles = -(-product.shape.N // config.block_n)
+    widths = dict.fromkeys(min(strip, column_tiles) for strip in (config.strip, *_STRIPS, column_tiles))
+    return [dataclasses.replace(config, strip=strip) for strip in widths]
+
+
+def shorter_rings(config: Config) -> list[Config]:
+    """`config` with fewer stages, of which a kernel needs two."""
+    fewer = itertools.takewhile(lambda stages: stages >= 2, (config.num_stages - n for n in _FEWER_STAGES))
+    return [dataclasses.replace(config, num_stages=stages) for stages in fewer]

@@ -1,0 +1,125 @@
+"""Runs the TPU compiler where there is no TPU: each job in a process of its own, as libtpu reads its options once.
+
+libtpu also ends the process when it meets a fault of its own, so a job that dies is a result here, not an end.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bench.provenance import package_version
+
+_ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_STDERR_LOG_LEVEL": "3",
+    "TPU_MIN_LOG_LEVEL": "3",
+    # Without these libtpu says on standard error that it cannot find them out.
+    "TPU_ACCELERATOR_TYPE": "none-1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+}
+_LONGEST_REASON = 400
+
+
+class CompileError(Exception):
+    """The compiler refused; the message is its reason, in one line."""
+
+
+def libtpu_version() -> str | None:
+    """The version of the installed compiler, None where it is not installed."""
+    return package_version("libtpu")
+
+
+def require_libtpu() -> str:
+    """The version of the installed compiler.
+
+    Raises:
+      ValueError: it is not installed.
+    """
+    version = libtpu_version()
+    if version is None:
+        raise ValueError("the TPU compiler is not installed; pip install -e '.[aot]' (or make with EXTRAS=aot)")
+    return version
+
+
+def environment(options: str = "") -> dict[str, str]:
+    """The environment in which jax runs on the CPU and compiles for TPUs; `options` are flags of libtpu."""
+    return {**os.environ, **_ENVIRONMENT, "LIBTPU_INIT_ARGS": options}
+
+
+def run_job(module: str, job: Mapping[str, Any], *, options: str = "", timeout: float = 1800) -> dict[str, Any]:
+    """Runs `python -m {module}`, whose `main` is `serve(...)`, in the compiler's environment.
+
+    Args:
+      module: to run.
+      job: what it is given; JSON can say it.
+      options: flags of libtpu.
+      timeout: seconds.
+
+    Returns:
+      What it answers.
+
+    Raises:
+      CompileError: it failed, died or took too long.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        answer = Path(folder, "answer.json")
+        try:
+            done = subprocess.run(
+                [sys.executable, "-m", module, str(answer)],
+                input=json.dumps(job),
+                env=environment(options),
+                text=True,
+                capture_output=True,
+                timeout=timeout,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            raise CompileError(f"took more than {timeout:.0f} s") from None
+        if answer.exists():
+            result = json.loads(answer.read_text())
+            if "error" in result:
+                raise CompileError(result["error"])
+            return result
+        raise CompileError(f"the compiler ended with status {done.returncode}: {reason_of(done.stderr)}")
+
+
+def serve(work) -> None:
+    """The other end of `run_job`: reads the job, calls `work(job)` and writes its answer, or why there is none."""
+    job = json.load(sys.stdin)
+    try:
+        answer = work(job)
+    except Exception as error:
+        # Whatever the compiler raises becomes one line; where it came from matters to who mends a kernel.
+        import traceback
+
+        traceback.print_exc()
+        answer = {"error": one_line(f"{type(error).__name__}: {error}")}
+    path = Path(sys.argv[1])
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(answer))
+    partial.rename(path)
+
+
+def reason_of(stderr: str) -> str:
+    """The line of a dead compiler's output that says why it died."""
+    lines = [line for line in stderr.splitlines() if line.strip()]
+    for pattern in (r"Check failed|LLO_CHECK", r"Error\b|ERROR|error:"):
+        for line in lines:
+            if re.search(pattern, line):
+                return one_line(line)
+    return one_line(lines[-1]) if lines else "no reason given"
+
+
+def one_line(message: str) -> str:
+    """The first lines of a message as one, cut where it gets long."""
+    text = " ".join(message.split())
+    return text if len(text) <= _LONGEST_REASON else text[: _LONGEST_REASON - 1] + "…"

@@ -1,0 +1,133 @@
+"""Static twins of kernels: the same kernel, which begins by writing into scalar memory what it would be given there.
+
+The compiler finds its estimate by following the kernel's scalar instructions, and takes memory that it knows nothing of
+for zero: sizes of groups that are arguments are zero, and the loops over their rows have no trips. Once the kernel has
+written the sizes itself, the loops, branches and tables that follow from them are followed as they would run. The
+writes are an instruction for each number; nothing else changes.
+
+`without_copies` leaves out the copies between memories too, and the waits for them: what remains is what the kernel's
+own instructions take.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jax.extend import core
+
+_COPIES = ("dma_start", "dma_wait")
+
+
+def kernel_jaxpr(equation: Any) -> core.Jaxpr:
+    """The kernel of an equation, a function of references."""
+    params = equation.params
+    return params["jaxpr"] if "jaxpr" in params else params["jaxprs"][0]
+
+
+def reads_scalars(equation: Any) -> list[int]:
+    """The positions of a kernel's arguments that are in scalar memory."""
+    skipped = _skipped(equation)
+    inputs = kernel_jaxpr(equation).invars[: len(equation.invars) - skipped]
+    return [skipped + place for place, variable in enumerate(inputs) if _is_scalars(variable)]
+
+
+def with_scalars(equation: Any, scalars: Mapping[int, Any]) -> dict[str, Any]:
+    """The parameters of a kernel that first writes the values `scalars` of some arguments, by position."""
+    params = dict(equation.params)
+    if not scalars:
+        return params
+    kernel, skipped = kernel_jaxpr(equation), _skipped(equation)
+    targets = [kernel.invars[place - skipped] for place in scalars]
+    rank = len(params["grid_mapping"].grid) if "grid_mapping" in params else 0
+    writes = _writes([np.asarray(value) for value in scalars.values()], rank)
+    names = dict(zip(writes.invars, targets, strict=False))
+    begin = [
+        written.replace(invars=[x if isinstance(x, core.Literal) else names.get(x, x) for x in written.invars])
+        for written in writes.eqns
+    ]
+    twin = kernel.replace(eqns=[*begin, *kernel.eqns])
+    if "jaxpr" in params:
+        params["jaxpr"] = twin
+    else:
+        params["jaxprs"] = (twin, *params["jaxprs"][1:])
+    return params
+
+
+def without_copies(equation: Any) -> Any:
+    """The equation of a kernel that starts and awaits no copies; None where it has none of its own to leave out."""
+    params, kernel = dict(equation.params), kernel_jaxpr(equation)
+    bare, left_out = _without_copies(kernel)
+    if not left_out:
+        return None
+    if "jaxpr" in params:
+        params["jaxpr"] = bare
+    else:
+        params["jaxprs"] = (bare, *params["jaxprs"][1:])
+    return equation.replace(params=params)
+
+
+def _without_copies(jaxpr: core.Jaxpr) -> tuple[core.Jaxpr, int]:
+    kept, left_out = [], 0
+
+    def inner(leaf: Any) -> Any:
+        nonlocal left_out
+        if not isinstance(leaf, core.Jaxpr):
+            return leaf
+        bare, count = _without_copies(leaf)
+        left_out += count
+        return bare
+
+    for equation in jaxpr.eqns:
+        if equation.primitive.name in _COPIES:
+            left_out += 1
+            continue
+        params = {
+            name: jax.tree.map(inner, value, is_leaf=_is_jaxpr) if _has_jaxpr(value) else value
+            for name, value in equation.params.items()
+        }
+        kept.append(equation.replace(params=params))
+    return jaxpr.replace(eqns=kept), left_out
+
+
+def _has_jaxpr(value: Any) -> bool:
+    return any(_is_jaxpr(leaf) for leaf in jax.tree.leaves(value, is_leaf=_is_jaxpr))
+
+
+def _is_jaxpr(value: Any) -> bool:
+    return isinstance(value, core.Jaxpr)
+
+
+def _writes(values: Sequence[np.ndarray], rank: int) -> core.Jaxpr:
+    """A kernel that writes `values` into its arguments in the first step of a grid of `rank` dimensions."""
+
+    def body(*refs):
+        def write():
+            for ref, value in zip(refs, values, strict=False):
+                for place in np.ndindex(value.shape):
+                    ref[place] = jnp.asarray(value[place], value.dtype)
+
+        steps = [pl.program_id(dim) for dim in range(rank)]
+        if steps:
+            pl.when(sum(steps[1:], steps[0]) == 0)(write)
+        else:
+            write()
+
+    in_scalar_memory = pl.BlockSpec(memory_space=pltpu.SMEM)
+    shapes = [jax.ShapeDtypeStruct(value.shape, value.dtype) for value in values]
+    call = pl.pallas_call(body, out_shape=[], grid=(1,) * rank, in_specs=[in_scalar_memory] * len(values), out_specs=[])
+    (equation,) = [e for e in jax.make_jaxpr(call)(*shapes).eqns if e.primitive.name == "pallas_call"]
+    return kernel_jaxpr(equation)
+
+
+def _skipped(equation: Any) -> int:
+    """Arguments of an equation that its kernel does not take: sizes of the grid."""
+    mapping = equation.params.get("grid_mapping")
+    return 0 if mapping is None else mapping.num_dynamic_grid_bounds
+
+
+def _is_scalars(variable: Any) -> bool:
+    return getattr(variable.aval, "memory_space", None) == pltpu.SMEM

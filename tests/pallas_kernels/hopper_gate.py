@@ -1,0 +1,159 @@
+"""Compiles kernels for an H200, without one, down to its instructions: the other end of test_hopper_gate.py."""
+
+import os
+import re
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+
+from bench.hopper.products import Product, make_inputs
+from bench.tpu.libtpu import one_line, serve
+from bench.workloads import GemmShape
+from moejax import MoEConfig, Quantization, fused_experts, moe, quantize_params
+from moejax.experts import param_shapes
+from pallas_kernels.chips import get_chip
+from pallas_kernels.grouped_matmul import grouped_gate_up, grouped_matmul
+from pallas_kernels.target import targeting
+from tests.helpers import gradients
+
+TARGET = """
+platform_name: "CUDA"
+device_description_str: "NVIDIA H200"
+dnn_version_info { major: 9 minor: 7 }
+runtime_version { major: 12 minor: 9 }
+gpu_device_info {
+  cuda_compute_capability { major: 9 }
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  shared_memory_per_block: 49152
+  shared_memory_per_block_optin: 232448
+  shared_memory_per_core: 233472
+  threads_per_core_limit: 2048
+  core_count: 132
+  fpus_per_core: 128
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+  memory_bandwidth: 4800000000000
+  l2_cache_size: 52428800
+  clock_rate_ghz: 1.98
+  device_memory_size: 150000000000
+}
+"""
+"""What XLA asks of a GPU that is not there."""
+
+NEGLIGIBLE_SPILL = 64
+"""Bytes of a thread: a few registers, once a tile, cost nothing."""
+
+Case = tuple[Callable[..., Any], *tuple[Any, ...]]
+
+
+def array(dtype: str, *shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def product(*shape: int, dtype: Any, **options: Any) -> Case:
+    """A grouped product at the size that is measured."""
+    made = Product(GemmShape(*shape), dtype, **options)
+    return made.run, *jax.eval_shape(lambda: make_inputs(made))
+
+
+def layer(num_tokens: int, **options: Any) -> tuple[MoEConfig, Any, Any]:
+    """The layer of Qwen3-30B-A3B, tokens, and parameters."""
+    config = MoEConfig(
+        hidden_size=2048, intermediate_size=768, num_experts=128, top_k=8, backend="pallas_gpu", **options
+    )
+    shapes = param_shapes(config)
+    params = jax.tree.map(lambda s: array("bfloat16", *s), shapes, is_leaf=lambda leaf: isinstance(leaf, tuple))
+    return config, array("bfloat16", num_tokens, 2048), params
+
+
+def training_step() -> Case:
+    """The gradients of a whole layer."""
+    config, x, params = layer(4096)
+    return lambda x, params: gradients(lambda *args: moe(*args, config)[0], x, params), x, params
+
+
+def serving() -> Case:
+    """A whole layer of which no gradient is asked."""
+    config, x, params = layer(64, precision="w8a8")
+    return lambda x, params: moe(x, params, config)[0], x, jax.eval_shape(lambda p: quantize_params(p, config), params)
+
+
+CASES: dict[str, Callable[[], Case]] = {
+    "decode": lambda: product(8, 48, 7168, 2048, dtype="bf16"),
+    "decode fp8": lambda: product(8, 48, 7168, 2048, dtype="fp8"),
+    "decode down fp8": lambda: product(8, 48, 2048, 7168, dtype="fp8"),
+    "prefill fp8": lambda: product(8, 4096, 7168, 4096, dtype="fp8"),
+    "prefill fp8 blocks": lambda: product(8, 4096, 7168, 4096, dtype="fp8-blocks"),
+    "gate/up fp8 to fp8": lambda: product(8, 48, 7168, 4096, dtype="fp8", fused=True, result_in_8_bits=True),
+    "gate/up fp8 blocks": lambda: product(128, 4, 2048, 1536, dtype="fp8-blocks", fused=True, result_in_8_bits=True),
+    "gate/up fp16 K-major": lambda: product(8, 300, 2880, 5760, dtype="fp16", fused=True, transposed=True),
+    "gate/up with bias": lambda: (
+        lambda lhs, rhs, sizes, bias: grouped_gate_up(
+            lhs, rhs, sizes, bias=bias, activation="swigluoai", backend="pallas_gpu"
+        ),
+        array("bfloat16", 1000, 1024),
+        array("bfloat16", 8, 1024, 768),
+        array("int32", 8),
+        array("bfloat16", 8, 768),
+    ),
+    "gradients": lambda: (
+        lambda lhs, rhs, sizes: gradients(
+            lambda lhs, rhs: grouped_matmul(lhs, rhs, sizes, backend="pallas_gpu"), lhs, rhs
+        ),
+        array("bfloat16", 8 * 4096, 7168),
+        array("bfloat16", 8, 7168, 4096),
+        array("int32", 8),
+    ),
+    "experts in fp8": lambda: (
+        lambda *args: fused_experts(*args, quantization=Quantization()),
+        array("bfloat16", 384, 7168),
+        array("bfloat16", 8, 4096, 7168),
+        array("bfloat16", 8, 7168, 2048),
+        array("float32", 384, 1),
+        array("int32", 384, 1),
+    ),
+    "serving in fp8": serving,
+    "training step": training_step,
+}
+
+
+def work(job: dict) -> dict:
+    """For each case, the kernels in it and what they spill, or why it does not compile."""
+    topology = topologies.get_topology_desc("h200", platform="cuda", target_config=TARGET, topology="1x1x1")
+    sharding = SingleDeviceSharding(topology.devices[0])
+    answers = {}
+    for name in job["cases"]:
+        function, *shapes = CASES[name]()
+        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes)
+        with tempfile.TemporaryDirectory() as folder:
+            os.environ["MOSAIC_GPU_DUMP_TO"] = folder
+            try:
+                with targeting(get_chip("h200")):
+                    jax.jit(function).trace(*shapes).lower(lowering_platforms=("cuda",)).compile()
+                answers[name] = kernels_in(Path(folder))
+            except Exception as error:
+                answers[name] = one_line(f"{type(error).__name__}: {error}")
+    return answers
+
+
+def kernels_in(folder: Path) -> list[str]:
+    """The kernels of which the assembler has reported, each with the bytes of a thread that registers do not hold."""
+    found = set()
+    for path in folder.glob("*.ptxas"):
+        name = re.sub(r"_\d+$", "", path.stem)
+        spilled = max(int(size) for size in re.findall(r"(\d+) bytes spill stores", path.read_text()))
+        found.add(f"{name} spills {spilled} bytes" if spilled > NEGLIGIBLE_SPILL else name)
+    return sorted(found)
+
+
+if __name__ == "__main__":
+    serve(work)
