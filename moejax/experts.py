@@ -7,7 +7,13 @@ import jax
 import jax.numpy as jnp
 
 from moejax.config import MoEConfig
-from pallas_kernels.grouped_matmul import Operand, grouped_gate_up, grouped_matmul
+from pallas_kernels.grouped_matmul import (
+    Operand,
+    grouped_gate_up,
+    grouped_gate_up_in_8_bits,
+    grouped_matmul,
+    result_can_stay,
+)
 from pallas_kernels.quantize import QTensor, quantize
 
 
@@ -43,6 +49,9 @@ class MoEParams:
 EXPERT_FIELDS = ("gate_up", "down", "gate_up_bias", "down_bias")
 """The parameters that are split over the expert axis; all others are held by every chip."""
 
+SHARED_FIELDS = ("shared_gate_up", "shared_down")
+"""The parameters of the shared expert."""
+
 EXPERT_WEIGHTS = ("gate_up", "down", "shared_gate_up", "shared_down")
 """The matrices of the experts, which "w8a8" holds in 8 bits."""
 
@@ -66,15 +75,24 @@ def param_shapes(config: MoEConfig) -> MoEParams:
 
 def check_params(params: MoEParams, config: MoEConfig) -> None:
     """Raises ValueError, naming the parameter, unless `params` are those of `config`."""
+    _check(params, config, [field.name for field in dataclasses.fields(MoEParams)])
+
+
+def check_expert_params(params: MoEParams, config: MoEConfig) -> None:
+    """`check_params` without the router's parameters."""
+    _check(params, config, [*EXPERT_FIELDS, *SHARED_FIELDS])
+
+
+def _check(params: MoEParams, config: MoEConfig, names: list[str]) -> None:
     expected = param_shapes(config)
-    for field in dataclasses.fields(MoEParams):
-        param, shape = getattr(params, field.name), getattr(expected, field.name)
+    for name in names:
+        param, shape = getattr(params, name), getattr(expected, name)
         if isinstance(param, QTensor) and shape is not None:
             shape = (*shape[:-2], shape[-1], shape[-2])
         if (param is None) != (shape is None) or (param is not None and tuple(param.shape) != shape):
             got = None if param is None else list(param.shape)
             want = "None (the configuration has none)" if shape is None else list(shape)
-            raise ValueError(f"params.{field.name} must be {want}, got {got}")
+            raise ValueError(f"params.{name} must be {want}, got {got}")
 
 
 def quantize_params(params: MoEParams, config: MoEConfig) -> MoEParams:
@@ -90,7 +108,7 @@ def quantize_params(params: MoEParams, config: MoEConfig) -> MoEParams:
 
 
 def expert_mlp(
-    rows: jax.Array,
+    rows: Operand,
     group_sizes: jax.Array,
     gate_up: Operand,
     down: Operand,
@@ -98,27 +116,44 @@ def expert_mlp(
     *,
     gate_up_bias: jax.Array | None = None,
     down_bias: jax.Array | None = None,
+    stays_in_8_bits: bool = False,
 ) -> jax.Array:
     """down(act(gate(row)) · up(row)) with the weights of each row's expert: two kernels.
 
     Args:
-      rows: [R, H], sorted by expert.
+      rows: [R, H], sorted by expert; a QTensor takes no gradient.
       group_sizes: int32 [L], rows of each of the L experts whose weights are given.
       gate_up: [L, H, 2I], or a QTensor [L, 2I, H].
       down: [L, I, H], or a QTensor [L, H, I].
       config: activation, precision, dtype, backend.
       gate_up_bias: [L, 2I] or None.
       down_bias: [L, H] or None.
+      stays_in_8_bits: has kernel one round its rows to 8 bits itself, where the configuration's scales allow that. No
+        gradient passes then.
 
     Returns:
       [R, H] in config.dtype; zeros past the sum of group_sizes.
     """
-    h = gate_up_projection(rows, group_sizes, gate_up, config, bias=gate_up_bias)
+    h: Operand
+    width = down.shape[2 if isinstance(down, QTensor) else 1]
+    if stays_in_8_bits and result_can_stay(config.quantization, width):
+        h = grouped_gate_up_in_8_bits(
+            rows,
+            gate_up,
+            group_sizes,
+            dtype=config.quantization.dtype,
+            bias=gate_up_bias,
+            activation=config.activation,
+            activation_limit=config.activation_limit,
+            **_common(gate_up, config),
+        )
+    else:
+        h = gate_up_projection(rows, group_sizes, gate_up, config, bias=gate_up_bias)
     return down_projection(h, group_sizes, down, config, bias=down_bias)
 
 
 def gate_up_projection(
-    rows: jax.Array, group_sizes: jax.Array, gate_up: Operand, config: MoEConfig, *, bias: jax.Array | None = None
+    rows: Operand, group_sizes: jax.Array, gate_up: Operand, config: MoEConfig, *, bias: jax.Array | None = None
 ) -> jax.Array:
     """Kernel one of `expert_mlp`: rows [R, H] -> [R, I], in float32 when kernel two will round it to 8 bits."""
     # Rounding to BF16 on the way to 8 bits would round twice, and wrongly for one value in thirty.
@@ -136,7 +171,7 @@ def gate_up_projection(
 
 
 def down_projection(
-    h: jax.Array, group_sizes: jax.Array, down: Operand, config: MoEConfig, *, bias: jax.Array | None = None
+    h: Operand, group_sizes: jax.Array, down: Operand, config: MoEConfig, *, bias: jax.Array | None = None
 ) -> jax.Array:
     """Kernel two of `expert_mlp`: h [R, I] -> [R, H] in config.dtype."""
     return grouped_matmul(
@@ -157,7 +192,10 @@ def _common(weights: Operand, config: MoEConfig) -> dict[str, Any]:
     }
 
 
-def shared_mlp(x: jax.Array, gate_up: Operand, down: Operand, config: MoEConfig) -> jax.Array:
+def shared_mlp(
+    x: jax.Array, gate_up: Operand, down: Operand, config: MoEConfig, *, stays_in_8_bits: bool = False
+) -> jax.Array:
     """The shared expert on every token, as a group of one: x [T, H], gate_up [H, 2S], down [S, H] -> [T, H]."""
     gate_up, down = jax.tree.map(lambda leaf: leaf[None], (gate_up, down))
-    return expert_mlp(x, jnp.array([x.shape[0]], jnp.int32), gate_up, down, config)
+    group_sizes = jnp.array([x.shape[0]], jnp.int32)
+    return expert_mlp(x, group_sizes, gate_up, down, config, stays_in_8_bits=stays_in_8_bits)

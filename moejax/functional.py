@@ -1,7 +1,8 @@
 """The layer as a function: moe(x, params, config) -> y and what the router did.
 
 Without a mesh it runs on one chip. With one it runs under shard_map: tokens are split over all chips, each chip
-routes its own, and rows travel to the chips that hold their experts.
+routes its own, and rows travel to the chips that hold their experts. `moe_experts` is the part after the router, for
+choices that were made elsewhere.
 """
 
 import dataclasses
@@ -12,27 +13,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from moejax.config import MoEConfig
-from moejax.experts import EXPERT_FIELDS, MoEParams, check_params, expert_mlp, shared_mlp
+from moejax.experts import EXPERT_FIELDS, MoEParams, check_expert_params, check_params, expert_mlp, shared_mlp
 from moejax.losses import LoadStats, Tokens, router_losses, tokens_per_expert
+from moejax.on_chips import on_chips
 from moejax.router import route
+from moejax.unless_differentiated import unless_differentiated
 from pallas_kernels.concrete import nan_rows
-from sharding.exchange_plan import local_experts
+from pallas_kernels.quantize import Operand, block_shape, quantize
 from sharding.expert_parallel import Transport, expert_parallel
-from sharding.mesh import (
-    DATA_AXIS,
-    EXPERT_AXIS,
-    AnyMesh,
-    axis_size,
-    current_mesh,
-    has_explicit_axes,
-    place,
-    sharding_in,
-    tokens_spec,
-    with_auto_axes,
-)
+from sharding.mesh import EXPERT_AXIS, AnyMesh
 
 
 @jax.tree_util.register_dataclass
@@ -81,54 +73,81 @@ def moe(
       ValueError: shapes or dtypes do not fit the configuration, the mesh lacks an axis, ep does not divide E, or `x`
         is known (outside jit) and holds NaN. Under jit a token with NaN gets NaN.
     """
-    _check_input(x, config)
+    check_input(x, config)
     check_params(params, config)
-    mesh = current_mesh() if mesh is None else mesh
-    if mesh is not None and has_explicit_axes(mesh):
-        # Padding, and cutting a sharded sequence into tokens, have no sharding that the types could carry.
-        on_auto_axes = functools.partial(
-            moe, config=config, mesh=with_auto_axes(mesh), expert_axis=expert_axis, token_axes=token_axes
-        )
-        shardings = (sharding_in(x, mesh), NamedSharding(mesh, PartitionSpec()))
-        return jax.sharding.auto_axes(on_auto_axes, out_sharding=shardings)(x, params)
-    tokens = x.reshape(-1, config.hidden_size).astype(config.dtype)
-    num_tokens = tokens.shape[0]
-    index = jnp.arange(num_tokens, dtype=jnp.int32)
-    sequence_length = x.shape[-2] if x.ndim > 1 else 1
-    if mesh is None:
-        y, aux = _moe_on_chip(
-            tokens,
-            index,
-            params,
-            config=config,
-            total=num_tokens,
-            sequence_length=sequence_length,
-            transport=Transport(**_transport_settings(config)),
-        )
-        return y.reshape(x.shape).astype(x.dtype), aux
-
-    ep = axis_size(mesh, expert_axis)
-    local_experts(config.num_experts, ep)
-    if token_axes is None:
-        token_axes = (DATA_AXIS, expert_axis) if DATA_AXIS in mesh.shape else (expert_axis,)
-    padding = -num_tokens % math.prod(axis_size(mesh, axis) for axis in token_axes)
-    tokens = jnp.pad(tokens, ((0, padding), (0, 0)))
-    index = jnp.arange(num_tokens + padding, dtype=jnp.int32)
-    by_token, by_param = tokens_spec(token_axes), params_spec(params, expert_axis)
-    y, aux = _moe_on_mesh(
-        place(tokens, mesh, by_token),
-        place(index, mesh, by_token),
-        jax.tree.map(lambda leaf, spec: place(leaf, mesh, spec), params, by_param),
+    return on_chips(
+        _moe_on_chip,
+        (x,),
+        params,
+        config,
+        specs=params_spec,
+        transport=_transport(config),
         mesh=mesh,
         expert_axis=expert_axis,
-        config=config,
-        total=num_tokens,
-        sequence_length=sequence_length,
-        transport=Transport(
-            expert_axis=expert_axis, ep=ep, token_axes=tuple(token_axes), **_transport_settings(config)
-        ),
+        token_axes=token_axes,
+        num_experts=config.num_experts,
     )
-    return y[:num_tokens].reshape(x.shape).astype(x.dtype), aux
+
+
+def moe_experts(
+    x: jax.Array,
+    topk_weights: jax.Array,
+    topk_ids: jax.Array,
+    params: MoEParams,
+    config: MoEConfig,
+    *,
+    max_choices: int | None = None,
+    mesh: AnyMesh | None = None,
+    expert_axis: str = EXPERT_AXIS,
+    token_axes: Sequence[str] | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """`moe` from the router on: the experts that were chosen for each token, and the shared expert, if there is one.
+
+    Args:
+      x: [..., H], BF16, FP16 or float32.
+      topk_weights: [..., K] floating point; K is of these choices and need not be `config.top_k`.
+      topk_ids: integer [..., K], numbers of experts; −1 for a choice that is not made.
+      params: see `MoEParams`; the router's are not looked at and may be None.
+      config: the layer; of its routing only `scale_inputs` and `capacity_factor` play a part.
+      max_choices: all that the [T, K] choices hold at most that are not −1; None for T·K. Where many are −1 this
+        keeps the rows in memory to those that are made. More choices than it says are an error that is not noticed.
+      mesh: as for `moe`, as the rest.
+      expert_axis: axis of the mesh that the experts are split over.
+      token_axes: axes that tokens are split over.
+
+    Returns:
+      y [..., H] in the dtype of `x`, and int32 [E]: choices for which the expert had no room.
+
+    Raises:
+      ValueError: shapes or dtypes do not fit, the mesh lacks an axis, or ep does not divide E.
+    """
+    check_input(x, config)
+    check_expert_params(params, config)
+    if (
+        topk_ids.shape[:-1] != x.shape[:-1]
+        or topk_weights.shape != topk_ids.shape
+        or not jnp.issubdtype(topk_ids.dtype, jnp.integer)
+    ):
+        raise ValueError(
+            f"topk_ids must be integer and topk_weights floating point, both [..., K] with the leading dimensions of x "
+            f"{list(x.shape)}, got {topk_ids.dtype}{list(topk_ids.shape)} and {list(topk_weights.shape)}"
+        )
+    if max_choices is not None and max_choices < 1:
+        raise ValueError(f"max_choices must be at least 1, or None for all of topk_ids, got {max_choices}")
+    if config.scale_inputs and topk_ids.shape[-1] != 1:
+        raise ValueError(f"config.scale_inputs=True needs one choice a token, got K = {topk_ids.shape[-1]}")
+    return on_chips(
+        _experts_on_chip,
+        (x, topk_weights.astype(jnp.float32), topk_ids),
+        params,
+        config,
+        specs=params_spec,
+        transport=dataclasses.replace(_transport(config), max_choices=max_choices),
+        mesh=mesh,
+        expert_axis=expert_axis,
+        token_axes=token_axes,
+        num_experts=config.num_experts,
+    )
 
 
 def params_spec(params: MoEParams, expert_axis: str = EXPERT_AXIS) -> MoEParams:
@@ -141,62 +160,76 @@ def params_spec(params: MoEParams, expert_axis: str = EXPERT_AXIS) -> MoEParams:
     return MoEParams(**{field.name: spec(field.name) for field in dataclasses.fields(MoEParams)})
 
 
-# Compiled as one even outside jit, where shard_map would trace every step of its body anew in every call.
-@functools.partial(jax.jit, static_argnames=("mesh", "expert_axis", "config", "total", "sequence_length", "transport"))
-def _moe_on_mesh(
-    tokens: jax.Array,
-    index: jax.Array,
-    params: MoEParams,
-    *,
-    mesh: AnyMesh,
-    expert_axis: str,
-    config: MoEConfig,
-    total: int,
-    sequence_length: int,
-    transport: Transport,
-) -> tuple[jax.Array, MoEAux]:
-    """`_moe_on_chip` on every chip of the mesh."""
-    by_token = tokens_spec(transport.token_axes)
-    sharded = jax.shard_map(
-        functools.partial(
-            _moe_on_chip, config=config, total=total, sequence_length=sequence_length, transport=transport
-        ),
-        mesh=mesh,
-        in_specs=(by_token, by_token, params_spec(params, expert_axis)),
-        out_specs=(by_token, PartitionSpec()),
-        # Kernels and loops inside do not say over which axes their results vary; tests hold the gradients to the
-        # dense oracle instead.
-        check_vma=False,
-    )
-    return sharded(tokens, index, params)
-
-
 def _moe_on_chip(
-    x: jax.Array,
-    index: jax.Array,
+    per_token: tuple[jax.Array],
     params: MoEParams,
     *,
     config: MoEConfig,
-    total: int,
-    sequence_length: int,
+    tokens: Tokens,
     transport: Transport,
 ) -> tuple[jax.Array, MoEAux]:
-    """The layer on the tokens x [T, H] of this chip, whose places in the batch are index [T]."""
-    tokens = Tokens(index, total, sequence_length, transport.token_axes)
+    """The layer on the tokens x [T, H] of this chip."""
+    (x,) = per_token
     routing = route(x, params.router_kernel, config, bias=params.router_bias, correction_bias=params.correction_bias)
-    topk_ids = jnp.where(tokens.valid[:, None], routing.topk_ids, -1)
-    expert_inputs, topk_weights = x, routing.topk_weights
-    if config.scale_inputs:
-        expert_inputs = x.astype(jnp.float32) * topk_weights
-        if config.precision == "w16a16":  # 8 bits are rounded to from float32, once.
-            expert_inputs = expert_inputs.astype(x.dtype)
-        topk_weights = jnp.ones_like(topk_weights)
+    y, dropped = _experts_on_chip(
+        (x, routing.topk_weights, routing.topk_ids), params, config=config, tokens=tokens, transport=transport
+    )
+    load = LoadStats(tokens_per_expert(routing, config.num_experts, tokens), dropped)
+    return y, MoEAux(router_losses(routing, config, tokens), load)
 
-    def experts(params: dict[str, Any], rows: jax.Array, group_sizes: jax.Array) -> jax.Array:
-        return expert_mlp(rows, group_sizes, config=config, **params)
+
+def _experts_on_chip(
+    per_token: tuple[jax.Array, jax.Array, jax.Array],
+    params: MoEParams,
+    *,
+    config: MoEConfig,
+    tokens: Tokens,
+    transport: Transport,
+) -> tuple[jax.Array, jax.Array]:
+    """The chosen experts and the shared one on the tokens x [T, H] of this chip."""
+    x, topk_weights, topk_ids = per_token
+    topk_ids = jnp.where(tokens.valid[:, None], topk_ids, -1)
+    operands = x, topk_weights, topk_ids, params
+    train = functools.partial(_apply_experts, config=config, transport=transport)
+    if config.precision == "w8a8":
+        serve = functools.partial(train, stays_in_8_bits=True)
+        y, dropped = unless_differentiated(serve, train, *operands)
+    else:
+        y, dropped = train(*operands)
+    return y.astype(x.dtype), tokens.sum(dropped)
+
+
+def _apply_experts(
+    x: jax.Array,
+    topk_weights: jax.Array,
+    topk_ids: jax.Array,
+    params: MoEParams,
+    *,
+    config: MoEConfig,
+    transport: Transport,
+    stays_in_8_bits: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """What the experts make of x [T, H], and int32 [E], the choices that were dropped.
+
+    `stays_in_8_bits` rounds x before its rows are copied to their experts, and the rows between the kernels inside the
+    first: with the same result, and without gradients.
+    """
+    inputs = x
+    if config.scale_inputs:
+        inputs = x.astype(jnp.float32) * topk_weights
+        if config.precision == "w16a16":  # 8 bits are rounded to from float32, once.
+            inputs = inputs.astype(x.dtype)
+        topk_weights = jnp.ones_like(topk_weights)
+    rows: Operand = inputs
+    q = config.quantization
+    if stays_in_8_bits and transport.ep == 1 and block_shape(q.lhs_scaling)[0] == 1:
+        rows = quantize(inputs, q.dtype, scaling=q.lhs_scaling)
+
+    def experts(params: dict[str, Any], rows: Operand, group_sizes: jax.Array) -> jax.Array:
+        return expert_mlp(rows, group_sizes, config=config, stays_in_8_bits=stays_in_8_bits, **params)
 
     y, dropped = expert_parallel(
-        expert_inputs,
+        rows,
         topk_weights,
         topk_ids,
         experts,
@@ -206,20 +239,22 @@ def _moe_on_chip(
         preferred_element_type=x.dtype if params.shared_gate_up is None else jnp.float32,
     )
     if params.shared_gate_up is not None:
-        y += shared_mlp(x, params.shared_gate_up, params.shared_down, config).astype(jnp.float32)
-    load = LoadStats(tokens_per_expert(routing, config.num_experts, tokens), tokens.sum(dropped))
-    return y.astype(x.dtype), MoEAux(router_losses(routing, config, tokens), load)
+        shared = shared_mlp(x, params.shared_gate_up, params.shared_down, config, stays_in_8_bits=stays_in_8_bits)
+        y += shared.astype(jnp.float32)
+    return y, dropped
 
 
-def _transport_settings(config: MoEConfig) -> dict:
-    return {
-        "capacity_factor": config.capacity_factor,
-        "wire_scaling": config.wire_scaling if config.precision == "w8a8" else None,
-        "backend": config.backend,
-    }
+def _transport(config: MoEConfig) -> Transport:
+    """How rows travel, as far as the configuration tells."""
+    return Transport(
+        capacity_factor=config.capacity_factor,
+        wire_scaling=config.wire_scaling if config.precision == "w8a8" else None,
+        backend=config.backend,
+    )
 
 
-def _check_input(x: jax.Array, config: MoEConfig) -> None:
+def check_input(x: jax.Array, config: MoEConfig) -> None:
+    """Raises ValueError unless `x` are activations [..., H] of the layer, one token at least, and no known NaN."""
     if x.ndim < 1 or x.shape[-1] != config.hidden_size:
         raise ValueError(f"x must be [..., H] with hidden_size={config.hidden_size}, got {list(x.shape)}")
     if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype.itemsize < 2:

@@ -7,11 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.activations import Activation
-from pallas_kernels.grouped_matmul import grouped_gate_up, grouped_gate_up_in_8_bits, grouped_matmul
+from pallas_kernels.grouped_matmul import grouped_gate_up, grouped_gate_up_in_8_bits, grouped_matmul, result_can_stay
 from pallas_kernels.quantize import Operand, Quantization, block_shape, quantize
 from sharding.expert_parallel import Transport, expert_parallel
-
-_FUSED_SCALING = "1x128"
 
 
 def fused_experts(
@@ -108,7 +106,7 @@ def _experts(
     common: dict[str, Any] = {"transpose_rhs": True, "quantization": quantization, "backend": backend}
     gate_up = {"bias": params["b1"], "activation": activation, "activation_limit": activation_limit, **common}
     h: Operand
-    if quantization is not None and quantization.lhs_scaling == _FUSED_SCALING and w2.shape[2] % 128 == 0:
+    if quantization is not None and result_can_stay(quantization, w2.shape[2]):
         h = grouped_gate_up_in_8_bits(rows, w1, group_sizes, dtype=quantization.dtype, **gate_up)
     else:
         h_dtype = out_dtype if quantization is None else jnp.dtype(jnp.float32)

@@ -12,7 +12,7 @@ from moejax.config import MoEConfig
 from moejax.experts import EXPERT_FIELDS, MoEParams, param_shapes
 from moejax.functional import MoEAux, moe
 from sharding.exchange_plan import local_experts
-from sharding.mesh import EXPERT_AXIS, AnyMesh, axis_size, current_mesh
+from sharding.mesh import EXPERT_AXIS, axis_size, current_mesh
 
 _KERNEL = nnx.initializers.lecun_normal()
 _PER_EXPERT = nnx.initializers.lecun_normal(batch_axis=0)
@@ -27,6 +27,46 @@ _INITIALIZERS = {
 
 class RouterState(nnx.Variable):
     """Router state that no gradient trains: the correction bias of loss-free balancing."""
+
+
+def check_mesh(config: MoEConfig, mesh: Mesh | None, expert_axis: str) -> None:
+    """Raises ValueError unless the mesh (of `jax.set_mesh` if None), if any, can hold the experts."""
+    at_hand = current_mesh() if mesh is None else mesh
+    if at_hand is not None:
+        local_experts(config.num_experts, axis_size(at_hand, expert_axis))
+
+
+def layer_param(
+    name: str,
+    shape: tuple[int, ...],
+    config: MoEConfig,
+    *,
+    rngs: nnx.Rngs,
+    mesh: Mesh | None,
+    expert_axis: str,
+) -> nnx.Param:
+    """The parameter `name` of `MoEParams` in its initial value, lying in the mesh (of `jax.set_mesh` if None)."""
+    initializer = _INITIALIZERS.get(name, nnx.initializers.zeros)
+    split_axis = expert_axis if name in EXPERT_FIELDS else None
+    return new_param(initializer, shape, config.param_dtype, rngs=rngs, mesh=mesh, split_axis=split_axis)
+
+
+def new_param(
+    initializer: nnx.initializers.Initializer,
+    shape: tuple[int, ...],
+    dtype: jax.typing.DTypeLike,
+    *,
+    rngs: nnx.Rngs,
+    mesh: Mesh | None,
+    split_axis: str | None = None,
+    kind: type[nnx.Param] = nnx.Param,
+) -> nnx.Param:
+    """A parameter from the stream "params"; in a mesh its first dimension is split over `split_axis`, if given."""
+    value = initializer(rngs.params(), shape, dtype)
+    if mesh is None and current_mesh() is None:
+        return kind(value)
+    metadata: dict[str, Any] = {"out_sharding": (split_axis, *(None,) * (len(shape) - 1)), "mesh": mesh}
+    return kind(value, **metadata)
 
 
 class MoE(nnx.Module):
@@ -61,24 +101,16 @@ class MoE(nnx.Module):
         self.config = config
         self.mesh = mesh
         self.expert_axis = expert_axis
-        at_hand = current_mesh() if mesh is None else mesh
-        if at_hand is not None:
-            local_experts(config.num_experts, axis_size(at_hand, expert_axis))
+        check_mesh(config, mesh, expert_axis)
         shapes = param_shapes(config)
         for field in dataclasses.fields(MoEParams):
             shape = getattr(shapes, field.name)
-            setattr(self, field.name, None if shape is None else self._variable(field.name, shape, rngs, at_hand))
+            setattr(self, field.name, None if shape is None else self._variable(field.name, shape, rngs))
 
-    def _variable(self, name: str, shape: tuple[int, ...], rngs: nnx.Rngs, mesh: AnyMesh | None) -> nnx.Variable:
+    def _variable(self, name: str, shape: tuple[int, ...], rngs: nnx.Rngs) -> nnx.Variable:
         if name == "correction_bias":
             return RouterState(jnp.zeros(shape, jnp.float32))
-        initializer = _INITIALIZERS.get(name, nnx.initializers.zeros)
-        value = initializer(rngs.params(), shape, self.config.param_dtype)
-        if mesh is None:
-            return nnx.Param(value)
-        first = self.expert_axis if name in EXPERT_FIELDS else None
-        metadata: dict[str, Any] = {"out_sharding": (first, *(None,) * (len(shape) - 1)), "mesh": self.mesh}
-        return nnx.Param(value, **metadata)
+        return layer_param(name, shape, self.config, rngs=rngs, mesh=self.mesh, expert_axis=self.expert_axis)
 
     def params(self) -> MoEParams:
         """The parameters as arrays, for `moejax.moe`."""

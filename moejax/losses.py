@@ -4,6 +4,7 @@ All are taken over the tokens of every chip: sums are made locally and added ove
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import jax
@@ -21,10 +22,13 @@ class LoadStats:
     Attributes:
       tokens_per_expert: int32 [E], assignments before anything is dropped.
       dropped_per_expert: int32 [E], assignments for which the expert had no room.
+      unrouted: int32 [], tokens without any assignment: padding for the router, or chosen by no expert where experts
+        choose.
     """
 
     tokens_per_expert: jax.Array
     dropped_per_expert: jax.Array
+    unrouted: jax.Array = dataclasses.field(default_factory=lambda: jnp.zeros((), jnp.int32))
 
     @property
     def dropped(self) -> jax.Array:
@@ -131,6 +135,44 @@ def z_loss(routing: Routing, tokens: Tokens) -> jax.Array:
     """Mean of (log Σ_e exp logit_e)², which keeps logits small. ST-MoE (arXiv 2202.08906), equation 5."""
     z = jax.nn.logsumexp(routing.logits, axis=1) ** 2
     return tokens.sum(jnp.where(tokens.valid, z, 0).sum()) / tokens.total
+
+
+def importance_loss(gates: jax.Array, tokens: Tokens) -> jax.Array:
+    """The squared coefficient of variation of the experts' total weight; 0 when balanced.
+
+    Shazeer et al. 2017 (arXiv 1701.06538), equations 6 and 7. The same of the smooth load is their load loss,
+    equations 10 and 11.
+
+    Args:
+      gates: float32 [T, E], what each token gives to each expert: its weight (0 where not chosen), or the probability
+        of choosing it under noise.
+      tokens: which tokens they are.
+    """
+    total = tokens.sum(jnp.where(tokens.valid[:, None], gates, 0).sum(0))
+    # Large enough to divide by twice, as the gradient does.
+    return total.var() / jnp.maximum(total.mean() ** 2, 1e-12)
+
+
+def specialization_loss(probabilities: jax.Array, tokens: Tokens) -> jax.Array:
+    """1 − I(token; expert) / ln E, float32 []: 0 when each token is sure of one expert and all are used alike.
+
+    The mutual information I = H(mean of p) − mean of H(p) is large when experts are sharply divided among tokens and
+    no expert is left out. It is 0, and the loss 1, when all tokens have the same p, spread or collapsed.
+
+    Args:
+      probabilities: float32 [T, E], rows that sum to 1.
+      tokens: which tokens they are.
+    """
+    p = jnp.where(tokens.valid[:, None], probabilities, 0)
+    mean = tokens.sum(p.sum(0)) / tokens.total
+    of_mean = _entropy(mean)
+    of_each = tokens.sum(_entropy(p)) / tokens.total
+    return 1 - (of_mean - of_each) / math.log(max(p.shape[1], 2))
+
+
+def _entropy(p: jax.Array) -> jax.Array:
+    """−Σ p ln p, with a finite gradient where a p is 0."""
+    return -(p * jnp.log(jnp.maximum(p, jnp.finfo(jnp.float32).tiny))).sum()
 
 
 def _chosen(routing: Routing, num_experts: int, tokens: Tokens) -> jax.Array:

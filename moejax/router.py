@@ -75,11 +75,7 @@ def route(
 
 def route_logits(logits: jax.Array, config: MoEConfig, *, correction_bias: jax.Array | None = None) -> Routing:
     """`route` from float32 logits [T, E] on."""
-    if bad := nan_rows(logits):
-        raise ValueError(
-            f"logits of {len(bad)} of {logits.shape[0]} tokens are NaN (first: token {bad[0]}); look for "
-            "NaN or infinity in the layer's input or in the router's kernel"
-        )
+    check_logits(logits)
     scores = jax.nn.softmax(logits) if config.scoring == "softmax" else jax.nn.sigmoid(logits)
     ranking = jax.lax.stop_gradient(scores)
     if correction_bias is not None:
@@ -91,9 +87,23 @@ def route_logits(logits: jax.Array, config: MoEConfig, *, correction_bias: jax.A
     if config.normalize_topk:
         # The smallest normal number keeps 0/0 out when all chosen sigmoids underflow.
         weights /= jnp.maximum(weights.sum(1, keepdims=True), jnp.finfo(jnp.float32).tiny)
-    # A NaN anywhere in a token's scores must show, even where the chosen ones are sound.
-    poison = jnp.where(jnp.isnan(logits).any(1, keepdims=True), jnp.nan, 1.0)
-    return Routing(topk_ids, weights * config.routed_scaling_factor * poison, scores, logits)
+    if config.scoring == "sigmoid":
+        weights *= poison(logits)  # softmax spreads a NaN itself
+    return Routing(topk_ids, weights * config.routed_scaling_factor, scores, logits)
+
+
+def check_logits(logits: jax.Array) -> None:
+    """Raises ValueError if logits [T, E] that are known (outside jit) are NaN."""
+    if bad := nan_rows(logits):
+        raise ValueError(
+            f"logits of {len(bad)} of {logits.shape[0]} tokens are NaN (first: token {bad[0]}); look for "
+            "NaN or infinity in the layer's input or in the router's kernel"
+        )
+
+
+def poison(logits: jax.Array) -> jax.Array:
+    """float32 [T, 1], a factor for the weights: NaN where any logit of the token is, even one not chosen; else 1."""
+    return jnp.where(jnp.isnan(logits).any(1, keepdims=True), jnp.nan, 1.0)
 
 
 def _limit_to_groups(ranking: jax.Array, config: MoEConfig) -> jax.Array:

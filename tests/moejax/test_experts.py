@@ -173,6 +173,29 @@ def test_mlp_in_8_bits_rounds_each_operand_once(rng):
     assert relative_error(run_mlp(rows, params, config), expected) < LIMIT["bfloat16"]
 
 
+@pytest.mark.parametrize("name", ["fp8-blocks", "e5m2-channels", "int8-tensor"])
+@pytest.mark.parametrize("ep", [1, 2])
+def test_what_no_gradient_is_asked_of_gives_the_same(name, ep, rng):
+    """Rows that stay in 8 bits from the tokens to kernel two, against those that are rounded before each kernel."""
+    config = config_in_8_bits(name)
+    params, x = random_params(config, rng), normal(rng, 7, config.hidden_size)
+    layer = functools.partial(moe, config=config, mesh=make_mesh(ep) if ep > 1 else None)
+    served, _ = jax.jit(layer)(x, params)
+    trained, _, _ = jax.jit(lambda x, params: jax.vjp(lambda x: layer(x, params), x, has_aux=True))(x, params)
+    assert relative_error(served, trained) < LIMIT["float32"]
+
+
+def test_tokens_are_rounded_before_they_are_copied(rng):
+    config = dataclasses.replace(config_in_8_bits("fp8-blocks"), shared_intermediate_size=0)
+    params, x = random_params(config, rng), normal(rng, 7, config.hidden_size)
+    layer = functools.partial(moe, config=config)
+    served = str(jax.make_jaxpr(layer)(x, params))
+    trained = str(jax.make_jaxpr(lambda x: jax.vjp(lambda x: layer(x, params)[0], x)[0])(x))
+    # The bits of the blocks whose largest is looked for: of 7 tokens, or of the 14 rows that they become.
+    assert ("i32[7,1,2,128]" in served, "i32[14,1,2,128]" in served) == (True, False)
+    assert ("i32[7,1,2,128]" in trained, "i32[14,1,2,128]" in trained) == (False, True)
+
+
 @pytest.mark.parametrize(
     ("name", "ep"), [("fp8-blocks", 1), ("fp8-blocks", 2), ("e5m2-channels", 1), ("int8-tensor", 2)]
 )

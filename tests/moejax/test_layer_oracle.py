@@ -15,6 +15,7 @@ from moejax import PRESETS, MoEConfig, dense_moe, make_mesh, moe
 from tests.conftest import SEED
 from tests.helpers import relative_error
 from tests.moejax.layers import clear_cut_tokens, narrow, random_params
+from tests.pallas_kernels.kernels_tpu import interpreted
 
 # Largest relative error against the oracle on the same operands, and against the float32 one.
 LIMITS = {
@@ -90,6 +91,13 @@ def test_layer_equals_the_dense_oracle(config, ep):
 def test_layer_equals_the_dense_oracle_on_gpus(preset, precision, dtype):
     config = narrow(preset, precision=precision, dtype=jnp.dtype(dtype))
     check_layer(config, ep=math.gcd(config.num_experts, jax.device_count()))
+
+
+@pytest.mark.parametrize(("precision", "dtype"), LIMITS)
+def test_layer_equals_the_dense_oracle_on_simulated_tpus(precision, dtype):
+    config = MoEConfig(128, 128, 4, 2, 128, precision=precision, dtype=jnp.dtype(dtype), backend="pallas_tpu")
+    with interpreted():
+        check_layer(config, ep=2)
 
 
 def check_layer(config: MoEConfig, ep: int) -> None:

@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 
 from moejax import LoadStats, MoEConfig, make_mesh, moe
-from moejax.losses import Tokens, load_balance_loss, router_losses, sequence_balance_loss, tokens_per_expert, z_loss
+from moejax.losses import (
+    Tokens,
+    importance_loss,
+    load_balance_loss,
+    router_losses,
+    sequence_balance_loss,
+    specialization_loss,
+    tokens_per_expert,
+    z_loss,
+)
 from moejax.router import route_logits
 from tests.helpers import normal, relative_error
 from tests.moejax.layers import random_params
@@ -196,6 +205,33 @@ def test_load_statistics(load, cv, entropy):
     np.testing.assert_allclose(stats.cv, cv, rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(stats.entropy, entropy, rtol=1e-6, atol=1e-6)
     assert float(stats.dropped_fraction) == 0
+
+
+BALANCED, COLLAPSED = np.eye(4)[[0, 1, 2, 3, 0, 1, 2, 3]], np.eye(4)[[2] * 8]
+SPREAD = np.full((8, 4), 0.25)
+
+
+@pytest.mark.parametrize(
+    ("loss", "gates", "expected"),
+    [
+        (importance_loss, BALANCED, 0),
+        (importance_loss, SPREAD, 0),
+        (importance_loss, COLLAPSED, 3),  # variance 3/16 of the mean's square 1/16
+        (importance_loss, np.zeros((8, 4)), 0),
+        (specialization_loss, BALANCED, 0),
+        (specialization_loss, SPREAD, 1),
+        (specialization_loss, COLLAPSED, 1),
+        (specialization_loss, np.eye(4)[[0, 0, 0, 0, 1, 1, 1, 1]], 0.5),
+    ],
+)
+def test_importance_and_specialization(loss, gates, expected):
+    """Padding behind the tokens counts for nothing, and gradients are finite at the borders."""
+    padded = jnp.asarray(np.concatenate([gates, np.eye(4)[[0, 0, 0]]]), jnp.float32)
+    tokens = Tokens(jnp.arange(11), 8, 8)
+    value, gradient = jax.value_and_grad(loss)(padded, tokens)
+    np.testing.assert_allclose(value, expected, atol=1e-6)
+    assert np.isfinite(gradient).all()
+    assert not gradient[8:].any()
 
 
 def test_dropped_fraction():

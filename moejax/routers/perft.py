@@ -1,0 +1,220 @@
+"""PERFT: parameter-efficient routed fine-tuning of a Mixture-of-Experts (Liu et al. 2024, arXiv 2411.08212).
+
+The paper's PERFT-R: beside a frozen MoE layer work N small experts with a router of their own,
+
+    y = MoE(x) + scale · Σ_j softmax(x · W)_j · up_j(act(down_j(x)))        over the K best j
+
+The small experts are of low rank (no activation, as LoRA) or bottlenecks (silu). `up` begins at zero, so that
+training begins with the frozen layer's output.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from moejax.config import MoEConfig
+from moejax.functional import MoEAux, check_input
+from moejax.layer import MoE, new_param
+from moejax.losses import LoadStats, Tokens, router_losses, tokens_per_expert
+from moejax.on_chips import Body, on_chips
+from moejax.router import route
+from moejax.routers.layer import RoutedMoE
+from pallas_kernels.grouped_matmul import grouped_matmul
+from sharding.expert_parallel import Transport, expert_parallel
+
+_KERNEL = nnx.initializers.lecun_normal()
+_PER_ADAPTER = nnx.initializers.lecun_normal(batch_axis=0)
+
+
+class AdapterParam(nnx.Param):
+    """A parameter that PERFT trains."""
+
+
+class Perft(nnx.Module):
+    """A frozen MoE layer with routed adapters beside it. Call it as the layer that it wraps.
+
+        model.moe = Perft(model.moe, num_adapters=8, width=16, top_k=2, rngs=nnx.Rngs(0))
+        optimizer = nnx.Optimizer(model, optax.adam(1e-3), wrt=AdapterParam)
+
+    No gradient reaches the parameters of the base layer; one reaches its input. It runs without noise, and its losses
+    are left out. Over a mesh every chip holds all adapters, so that no token travels for them.
+
+    Attributes:
+      base: the frozen layer.
+      gate: AdapterParam [H, N], W.
+      down: AdapterParam [N, H, R].
+      up: AdapterParam [N, R, H].
+      config: the MoEConfig of the adapters' router.
+    """
+
+    def __init__(
+        self,
+        base: MoE | RoutedMoE,
+        num_adapters: int,
+        width: int,
+        top_k: int,
+        *,
+        rngs: nnx.Rngs,
+        activation: Literal["silu"] | None = None,
+        scale: float = 1.0,
+        load_balance_loss: float = 0.01,
+    ):
+        """Makes the adapters.
+
+        Args:
+          base: the layer; its mesh, dtypes and backend are the adapters' too.
+          num_adapters: N.
+          width: R, rank or width of an adapter.
+          top_k: K, adapters a token.
+          rngs: its stream "params" initialises.
+          activation: None for low rank, "silu" for bottlenecks.
+          scale: of the adapters' sum.
+          load_balance_loss: weight of the Switch loss of the adapters' router.
+
+        Raises:
+          ValueError: a size is not positive, top_k exceeds num_adapters, or the activation is unknown.
+        """
+        if activation not in (None, "silu"):
+            raise ValueError(f"activation must be None (low rank) or 'silu' (bottleneck), got {activation!r}")
+        for name, size in (("num_adapters", num_adapters), ("width", width)):
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}")
+        if not 1 <= top_k <= num_adapters:
+            raise ValueError(f"top_k must be 1 to num_adapters={num_adapters}, got {top_k}")
+        self.base = base
+        self.activation = activation
+        hidden, dtype = base.config.hidden_size, base.config.param_dtype
+        self.config = MoEConfig(
+            hidden_size=hidden,
+            intermediate_size=width,
+            num_experts=num_adapters,
+            top_k=top_k,
+            normalize_topk=False,
+            routed_scaling_factor=scale,
+            load_balance_loss=load_balance_loss,
+            dtype=base.config.dtype,
+            param_dtype=dtype,
+            backend=base.config.backend,
+        )
+        settings: dict[str, Any] = {"rngs": rngs, "mesh": base.mesh, "kind": AdapterParam}
+        self.gate = new_param(_KERNEL, (hidden, num_adapters), dtype, **settings)
+        self.down = new_param(_PER_ADAPTER, (num_adapters, hidden, width), dtype, **settings)
+        self.up = new_param(nnx.initializers.zeros, (num_adapters, width, hidden), dtype, **settings)
+
+    @property
+    def causal(self) -> bool:
+        """Whether the output of a token never depends on later tokens."""
+        return getattr(self.base, "causal", True)
+
+    def __call__(
+        self, x: jax.Array, *, token_ids: jax.Array | None = None, train: bool = False
+    ) -> tuple[jax.Array, MoEAux]:
+        """The base layer's output plus the adapters'.
+
+        Args:
+          x: [..., H], as for the base layer.
+          token_ids: for a base layer that routes by them.
+          train: has no effect: neither the frozen layer nor the adapters' router has noise.
+
+        Returns:
+          y [..., H] in the dtype of `x`, and MoEAux with the losses of the adapters' router (keys "adapter_…") and the
+          load of the base layer.
+        """
+        check_input(x, self.base.config)
+        graph, *states = nnx.split(self.base, nnx.Param, ...)
+        params, rest = states
+        frozen = nnx.merge(graph, jax.lax.stop_gradient(params), rest)
+        y, aux = frozen(x) if isinstance(frozen, MoE) else frozen(x, token_ids=token_ids)
+        adapted, (losses, _) = self._adapters(x)
+        return y + adapted, MoEAux({f"adapter_{name}": loss for name, loss in losses.items()}, aux.load)
+
+    def adapter_load(self, x: jax.Array) -> LoadStats:
+        """How the tokens x [..., H] fall on the N adapters."""
+        return self._adapters(x)[1][1]
+
+    def update(self, aux: MoEAux) -> None:
+        """Nothing: the base layer is frozen, and the adapters are trained by gradients alone."""
+
+    def _adapters(self, x: jax.Array) -> tuple[jax.Array, tuple[dict[str, jax.Array], LoadStats]]:
+        return on_chips(
+            _BODIES[self.activation],
+            (x,),
+            {"gate": self.gate[...], "down": self.down[...], "up": self.up[...]},
+            self.config,
+            specs=_whole,
+            transport=Transport(backend=self.config.backend),
+            mesh=self.base.mesh,
+            expert_axis=self.base.expert_axis,
+        )
+
+
+def perft_mask(module: nnx.Module) -> nnx.State:
+    """True for the parameters of `module` that PERFT trains, False for all others, for `optax.masked`.
+
+        mask = perft_mask(model)
+        frozen = jax.tree.map(operator.not_, mask)
+        tx = optax.chain(optax.masked(optax.adam(1e-3), mask), optax.masked(optax.set_to_zero(), frozen))
+        optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+    `optax.masked` alone hands on the gradients that it does not transform. Those of a layer in `Perft` are zeros, those
+    of the rest of a model are not: set them to zero, as here.
+
+    Returns:
+      The structure of `nnx.state(module, nnx.Param)`, with a bool for each parameter.
+    """
+    return jax.tree.map(
+        lambda param: isinstance(param, AdapterParam),
+        nnx.state(module, nnx.Param),
+        is_leaf=lambda node: isinstance(node, nnx.Variable),
+    )
+
+
+def _adapters_on_chip(
+    per_token: tuple[jax.Array],
+    params: dict[str, jax.Array],
+    *,
+    config: MoEConfig,
+    tokens: Tokens,
+    transport: Transport,
+    activation: Callable[[jax.Array], jax.Array],
+) -> tuple[jax.Array, tuple[dict[str, jax.Array], LoadStats]]:
+    """The adapters on the tokens x [T, H] of this chip, which holds all of them."""
+    (x,) = per_token
+    routing = route(x, params["gate"], config)
+
+    def adapt(params: dict[str, jax.Array], rows: jax.Array, group_sizes: jax.Array) -> jax.Array:
+        down, up = params["down"].astype(rows.dtype), params["up"].astype(rows.dtype)
+        h = activation(grouped_matmul(rows, down, group_sizes, backend=config.backend))
+        return grouped_matmul(h, up, group_sizes, backend=config.backend)
+
+    y, dropped = expert_parallel(
+        x,
+        routing.topk_weights,
+        jnp.where(tokens.valid[:, None], routing.topk_ids, -1),
+        adapt,
+        params,
+        num_experts=config.num_experts,
+        transport=dataclasses.replace(transport, expert_axis=None, ep=1),
+        preferred_element_type=x.dtype,
+    )
+    load = LoadStats(tokens_per_expert(routing, config.num_experts, tokens), tokens.sum(dropped))
+    return y, (router_losses(routing, config, tokens), load)
+
+
+_BODIES: Mapping[str | None, Body] = MappingProxyType(
+    {
+        None: functools.partial(_adapters_on_chip, activation=lambda h: h),
+        "silu": functools.partial(_adapters_on_chip, activation=jax.nn.silu),
+    }
+)
+
+
+def _whole(params: dict[str, jax.Array], _expert_axis: str) -> dict[str, PartitionSpec]:
+    return dict.fromkeys(params, PartitionSpec())

@@ -1,0 +1,69 @@
+"""Layers of every router over a mesh equal those of one chip: output, losses, load and gradients."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+from moejax import make_mesh
+from tests.helpers import LIMIT, float64, relative_error, same_bits
+from tests.moejax.routers.layers import CONFIG, by_path, case, inference, new_layer, values_and_gradients
+
+
+@functools.cache
+def mesh_of(axis_type) -> jax.sharding.Mesh:
+    return make_mesh(ep=2, dp=2, axis_type=axis_type)
+
+
+def check(name, mesh):
+    """Ten tokens, which four chips do not divide evenly."""
+    _, _, x, target, y, aux, gradients = case(name)
+    with jax.set_mesh(mesh):
+        layer = new_layer(name, np.random.default_rng(0))
+        assert layer.gate_up[...].sharding.spec[0] == "expert"
+        (_, (mesh_y, mesh_aux)), (of_layer, of_x) = values_and_gradients(layer, x, target)
+    assert relative_error(mesh_y, y) < LIMIT["float32"]
+    assert same_bits(mesh_aux.load, aux.load)
+    for loss_name, loss in aux.losses.items():
+        np.testing.assert_allclose(mesh_aux.losses[loss_name], loss, rtol=1e-5, err_msg=loss_name)
+    mesh_gradients = by_path(of_layer) | {"x": float64(of_x)}
+    assert set(mesh_gradients) == set(gradients)
+    for path, gradient in gradients.items():
+        assert relative_error(mesh_gradients[path], gradient) < LIMIT["float32"], path
+
+
+# The others differ from one of these only in scores, which know of no mesh.
+@pytest.mark.parametrize("name", ["noisy_top_k", "loss_free", "expert_choice", "soft_moe", "chain_of_experts"])
+def test_a_mesh_equals_one_chip(name):
+    check(name, mesh_of(AxisType.Auto))
+
+
+def test_a_mesh_of_explicit_axes_equals_one_chip():
+    check("noisy_top_k", mesh_of(AxisType.Explicit))
+
+
+def test_no_choice_is_made_for_padding():
+    """Of the twelve places on four chips two hold no token."""
+    with jax.set_mesh(mesh_of(AxisType.Auto)):
+        _, aux = inference(new_layer("softmax"), jnp.ones((10, CONFIG.hidden_size)))
+    np.testing.assert_array_equal(aux.load.tokens_per_expert.sum(), 10 * CONFIG.top_k)
+    assert int(aux.load.dropped) == int(aux.load.unrouted) == 0
+
+
+def test_what_chips_drop_is_counted_over_all():
+    """Each of four chips has four tokens for one expert and room for one, ⌈1 · 4 · 1 / 8⌉."""
+    config = dataclasses.replace(CONFIG, capacity_factor=1.0)
+    with jax.set_mesh(mesh_of(AxisType.Auto)):
+        layer = new_layer("switch", config=config)
+        layer.router.gate.kernel[...] = jnp.zeros((16, 8)).at[0, 3].set(1.0)
+        _, aux = inference(layer, jnp.ones((16, 16)))
+    np.testing.assert_array_equal(aux.load.dropped_per_expert, [0, 0, 0, 12, 0, 0, 0, 0])
+
+
+def test_a_mesh_that_does_not_divide_the_experts():
+    with jax.set_mesh(make_mesh(ep=3)), pytest.raises(ValueError, match="num_experts=8 is not divisible by ep=3"):
+        new_layer("softmax")

@@ -1,0 +1,126 @@
+"""The layer from the router on: choices that come from elsewhere, few or many, on one chip and over a mesh."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moejax import MoEConfig, dense_moe, make_mesh, moe, moe_experts, route
+from tests.helpers import LIMIT, normal, raises_saying, relative_error
+from tests.moejax.layers import random_params
+
+CONFIG = MoEConfig(
+    hidden_size=32, intermediate_size=16, num_experts=8, top_k=2, shared_intermediate_size=16, dtype=jnp.float32
+)
+
+
+@pytest.fixture
+def params(rng):
+    return random_params(CONFIG, rng)
+
+
+@functools.cache
+def mesh_of(ep):
+    return make_mesh(ep) if ep > 1 else None
+
+
+@functools.partial(jax.jit, static_argnames=("max_choices", "ep"))
+def experts(x, weights, ids, params, *, max_choices=None, ep=1):
+    return moe_experts(x, weights, ids, params, CONFIG, max_choices=max_choices, mesh=mesh_of(ep))
+
+
+@functools.partial(jax.jit, static_argnames=("max_choices", "ep"))
+def gradients(x, weights, ids, params, *, max_choices=None, ep=1):
+    def loss(x, weights, params):
+        return (experts(x, weights, ids, params, max_choices=max_choices, ep=ep)[0] ** 2).sum()
+
+    return jax.grad(loss, argnums=(0, 1, 2))(x, weights, params)
+
+
+@pytest.mark.parametrize("ep", [1, 4])
+def test_router_and_experts_are_the_layer(ep, params, rng):
+    x = normal(rng, 10, 32)
+    routing = route(x, params.router_kernel, CONFIG)
+    no_router = dataclasses.replace(params, router_kernel=None)
+    y, dropped = experts(x, routing.topk_weights, routing.topk_ids, no_router, ep=ep)
+    expected, _ = jax.jit(lambda x, params: moe(x, params, CONFIG, mesh=mesh_of(ep)))(x, params)
+    assert relative_error(y, expected) < LIMIT["float32"]
+    assert relative_error(y, dense_moe(x, params, CONFIG)) < LIMIT["float32"]
+    np.testing.assert_array_equal(dropped, np.zeros(8))
+
+
+def few_choices(rng):
+    """Ids [64, E] of which 20 are not −1, all of the first 16 tokens and for experts 0 and 1; and weights."""
+    ids = np.full((64, 8), -1, np.int32)
+    tokens, experts = np.divmod(rng.permutation(32)[:20], 2)
+    ids[tokens, experts] = experts
+    return jnp.asarray(ids), normal(rng, 64, 8)
+
+
+@pytest.mark.parametrize("ep", [1, 4])
+def test_few_choices_of_many_equal_all_experts_on_all_tokens(ep, params, rng):
+    """On four chips all 20 choices go from the first to itself, in rounds of 8."""
+    x, (ids, weights) = normal(rng, 64, 32), few_choices(rng)
+
+    args = x, weights, ids, params
+    made = np.where(np.asarray(ids) >= 0, np.asarray(weights), 0)
+    every = x, jnp.asarray(made), jnp.broadcast_to(jnp.arange(8), (64, 8)), params
+    y, _ = experts(*args, max_choices=20, ep=ep)
+    assert relative_error(y, experts(*every)[0]) < LIMIT["float32"]
+    bounded, expected = gradients(*args, max_choices=20, ep=ep), gradients(*every)
+    of_weights = jnp.where(ids >= 0, expected[1], 0)
+    for got, want in zip(
+        jax.tree.leaves(bounded), jax.tree.leaves((expected[0], of_weights, expected[2])), strict=True
+    ):
+        assert relative_error(got, want) < LIMIT["float32"]
+
+
+def test_rows_in_memory_are_those_of_the_choices(params, rng):
+    x, (ids, weights) = normal(rng, 64, 32), few_choices(rng)
+
+    def rows(**bounds) -> set[int]:
+        text = str(jax.make_jaxpr(lambda x: moe_experts(x, weights, ids, params, CONFIG, **bounds))(x))
+        return {number for number in (20, 512) if f"f32[{number},32]" in text}
+
+    assert rows() == {512}
+    assert rows(max_choices=20) == {20}
+
+
+@pytest.mark.parametrize(
+    ("ids", "weights", "changes", "parts"),
+    [
+        (np.zeros((9, 2), np.int32), np.ones((9, 2)), {}, ("leading dimensions of x [10, 32]", "int32[9, 2]")),
+        (np.zeros((10, 2), np.int32), np.ones((10, 3)), {}, ("int32[10, 2] and [10, 3]",)),
+        (np.zeros((10, 2)), np.ones((10, 2)), {}, ("topk_ids must be integer", "float")),
+        (
+            np.zeros((10, 2), np.int32),
+            np.ones((10, 2)),
+            {"scale_inputs": True, "top_k": 1},
+            ("config.scale_inputs=True needs one choice a token, got K = 2",),
+        ),
+    ],
+)
+def test_choices_that_do_not_fit(ids, weights, changes, parts, params, rng):
+    config = dataclasses.replace(CONFIG, **changes)
+    with raises_saying(ValueError, *parts):
+        moe_experts(normal(rng, 10, 32), jnp.asarray(weights), jnp.asarray(ids), params, config)
+
+
+def test_a_bound_that_makes_no_sense(params, rng):
+    ids = jnp.zeros((4, 2), jnp.int32)
+    with raises_saying(ValueError, "max_choices must be at least 1", "got 0"):
+        moe_experts(normal(rng, 4, 32), jnp.ones((4, 2)), ids, params, CONFIG, max_choices=0)
+
+
+def test_parameters_that_do_not_fit(params, rng):
+    with raises_saying(ValueError, "params.down must be [8, 16, 32], got [8, 15, 32]"):
+        moe_experts(
+            normal(rng, 4, 32),
+            jnp.ones((4, 2)),
+            jnp.zeros((4, 2), jnp.int32),
+            dataclasses.replace(params, down=params.down[:, 1:]),
+            CONFIG,
+        )
