@@ -1,0 +1,1 @@
+"""Figures of what the benches recorded, and the page that holds them."""

@@ -1,0 +1,165 @@
+"""The MoE-FFN layer, whole and split into router / plan / dispatch / gate-up / down / combine: `python -m bench.layer`.
+
+Forward, on one chip, for three ways to lay the rows of experts out (`bench.routing.layouts`), which are compared in
+pairs. `bench.routing.records` lists the fields of what it writes.
+"""
+
+import functools
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from bench.cli import run
+from bench.routing.cases import Case
+from bench.routing.clock import Clock, Step
+from bench.routing.layouts import LAYOUTS, Sizes
+from bench.routing.records import Record
+from bench.routing.system_cli import main_of
+from bench.routing.variants import Variant, distinct, load_of, measure, records_of, variants
+from moejax import MoEConfig, route
+from pallas_kernels.combine import combine
+from pallas_kernels.dispatch import dispatch
+from pallas_kernels.plan import Plan
+
+OPERATORS = ("router", "plan", "dispatch", "gate_up", "down", "combine", "layer")
+
+_EXAMPLES = (
+    "",
+    "--tokens 8192 --hidden 2048 --experts 32,64,128 --k 2 --capacity 1.0,1.25 --load balanced,zipf,text --out results",
+    "--batch-length 32x128,64x256 --hidden 1024 --experts 4,8,16 --layout compact,padded --json -",
+)
+
+Choice = tuple[jax.Array, jax.Array]
+"""topk_ids int32 [T, K] and topk_weights float32 [T, K]."""
+
+
+def choose(x: jax.Array, router: jax.Array, *, config: MoEConfig) -> Choice:
+    """The router: x [T, H], router [H, E]."""
+    routing = route(x, router, config)
+    return routing.topk_ids, routing.topk_weights
+
+
+def layer(
+    x: jax.Array,
+    router: jax.Array,
+    gate_up: jax.Array,
+    down: jax.Array,
+    *,
+    variant: Variant,
+    sizes: Sizes,
+    config: MoEConfig,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The whole layer: x [T, H] -> y [T, H], and how: the plan's inverse and topk_ids, both [T, K]."""
+    ids, weights = choose(x, router, config=config)
+    plan = variant.layout.plan(ids, sizes)
+    rows = dispatch(x, plan, backend=variant.backend)
+    h = variant.layout.gate_up(rows, plan, gate_up, config)
+    rows = variant.layout.down(h, plan, down, config)
+    return combine(rows, plan, weights, backend=variant.backend), plan.inverse, ids
+
+
+def run_case(case: Case, clock: Clock, rounds: int) -> list[Record]:
+    """Times every layout, whole and those of `case.split` stage by stage too."""
+    load = load_of(case)
+    gate_up, down = expert_weights(case.experts, case.hidden, case.intermediate, case.jax_dtype)
+    values: dict[str, Any] = {"x": load.x, "router": load.router, "gate_up": gate_up, "down": down}
+    measured = measure(case, clock, steps_of(case), values, rounds)
+    first_y, first_inverse, ids = measured.values[variants(case)[0].name("layer")]
+
+    def error(variant: Variant) -> float:
+        y, inverse, _ = measured.values[variant.name("layer")]
+        return float(_agreement_error(y, inverse, first_y, first_inverse))
+
+    return list(records_of(case, clock, measured, OPERATORS, ids=ids, whole="layer", agreement_error=error))
+
+
+# Cases that follow one another often have the same experts.
+@functools.lru_cache(maxsize=1)
+def expert_weights(num_experts: int, hidden: int, intermediate: int, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+    """Random gate_up [E, H, 2I] and down [E, I, H], which keep the size of what they multiply."""
+    keys = jax.random.split(jax.random.key(0))
+    gate_up = _draw(keys[0], (num_experts, hidden, 2 * intermediate), dtype)
+    return gate_up, _draw(keys[1], (num_experts, intermediate, hidden), dtype)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _draw(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+    return jax.random.normal(key, shape, dtype) * jnp.asarray(shape[1] ** -0.5, dtype)
+
+
+@jax.jit
+def _agreement_error(y: jax.Array, inverse: jax.Array, first_y: jax.Array, first_inverse: jax.Array) -> jax.Array:
+    is_whole = ((inverse >= 0) & (first_inverse >= 0)).all(1)[:, None]
+    y, first_y = (jnp.where(is_whole, a.astype(jnp.float32), 0) for a in (y, first_y))
+    return jnp.linalg.norm(y - first_y) / jnp.maximum(jnp.linalg.norm(first_y), jnp.finfo(jnp.float32).tiny)
+
+
+def _config(case: Case, backend: str) -> MoEConfig:
+    return MoEConfig(
+        hidden_size=case.hidden,
+        intermediate_size=case.intermediate,
+        num_experts=case.experts,
+        top_k=case.k,
+        dtype=case.jax_dtype,
+        param_dtype=case.jax_dtype,
+        backend=backend,
+    )
+
+
+def steps_of(case: Case) -> list[Step]:
+    """What is timed, from the values x [T, H], router [H, E], gate_up [E, H, 2I] and down [E, I, H]."""
+    return distinct(step for variant in variants(case) for step in _steps(case, variant))
+
+
+def _steps(case: Case, variant: Variant) -> list[Step]:
+    name, layout, backend, sizes = variant.name, variant.layout, variant.backend, variant.sizes(case)
+    config = _config(case, backend)
+    whole = functools.partial(layer, variant=variant, sizes=sizes, config=config)
+    together = Step(name("layer"), whole, ("x", "router", "gate_up", "down"), name("layer"), key=sizes)
+    if not variant.is_split:
+        return [together]
+
+    def plan(choice: Choice) -> Plan:
+        return layout.plan(choice[0], sizes)
+
+    def back(rows: jax.Array, plan: Plan, choice: Choice) -> jax.Array:
+        return combine(rows, plan, choice[1], backend=backend)
+
+    def gate_up(rows: jax.Array, plan: Plan, weights: jax.Array) -> jax.Array:
+        return layout.gate_up(rows, plan, weights, config)
+
+    def down(h: jax.Array, plan: Plan, weights: jax.Array) -> jax.Array:
+        return layout.down(h, plan, weights, config)
+
+    def step(operator: str, function: Any, *inputs: str) -> Step:
+        return Step(name(operator), function, inputs, name(operator), key=sizes)
+
+    return [
+        step("router", functools.partial(choose, config=config), "x", "router"),
+        step("plan", plan, name("router")),
+        step("dispatch", functools.partial(dispatch, backend=backend), "x", name("plan")),
+        step("gate_up", gate_up, name("dispatch"), name("plan"), "gate_up"),
+        step("down", down, name("gate_up"), name("plan"), "down"),
+        step("combine", back, name("down"), name("plan"), name("router")),
+        together,
+    ]
+
+
+def main(argv: Sequence[str]) -> int:
+    """Measures, writes and prints; returns 1 when layouts disagree."""
+    return main_of(
+        "layer",
+        "Times the MoE-FFN layer whole and split into router, plan, dispatch, gate-up, down and combine, for three "
+        "ways to lay out the rows of experts. The exit status is 1 if their results differ.",
+        _EXAMPLES,
+        run_case,
+        argv,
+        defaults={"tokens": "4096", "hidden": "1024", "dtype": "bf16", "layouts": ",".join(LAYOUTS)},
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

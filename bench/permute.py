@@ -1,0 +1,113 @@
+"""Top-k, plan, pack and combine, alone and together: `python -m bench.permute`.
+
+Together they copy each token to the rows of its experts and sum the copies up again, with weights that sum to 1: the
+tokens as they were, which every run checks. `bench.routing.records` lists the fields of what it writes.
+"""
+
+import functools
+import sys
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from bench.cli import run
+from bench.round_trip import softmax_weights, there_and_back
+from bench.routing.cases import Case
+from bench.routing.clock import Clock, Step
+from bench.routing.layouts import Sizes
+from bench.routing.records import Record
+from bench.routing.system_cli import main_of
+from bench.routing.variants import Variant, distinct, load_of, measure, records_of, variants
+from moejax.router_logits import router_logits
+from pallas_kernels.combine import combine
+from pallas_kernels.dispatch import dispatch
+from pallas_kernels.plan import Plan
+from pallas_kernels.top_k import top_k_ids
+
+OPERATORS = ("top_k", "plan", "pack", "combine", "permute")
+
+_EXAMPLES = (
+    "",
+    "--tokens 8192,16384,32768 --hidden 2048,4096 --experts 32,64,128 --k 1,2,4 --out results",
+    "--layout compact,padded,block_sparse --capacity 1.0 --load zipf --json -",
+)
+
+
+def permute(x: jax.Array, logits: jax.Array, *, k: int, variant: Variant, sizes: Sizes) -> tuple[jax.Array, jax.Array]:
+    """Routes, copies each token to its experts and sums the copies up: x again, and the plan's inverse."""
+    y, plan = there_and_back(x, logits, k, lambda ids: variant.layout.plan(ids, sizes), variant.backend)
+    return y, plan.inverse
+
+
+def identity_error(x: jax.Array, y: jax.Array, inverse: jax.Array) -> float:
+    """Largest |y − x| / max(|x|, 1) over the tokens of which the plan dropped nothing; infinite if y is not finite."""
+    return float(_identity_error(x, y, inverse))
+
+
+@jax.jit
+def _identity_error(x: jax.Array, y: jax.Array, inverse: jax.Array) -> jax.Array:
+    x, y = x.astype(jnp.float32), y.astype(jnp.float32)
+    error = jnp.abs(y - x) / jnp.maximum(jnp.abs(x), 1)
+    error = jnp.where(jnp.isfinite(y), error, jnp.inf)
+    return jnp.where((inverse >= 0).all(1)[:, None], error, 0).max()
+
+
+def run_case(case: Case, clock: Clock, rounds: int) -> list[Record]:
+    """Times the operators one by one and together, and checks that they give the tokens back."""
+    load = load_of(case)
+    logits = jax.block_until_ready(jax.jit(router_logits)(load.x, load.router))
+    ids = top_k_ids(logits, case.k, backend="xla")
+    measured = measure(case, clock, steps_of(case), {"x": load.x, "logits": logits, "ids": ids}, rounds)
+
+    def error(variant: Variant) -> float:
+        return identity_error(load.x, *measured.values[variant.name("permute")])
+
+    records = records_of(case, clock, measured, OPERATORS, ids=ids, whole="permute", identity_error=error)
+    return list(records)
+
+
+def steps_of(case: Case) -> list[Step]:
+    """What is timed, from the values x [T, H], logits float32 [T, E] and ids int32 [T, K]."""
+    return distinct(step for variant in variants(case) for step in _steps(case, variant))
+
+
+def _steps(case: Case, variant: Variant) -> list[Step]:
+    name, backend, sizes = variant.name, variant.backend, variant.sizes(case)
+    whole = functools.partial(permute, k=case.k, variant=variant, sizes=sizes)
+    together = Step(name("permute"), whole, ("x", "logits"), name("permute"), key=sizes)
+    if not variant.is_split:
+        return [together]
+
+    def plan(ids: jax.Array) -> Plan:
+        return variant.layout.plan(ids, sizes)
+
+    def unpack(rows: jax.Array, plan: Plan, weights: jax.Array) -> jax.Array:
+        return combine(rows, plan, weights, backend=backend)
+
+    choose = functools.partial(top_k_ids, k=case.k, backend=backend)
+    return [
+        Step(name("top_k"), choose, ("logits",), name("top_k")),
+        Step("weights", softmax_weights, ("logits", "ids"), "weights", is_timed=False),
+        Step(name("plan"), plan, (name("top_k"),), name("plan"), key=sizes),
+        Step(name("pack"), functools.partial(dispatch, backend=backend), ("x", name("plan")), name("pack")),
+        Step(name("combine"), unpack, (name("pack"), name("plan"), "weights"), name("combine")),
+        together,
+    ]
+
+
+def main(argv: Sequence[str]) -> int:
+    """Measures, checks, writes and prints; returns 1 when tokens do not come back as they were."""
+    return main_of(
+        "permute",
+        "Times top-k, plan, pack and combine alone and together, against plain XLA in pairs, and checks that packing "
+        "and combining give the tokens back. The exit status is 1 if they do not.",
+        _EXAMPLES,
+        run_case,
+        argv,
+        defaults={"tokens": "8192", "hidden": "2048", "dtype": "fp16", "with_xla": True},
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

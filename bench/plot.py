@@ -1,0 +1,147 @@
+"""Pictures of what the benches recorded, in one HTML file: `python -m bench.plot RESULTS`.
+
+The folder holds train.jsonl of `bench.train`, and sweep.jsonl, layer.jsonl, permute.jsonl of the system benches, or
+some of them. A figure whose data is missing is left out, and the report says why.
+"""
+
+import html
+import importlib.util
+import pathlib
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from bench.cli import make_parser, run
+from bench.figures import plot_system, plot_train
+from bench.figures.plot_section import Section, standalone
+from bench.jsonl import read_records
+from bench.report import Cell, cell_text
+from bench.training.train_records import FILE_NAME, Run, read_runs
+
+REPORT = "report.html"
+_SYSTEM_FILES = ("sweep.jsonl", "layer.jsonl", "permute.jsonl")
+
+_STYLE = """
+:root { color-scheme: light dark; --page: #ffffff; --ink: #1f2328; --soft: #59636e; --line: #d1d9e0; }
+@media (prefers-color-scheme: dark) {
+  :root { --page: #15191f; --ink: #e6edf3; --soft: #9198a1; --line: #3d444d; }
+}
+body { background: var(--page); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto;
+  max-width: 70rem; padding: 0 1rem; }
+p, summary { color: var(--soft); max-width: 50rem; }
+svg { height: auto; max-width: 100%; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-size: 0.8rem; font-variant-numeric: tabular-nums; }
+th, td { border-bottom: 1px solid var(--line); padding: 0.2rem 0.6rem; text-align: left; }
+td.number { text-align: right; }
+"""
+
+
+def main(argv: Sequence[str]) -> None:
+    """Writes the report."""
+    parser = make_parser(
+        "bench.plot",
+        f"Makes one self-contained page, {REPORT} in the folder, of the records in it: time and bandwidth against "
+        "experts and k, the layer's split, quality against speed, held-out curves, the experts' load over training.",
+        ("results", "docs/results/h200 --svg docs/results"),
+    )
+    parser.add_argument("results", type=pathlib.Path, help="the folder with the .jsonl files of the benches")
+    parser.add_argument("--svg", type=pathlib.Path, metavar="DIR", help="write each figure to DIR as well, as NAME.svg")
+    args = parser.parse_args(argv)
+    print(f"wrote {write_report(args.results)}")
+    if args.svg is not None:
+        for path in write_figures(args.results, args.svg):
+            print(f"wrote {path}")
+
+
+def write_report(folder: pathlib.Path) -> pathlib.Path:
+    """Draws what the records in a folder allow, into its report.html.
+
+    Raises:
+      ValueError: matplotlib is not installed, there are no records, or a file is not theirs.
+    """
+    runs, records = _read(folder)
+    path = folder / REPORT
+    path.write_text(_page(_sections(runs, records), _origins(runs, records)), encoding="utf-8")
+    return path
+
+
+def say_report(folder: pathlib.Path) -> None:
+    """What a bench does at its end: makes the report if it can, and says on standard error where it is or why not."""
+    try:
+        print(f"wrote {write_report(folder)}", file=sys.stderr)
+    except ValueError as reason:
+        print(f"no {folder / REPORT}: {reason}", file=sys.stderr)
+
+
+def write_figures(folder: pathlib.Path, to: pathlib.Path) -> list[pathlib.Path]:
+    """Each figure that the records in a folder allow as a file of its own; returns their paths."""
+    to.mkdir(parents=True, exist_ok=True)
+    written = []
+    for section in _sections(*_read(folder)):
+        if section.svg is not None:
+            written.append(to / f"{section.name}.svg")
+            written[-1].write_text(standalone(section.svg), encoding="utf-8")
+    return written
+
+
+def _read(folder: pathlib.Path) -> tuple[dict[str, Run], list[dict[str, Any]]]:
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("figures need matplotlib, which is not installed: pip install -e '.[plots]'")
+    runs = read_runs(folder / FILE_NAME)
+    records = [record for name in _SYSTEM_FILES for record in read_records(folder / name)]
+    if not runs and not records:
+        raise ValueError(
+            f"{folder} has none of {', '.join((FILE_NAME, *_SYSTEM_FILES))} with records in it; make some with "
+            f"python -m bench.train --quick --out {folder}"
+        )
+    return runs, records
+
+
+def _sections(runs: Mapping[str, Run], records: Sequence[Mapping[str, Any]]) -> list[Section]:
+    return [*plot_train.sections(runs), *plot_system.sections(records)]
+
+
+def _origins(runs: Mapping[str, Run], records: Sequence[Mapping[str, Any]]) -> list[list[Cell]]:
+    """What was run where, each once."""
+    heads = [(run.head, run.head["date"]) for run in runs.values()] + [(record, record["time"]) for record in records]
+    rows: dict[tuple[str, str, str], list[Cell]] = {}
+    for head, time in heads:
+        versions = ", ".join(f"{name} {version}" for name, version in head["versions"].items() if version)
+        rows[head["command"], head["chip"], head["commit"]] = [
+            head["command"], head["chip"], head["commit"], versions, time[:10],
+        ]  # fmt: skip
+    return list(rows.values())
+
+
+def _page(sections: Sequence[Section], origins: Sequence[Sequence[Cell]]) -> str:
+    body = [f"<h1>Routing benches</h1>\n{_table(('command', 'chip', 'commit', 'versions', 'date'), origins)}"]
+    for section in sections:
+        body.append(f"<h2>{html.escape(section.title)}</h2>\n<p>{html.escape(section.text)}</p>")
+        if section.svg is not None:
+            body.append(f'<div class="wide">{section.svg}</div>')
+        if section.rows:
+            body.append(f"<details><summary>The figures</summary>{_table(section.headers, section.rows)}</details>")
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width">\n'
+        f"<title>Routing benches</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
+        + "\n".join(body)
+        + "\n</body>\n</html>\n"
+    )
+
+
+def _table(headers: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
+    head = "".join(f"<th>{html.escape(header)}</th>" for header in headers)
+    lines = ["".join(_cell(cell) for cell in row) for row in rows]
+    body = "\n".join(f"<tr>{line}</tr>" for line in lines)
+    return f'<div class="wide"><table>\n<tr>{head}</tr>\n{body}\n</table></div>'
+
+
+def _cell(cell: Cell) -> str:
+    kind = "" if isinstance(cell, str) else ' class="number"'
+    return f"<td{kind}>{html.escape(cell_text(cell))}</td>"
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

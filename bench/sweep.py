@@ -1,0 +1,97 @@
+"""The system benches over grids of sizes and loads: `python -m bench.sweep --out DIR` writes DIR/sweep.jsonl.
+
+Records are written case by case, and a sweep that is started again goes on where it stopped; at its end it makes the
+report of all that is in DIR (`bench.plot`). `bench.routing.records` lists their fields, `bench.routing.sweep_grid` the
+grids.
+"""
+
+import argparse
+import dataclasses
+import pathlib
+import sys
+from collections.abc import Sequence
+
+import bench.layer
+import bench.permute
+import bench.topk
+from bench import cli
+from bench.plot import say_report
+from bench.routing.cases import BENCHES, Case
+from bench.routing.run_cases import RunCase
+from bench.routing.sweep_grid import full_grid, quick_grid
+from bench.routing.system_cli import add_run_options, finish, integers, run, words
+
+_EXAMPLES = (
+    "--quick --out results",
+    "--out results",
+    "--out results --minutes 9   (and again, until no cases are left)",
+    "--out results --bench permute --tokens 8192 --experts 32,64,128",
+)
+
+_RUN_CASE = {"topk": bench.topk.run_case, "permute": bench.permute.run_case, "layer": bench.layer.run_case}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Measures, writes and prints; returns 1 when a case failed or gave a wrong result."""
+    args = _parser().parse_args(argv)
+    if args.out is None and not args.list:
+        raise ValueError("--out DIR is needed: a sweep is long, and goes on from what is in its file")
+    cases = _select(quick_grid() if args.quick else full_grid(), args)
+    if args.list:
+        for case in cases:
+            print(case.key)
+        return 0
+    status = finish(args, run("bench.sweep", argv, args, cases, _run_case, "sweep.jsonl"))
+    say_report(pathlib.Path(args.out))
+    return status
+
+
+def _run_case(case: Case) -> RunCase:
+    return _RUN_CASE[case.bench]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = cli.make_parser(
+        "bench.sweep",
+        "Times top-k, permute and the layer over tokens x hidden x experts x k x capacity factor, the most telling "
+        "cases first, and appends records to DIR/sweep.jsonl. Cases that the file has are skipped. Sizes that are "
+        "given pick cases out of the grid. The exit status is 1 if a case failed or gave a wrong result.",
+        _EXAMPLES,
+    )
+    parser.add_argument("--quick", action="store_true", help="a grid of small cases: a minute or so on two CPU cores")
+    parser.add_argument("--list", action="store_true", help="print the cases and stop")
+    parser.add_argument("--bench", metavar="NAME,...", default=",".join(BENCHES), help="some of %(default)s")
+    for name in ("tokens", "hidden", "experts", "k"):
+        parser.add_argument(f"--{name}", metavar="N,...", help="only cases with one of these")
+    parser.add_argument("--load", metavar="NAME,...", help="only cases with one of these")
+    parser.add_argument("--zipf", type=float, default=1.0, metavar="S", help="exponent of the load zipf (default 1)")
+    parser.add_argument("--text", metavar="FILE", help="text of the load text (default: one that Python carries)")
+    add_run_options(parser)
+    return parser
+
+
+def _select(cases: Sequence[Case], args: argparse.Namespace) -> list[Case]:
+    """The cases of the grid that the options leave.
+
+    Raises:
+      ValueError: they leave none.
+    """
+    zipf, text = {"zipf_exponent": args.zipf}, {"text": args.text}
+    chosen = {"bench": words(args.bench), "load": None if args.load is None else words(args.load)}
+    wanted: dict[str, Sequence[object] | None] = {**chosen}
+    for name in ("tokens", "hidden", "experts", "k"):
+        given = getattr(args, name)
+        wanted[name] = None if given is None else integers(f"--{name}", given)
+    left = list(cases)
+    for name, allowed in wanted.items():
+        have = sorted({getattr(case, name) for case in cases})
+        if allowed is not None and (strange := [value for value in allowed if value not in have]):
+            raise ValueError(f"--{name} must be among those of the grid, {', '.join(map(str, have))}; got {strange[0]}")
+        left = [case for case in left if allowed is None or getattr(case, name) in allowed]
+    if not left:
+        raise ValueError("no case of the grid has all of the sizes that were given; --list shows those that there are")
+    return [dataclasses.replace(case, **({"zipf": zipf, "text": text}.get(case.load, {}))) for case in left]
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

@@ -1,0 +1,54 @@
+"""Top-k alone, ours against that of XLA: `python -m bench.topk`.
+
+`bench.routing.records` lists the fields of what it writes.
+"""
+
+import functools
+import sys
+from collections.abc import Sequence
+
+import jax
+
+from bench.cli import run
+from bench.routing.cases import Case
+from bench.routing.clock import Clock, Step
+from bench.routing.records import Record
+from bench.routing.system_cli import main_of
+from bench.routing.variants import load_of, measure, records_of, variants
+from moejax.router_logits import router_logits
+from pallas_kernels.top_k import top_k_ids
+
+_EXAMPLES = (
+    "",
+    "--tokens 8192,16384,32768 --experts 32,64,128 --k 1,2,4 --out results",
+    "--load zipf --zipf 1.2 --json -",
+)
+
+
+def run_case(case: Case, clock: Clock, rounds: int) -> list[Record]:
+    """Times the choice of `case.k` among logits of a load."""
+    load = load_of(case)
+    logits = jax.block_until_ready(jax.jit(router_logits)(load.x, load.router))
+    steps = []
+    for variant in variants(case):
+        choose = functools.partial(top_k_ids, k=case.k, backend=variant.backend)
+        steps.append(Step(variant.name("top_k"), choose, ("logits",), variant.name("top_k")))
+    measured = measure(case, clock, steps, {"logits": logits}, rounds)
+    ids = measured.values[steps[0].output]
+    return list(records_of(case, clock, measured, ["top_k"], ids=ids, whole="top_k"))
+
+
+def main(argv: Sequence[str]) -> int:
+    """Measures, writes and prints."""
+    return main_of(
+        "topk",
+        "Times top-k alone, ours and XLA's, in pairs.",
+        _EXAMPLES,
+        run_case,
+        argv,
+        defaults={"tokens": "8192", "hidden": "1024", "dtype": "fp16", "with_xla": True},
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

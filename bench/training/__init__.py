@@ -1,0 +1,1 @@
+"""The quality bench: a small transformer over bytes, trained with each router."""

@@ -1,0 +1,185 @@
+"""A model, its optimiser, and the two programs that training runs: a step, and a look at held-out text.
+
+learner = Learner(make_model, recipe)
+state = learner.start(seed=0)
+state, metrics = learner.step(state, batch, learning_rate)
+held_out = learner.evaluate(state, batches)
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from bench.training.transformer import Transformer
+from moejax import LoadStats, MoEAux
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How the optimiser works: AdamW behind a clip of the gradient's norm, and a learning rate that warms up.
+
+    Attributes:
+      steps: of the whole run.
+      learning_rate: the peak, reached after `warm_up` of the steps; a cosine then brings it down to a tenth.
+      warm_up: share of the steps.
+      weight_decay: of matrices; vectors are not decayed.
+      clip: largest norm of the gradient of all parameters together.
+    """
+
+    steps: int
+    learning_rate: float
+    warm_up: float = 0.1
+    weight_decay: float = 0.1
+    clip: float = 1.0
+
+    def learning_rates(self) -> np.ndarray:
+        """float32 [steps]."""
+        warm_up = max(1, round(self.warm_up * self.steps))
+        # One step more than the run has, as optax asks that something is left to decay over.
+        schedule = optax.warmup_cosine_decay_schedule(
+            0.0, self.learning_rate, warm_up, max(self.steps, warm_up) + 1, end_value=0.1 * self.learning_rate
+        )
+        return np.asarray(schedule(jnp.arange(1, self.steps + 1)), np.float32)
+
+    def optimiser(self) -> optax.GradientTransformation:
+        """AdamW without its learning rate, which each step is given: so a program does not depend on the schedule."""
+        return optax.chain(
+            optax.clip_by_global_norm(self.clip),
+            optax.scale_by_adam(b1=0.9, b2=0.95),
+            optax.add_decayed_weights(
+                self.weight_decay, mask=lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+            ),
+        )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Metrics:
+    """What a batch showed.
+
+    Attributes:
+      loss: float32 [], cross-entropy in nats a byte.
+      aux_loss: float32 [], the routers' losses of all layers together, weighted.
+      load: the statistics of every layer: int32 [layers, E] each.
+      gradient_norm: float32 [], before clipping; 0 where there is no gradient.
+    """
+
+    loss: jax.Array
+    aux_loss: jax.Array
+    load: LoadStats
+    gradient_norm: jax.Array
+
+    def figures(self) -> dict[str, jax.Array]:
+        """float32: loss, aux_loss, gradient_norm and drop_rate []; load_cv and load_entropy [layers]."""
+        return _figures(self)
+
+
+@jax.jit
+def _figures(metrics: Metrics) -> dict[str, jax.Array]:
+    return {
+        "loss": metrics.loss,
+        "aux_loss": metrics.aux_loss,
+        "gradient_norm": metrics.gradient_norm,
+        "drop_rate": jax.tree.map(jnp.ravel, metrics.load).dropped_fraction,
+        "load_cv": jax.vmap(lambda load: load.cv)(metrics.load),
+        "load_entropy": jax.vmap(lambda load: load.entropy)(metrics.load),
+    }
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+    """All that later steps depend on, but for the step's number.
+
+    Attributes:
+      params: what gradients train.
+      rest: what they do not: random streams, biases that balance.
+      optimiser: moments.
+      graph: the model without its arrays.
+    """
+
+    params: Any
+    rest: Any
+    optimiser: Any
+    graph: Any = dataclasses.field(metadata={"static": True})
+
+    @property
+    def model(self) -> Transformer:
+        """The model with these arrays in it."""
+        return nnx.merge(self.graph, self.params, self.rest, copy=True)
+
+
+class Learner:
+    """The programs of one kind of model; states of several seeds share what is compiled."""
+
+    def __init__(self, make_model: Callable[[nnx.Rngs], Transformer], recipe: Recipe):
+        """Compiles nothing yet.
+
+        Args:
+          make_model: makes the model from random streams.
+          recipe: of the optimiser.
+        """
+        self._make_model = make_model
+        self._optimiser = recipe.optimiser()
+        self._step = jax.jit(self._traced_step, donate_argnums=0)
+        self._evaluate = jax.jit(_traced_evaluate)
+
+    def start(self, seed: int) -> State:
+        """The state before the first step."""
+        graph, params, rest = _split(self._make_model(nnx.Rngs(seed)))
+        return State(params, rest, self._optimiser.init(params), graph)
+
+    def step(self, state: State, tokens: np.ndarray, learning_rate: float) -> tuple[State, Metrics]:
+        """Trains on uint8 [B, L + 1]. The old state's memory is used again, so it is gone."""
+        return self._step(state, tokens, np.float32(learning_rate))
+
+    def evaluate(self, state: State, batches: np.ndarray) -> Metrics:
+        """The mean losses over uint8 [batches, B, L + 1], and the sums of load and drops."""
+        found = [self._evaluate(state, tokens) for tokens in batches]
+        total = jax.tree.map(lambda *leaves: sum(leaves), *found)
+        return dataclasses.replace(total, loss=total.loss / len(batches), aux_loss=total.aux_loss / len(batches))
+
+    def _traced_step(self, state: State, tokens: jax.Array, learning_rate: jax.Array) -> tuple[State, Metrics]:
+        def objective(params: Any) -> tuple[jax.Array, tuple[Metrics, Any, list[MoEAux]]]:
+            model = nnx.merge(state.graph, params, state.rest, copy=True)
+            metrics, auxes = _metrics(model, tokens, train=True)
+            return metrics.loss + metrics.aux_loss, (metrics, nnx.state(model, nnx.Not(nnx.Param)), auxes)
+
+        gradients, (metrics, rest, auxes) = jax.grad(objective, has_aux=True)(state.params)
+        updates, optimiser = self._optimiser.update(gradients, state.optimiser, state.params)
+        params = optax.apply_updates(state.params, jax.tree.map(lambda leaf: -learning_rate * leaf, updates))
+        model = nnx.merge(state.graph, params, rest, copy=True)
+        for block, aux in zip(model.blocks, auxes, strict=True):
+            block.experts.update(aux)
+        graph, params, rest = _split(model)
+        metrics = dataclasses.replace(metrics, gradient_norm=optax.tree.norm(gradients))
+        return State(params, rest, optimiser, graph), metrics
+
+
+def _split(model: Transformer) -> tuple[Any, Any, Any]:
+    """Its graph, what gradients train, and the rest."""
+    graph, params, rest = nnx.split(model, nnx.Param, ...)  # type: ignore[misc]
+    return graph, params, rest
+
+
+def _traced_evaluate(state: State, tokens: jax.Array) -> Metrics:
+    return _metrics(state.model, tokens, train=False)[0]
+
+
+def _metrics(model: Transformer, tokens: jax.Array, *, train: bool) -> tuple[Metrics, list[MoEAux]]:
+    tokens = tokens.astype(jnp.int32)
+    logits, auxes = model(tokens[:, :-1], train=train)
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+    metrics = Metrics(
+        loss=loss,
+        aux_loss=jnp.stack([aux.loss for aux in auxes]).sum(),
+        load=jax.tree.map(lambda *leaves: jnp.stack(leaves), *(aux.load for aux in auxes)),
+        gradient_norm=jnp.zeros((), jnp.float32),
+    )
+    return metrics, auxes

@@ -1,0 +1,89 @@
+"""The report: figures of records that real, tiny runs made."""
+
+import importlib.util
+import re
+import shutil
+
+import pytest
+
+import bench.layer
+import bench.permute
+from bench.cli import run
+from bench.plot import REPORT, main
+from bench.train import main as train_main
+from tests.bench.training.tiny_runs import SIZES
+
+needs_matplotlib = pytest.mark.skipif(
+    importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed"
+)
+
+
+@pytest.fixture(scope="module")
+def systems(tmp_path_factory):
+    """A folder with records of permute and of the layer."""
+    folder = tmp_path_factory.mktemp("systems")
+    tiny = ["--tokens=32", "--hidden=16", "--repeats=2", "--out", str(folder)]
+    assert run(bench.permute.main, [*tiny, "--experts=4,8", "--k=1,2"]) == 0
+    assert run(bench.layer.main, [*tiny, "--experts=4", "--block=8", "--layout=compact,padded"]) == 0
+    return folder
+
+
+@pytest.fixture
+def results(tmp_path, systems):
+    """A folder with these, and records of two routers and two seeds."""
+    folder = tmp_path / "results"
+    shutil.copytree(systems, folder)
+    text = tmp_path / "text.txt"
+    text.write_text("the router gives the token to the expert. " * 100)
+    common = ["--text", str(text), "--out", str(folder)]
+    assert run(train_main, [*SIZES, *common, "--steps=4", "--seeds=2", "--routers=softmax,soft_moe"]) == 0
+    return folder
+
+
+@needs_matplotlib
+def test_report_holds_every_figure(results, tmp_path, capsys):
+    capsys.readouterr()
+    figures = tmp_path / "figures"
+    assert run(main, [str(results), "--svg", str(figures)]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == f"wrote {results / REPORT}"
+    page = (results / REPORT).read_text()
+    names = ["pareto", "curves", "load", "permute", "bandwidth", "split"]
+    assert {path.stem for path in figures.iterdir()} == set(names)
+    assert page.count("<svg") == len(names)
+    # One size of the layer has one number of experts, so there is no line to draw, and the report says so.
+    assert "no layer with two numbers of experts at one size" in page
+    assert page.count("Left out") == 1
+    assert "soft_moe (not causal)" in page
+    assert "gate_up" in page
+    assert "python -m bench.train --hidden=16" in page
+    # Nothing is fetched: addresses are names of formats only. Ink follows the page.
+    assert set(re.findall(r'(?:href|src)="([^"#]+)', page)) <= {m for m in re.findall(r'"(data:[^"]+)"', page)}
+    assert "currentColor" in page
+    assert "#010203" not in page
+    ids = re.findall(r' id="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+
+    assert run(main, [str(results)]) == 0
+    assert (results / REPORT).read_text() == page
+
+
+@needs_matplotlib
+def test_figures_without_data_are_left_out_with_the_reason(systems):
+    assert run(main, [str(systems)]) == 0
+    page = (systems / REPORT).read_text()
+    assert page.count("<svg") == 3
+    assert "Left out: train.jsonl has no finished run; python -m bench.train writes it." in page
+
+
+@needs_matplotlib
+def test_an_empty_folder_is_refused(tmp_path, capsys):
+    assert run(main, [str(tmp_path)]) == 2
+    assert (
+        "has none of train.jsonl, sweep.jsonl, layer.jsonl, permute.jsonl with records in it" in capsys.readouterr().err
+    )
+
+
+def test_without_matplotlib_the_error_says_how_to_get_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert run(main, [str(tmp_path)]) == 2
+    assert "figures need matplotlib, which is not installed: pip install -e '.[plots]'" in capsys.readouterr().err

@@ -1,0 +1,198 @@
+"""The quality bench: what it records, that it resumes exactly, and what it refuses."""
+
+import dataclasses
+import importlib.util
+import json
+
+import pytest
+
+from bench.cli import run
+from bench.train import main
+from bench.training.checkpoints import open_checkpoints
+from bench.training.train_records import FILE_NAME, Run, read_runs
+from bench.training.train_run import compile_variant, fit_steps, seconds_a_step, summary, train
+from bench.training.train_table import Interval, summaries, table_rows, warnings_of
+from tests.bench.training.tiny_runs import SETTINGS, SIZES, corpus
+
+HEAD = {"chip": "CPU", "settings": {}}
+
+
+class Stopped(Exception):
+    """What ends a run before its time."""
+
+
+def losses(run_: Run) -> list[tuple[int, float]]:
+    return [(record["step"], record["loss"]) for record in (*run_.held_out, *run_.steps)]
+
+
+@pytest.fixture(scope="module")
+def variant():
+    return compile_variant("noisy_top_k", SETTINGS, corpus())
+
+
+def test_a_run_that_resumes_equals_one_that_was_not_interrupted(tmp_path, variant):
+    text = corpus()
+    whole, parts = tmp_path / "whole.jsonl", tmp_path / "parts.jsonl"
+    with open_checkpoints(tmp_path / "whole") as checkpoints:
+        train(variant, 3, SETTINGS, text, whole, HEAD, checkpoints=checkpoints, checkpoint_every=3)
+
+    def stop(step: int, line: str) -> None:
+        assert "tokens/s, drops 0.0 %, load CV" in line
+        if step == 5:
+            raise Stopped
+
+    with open_checkpoints(tmp_path / "parts") as checkpoints, pytest.raises(Stopped):
+        train(variant, 3, SETTINGS, text, parts, HEAD, checkpoints=checkpoints, checkpoint_every=3, show=stop)
+    with open_checkpoints(tmp_path / "parts") as checkpoints:
+        assert checkpoints.latest == 3
+        train(variant, 3, SETTINGS, text, parts, HEAD, checkpoints=checkpoints, checkpoint_every=3)
+
+    expected, found = read_runs(whole)["noisy_top_k-seed3"], read_runs(parts)["noisy_top_k-seed3"]
+    assert found.head["resumed_from"] == 3
+    assert losses(found) == losses(expected)
+    assert [record["step"] for record in found.steps] == list(range(1, 9))
+    assert [record["step"] for record in found.held_out] == [0, 4, 8]
+    assert found.end is not None
+    assert expected.end is not None
+    assert found.end["held_out_loss"] == expected.end["held_out_loss"]
+    assert not found.end["diverged"]
+    # Router, attention, embedding and norms are active, and 2 of the 8 experts.
+    routed, total = found.head["expert_parameters"], found.head["parameters"]
+    assert found.end["active_parameters"] == total - routed + routed // 4
+
+
+@pytest.fixture
+def one_letter(tmp_path):
+    """A text that gives a router of token ids no choice."""
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"a" * 4000)
+    return str(path)
+
+
+@pytest.fixture
+def call(tmp_path, one_letter):
+    def calling(*arguments: str) -> int:
+        return run(main, [*SIZES, "--text", one_letter, "--steps", "4", "--out", str(tmp_path / "out"), *arguments])
+
+    return calling
+
+
+def test_command(call, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)  # no report
+    table = tmp_path / "table.json"
+    assert call("--routers", "hash,softmax", "--seeds", "1", "--json", str(table)) == 0
+    out, err = capsys.readouterr()
+    # Every token is the same letter, so the hash router sends all to two experts, and says so.
+    assert "COLLAPSED" in next(line for line in out.splitlines() if line.startswith("hash"))
+    assert (
+        "hash collapsed, most tokens go to few experts: seed 0: layer 0 (entropy 0.33), layer 1 (entropy 0.33)" in out
+    )
+    assert "compiling softmax" in err
+    assert "softmax, seed 0, step 4: loss" in err
+    assert "report.html: figures need matplotlib, which is not installed" in err
+    routers = {row["router"]: row for row in json.loads(table.read_text())["routers"]}
+    assert routers["hash"]["least_entropy"] == pytest.approx(1 / 3, abs=1e-3)
+    assert routers["softmax"]["held_out_loss"]["half"] is None
+
+    runs = read_runs(tmp_path / "out" / FILE_NAME)
+    assert list(runs) == ["hash-seed0", "softmax-seed0"]
+    record = runs["hash-seed0"]
+    assert record.head["command"].startswith("python -m bench.train --hidden=16")
+    assert record.head["settings"]["steps"] == 4
+    assert record.head["causal"] is True
+    assert record.held_out[-1]["loss"] < record.held_out[0]["loss"]
+    assert [len(layer) for layer in record.held_out[-1]["load"]] == [8, 8]
+    assert record.end is not None
+    assert record.end["collapsed_layers"] == [0, 1]
+
+    # What is there is kept unless one says otherwise; a further seed can join it, other settings cannot.
+    assert call("--routers", "hash") == 2
+    assert "holds 2 runs already; --resume adds to them, --overwrite removes" in capsys.readouterr().err
+    assert call("--routers", "hash", "--learning-rate", "0.5", "--resume", "--seeds", "2") == 2
+    assert "learning_rate is 0.01 there and 0.5 here" in capsys.readouterr().err
+    assert call("--routers", "hash", "--seeds", "2", "--resume") == 0
+    again = read_runs(tmp_path / "out" / FILE_NAME)
+    assert list(again) == ["hash-seed0", "softmax-seed0", "hash-seed1"]
+    assert losses(again["hash-seed0"]) == losses(record)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--routers", "hash,best"], "--routers must be some of softmax, "),
+        (["--routers", "best"], "got 'best'"),
+        (["--seeds", "0"], "--seeds must be at least 1"),
+        (["--minutes", "5"], "--minutes takes a positive number and finds the steps, so it goes without --steps"),
+        (["--resume", "--overwrite"], "--resume keeps the runs in --out and --overwrite removes them"),
+        (["--length", "500"], "sequences of 500 need at least"),
+        (["--batch", "100"], "fewer than a batch of 100"),
+        (["--heads", "5"], "multiple of 2 · num_heads"),
+        (["--top-k", "9"], "top_k must be at most num_experts=8"),
+        (["--learning-rate", "0"], "learning_rate must be positive"),
+        (["--evaluations", "0"], "evaluations must be at least 1"),
+    ],
+)
+def test_bad_input_is_a_line_that_says_what_to_do(call, capsys, arguments, message):
+    assert call(*arguments) == 2
+    err = capsys.readouterr().err.splitlines()
+    assert message in err[-1]
+
+
+def test_steps_fit_into_the_time(variant):
+    fitted = fit_steps(SETTINGS, [variant, variant], 3, corpus(), 100.0)
+    assert fitted == dataclasses.replace(SETTINGS, steps=fitted.steps)
+    # A busy machine may be faster or slower the next time, but not by so much.
+    assert 10 < fitted.steps * 6 * seconds_a_step(variant, SETTINGS, corpus()) < 1000
+    with pytest.raises(ValueError, match="too few steps for 2 looks at the held-out text; pass more minutes"):
+        fit_steps(SETTINGS, [variant], 1, corpus(), 1e-6)
+
+
+def test_checkpoints_without_orbax_are_refused_at_once(call, capsys, monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "orbax" else found(name))
+    assert call("--checkpoint-every", "2") == 2
+    assert (
+        "checkpoints need orbax-checkpoint, which is not installed: pip install -e '.[train]'"
+        in capsys.readouterr().err
+    )
+
+
+def test_lines_that_are_no_records_are_refused(tmp_path):
+    path = tmp_path / FILE_NAME
+    path.write_text('{"kind": "step", "run": "a-seed0", "step": 1}\n')
+    with pytest.raises(ValueError, match=r"line 1: expected a record .* got kind 'step' of run 'a-seed0'"):
+        read_runs(path)
+
+
+def a_run(loss: float | None, router: str = "softmax", seed: int = 0) -> Run:
+    head = {"router": router, "seed": seed, "causal": True, "parameters": 100, "expert_parameters": 80}
+    step = {"step": 1, "loss": loss, "ms_per_step": 2.0, "drop_rate": 0.1, "load_cv": [0.5, 0.7]}
+    look = {"step": 1, "loss": loss, "load": [[4] * 8] * 2, "tokens": 16, "load_entropy": [1.0, 1.0]}
+    look |= {"drop_rate": 0.0, "unrouted_rate": 0.0}
+    run = Run(head, [step], [look])
+    run.end = summary(run, SETTINGS)
+    return run
+
+
+def test_a_loss_that_is_not_finite_is_reported():
+    broken, sound = a_run(None), a_run(2.0)
+    assert broken.end is not None
+    assert broken.end["diverged"]
+    assert sound.end is not None
+    assert sound.end == {**sound.end, "diverged": False, "collapsed": False, "active_parameters": 40, "load_cv": 0.6}
+    rows = summaries([broken])
+    assert rows[0].held_out_loss is None
+    assert table_rows(rows)[0][-1] == "DIVERGED"
+    assert warnings_of(rows) == ["softmax diverged with the seeds 0"]
+
+
+def test_losses_are_compared_with_those_of_the_same_seed():
+    softmax = [a_run(2.0, seed=0), a_run(1.5, seed=1), a_run(None, seed=2)]
+    hashed = [a_run(loss, "hash", seed) for seed, loss in enumerate((1.8, 1.2, 9.0, 1.0))]
+    best, baseline = summaries([*softmax, *hashed[:2]])
+    assert best.router == "hash"
+    assert best.against_baseline == Interval.of([1.8 - 2.0, 1.2 - 1.5])
+    assert baseline.against_baseline is None
+    with_more = {row.router: row for row in summaries([*softmax, *hashed])}
+    assert with_more["hash"].against_baseline == best.against_baseline
+    assert summaries(hashed)[0].against_baseline is None
