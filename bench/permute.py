@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from bench.cli import run
-from bench.round_trip import softmax_weights, there_and_back
+from bench.round_trip import there_and_back
 from bench.routing.cases import Case
 from bench.routing.clock import Clock, Step
 from bench.routing.layouts import Sizes
@@ -23,7 +23,7 @@ from moejax.router_logits import router_logits
 from pallas_kernels.combine import combine
 from pallas_kernels.dispatch import dispatch
 from pallas_kernels.plan import Plan
-from pallas_kernels.top_k import top_k_ids
+from pallas_kernels.top_k import TopK, top_k, top_k_ids
 
 OPERATORS = ("top_k", "plan", "pack", "combine", "permute")
 
@@ -58,7 +58,7 @@ def run_case(case: Case, clock: Clock, rounds: int) -> list[Record]:
     load = load_of(case)
     logits = jax.block_until_ready(jax.jit(router_logits)(load.x, load.router))
     ids = top_k_ids(logits, case.k, backend="xla")
-    measured = measure(case, clock, steps_of(case), {"x": load.x, "logits": logits, "ids": ids}, rounds)
+    measured = measure(case, clock, steps_of(case), {"x": load.x, "logits": logits}, rounds)
 
     def error(variant: Variant) -> float:
         return identity_error(load.x, *measured.values[variant.name("permute")])
@@ -68,7 +68,7 @@ def run_case(case: Case, clock: Clock, rounds: int) -> list[Record]:
 
 
 def steps_of(case: Case) -> list[Step]:
-    """What is timed, from the values x [T, H], logits float32 [T, E] and ids int32 [T, K]."""
+    """What is timed, from the values x [T, H] and logits float32 [T, E]."""
     return distinct(step for variant in variants(case) for step in _steps(case, variant))
 
 
@@ -79,21 +79,25 @@ def _steps(case: Case, variant: Variant) -> list[Step]:
     if not variant.is_split:
         return [together]
 
-    def plan(ids: jax.Array) -> Plan:
-        return variant.layout.plan(ids, sizes)
+    def plan(choice: TopK) -> Plan:
+        return variant.layout.plan(choice.ids, sizes)
 
     def unpack(rows: jax.Array, plan: Plan, weights: jax.Array) -> jax.Array:
         return combine(rows, plan, weights, backend=backend)
 
-    choose = functools.partial(top_k_ids, k=case.k, backend=backend)
+    choose = functools.partial(top_k, k=case.k, backend=backend)
     return [
         Step(name("top_k"), choose, ("logits",), name("top_k")),
-        Step("weights", softmax_weights, ("logits", "ids"), "weights", is_timed=False),
+        Step("weights", _softmax, (name("top_k"),), "weights", is_timed=False),
         Step(name("plan"), plan, (name("top_k"),), name("plan"), key=sizes),
         Step(name("pack"), functools.partial(dispatch, backend=backend), ("x", name("plan")), name("pack")),
         Step(name("combine"), unpack, (name("pack"), name("plan"), "weights"), name("combine")),
         together,
     ]
+
+
+def _softmax(choice: TopK) -> jax.Array:
+    return jax.nn.softmax(choice.weights)
 
 
 def main(argv: Sequence[str]) -> int:

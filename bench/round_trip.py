@@ -3,12 +3,11 @@
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 
 from pallas_kernels.combine import combine
 from pallas_kernels.dispatch import dispatch
 from pallas_kernels.plan import Plan
-from pallas_kernels.top_k import top_k_ids
+from pallas_kernels.top_k import top_k as choose
 
 
 def there_and_back(
@@ -26,13 +25,8 @@ def there_and_back(
     Returns:
       x again, as the weights of a token sum to 1, where the plan drops nothing; and the plan.
     """
-    ids = top_k_ids(logits, top_k, backend=backend)
-    plan = plan_of(ids)
+    choice = choose(logits, top_k, backend=backend)
+    plan = plan_of(choice.ids)
     # Experts would stand between; without them XLA would gather through both steps at once.
     rows = jax.lax.optimization_barrier(dispatch(x, plan, backend=backend))
-    return combine(rows, plan, softmax_weights(logits, ids), backend=backend), plan
-
-
-def softmax_weights(logits: jax.Array, ids: jax.Array) -> jax.Array:
-    """float32 [T, K]: weights of the choice topk_ids [T, K] among logits [T, E], which sum to 1."""
-    return jax.nn.softmax(jnp.take_along_axis(logits, ids, axis=1))
+    return combine(rows, plan, jax.nn.softmax(choice.weights), backend=backend), plan

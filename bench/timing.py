@@ -21,6 +21,8 @@ import jax.numpy as jnp
 ROTATED_BYTES = 600e6  # ten times the cache of an H200
 MAX_COPIES = 8
 _GRAPH_US = 2000.0  # long enough to make the time between two graphs negligible
+_WALL_SECONDS = 0.03  # of a repeat: long enough to make the first launch and the last wait negligible
+_MOST_RUNS = 50
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,10 +113,13 @@ def kernel_times(f: Callable[..., Any], *args: Any, repeats: int = 10, calls: in
 def wall_times(f: Callable[..., Any], *args: Any, repeats: int = 10, calls: int = 1) -> KernelTime:
     """Time of f(*args) by the wall clock, divided by `calls`: launches and the gaps between kernels count.
 
-    A repeat runs `f` several times on end and waits for the last result only.
+    A repeat runs `f` several times on end and waits for the last result only, so that the way to the GPU and back
+    hardly counts.
     """
-    at_once = 5
     jax.block_until_ready(f(*args))
+    begin = time.perf_counter()
+    jax.block_until_ready(f(*args))
+    at_once = max(2, min(_MOST_RUNS, math.ceil(_WALL_SECONDS / (time.perf_counter() - begin))))
     times: list[float] = []
     for _ in range(repeats):
         begin = time.perf_counter()

@@ -16,7 +16,7 @@ from bench.routing.records import Record
 from bench.routing.system_cli import main_of
 from bench.routing.variants import load_of, measure, records_of, variants
 from moejax.router_logits import router_logits
-from pallas_kernels.top_k import top_k_ids
+from pallas_kernels.top_k import top_k
 
 _EXAMPLES = (
     "",
@@ -31,10 +31,10 @@ def run_case(case: Case, clock: Clock, rounds: int) -> list[Record]:
     logits = jax.block_until_ready(jax.jit(router_logits)(load.x, load.router))
     steps = []
     for variant in variants(case):
-        choose = functools.partial(top_k_ids, k=case.k, backend=variant.backend)
+        choose = functools.partial(top_k, k=case.k, backend=variant.backend)
         steps.append(Step(variant.name("top_k"), choose, ("logits",), variant.name("top_k")))
     measured = measure(case, clock, steps, {"logits": logits}, rounds)
-    ids = measured.values[steps[0].output]
+    ids = measured.values[steps[0].output].ids
     return list(records_of(case, clock, measured, ["top_k"], ids=ids, whole="top_k"))
 
 

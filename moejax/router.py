@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from moejax.config import MoEConfig
 from moejax.router_logits import router_logits
 from pallas_kernels.concrete import nan_rows
-from pallas_kernels.top_k import top_k_ids
+from pallas_kernels.top_k import top_k, top_k_ids, weights_at
 
 _MASKED = -jnp.inf
 
@@ -77,16 +77,11 @@ def route_logits(logits: jax.Array, config: MoEConfig, *, correction_bias: jax.A
     """`route` from float32 logits [T, E] on."""
     check_logits(logits)
     scores = jax.nn.softmax(logits) if config.scoring == "softmax" else jax.nn.sigmoid(logits)
-    ranking = jax.lax.stop_gradient(scores)
-    if correction_bias is not None:
-        ranking += jax.lax.stop_gradient(correction_bias.astype(jnp.float32))
-    if config.num_groups > 1:
-        ranking = _limit_to_groups(ranking, config)
-    topk_ids = top_k_ids(ranking, config.top_k, backend=config.backend)
-    weights = jnp.take_along_axis(scores, topk_ids, axis=1)
-    if config.normalize_topk:
-        # The smallest normal number keeps 0/0 out when all chosen sigmoids underflow.
-        weights /= jnp.maximum(weights.sum(1, keepdims=True), jnp.finfo(jnp.float32).tiny)
+    if correction_bias is None and config.num_groups == 1:
+        weights, topk_ids = top_k(scores, config.top_k, normalize=config.normalize_topk, backend=config.backend)
+    else:
+        topk_ids = top_k_ids(_ranking(scores, config, correction_bias), config.top_k, backend=config.backend)
+        weights = weights_at(scores, topk_ids, normalize=config.normalize_topk)
     if config.scoring == "sigmoid":
         weights *= poison(logits)  # softmax spreads a NaN itself
     return Routing(topk_ids, weights * config.routed_scaling_factor, scores, logits)
@@ -104,6 +99,14 @@ def check_logits(logits: jax.Array) -> None:
 def poison(logits: jax.Array) -> jax.Array:
     """float32 [T, 1], a factor for the weights: NaN where any logit of the token is, even one not chosen; else 1."""
     return jnp.where(jnp.isnan(logits).any(1, keepdims=True), jnp.nan, 1.0)
+
+
+def _ranking(scores: jax.Array, config: MoEConfig, correction_bias: jax.Array | None) -> jax.Array:
+    """What the choice goes by, where it is not the scores alone; takes no gradient."""
+    ranking = jax.lax.stop_gradient(scores)
+    if correction_bias is not None:
+        ranking += jax.lax.stop_gradient(correction_bias.astype(jnp.float32))
+    return _limit_to_groups(ranking, config) if config.num_groups > 1 else ranking
 
 
 def _limit_to_groups(ranking: jax.Array, config: MoEConfig) -> jax.Array:

@@ -16,6 +16,8 @@ SEED = "MOEJAX_TEST_SEED"
 
 if os.environ.get("JAX_PLATFORMS", "") in ("", "cpu"):
     jax.config.update("jax_num_cpu_devices", 32)
+    # Callbacks, of which interpret mode is made, can hang a CPU that dispatches asynchronously (jax issue 25861).
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
 # Tests compile many programs and run each on little data.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
 

@@ -59,13 +59,15 @@ def layers(config: MoEConfig, in_8_bits: bool, backend: str = "auto") -> Callabl
     """A function of (x, weights) that applies the layers one after the other, each with a residual."""
     quantization = Quantization() if in_8_bits else None
 
+    @jax.jit  # lowers one layer for all of them
+    def one_layer(x, router, w1, w2):
+        routing = route(x, router, config)
+        y = fused_experts(x, w1, w2, routing.topk_weights, routing.topk_ids, quantization=quantization, backend=backend)
+        return x + y
+
     def run(x, weights):
-        for router, w1, w2 in weights:
-            routing = route(x, router, config)
-            y = fused_experts(
-                x, w1, w2, routing.topk_weights, routing.topk_ids, quantization=quantization, backend=backend
-            )
-            x = x + y
+        for layer in weights:
+            x = one_layer(x, *layer)
         return x
 
     return run

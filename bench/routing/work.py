@@ -43,9 +43,9 @@ def works(case: Case, rows: int, touched_experts: int) -> dict[str, Work]:
     operands = {"lhs_dtype": dtype, "rhs_dtype": dtype, "out_dtype": dtype}
     pack = _work(dispatch_cost(t, rows, h, in_dtype=dtype, out_dtype=dtype), **moved)
     combine = _work(combine_cost(t, rows, h, dtype=dtype), **moved)
-    top_k = Work(hbm_bytes=4 * t * (e + k))
-    plan = _work(plan_cost(t, k, e))
     # Weights and ids of the choice are written, four bytes each.
+    top_k = Work(hbm_bytes=4 * t * (e + 2 * k))
+    plan = _work(plan_cost(t, k, e))
     router = Work(flops=2 * t * h * e, hbm_bytes=(t + e) * h * size + 8 * t * k)
     gate_up = _work(grouped_gate_up_cost(rows, h, i, touched_experts, **operands))
     down = _work(grouped_matmul_cost(rows, i, h, touched_experts, **operands))

@@ -21,6 +21,9 @@ from pallas_kernels.quantize import finite_scale
 _STEPS_AT_ONCE = 4
 """Steps with block scales between which the tensor cores do not wait."""
 
+_LATER_STEPS_AT_ONCE = 1
+"""The same after the first sweep, whose result is in the registers as well: two more accumulators would not fit."""
+
 _ROWS = plgpu.Layout.WGMMA.reduce(1)
 _COLUMNS = plgpu.Layout.WGMMA.reduce(0)
 
@@ -43,6 +46,11 @@ class Multiplier(Block):
         num_steps = jnp.where(is_owned, shape.steps, 0)  # of a sweep
         row = tile.row + self.row_group * WGMMA_ROWS
         rows = jnp.clip(tile.rows - self.row_group * WGMMA_ROWS, 0, WGMMA_ROWS)
+        by_block = "block" in (self.epilogue.lhs_scale, self.epilogue.rhs_scale)
+        # With block scales the registers do not suffice for another way through the ring.
+        can_idle = self.config.row_groups > 1 and not by_block
+        works: Any = is_owned & (rows > 0) if can_idle else is_owned
+        idles: Any = is_owned & jnp.logical_not(works)
         if self.stage == "comp":  # in a way that the compiler does not see: nothing is stored
             rows = jnp.where(step < 0, rows, 0)
 
@@ -57,9 +65,8 @@ class Multiplier(Block):
                 buffer = self.scratch.out_scales.at[self.warpgroup]
                 store_vector(self.outs[1].at[tile.column], buffer, scale, row, column_rows)
 
-        @pl.when(is_owned)
+        @pl.when(works)
         def _():
-            by_block = "block" in (self.epilogue.lhs_scale, self.epilogue.rhs_scale)
             results = []
             for sweep in range(shape.sweeps):
                 with jax.named_scope("multiply"):
@@ -70,12 +77,31 @@ class Multiplier(Block):
             with jax.named_scope("store"):
                 store(results[0] if len(results) == 1 else lax.concatenate(results, 1))
 
+        if can_idle:
+
+            @pl.when(idles)
+            def _():
+                self._pass(step, shape.sweeps * num_steps)
+
         @pl.when(jnp.logical_not(is_owned))
         def _():
             zeros = jnp.zeros((WGMMA_ROWS, shape.sweeps * shape.wg_width), self._finished_dtype)
             store(plgpu.layout_cast(zeros, plgpu.Layout.WGMMA))
 
         return step + shape.sweeps * num_steps
+
+    def _pass(self, step, num_steps):
+        """Lets a tile go by that has no rows for this warpgroup: the tensor cores are the other one's."""
+
+        def one_step(_, step):
+            self._wait_full(step)
+            self._release(self.slot(step))
+            return step + 1
+
+        lax.fori_loop(0, num_steps, one_step, step)
+        if self.scratch.side_full is not None:
+            plgpu.barrier_wait(self.scratch.side_full)
+            plgpu.barrier_arrive(self.scratch.side_empty)
 
     def _sum(self, tile: Tile, group, sweep: int, num_steps, step):
         """The sum over K of this warpgroup's products: [64, wg_columns] in float32."""
@@ -110,7 +136,9 @@ class Multiplier(Block):
         shape = self.shape
         width = math.gcd(SCALE_BLOCK, shape.wg_width)  # of columns that surely share the scale of the weights
         pieces = [slice(i, i + width) for i in range(0, shape.wg_columns, width)]
-        at_once = _STEPS_AT_ONCE if shape.wg_columns <= SCALE_BLOCK else 1
+        at_once = _LATER_STEPS_AT_ONCE if sweep else _STEPS_AT_ONCE
+        if shape.wg_columns > SCALE_BLOCK:
+            at_once = 1
         weight_scale = functools.partial(self._weight_scale, self.column(tile, sweep, self.column_group))
 
         def some_steps(first, count, totals):

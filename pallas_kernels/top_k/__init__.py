@@ -1,12 +1,47 @@
-"""Top-k: which K of E scores are the largest, for each token.
+"""Top-k: which K of E scores are the largest, for each token, and what they weigh.
 
-scores [T, E] -> ids [T, K], best first; among equal scores the lower number wins.
+scores [T, E] -> ids [T, K], best first, and weights [T, K]; among equal scores the lower number wins.
 """
+
+import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.backend import run
+from pallas_kernels.top_k.reference import weights_at
+
+
+class TopK(NamedTuple):
+    """The choice of T tokens.
+
+    Attributes:
+      weights: float32 [T, K].
+      ids: int32 [T, K].
+    """
+
+    weights: jax.Array
+    ids: jax.Array
+
+
+def top_k(scores: jax.Array, k: int, *, normalize: bool = False, backend: str = "auto") -> TopK:
+    """The `k` largest scores of each row, and where they are.
+
+    Args:
+      scores: float32 [T, E]; not negative where they are to be normalised.
+      k: 1 … E.
+      normalize: whether the weights of a row are divided by their sum.
+      backend: "auto", "xla", "pallas_tpu" or "pallas_gpu".
+
+    Returns:
+      TopK. The gradient passes through the weights. A row of NaN gets valid places, which ones is not said, and NaN.
+
+    Raises:
+      ValueError: `scores` is not a floating-point matrix, or `k` is out of range.
+    """
+    _check(scores, k)
+    return TopK(*_top_k(k, normalize, backend, scores))
 
 
 def top_k_ids(scores: jax.Array, k: int, *, backend: str = "auto") -> jax.Array:
@@ -23,11 +58,34 @@ def top_k_ids(scores: jax.Array, k: int, *, backend: str = "auto") -> jax.Array:
     Raises:
       ValueError: `scores` is not a floating-point matrix, or `k` is out of range.
     """
+    _check(scores, k)
+    return run("top_k", "top_k_ids", backend, jax.lax.stop_gradient(scores), k)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _top_k(k: int, normalize: bool, backend: str, scores: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return run("top_k", "top_k", backend, scores, k, normalize=normalize)
+
+
+def _top_k_fwd(k, normalize, backend, scores):
+    weights, ids = _top_k(k, normalize, backend, scores)
+    return (weights, ids), (scores, ids)
+
+
+def _top_k_bwd(k, normalize, backend, residuals, cotangents):
+    del k, backend
+    scores, ids = residuals
+    return jax.vjp(lambda scores: weights_at(scores, ids, normalize=normalize), scores)[1](cotangents[0])
+
+
+_top_k.defvjp(_top_k_fwd, _top_k_bwd)
+
+
+def _check(scores: jax.Array, k: int) -> None:
     if scores.ndim != 2 or not jnp.issubdtype(scores.dtype, jnp.floating):
         raise ValueError(f"scores must be a floating-point matrix [T, E], got {scores.dtype}{list(scores.shape)}")
     if not 1 <= k <= scores.shape[1]:
         raise ValueError(f"k must be 1 to E = {scores.shape[1]}, got {k}")
-    return run("top_k", "top_k_ids", backend, jax.lax.stop_gradient(scores), k)
 
 
-__all__ = ["top_k_ids"]
+__all__ = ["TopK", "top_k", "top_k_ids", "weights_at"]

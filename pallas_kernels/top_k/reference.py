@@ -4,6 +4,21 @@ import jax
 import jax.numpy as jnp
 
 
+def top_k(scores: jax.Array, k: int, *, normalize: bool) -> tuple[jax.Array, jax.Array]:
+    """See `pallas_kernels.top_k.top_k`."""
+    ids = top_k_ids(scores, k)
+    return weights_at(scores, ids, normalize=normalize), ids
+
+
 def top_k_ids(scores: jax.Array, k: int) -> jax.Array:
     """See `pallas_kernels.top_k.top_k_ids`."""
     return jax.lax.top_k(scores, k)[1].astype(jnp.int32)
+
+
+def weights_at(scores: jax.Array, ids: jax.Array, *, normalize: bool) -> jax.Array:
+    """The scores [T, E] at ids [T, K], divided by their sum if they are to be normalised: [T, K]."""
+    weights = jnp.take_along_axis(scores, ids, axis=1)
+    if normalize:
+        # The smallest normal number keeps 0/0 out when all chosen scores underflow.
+        weights = weights / jnp.maximum(weights.sum(1, keepdims=True), jnp.finfo(scores.dtype).tiny)
+    return weights

@@ -117,7 +117,6 @@ def test_all_steps_lower_for_a_gpu():
     shapes = {
         "x": jax.ShapeDtypeStruct((8192, 2048), jnp.float16),
         "logits": jax.ShapeDtypeStruct((8192, 32), jnp.float32),
-        "ids": jax.ShapeDtypeStruct((8192, 2), jnp.int32),
     }
     with targeting(get_chip("h200")):
         for step in steps_of(case):

@@ -15,7 +15,7 @@ def test_ours_and_xlas(tmp_path, capsys):
     ours, xla = records = lines(tmp_path / "topk.jsonl")
     assert json.loads(capsys.readouterr().out) == records
     assert (ours["operator"], ours["layout"], ours["drop_rate"], ours["tflops"]) == ("top_k", None, None, None)
-    assert ours["hbm_gb_per_s"] * ours["mean_us"] * 1e3 == pytest.approx(4 * 64 * (4 + 2))
+    assert ours["hbm_gb_per_s"] * ours["mean_us"] * 1e3 == pytest.approx(4 * 64 * (4 + 2 * 2))
     assert (ours["backend"], xla["backend"]) == ("auto", "xla")
     assert ours["paired"] is None
     assert xla["paired"]["backend"] == "auto"

@@ -14,15 +14,15 @@ WIDTH = 32
 BLOCKS = Quantization(lhs_scaling="1x32", rhs_scaling="32x32")
 
 
-def narrow(name: str, **changes) -> MoEConfig:
+def narrow(name: str, *, hidden: int = HIDDEN, width: int = WIDTH, **changes) -> MoEConfig:
     """The preset with its own experts and routing, and narrow experts whose block scales are small to match."""
     preset = get_preset(name)
     narrowed = {
-        "hidden_size": HIDDEN,
-        "intermediate_size": WIDTH,
-        "shared_intermediate_size": WIDTH if preset.shared_intermediate_size else 0,
+        "hidden_size": hidden,
+        "intermediate_size": width,
+        "shared_intermediate_size": width if preset.shared_intermediate_size else 0,
     }
-    if preset.wire_scaling == "1x128":
+    if width % 128 and preset.wire_scaling == "1x128":
         narrowed |= {"wire_scaling": "1x32", "quantization": BLOCKS}
     return get_preset(name, **narrowed | changes)
 

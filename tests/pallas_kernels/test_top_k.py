@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.top_k import top_k_ids
-from tests.helpers import normal
+from pallas_kernels.top_k import top_k, top_k_ids
+from tests.helpers import LIMIT, normal, relative_error
 from tests.pallas_kernels.backends import every_backend
 
 backend = every_backend("top_k")
@@ -24,6 +24,41 @@ def test_largest_first(backend, rng, tokens, experts, k):
     ids = jax.jit(lambda scores: top_k_ids(scores, k, backend=backend))(scores)
     assert ids.dtype == jnp.int32
     np.testing.assert_array_equal(ids, sorted_ids(scores, k))
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize(("tokens", "experts", "k"), SHAPES)
+def test_weights_and_their_gradients(backend, rng, tokens, experts, k, normalize):
+    scores = jax.nn.softmax(normal(rng, tokens, experts))
+    cotangent = normal(rng, tokens, k)
+    choose = jax.jit(lambda scores: top_k(scores, k, normalize=normalize, backend=backend))
+    weights, ids = choose(scores)
+    np.testing.assert_array_equal(ids, sorted_ids(scores, k))
+    rows = np.arange(tokens)[:, None]
+    chosen = np.asarray(scores, np.float64)[rows, ids]
+    total = chosen.sum(1, keepdims=True)
+    expected = chosen / total if normalize else chosen
+    assert relative_error(weights, expected) < LIMIT["float32"]
+    (gradient,) = jax.vjp(lambda scores: choose(scores).weights, scores)[1](cotangent)
+    direction = np.asarray(cotangent, np.float64)
+    if normalize:
+        direction = (direction - (direction * expected).sum(1, keepdims=True)) / total
+    dense = np.zeros(scores.shape)
+    np.put_along_axis(dense, np.asarray(ids), direction, axis=1)
+    assert relative_error(gradient, dense) < LIMIT["float32"]
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_nan_scores_have_nan_weights(backend, rng, normalize):
+    scores = jax.nn.softmax(normal(rng, 100, 16)).at[7].set(jnp.nan)
+    weights = np.asarray(top_k(scores, 3, normalize=normalize, backend=backend).weights)
+    assert np.isnan(weights[7]).all()
+    assert np.isfinite(np.delete(weights, 7, axis=0)).all()
+
+
+def test_scores_that_underflow_have_no_weight(backend):
+    weights = top_k(jnp.zeros((64, 8)), 2, normalize=True, backend=backend).weights
+    np.testing.assert_array_equal(weights, np.zeros((64, 2)))
 
 
 def test_lower_of_equals(backend, rng):
@@ -45,15 +80,19 @@ def test_errors(shape, k, message):
         top_k_ids(jnp.zeros(shape), k)
 
 
-def test_on_a_simulated_gpu(rng):
-    scores = normal(rng, 270, 24)
+@pytest.mark.parametrize("k", [3, 8, 11])
+def test_on_a_simulated_gpu(rng, k):
+    scores = jax.nn.softmax(normal(rng, 270, 24))
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
-        ids = jax.jit(lambda scores: top_k_ids(scores, 3, backend="pallas_gpu"))(scores)
-    np.testing.assert_array_equal(ids, sorted_ids(scores, 3))
+        weights, ids = jax.jit(lambda scores: top_k(scores, k, normalize=True, backend="pallas_gpu"))(scores)
+        only_ids = jax.jit(lambda scores: top_k_ids(scores, k, backend="pallas_gpu"))(scores)
+    np.testing.assert_array_equal(ids, sorted_ids(scores, k))
+    np.testing.assert_array_equal(only_ids, ids)
+    assert relative_error(weights, top_k(scores, k, normalize=True, backend="xla").weights) < LIMIT["float32"]
 
 
 @pytest.mark.parametrize(("tokens", "experts", "k"), [s for s in SHAPES if s[0] >= 64 and s[1] % 8 == 0])
 def test_lowers_for_cuda(tokens, experts, k):
-    function = jax.jit(lambda scores: top_k_ids(scores, k, backend="pallas_gpu"))
+    function = jax.jit(lambda scores: top_k(scores, k, normalize=True, backend="pallas_gpu"))
     scores = jax.ShapeDtypeStruct((tokens, experts), jnp.float32)
     assert "mosaic_gpu" in function.trace(scores).lower(lowering_platforms=("cuda",)).as_text()
