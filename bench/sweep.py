@@ -17,7 +17,8 @@ import bench.topk
 from bench import cli
 from bench.plot import say_report
 from bench.routing.cases import BENCHES, Case
-from bench.routing.run_cases import RunCase
+from bench.routing.run_cases import Outcome, RunCase
+from bench.routing.side_by_side import run_side_by_side, share_of
 from bench.routing.sweep_grid import full_grid, quick_grid
 from bench.routing.system_cli import add_run_options, finish, integers, run, words
 
@@ -25,8 +26,11 @@ _EXAMPLES = (
     "--quick --out results",
     "--out results",
     "--out results --minutes 9   (and again, until no cases are left)",
+    "--out results --jobs 6   (on a machine with one GPU and many cores)",
     "--out results --bench permute --tokens 8192 --experts 32,64,128",
 )
+
+_NO_TIME = 1e-9
 
 _RUN_CASE = {"topk": bench.topk.run_case, "permute": bench.permute.run_case, "layer": bench.layer.run_case}
 
@@ -41,9 +45,21 @@ def main(argv: Sequence[str]) -> int:
         for case in cases:
             print(case.key)
         return 0
-    status = finish(args, run("bench.sweep", argv, args, cases, _run_case, "sweep.jsonl"))
+    if args.jobs < 1:
+        raise ValueError(f"--jobs must be at least 1, got {args.jobs}")
+    if args.share is not None:
+        return 1 if _run(argv, args, share_of(cases, args.share)).failures else 0
+    failed = False
+    if args.jobs > 1:
+        failed = any(run_side_by_side("bench.sweep", argv, args.jobs))
+        args.minutes = _NO_TIME  # only reads what they wrote
+    failed = finish(args, _run(argv, args, cases)) != 0 or failed
     say_report(pathlib.Path(args.out))
-    return status
+    return 1 if failed else 0
+
+
+def _run(argv: Sequence[str], args: argparse.Namespace, cases: Sequence[Case]) -> Outcome:
+    return run("bench.sweep", argv, args, cases, _run_case, "sweep.jsonl")
 
 
 def _run_case(case: Case) -> RunCase:
@@ -66,6 +82,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--load", metavar="NAME,...", help="only cases with one of these")
     parser.add_argument("--zipf", type=float, default=1.0, metavar="S", help="exponent of the load zipf (default 1)")
     parser.add_argument("--text", metavar="FILE", help="text of the load text (default: one that Python carries)")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        metavar="N",
+        help="processes that trace their cases side by side and use the accelerator in turn (default 1)",
+    )
+    parser.add_argument("--share", help=argparse.SUPPRESS)  # what --jobs gives its processes
     add_run_options(parser)
     return parser
 

@@ -76,9 +76,10 @@ def run_cases(
             outcome.num_left = len(todo) - number
             break
         progress.show(number, case.title, at_most=minutes * 60)
-        lines = _run(case, run_case(case), clock, origin, repeats)
-        if path is not None:
-            append_records(path, lines)
+        with clock.turns.take():
+            lines = _run(case, run_case(case), clock, origin, repeats)
+            if path is not None:
+                append_records(path, lines)
         outcome.records += lines
         outcome.failures += problems(lines)
         longest = max(longest, progress.seconds - begin)

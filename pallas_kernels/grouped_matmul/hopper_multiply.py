@@ -50,7 +50,6 @@ class Multiplier(Block):
         # With block scales the registers do not suffice for another way through the ring.
         can_idle = self.config.row_groups > 1 and not by_block
         works: Any = is_owned & (rows > 0) if can_idle else is_owned
-        idles: Any = is_owned & jnp.logical_not(works)
         if self.stage == "comp":  # in a way that the compiler does not see: nothing is stored
             rows = jnp.where(step < 0, rows, 0)
 
@@ -78,10 +77,8 @@ class Multiplier(Block):
                 store(results[0] if len(results) == 1 else lax.concatenate(results, 1))
 
         if can_idle:
-
-            @pl.when(idles)
-            def _():
-                self._pass(step, shape.sweeps * num_steps)
+            idles = is_owned & jnp.logical_not(works)
+            pl.when(idles)(lambda: self._pass(step, shape.sweeps * num_steps))
 
         @pl.when(jnp.logical_not(is_owned))
         def _():

@@ -10,6 +10,7 @@ import pytest
 from bench.cli import run
 from bench.routing.layouts import LAYOUTS
 from bench.routing.loads import KINDS
+from bench.routing.side_by_side import share_of
 from bench.routing.sweep_grid import full_grid, quick_grid
 from bench.sweep import main
 from tests.bench.system_cases import lines
@@ -64,6 +65,23 @@ def test_a_part_of_the_quick_grid_is_swept_and_not_again(tmp_path, capsys):
     assert lines(tmp_path / "sweep.jsonl") == records
 
 
+def test_processes_side_by_side(tmp_path, capsys):
+    command = ["--quick", "--bench", "topk", "--repeats", "2", "--out", str(tmp_path)]
+    assert run(main, [*command, "--jobs", "2"]) == 0
+    assert {(r["bench"], r["experts"]) for r in lines(tmp_path / "sweep.jsonl")} == {("topk", 8), ("topk", 32)}
+    out, err = capsys.readouterr()
+    assert out.count("top_k") == 4
+    assert "cases left" not in err
+
+
+def test_shares_are_all_cases_and_keep_programs_together():
+    cases = full_grid()
+    shares = [share_of(cases, f"{i}/5") for i in range(5)]
+    assert sorted(case.key for share in shares for case in share) == sorted(case.key for case in cases)
+    programs = [{case.programs_key for case in share} for share in shares]
+    assert sum(map(len, programs)) == len(set().union(*programs))
+
+
 def test_loads_of_ones_own(tmp_path, capsys):
     assert run(main, ["--quick", "--list", "--zipf", "1.5", "--text", "book.txt"]) == 0
     keys = capsys.readouterr().out.splitlines()
@@ -79,6 +97,8 @@ def test_loads_of_ones_own(tmp_path, capsys):
         (["--list", "--tokens", "100"], "--tokens must be among those of the grid, 4096, 8192, 16384, 32768, 65536"),
         (["--list", "--bench", "gemm"], "--bench must be among those of the grid, layer, permute, topk; got gemm"),
         (["--list", "--tokens", "4096", "--bench", "topk"], "no case of the grid has all of the sizes"),
+        (["--quick", "--out", "nowhere", "--jobs", "0"], "--jobs must be at least 1, got 0"),
+        (["--quick", "--out", "nowhere", "--share", "2/2"], "--share must be I/N with I below N, got '2/2'"),
     ],
 )
 def test_bad_arguments_are_one_clear_line(args, message, capsys):
