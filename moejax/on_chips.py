@@ -15,6 +15,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from moejax.config import MoEConfig
 from moejax.losses import Tokens
+from pallas_kernels.concrete import is_known
+from pallas_kernels.target import target_chip
 from sharding.exchange_plan import local_experts
 from sharding.expert_parallel import Transport
 from sharding.mesh import (
@@ -95,8 +97,18 @@ def on_chips(
     num_tokens = rows[0].shape[0]
     sequence_length = x.shape[-2] if x.ndim > 1 else 1
     if mesh is None:
-        tokens = Tokens(jnp.arange(num_tokens, dtype=jnp.int32), num_tokens, sequence_length)
-        y, rest = body(rows, params, config=config, tokens=tokens, transport=transport)
+        # What is known is looked at as it is, so that NaN is found; what is traced is traced and lowered once for all
+        # layers of a model that are alike.
+        run = _on_chip if is_known(x) else _once_for_all_layers
+        y, rest = run(
+            rows,
+            params,
+            body=body,
+            config=config,
+            sequence_length=sequence_length,
+            transport=transport,
+            target=None if (chip := target_chip()) is None else chip.name,
+        )
         return y.reshape(x.shape).astype(x.dtype), rest
 
     ep = axis_size(mesh, expert_axis)
@@ -121,6 +133,26 @@ def on_chips(
         transport=dataclasses.replace(transport, expert_axis=expert_axis, ep=ep, token_axes=tuple(token_axes)),
     )
     return y[:num_tokens].reshape(x.shape).astype(x.dtype), rest
+
+
+def _on_chip(
+    rows: tuple[jax.Array, ...],
+    params: Any,
+    *,
+    body: Body,
+    config: MoEConfig,
+    sequence_length: int,
+    transport: Transport,
+    target: str | None,
+) -> tuple[jax.Array, Any]:
+    """`body` on the only chip; `target` tells apart what is traced for another one."""
+    del target
+    num_tokens = rows[0].shape[0]
+    tokens = Tokens(jnp.arange(num_tokens, dtype=jnp.int32), num_tokens, sequence_length)
+    return body(rows, params, config=config, tokens=tokens, transport=transport)
+
+
+_once_for_all_layers = jax.jit(_on_chip, static_argnames=("body", "config", "sequence_length", "transport", "target"))
 
 
 # Compiled as one even outside jit, where shard_map would trace every step of its body anew in every call.

@@ -42,6 +42,30 @@ def test_nan_under_jit_stays_with_its_token(ep, params, rng):
     np.testing.assert_array_equal(np.isnan(y).any(1), np.arange(6) == 2)
 
 
+def test_a_router_that_makes_nan_is_refused_where_it_can_be_seen(params, rng):
+    broken = dataclasses.replace(params, router_kernel=params.router_kernel.at[3, 1].set(jnp.nan))
+    with raises_saying(ValueError, "logits of 6 of 6 tokens are NaN", "router's kernel"):
+        moe(normal(rng, 6, 32), broken, CONFIG)
+
+
+def test_layers_that_are_alike_are_traced_once(params, rng):
+    """Kernels take long to lower: a model of many layers must not lower each anew."""
+
+    def model(x, layers):
+        for layer in layers:
+            x = x + moe(x, layer, CONFIG)[0]
+        return x.sum()
+
+    def programs(jaxpr) -> list:
+        """Those that each layer runs, by identity."""
+        return [id(e.params["jaxpr"]) for e in jaxpr.eqns if "on_chip" in str(e.params.get("name"))]
+
+    for function in (model, jax.grad(model)):
+        found = programs(jax.make_jaxpr(function)(normal(rng, 6, 32), [params] * 5).jaxpr)
+        assert len(found) >= 5
+        assert len(found) / len(set(found)) == 5
+
+
 @pytest.mark.parametrize(
     ("x", "parts"),
     [
