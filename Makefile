@@ -53,9 +53,11 @@ format: tools  ## mend what ruff can mend, then format
 	$(RUN) -m ruff check --fix-only .
 	$(RUN) -m ruff format .
 
-# Without pytest-timeout, which that Python may lack, pyproject.toml's `timeout` is an unknown option: no error.
+# Without pytest-timeout, which that Python may lack, pyproject.toml's `timeout` is an unknown option: no error. With
+# pytest-benchmark, which it may have, TEST_ARGS="-n 8" would be one.
 test-gpu:  ## run the tests that need an NVIDIA GPU with GPU_PYTHON (python3), installing nothing
-	PYTHONPATH=. $(GPU_PYTHON) -m pytest -W ignore::pytest.PytestConfigWarning -m gpu tests $(TEST_ARGS)
+	export XLA_PYTHON_CLIENT_PREALLOCATE=false
+	PYTHONPATH=. $(GPU_PYTHON) -m pytest -p no:benchmark -W ignore::pytest.PytestConfigWarning -m gpu tests $(TEST_ARGS)
 
 # Status 1 says that a bar is missed; the figures are shown all the same.
 bench-gpu:  ## time the GPU kernels and their peers with GPU_PYTHON, show the figures in README.md

@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
         return 1 if _run(argv, args, share_of(cases, args.share)).failures else 0
     failed = False
     if args.jobs > 1:
-        failed = any(run_side_by_side("bench.sweep", argv, args.jobs))
+        failed = any(run_side_by_side("bench.sweep", argv, args.jobs, pathlib.Path(args.out)))
         args.minutes = _NO_TIME  # only reads what they wrote
     failed = finish(args, _run(argv, args, cases)) != 0 or failed
     say_report(pathlib.Path(args.out))
@@ -87,7 +87,8 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         default=1,
         metavar="N",
-        help="processes that trace their cases side by side and use the accelerator in turn (default 1)",
+        help="processes that trace their cases side by side and use the accelerator in turn (default 1); "
+        "CPU cores they would take from one another",
     )
     parser.add_argument("--share", help=argparse.SUPPRESS)  # what --jobs gives its processes
     add_run_options(parser)

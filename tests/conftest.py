@@ -19,7 +19,10 @@ if os.environ.get("JAX_PLATFORMS", "") in ("", "cpu"):
     # Callbacks, of which interpret mode is made, can hang a CPU that dispatches asynchronously (jax issue 25861).
     jax.config.update("jax_cpu_enable_async_dispatch", False)
 # Tests compile many programs and run each on little data.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_gpu_autotune_level=0",
+)
 
 if importlib.util.find_spec("hypothesis"):  # a GPU machine's own Python may lack it
     import hypothesis

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import pathlib
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ from collections.abc import Sequence
 from bench.routing.cases import Case
 
 LOCK = ".turns"
-"""The file in the folder of records that they lock."""
+"""The file in the folder of records that they lock; it is there as long as they run."""
 
 
 def share_of(cases: Sequence[Case], share: str) -> list[Case]:
@@ -25,8 +26,8 @@ def share_of(cases: Sequence[Case], share: str) -> list[Case]:
     return list(itertools.chain.from_iterable(together[int(number) :: int(count)]))
 
 
-def run_side_by_side(module: str, argv: Sequence[str], jobs: int) -> list[int]:
-    """Runs `python -m {module} {argv} --share I/N` in `jobs` processes, and returns their exit statuses.
+def run_side_by_side(module: str, argv: Sequence[str], jobs: int, folder: pathlib.Path) -> list[int]:
+    """Runs `python -m {module} {argv} --share I/N` in `jobs` processes that write to `folder`; their exit statuses.
 
     What they print of their results is left to whoever reads the records.
     """
@@ -45,3 +46,4 @@ def run_side_by_side(module: str, argv: Sequence[str], jobs: int) -> list[int]:
     finally:
         for process in processes:
             process.kill()
+        (folder / LOCK).unlink(missing_ok=True)

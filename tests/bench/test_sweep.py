@@ -71,6 +71,7 @@ def test_processes_side_by_side(tmp_path, capsys):
     assert {(r["bench"], r["experts"]) for r in lines(tmp_path / "sweep.jsonl")} == {("topk", 8), ("topk", 32)}
     out, err = capsys.readouterr()
     assert out.count("top_k") == 4
+    assert {file.name for file in tmp_path.iterdir()} <= {"sweep.jsonl", "report.html"}
     assert "cases left" not in err
 
 
