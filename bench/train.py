@@ -6,6 +6,7 @@ go to train.jsonl (see `bench.training.train_records`), the report beside it (se
 
 import argparse
 import dataclasses
+import os
 import pathlib
 import shutil
 import sys
@@ -23,12 +24,13 @@ from bench.report import format_table, write_json
 from bench.training.checkpoints import open_checkpoints, require_orbax
 from bench.training.corpus import Corpus, load_corpus
 from bench.training.train_records import FILE_NAME, Run, read_runs, run_name
-from bench.training.train_run import Variant, compile_variant, fit_steps, train
+from bench.training.train_run import Variant, compile_variants, fit_steps, train
 from bench.training.train_settings import ROUTERS, Settings, check_router
 from bench.training.train_table import HEADERS, summaries, table_rows, warnings_of
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 _CHECKPOINTS = "checkpoints"
+_MOST_COMPILERS = 4
 
 _SIZES: dict[str, dict[str, Any]] = {
     "quick": {
@@ -214,11 +216,14 @@ def _prepare(out: pathlib.Path, args: argparse.Namespace) -> set[str]:
 
 def _compile(names: Sequence[str], settings: Settings, corpus: Corpus) -> list[Variant]:
     progress = Progress(len(names))
-    variants = []
-    for number, name in enumerate(names):
-        progress.show(number, f"compiling {name}")
-        variants.append(compile_variant(name, settings, corpus))
-    return variants
+    return compile_variants(
+        names,
+        settings,
+        corpus,
+        # CPU cores are at work as it is.
+        at_once=1 if jax.default_backend() == "cpu" else min(_MOST_COMPILERS, os.cpu_count() or 1),
+        show=lambda done, name: progress.show(done, f"compiling {name}"),
+    )
 
 
 def _head(argv: Sequence[str], commit: str | None, settings: Settings, corpus: Corpus) -> dict[str, Any]:
