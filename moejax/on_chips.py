@@ -96,6 +96,7 @@ def on_chips(
     rows = tuple(array.reshape(-1, array.shape[-1]) for array in (x.astype(config.dtype), *per_token[1:]))
     num_tokens = rows[0].shape[0]
     sequence_length = x.shape[-2] if x.ndim > 1 else 1
+    target = None if (chip := target_chip()) is None else chip.name
     if mesh is None:
         # What is known is looked at as it is, so that NaN is found; what is traced is traced and lowered once for all
         # layers of a model that are alike.
@@ -107,7 +108,7 @@ def on_chips(
             config=config,
             sequence_length=sequence_length,
             transport=transport,
-            target=None if (chip := target_chip()) is None else chip.name,
+            target=target,
         )
         return y.reshape(x.shape).astype(x.dtype), rest
 
@@ -131,6 +132,7 @@ def on_chips(
         total=num_tokens,
         sequence_length=sequence_length,
         transport=dataclasses.replace(transport, expert_axis=expert_axis, ep=ep, token_axes=tuple(token_axes)),
+        target=target,
     )
     return y[:num_tokens].reshape(x.shape).astype(x.dtype), rest
 
@@ -158,7 +160,17 @@ _once_for_all_layers = jax.jit(_on_chip, static_argnames=("body", "config", "seq
 # Compiled as one even outside jit, where shard_map would trace every step of its body anew in every call.
 @functools.partial(
     jax.jit,
-    static_argnames=("body", "specs", "mesh", "expert_axis", "config", "total", "sequence_length", "transport"),
+    static_argnames=(
+        "body",
+        "specs",
+        "mesh",
+        "expert_axis",
+        "config",
+        "total",
+        "sequence_length",
+        "transport",
+        "target",
+    ),
 )
 def _on_mesh(
     rows: tuple[jax.Array, ...],
@@ -173,8 +185,10 @@ def _on_mesh(
     total: int,
     sequence_length: int,
     transport: Transport,
+    target: str | None,
 ) -> tuple[jax.Array, Any]:
-    """`body` on every chip of the mesh."""
+    """`body` on every chip of the mesh; `target` as for `_on_chip`."""
+    del target
 
     def on_chip(rows: tuple[jax.Array, ...], index: jax.Array, params: Any) -> tuple[jax.Array, Any]:
         tokens = Tokens(index, total, sequence_length, transport.token_axes)

@@ -19,7 +19,7 @@ from moejax.losses import importance_loss, router_losses
 from moejax.router import Routing, poison
 from moejax.routers.base import Batch, Decision, Gate, Router, or_default, plain_choice
 from moejax.routers.layer import RoutedMoE
-from pallas_kernels.top_k import top_k_ids
+from pallas_kernels.top_k import top_k
 
 _SMALLEST_DEVIATION = 1e-6
 
@@ -49,9 +49,8 @@ class NoisyTopK(Router):
         if batch.key is not None:
             noisy += jax.random.normal(batch.key, clean.shape, jnp.float32) * deviation
         # One more than K, which an expert has to beat to stay.
-        ids = top_k_ids(noisy, min(config.top_k + 1, config.num_experts), backend=batch.backend)
+        best, ids = top_k(noisy, min(config.top_k + 1, config.num_experts), backend=batch.backend)
         topk_ids = ids[:, : config.top_k]
-        best = jnp.take_along_axis(noisy, ids, axis=1)
         weights = jax.nn.softmax(best[:, : config.top_k])
         chosen = topk_ids[:, :, None] == jnp.arange(config.num_experts)
         losses = {
