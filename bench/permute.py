@@ -18,8 +18,7 @@ from bench.routing.clock import Clock, Step
 from bench.routing.layouts import Sizes
 from bench.routing.records import Record
 from bench.routing.system_cli import main_of
-from bench.routing.variants import Variant, distinct, load_of, measure, records_of, variants
-from moejax.router_logits import router_logits
+from bench.routing.variants import Variant, distinct, load_of, logits_of, measure, records_of, variants
 from pallas_kernels.combine import combine
 from pallas_kernels.dispatch import dispatch
 from pallas_kernels.plan import Plan
@@ -56,7 +55,7 @@ def _identity_error(x: jax.Array, y: jax.Array, inverse: jax.Array) -> jax.Array
 def run_case(case: Case, clock: Clock, rounds: int) -> list[Record]:
     """Times the operators one by one and together, and checks that they give the tokens back."""
     load = load_of(case)
-    logits = jax.block_until_ready(jax.jit(router_logits)(load.x, load.router))
+    logits = logits_of(load)
     ids = top_k_ids(logits, case.k, backend="xla")
     measured = measure(case, clock, steps_of(case), {"x": load.x, "logits": logits}, rounds)
 

@@ -7,15 +7,12 @@ import functools
 import sys
 from collections.abc import Sequence
 
-import jax
-
 from bench.cli import run
 from bench.routing.cases import Case
 from bench.routing.clock import Clock, Step
 from bench.routing.records import Record
 from bench.routing.system_cli import main_of
-from bench.routing.variants import load_of, measure, records_of, variants
-from moejax.router_logits import router_logits
+from bench.routing.variants import load_of, logits_of, measure, records_of, variants
 from pallas_kernels.top_k import top_k
 
 _EXAMPLES = (
@@ -28,7 +25,7 @@ _EXAMPLES = (
 def run_case(case: Case, clock: Clock, rounds: int) -> list[Record]:
     """Times the choice of `case.k` among logits of a load."""
     load = load_of(case)
-    logits = jax.block_until_ready(jax.jit(router_logits)(load.x, load.router))
+    logits = logits_of(load)
     steps = []
     for variant in variants(case):
         choose = functools.partial(top_k, k=case.k, backend=variant.backend)

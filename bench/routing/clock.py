@@ -76,7 +76,7 @@ class Clock:
 
     Args:
       name: "kernels" or "wall"; None takes the first that works here.
-      turns: with other processes on the same accelerator; whoever measures takes a turn, which lowering gives away.
+      turns: with other processes on the same accelerator.
     """
 
     def __init__(self, name: ClockName | None = None, turns: Turns | None = None):
@@ -104,9 +104,10 @@ class Clock:
         timed = [step for step in steps if step.is_timed]
         inputs = {step.name: _inputs(programs[step.name], step, values) for step in timed}
         samples: dict[str, list[float]] = {step.name: [] for step in timed}
-        for number in range(rounds):
-            for step in timed if number % 2 == 0 else reversed(timed):
-                samples[step.name].append(self._sample(programs[step.name], inputs[step.name]))
+        with self.turns.alone():
+            for number in range(rounds):
+                for step in timed if number % 2 == 0 else reversed(timed):
+                    samples[step.name].append(self._sample(programs[step.name], inputs[step.name]))
         return Measured(values, samples, {name: program.num_bytes for name, program in programs.items()})
 
     def forget(self) -> None:
@@ -114,12 +115,18 @@ class Clock:
         self._scope, self._programs = None, {}
 
     def _compile(self, steps: Sequence[Step], values: dict[str, Any]) -> dict[str, _Program]:
-        with self.turns.give():
+        with self.turns.away():
             keys, lowered = self._lower(steps, values)
+        # Programs that make what others take first: what the compiler finds out about their products holds for the
+        # whole, which consists of the same, too.
+        taken = {name for step in steps for name in step.inputs}
+        first = {keys[step.name] for step in steps if step.output in taken}
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            compiled = pool.map(lambda one: one[1].compile(), lowered.values())
-            for (key, (copies, program)), run in zip(lowered.items(), compiled, strict=True):
-                self._programs[key] = _Program(run, copies, _program_bytes(run, copies), program.out_info[0])
+            for wave in (lowered.keys() & first, lowered.keys() - first):
+                compiled = pool.map(lambda key: lowered[key][1].compile(), wave)
+                for key, run in zip(wave, compiled, strict=True):
+                    copies, program = lowered[key]
+                    self._programs[key] = _Program(run, copies, _program_bytes(run, copies), program.out_info[0])
         return {name: self._programs[key] for name, key in keys.items()}
 
     def _lower(

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bench.routing.prepared import prepared
 from bench.text import default_text_path, embed, read_text, sample_contexts
 
 Kind = Literal["balanced", "zipf", "text"]
@@ -143,12 +144,12 @@ def _balanced_logits(rng: np.random.Generator, num_tokens: int, num_experts: int
     return logits
 
 
-@functools.partial(jax.jit, static_argnames=("hidden", "seed", "dtype"))
+@functools.partial(prepared, static_argnames=("hidden", "seed", "dtype"))
 def _embedded(contexts: jax.Array, router: jax.Array, *, hidden: int, seed: int, dtype: jnp.dtype) -> Load:
     return Load(embed(contexts, hidden, seed).astype(dtype), router.astype(dtype))
 
 
-@functools.partial(jax.jit, static_argnames=("seed", "dtype"))
+@functools.partial(prepared, static_argnames=("seed", "dtype"))
 def _with_logits(logits: jax.Array, router: jax.Array, *, seed: int, dtype: jnp.dtype) -> Load:
     """Noise whose product with the router, of orthonormal columns, is changed to `logits`."""
     noise = jax.random.normal(jax.random.key(seed), (logits.shape[0], router.shape[0]), jnp.float32)

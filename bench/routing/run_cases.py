@@ -76,7 +76,7 @@ def run_cases(
             outcome.num_left = len(todo) - number
             break
         progress.show(number, case.title, at_most=minutes * 60)
-        with clock.turns.take():
+        with clock.turns.beside():
             lines = _run(case, run_case(case), clock, origin, repeats)
             if path is not None:
                 append_records(path, lines)

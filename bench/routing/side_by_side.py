@@ -1,4 +1,4 @@
-"""A sweep in several processes, which prepare their cases side by side and measure in turn (`bench.routing.turns`)."""
+"""A sweep in several processes, which prepare their cases side by side and measure alone (`bench.routing.turns`)."""
 
 import itertools
 import os

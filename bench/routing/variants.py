@@ -15,9 +15,11 @@ from bench.routing.cases import Case
 from bench.routing.clock import Clock, Measured, Step, device_peak_bytes
 from bench.routing.layouts import Layout, Sizes, get_layout
 from bench.routing.loads import Load, LoadFigures, load_figures, make_load
+from bench.routing.prepared import prepared
 from bench.routing.records import Paired, Record
 from bench.routing.work import works
 from bench.samples import paired, summarise
+from moejax.router_logits import router_logits
 
 OUTSIDE_LAYOUTS = ("top_k", "router")
 """Operators that do not know of layouts."""
@@ -66,6 +68,14 @@ def load_of(case: Case) -> Load:
         zipf_exponent=case.zipf_exponent,
         text=case.text_path,
     )
+
+
+def logits_of(load: Load) -> jax.Array:
+    """What the router says of a load: [T, E] in float32."""
+    return jax.block_until_ready(_router_logits(load.x, load.router))
+
+
+_router_logits = prepared(router_logits)
 
 
 def distinct(steps: Iterable[Step]) -> list[Step]:

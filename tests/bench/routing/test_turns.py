@@ -1,38 +1,63 @@
-"""A turn is one process's alone, until it ends or is given away."""
+"""Processes use an accelerator side by side, but whoever is alone there is alone."""
 
 import threading
+
+import pytest
 
 from bench.routing.turns import Turns
 
 
-def test_one_at_a_time(tmp_path):
-    path, order = tmp_path / "folder" / "lock", []
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "folder" / "lock"
+
+
+def test_beside_one_another(path):
     first, second = Turns(path), Turns(path)
-    gave, took = threading.Event(), threading.Event()
-
-    def other():
-        assert gave.wait(10)
-        with second.take():
-            order.append("second")
-            took.set()
-
-    thread = threading.Thread(target=other)
-    thread.start()
-    with first.take():
-        order.append("first")
-        gave.set()
-        assert not took.wait(0.2)
-        order.append("first goes on")
-        with first.give():
-            assert took.wait(10)
-        order.append("first again")
-    thread.join(10)
-    assert order == ["first", "first goes on", "second", "first again"]
-
-
-def test_who_is_alone_waits_for_nobody():
-    turns = Turns()
-    with turns.take(), turns.give():
+    with first.beside(), second.beside():
         pass
-    with turns.give():
+
+
+@pytest.mark.parametrize("leave", ["away", "end"])
+def test_alone_waits_until_the_others_left(path, leave):
+    first, second, alone = Turns(path), Turns(path), threading.Event()
+
+    def measure():
+        with second.beside(), second.alone():
+            alone.set()
+
+    thread = threading.Thread(target=measure)
+    with first.beside():
+        thread.start()
+        assert not alone.wait(0.2)
+        if leave == "away":
+            with first.away():
+                assert alone.wait(10)
+    assert alone.wait(10)
+    thread.join(10)
+
+
+def test_others_wait_for_who_is_alone(path):
+    first, second, beside = Turns(path), Turns(path), threading.Event()
+
+    def prepare():
+        with second.beside():
+            beside.set()
+
+    thread = threading.Thread(target=prepare)
+    with first.beside():
+        with first.alone():
+            thread.start()
+            assert not beside.wait(0.2)
+        assert beside.wait(10)
+    thread.join(10)
+
+
+def test_without_others_there_is_no_waiting():
+    turns = Turns()
+    with turns.beside(), turns.away():
+        pass
+    with turns.beside(), turns.alone():
+        pass
+    with turns.alone():
         pass
