@@ -6,6 +6,8 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+from bench.file_lock import lock
+
 
 def read_records(path: pathlib.Path) -> list[dict[str, Any]]:
     """The lines of a file; none if it does not exist. A last line that was cut off while it was written is left out.
@@ -29,7 +31,7 @@ def read_records(path: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def append_records(path: pathlib.Path, records: Sequence[dict[str, Any]]) -> None:
-    """Writes records to the end of a file; a line that was cut off there is taken away first.
+    """Writes records to the end of a file, one process at a time; a line that was cut off there is taken away first.
 
     Raises:
       ValueError: a record holds NaN or an infinity, which JSON cannot say.
@@ -37,6 +39,7 @@ def append_records(path: pathlib.Path, records: Sequence[dict[str, Any]]) -> Non
     text = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab+") as file:
+        lock(file.fileno(), "alone")
         if end := file.seek(0, os.SEEK_END):
             file.seek(end - 1)
             if file.read(1) != b"\n":

@@ -7,6 +7,7 @@ grids.
 
 import argparse
 import dataclasses
+import itertools
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -18,15 +19,15 @@ from bench import cli
 from bench.plot import say_report
 from bench.routing.cases import BENCHES, Case
 from bench.routing.run_cases import Outcome, RunCase
-from bench.routing.side_by_side import run_side_by_side, share_of
 from bench.routing.sweep_grid import full_grid, quick_grid
 from bench.routing.system_cli import add_run_options, finish, integers, run, words
+from bench.side_by_side import Share, check_jobs, my_share, run_side_by_side
 
 _EXAMPLES = (
     "--quick --out results",
     "--out results",
     "--out results --minutes 9   (and again, until no cases are left)",
-    "--out results --jobs 6   (on a machine with one GPU and many cores)",
+    "--out results --jobs 12   (on a machine with one GPU and many cores)",
     "--out results --bench permute --tokens 8192 --experts 32,64,128",
 )
 
@@ -45,10 +46,9 @@ def main(argv: Sequence[str]) -> int:
         for case in cases:
             print(case.key)
         return 0
-    if args.jobs < 1:
-        raise ValueError(f"--jobs must be at least 1, got {args.jobs}")
-    if args.share is not None:
-        return 1 if _run(argv, args, share_of(cases, args.share)).failures else 0
+    check_jobs(args.jobs)
+    if (share := my_share()) is not None:
+        return 1 if _run(argv, args, share_of(cases, share)).failures else 0
     failed = False
     if args.jobs > 1:
         failed = any(run_side_by_side("bench.sweep", argv, args.jobs, pathlib.Path(args.out)))
@@ -60,6 +60,12 @@ def main(argv: Sequence[str]) -> int:
 
 def _run(argv: Sequence[str], args: argparse.Namespace, cases: Sequence[Case]) -> Outcome:
     return run("bench.sweep", argv, args, cases, _run_case, "sweep.jsonl")
+
+
+def share_of(cases: Sequence[Case], share: Share) -> list[Case]:
+    """The cases of one process; those that run the same programs stay together."""
+    together = [list(group) for _, group in itertools.groupby(cases, key=lambda case: case.programs_key)]
+    return list(itertools.chain.from_iterable(share.of(together)))
 
 
 def _run_case(case: Case) -> RunCase:
@@ -87,10 +93,9 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         default=1,
         metavar="N",
-        help="processes that trace their cases side by side and use the accelerator in turn (default 1); "
-        "CPU cores they would take from one another",
+        help="processes that trace and compile their cases side by side and measure one at a time (default 1): on "
+        "a machine with an accelerator about as many as it has CPU cores",
     )
-    parser.add_argument("--share", help=argparse.SUPPRESS)  # what --jobs gives its processes
     add_run_options(parser)
     return parser
 

@@ -6,7 +6,6 @@ go to train.jsonl (see `bench.training.train_records`), the report beside it (se
 
 import argparse
 import dataclasses
-import os
 import pathlib
 import shutil
 import sys
@@ -21,16 +20,17 @@ from bench.plot import say_report
 from bench.progress import Progress
 from bench.provenance import chip_name, provenance
 from bench.report import format_table, write_json
+from bench.side_by_side import check_jobs, my_share, my_turns, run_side_by_side
 from bench.training.checkpoints import open_checkpoints, require_orbax
 from bench.training.corpus import Corpus, load_corpus
 from bench.training.train_records import FILE_NAME, Run, read_runs, run_name
-from bench.training.train_run import Variant, compile_variants, fit_steps, train
+from bench.training.train_run import Variant, compile_variant, fit_steps, train
 from bench.training.train_settings import ROUTERS, Settings, check_router
 from bench.training.train_table import HEADERS, summaries, table_rows, warnings_of
+from bench.turns import Turns
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 _CHECKPOINTS = "checkpoints"
-_MOST_COMPILERS = 4
 
 _SIZES: dict[str, dict[str, Any]] = {
     "quick": {
@@ -80,6 +80,7 @@ def main(argv: Sequence[str]) -> int:
     """Trains, records, prints the table, and makes the report; 1 when a run diverged."""
     args = _parser().parse_args(argv)
     names = _router_names(args.routers)
+    check_jobs(args.jobs)
     if args.checkpoint_every:
         require_orbax()
     on_cpu = jax.default_backend() == "cpu"
@@ -89,10 +90,11 @@ def main(argv: Sequence[str]) -> int:
         raise ValueError(
             f"--seeds must be at least 1, --checkpoint-every at least 0; got {seeds}, {args.checkpoint_every}"
         )
-    if args.minutes is not None and (args.resume or args.steps is not None or not args.minutes > 0):
+    if args.minutes is not None and (args.resume or args.steps is not None or args.jobs > 1 or not args.minutes > 0):
         raise ValueError(
-            "--minutes takes a positive number and finds the steps, so it goes without --steps; and without --resume, "
-            "which needs the steps that the runs began with: pass --steps"
+            "--minutes takes a positive number and finds the steps, so it goes without --steps; without --resume, "
+            "which needs the steps that the runs began with; and without --jobs, whose processes have to know them "
+            "beforehand: pass --steps"
         )
     settings = Settings(**sizes, dtype=args.dtype or ("float32" if on_cpu else "bfloat16"), backend=args.backend)
     corpus = load_corpus(args.text, settings.length)
@@ -100,16 +102,17 @@ def main(argv: Sequence[str]) -> int:
 
     out = args.out
     file = out / FILE_NAME
-    finished = _prepare(out, args)
     head = _head(argv, args.commit, settings, corpus)
+    if (share := my_share()) is not None:
+        _train_routers(share.of(names), seeds, settings, corpus, head, args)
+        return 0
+    _prepare(out, args)
     _check_same(read_runs(file), head, file)
-    begin = time.monotonic()
-    missing = [name for name in names if any(run_name(name, seed) not in finished for seed in range(seeds))]
-    variants = _compile(missing, settings, corpus)
-    if args.minutes is not None:
-        settings = fit_steps(settings, variants, seeds, corpus, 60 * args.minutes - (time.monotonic() - begin))
-        head["settings"] = dataclasses.asdict(settings)
-    _train_all(variants, seeds, settings, corpus, head, args, finished)
+    failed = False
+    if args.jobs > 1:
+        failed = any(run_side_by_side("bench.train", argv, args.jobs, out))
+    else:
+        settings = _train_routers(names, seeds, settings, corpus, head, args)
 
     runs = {name: run for name, run in read_runs(file).items() if run.head["router"] in names}
     shown = summaries(runs.values())
@@ -119,9 +122,11 @@ def main(argv: Sequence[str]) -> int:
         for line in warnings_of(shown):
             print(line)
     if args.json is not None:
-        write_json({"settings": head["settings"], "routers": [dataclasses.asdict(row) for row in shown]}, args.json)
+        write_json(
+            {"settings": dataclasses.asdict(settings), "routers": [dataclasses.asdict(row) for row in shown]}, args.json
+        )
     say_report(out)
-    return 1 if any(row.diverged for row in shown) else 0
+    return 1 if failed or any(row.diverged for row in shown) else 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -135,6 +140,7 @@ def _parser() -> argparse.ArgumentParser:
             "--routers softmax,switch,loss_free --seeds 5 --out results/three",
             "--text tinystories.txt --minutes 25 --out results/tiny",
             "--steps 5000 --checkpoint-every 500 --out results/long            (and with --resume, if it was stopped)",
+            "--steps 500 --jobs 10 --out results/gpu            (on a machine with one GPU and many cores)",
             "--hidden 1024 --layers 8 --experts 64 --top-k 4 --batch 64 --length 1024 --steps 5000",
         ),
     )
@@ -162,6 +168,14 @@ def _parser() -> argparse.ArgumentParser:
         values = ", ".join(str(table[name]) for table in _SIZES.values())
         parser.add_argument(option, type=int, dest=name, metavar="N", help=f"{meaning} (default: {values})")
     parser.add_argument("--minutes", type=float, help="as many steps, the same for every run, as all runs fit into")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        metavar="N",
+        help="processes that trace and compile their routers side by side and train one at a time (default: "
+        "%(default)s): on an accelerator one for each router, if there are as many CPU cores",
+    )
     parser.add_argument("--learning-rate", type=float, metavar="X", help="the peak (default: 3e-3, 2e-3, 1e-3)")
     parser.add_argument("--capacity-factor", type=float, metavar="X", help="of experts (default: drop nothing)")
     parser.add_argument(
@@ -196,8 +210,8 @@ def _sizes(args: argparse.Namespace, kind: str) -> dict[str, Any]:
     return {**_SIZES[kind], **given}
 
 
-def _prepare(out: pathlib.Path, args: argparse.Namespace) -> set[str]:
-    """Makes the folder ready, and returns the names of the runs in it that are finished."""
+def _prepare(out: pathlib.Path, args: argparse.Namespace) -> None:
+    """Makes the folder ready."""
     file = out / FILE_NAME
     if args.resume and args.overwrite:
         raise ValueError("--resume keeps the runs in --out and --overwrite removes them; pass one of the two")
@@ -211,19 +225,15 @@ def _prepare(out: pathlib.Path, args: argparse.Namespace) -> set[str]:
             "puts the new ones elsewhere"
         )
     out.mkdir(parents=True, exist_ok=True)
-    return {name for name, run in runs.items() if run.end is not None}
 
 
 def _compile(names: Sequence[str], settings: Settings, corpus: Corpus) -> list[Variant]:
     progress = Progress(len(names))
-    return compile_variants(
-        names,
-        settings,
-        corpus,
-        # CPU cores are at work as it is.
-        at_once=1 if jax.default_backend() == "cpu" else min(_MOST_COMPILERS, os.cpu_count() or 1),
-        show=lambda done, name: progress.show(done, f"compiling {name}"),
-    )
+    variants = []
+    for done, name in enumerate(names):
+        progress.show(done, f"compiling {name}")
+        variants.append(compile_variant(name, settings, corpus))
+    return variants
 
 
 def _head(argv: Sequence[str], commit: str | None, settings: Settings, corpus: Corpus) -> dict[str, Any]:
@@ -250,6 +260,28 @@ def _what_made(head: dict[str, Any]) -> dict[str, Any]:
     return {"chip": head["chip"], "text": head["text"]["sha256"], **head["settings"]}
 
 
+def _train_routers(
+    names: Sequence[str],
+    seeds: int,
+    settings: Settings,
+    corpus: Corpus,
+    head: dict[str, Any],
+    args: argparse.Namespace,
+) -> Settings:
+    """Compiles the routers that have runs to do, and does them; the settings with the steps that --minutes found."""
+    begin = time.monotonic()
+    finished = {name for name, run in read_runs(args.out / FILE_NAME).items() if run.end is not None}
+    todo = [name for name in names if any(run_name(name, seed) not in finished for seed in range(seeds))]
+    turns = my_turns(args.out)
+    with turns.beside():
+        variants = _compile(todo, settings, corpus)
+    if args.minutes is not None:
+        settings = fit_steps(settings, variants, seeds, corpus, 60 * args.minutes - (time.monotonic() - begin))
+        head = {**head, "settings": dataclasses.asdict(settings)}
+    _train_all(variants, seeds, settings, corpus, head, args, finished, turns)
+    return settings
+
+
 def _train_all(
     variants: Sequence[Variant],
     seeds: int,
@@ -258,6 +290,7 @@ def _train_all(
     head: dict[str, Any],
     args: argparse.Namespace,
     finished: set[str],
+    turns: Turns,
 ) -> None:
     # Seed by seed, so that what is done when a run is cut short compares all routers.
     todo = [(v, seed) for seed in range(seeds) for v in variants if run_name(v.name, seed) not in finished]
@@ -275,11 +308,12 @@ def _train_all(
         arguments = (variant, seed, settings, corpus, args.out / FILE_NAME, head)
         if name not in begun:
             shutil.rmtree(folder, ignore_errors=True)
-        if args.checkpoint_every or folder.exists():
-            with open_checkpoints(folder) as checkpoints:
-                train(*arguments, checkpoints=checkpoints, checkpoint_every=args.checkpoint_every, show=show)
-        else:
-            train(*arguments, show=show)
+        with turns.alone():
+            if args.checkpoint_every or folder.exists():
+                with open_checkpoints(folder) as checkpoints:
+                    train(*arguments, checkpoints=checkpoints, checkpoint_every=args.checkpoint_every, show=show)
+            else:
+                train(*arguments, show=show)
 
 
 def _budget(settings: Settings, corpus: Corpus) -> str:

@@ -6,8 +6,10 @@ from typing import Any
 
 from bench.figures.plot_section import Section, drawing, svg_of
 from bench.report import Cell
+from bench.routing.layouts import LAYOUTS
+from bench.routing.loads import KINDS
 
-_MAX_PANELS, _MAX_BARS = 6, 36
+_MAX_PANELS, _MAX_BARS = 6, 27
 _COLUMNS = 3
 _PANEL = ("tokens", "hidden", "intermediate", "dtype", "load", "capacity_factor", "batch", "length", "seed", "chip")
 _STAGES = ("router", "plan", "dispatch", "gate_up", "down", "combine")
@@ -44,7 +46,7 @@ def _against_experts(
     """A panel for each size, a line for each k and value, over the number of experts."""
     of_kind = [r for r in records if r["operator"] == operator and r[values[0][0]] is not None]
     panels: dict[tuple[Any, ...], dict[tuple[int, int], Record]] = {}
-    for record in _plainest(of_kind):  # of equal cases the last one counts
+    for record in sorted(_plainest(of_kind), key=_place):  # of equal cases the last one counts
         panels.setdefault(tuple(record[field] for field in _PANEL), {})[record["k"], record["experts"]] = record
     several = {key: points for key, points in panels.items() if len({experts for _, experts in points}) > 1}
     balanced = {key: points for key, points in several.items() if key[_PANEL.index("load")] == "balanced"}
@@ -117,6 +119,14 @@ def _panel(
     axes.legend(fontsize=7, loc="upper center", ncols=2)
 
 
+def _place(record: Record) -> tuple[Any, ...]:
+    """Where a case stands among others: by size; the loads of a size, then its layouts, beside one another."""
+    sizes = (record[name] for name in ("tokens", "hidden", "experts", "k", "capacity_factor"))
+    layouts = list(LAYOUTS)
+    layout = layouts.index(record["layout"]) if record["layout"] in layouts else -1
+    return (record["batch"] is not None, *sizes, KINDS.index(record["load"]), layout)
+
+
 def _plainest(records: Sequence[Record]) -> list[Record]:
     """Of the variants of a case the compact layout, or else the commonest, and our operators, or else plain XLA."""
     layouts = collections.Counter(record["layout"] for record in records)
@@ -138,10 +148,11 @@ def _size(record: Record) -> str:
 
 def _split(records: Sequence[Record]) -> Section:
     bars: dict[str, Record] = {}
-    for record in records:
-        stages = record.get("stages_us")
-        if record["operator"] == "layer" and stages and set(_STAGES) <= set(stages):
-            bars[f"{record['chip']} {record['case']} {record['layout']} {record['backend']}"] = record
+    split = [r for r in records if r["operator"] == "layer" and set(_STAGES) <= set(r.get("stages_us") or ())]
+    layouts = collections.Counter((record["chip"], record["case"]) for record in split)
+    # Cases that compare layouts first.
+    for record in sorted(split, key=lambda r: (-layouts[r["chip"], r["case"]], _place(r))):
+        bars[f"{record['chip']} {record['case']} {record['layout']} {record['backend']}"] = record
     if not bars:
         return Section("split", _SPLIT, f"Left out: {_FILES} no layer whose stages were timed.")
     shown = list(bars.values())[:_MAX_BARS]

@@ -18,8 +18,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from bench.routing.turns import Turns
 from bench.timing import copies_of, is_nvidia, kernel_times, num_copies, rotated
+from bench.turns import Turns
 
 ClockName = Literal["kernels", "wall"]
 

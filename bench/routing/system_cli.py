@@ -16,8 +16,8 @@ from bench.routing.layouts import LAYOUTS
 from bench.routing.loads import KINDS
 from bench.routing.records import Origin
 from bench.routing.run_cases import Outcome, RunCase, run_cases
-from bench.routing.side_by_side import LOCK
-from bench.routing.turns import Turns
+from bench.side_by_side import my_turns
+from bench.turns import Turns
 
 REPEATS = 10
 
@@ -208,7 +208,7 @@ def run(
     if not args.minutes > 0:
         raise ValueError(f"--minutes must be positive, got {args.minutes:g}")
     progress = Progress(len(cases))
-    clock = Clock(turns=Turns(pathlib.Path(args.out) / LOCK if getattr(args, "share", None) else None))
+    clock = Clock(turns=my_turns(pathlib.Path(args.out)) if args.out else Turns())
     origin = Origin.of(module, argv, args.commit)
     where = "device time of kernels" if clock.name == "kernels" else "wall time"
     progress.say(f"{origin.chip}: {where}, {args.repeats} repeats, {len(cases)} cases")

@@ -1,6 +1,5 @@
 """One router trained with one seed: steps, looks at the held-out text, records, checkpoints."""
 
-import concurrent.futures
 import dataclasses
 import functools
 import math
@@ -31,7 +30,7 @@ class Variant:
     Attributes:
       name: as in `ROUTERS`.
       learner: compiled once for all seeds.
-      compile_seconds: of the two programs together, beside those of others where several are compiled at once.
+      compile_seconds: of the two programs together, beside those of other processes with --jobs.
     """
 
     name: str
@@ -50,35 +49,6 @@ def compile_variant(name: str, settings: Settings, corpus: Corpus) -> Variant:
     state, _ = learner.step(learner.start(0), corpus.train_batch(settings.batch_size, seed=0, step=0), 0.0)
     jax.block_until_ready(learner.evaluate(state, corpus.held_out_batches(settings.batch_size, 1)))
     return Variant(name, learner, time.perf_counter() - begin)
-
-
-def compile_variants(
-    names: Sequence[str],
-    settings: Settings,
-    corpus: Corpus,
-    *,
-    at_once: int = 1,
-    show: Callable[[int, str], None] = lambda done, name: None,
-) -> list[Variant]:
-    """`compile_variant` for several routers, up to `at_once` in threads of their own.
-
-    Args:
-      names: of the routers.
-      settings: as for one.
-      corpus: likewise.
-      at_once: threads.
-      show: told how many are done and which one is waited for.
-
-    Returns:
-      The variants, in the order of the names.
-    """
-    with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
-        compiling = [pool.submit(compile_variant, name, settings, corpus) for name in names]
-        variants = []
-        for done, (name, variant) in enumerate(zip(names, compiling, strict=True)):
-            show(done, name)
-            variants.append(variant.result())
-    return variants
 
 
 def seconds_a_step(variant: Variant, settings: Settings, corpus: Corpus, steps: int = 5) -> float:

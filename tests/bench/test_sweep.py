@@ -10,9 +10,9 @@ import pytest
 from bench.cli import run
 from bench.routing.layouts import LAYOUTS
 from bench.routing.loads import KINDS
-from bench.routing.side_by_side import share_of
 from bench.routing.sweep_grid import full_grid, quick_grid
-from bench.sweep import main
+from bench.side_by_side import Share
+from bench.sweep import main, share_of
 from tests.bench.system_cases import lines
 
 GRID = itertools.product((8192, 16384, 32768), (2048, 4096), (32, 64, 128), (1, 2, 4))
@@ -77,7 +77,7 @@ def test_processes_side_by_side(tmp_path, capsys):
 
 def test_shares_are_all_cases_and_keep_programs_together():
     cases = full_grid()
-    shares = [share_of(cases, f"{i}/5") for i in range(5)]
+    shares = [share_of(cases, Share(i, 5)) for i in range(5)]
     assert sorted(case.key for share in shares for case in share) == sorted(case.key for case in cases)
     programs = [{case.programs_key for case in share} for share in shares]
     assert sum(map(len, programs)) == len(set().union(*programs))
@@ -99,7 +99,6 @@ def test_loads_of_ones_own(tmp_path, capsys):
         (["--list", "--bench", "gemm"], "--bench must be among those of the grid, layer, permute, topk; got gemm"),
         (["--list", "--tokens", "4096", "--bench", "topk"], "no case of the grid has all of the sizes"),
         (["--quick", "--out", "nowhere", "--jobs", "0"], "--jobs must be at least 1, got 0"),
-        (["--quick", "--out", "nowhere", "--share", "2/2"], "--share must be I/N with I below N, got '2/2'"),
     ],
 )
 def test_bad_arguments_are_one_clear_line(args, message, capsys):

@@ -10,10 +10,9 @@ from bench.cli import run
 from bench.train import main
 from bench.training.checkpoints import open_checkpoints
 from bench.training.train_records import FILE_NAME, Run, read_runs
-from bench.training.train_run import compile_variant, compile_variants, fit_steps, seconds_a_step, summary, train
+from bench.training.train_run import compile_variant, fit_steps, seconds_a_step, summary, train
 from bench.training.train_table import Interval, summaries, table_rows, warnings_of
 from tests.bench.training.tiny_runs import SETTINGS, SIZES, corpus
-from tests.helpers import same_bits
 
 HEAD = {"chip": "CPU", "settings": {}}
 
@@ -29,19 +28,6 @@ def losses(run_: Run) -> list[tuple[int, float]]:
 @pytest.fixture(scope="module")
 def variant():
     return compile_variant("noisy_top_k", SETTINGS, corpus())
-
-
-def test_variants_that_are_compiled_at_once_are_those_of_one_thread(variant):
-    shown = []
-    several = compile_variants(
-        ["noisy_top_k", "hash"], SETTINGS, corpus(), at_once=2, show=lambda done, name: shown.append((done, name))
-    )
-    assert [one.name for one in several] == ["noisy_top_k", "hash"]
-    assert shown == [(0, "noisy_top_k"), (1, "hash")]
-    batch = corpus().train_batch(SETTINGS.batch_size, seed=0, step=0)
-    found, expected = (one.learner.step(one.learner.start(0), batch, 0.1) for one in (several[0], variant))
-    assert same_bits(found[0].params, expected[0].params)
-    assert float(found[1].loss) == float(expected[1].loss)
 
 
 def test_a_run_that_resumes_equals_one_that_was_not_interrupted(tmp_path, variant):
@@ -129,6 +115,11 @@ def test_command(call, tmp_path, capsys, monkeypatch):
     assert list(again) == ["hash-seed0", "softmax-seed0", "hash-seed1"]
     assert losses(again["hash-seed0"]) == losses(record)
 
+    # Processes side by side train the same.
+    assert call("--routers", "hash,softmax", "--seeds", "1", "--jobs", "2", "--overwrite") == 0
+    several = read_runs(tmp_path / "out" / FILE_NAME)
+    assert {name: losses(run_) for name, run_ in several.items()} == {name: losses(run_) for name, run_ in runs.items()}
+
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
@@ -137,6 +128,7 @@ def test_command(call, tmp_path, capsys, monkeypatch):
         (["--routers", "best"], "got 'best'"),
         (["--seeds", "0"], "--seeds must be at least 1"),
         (["--minutes", "5"], "--minutes takes a positive number and finds the steps, so it goes without --steps"),
+        (["--jobs", "0"], "--jobs must be at least 1, got 0"),
         (["--resume", "--overwrite"], "--resume keeps the runs in --out and --overwrite removes them"),
         (["--length", "500"], "sequences of 500 need at least"),
         (["--batch", "100"], "fewer than a batch of 100"),

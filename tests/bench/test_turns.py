@@ -1,26 +1,27 @@
 """Processes use an accelerator side by side, but whoever is alone there is alone."""
 
 import threading
+import time
 
 import pytest
 
-from bench.routing.turns import Turns
+from bench.turns import Turns
 
 
 @pytest.fixture
-def path(tmp_path):
-    return tmp_path / "folder" / "lock"
+def folder(tmp_path):
+    return tmp_path / "results" / "turns"
 
 
-def test_beside_one_another(path):
-    first, second = Turns(path), Turns(path)
+def test_beside_one_another(folder):
+    first, second = Turns(folder), Turns(folder)
     with first.beside(), second.beside():
         pass
 
 
 @pytest.mark.parametrize("leave", ["away", "end"])
-def test_alone_waits_until_the_others_left(path, leave):
-    first, second, alone = Turns(path), Turns(path), threading.Event()
+def test_alone_waits_until_the_others_left(folder, leave):
+    first, second, alone = Turns(folder), Turns(folder), threading.Event()
 
     def measure():
         with second.beside(), second.alone():
@@ -37,8 +38,8 @@ def test_alone_waits_until_the_others_left(path, leave):
     thread.join(10)
 
 
-def test_others_wait_for_who_is_alone(path):
-    first, second, beside = Turns(path), Turns(path), threading.Event()
+def test_others_wait_for_who_is_alone(folder):
+    first, second, beside = Turns(folder), Turns(folder), threading.Event()
 
     def prepare():
         with second.beside():
@@ -51,6 +52,25 @@ def test_others_wait_for_who_is_alone(path):
             assert not beside.wait(0.2)
         assert beside.wait(10)
     thread.join(10)
+
+
+def test_who_waited_comes_before_who_was_alone_just_now(folder):
+    order, threads = [], []
+
+    def measure(name):
+        turns = Turns(folder)
+        for _ in range(2):
+            with turns.alone():
+                order.append(name)
+                time.sleep(0.2)
+
+    for name in "ab":
+        threads.append(threading.Thread(target=measure, args=name))
+        threads[-1].start()
+        time.sleep(0.05)
+    for thread in threads:
+        thread.join(10)
+    assert "".join(order) == "abab"
 
 
 def test_without_others_there_is_no_waiting():
