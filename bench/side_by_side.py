@@ -46,8 +46,8 @@ def my_turns(folder: pathlib.Path) -> Turns:
     return Turns(folder / _TURNS if my_share() else None)
 
 
-def check_jobs(jobs: int) -> None:
-    """Refuses numbers of processes that cannot be.
+def prepare_jobs(jobs: int) -> None:
+    """What a command does before it uses jax, so that `run_side_by_side` can start so many processes.
 
     Raises:
       ValueError: fewer than one; or several, and files have no locks here.
@@ -56,6 +56,9 @@ def check_jobs(jobs: int) -> None:
         raise ValueError(f"--jobs must be at least 1, got {jobs}")
     if jobs > 1 and not HAS_LOCKS:
         raise ValueError(f"--jobs must be 1 on this system, whose files have no locks for processes; got {jobs}")
+    if jobs > 1:
+        # Each process, this one too, would reserve most of the accelerator's memory.
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 
 def run_side_by_side(module: str, argv: Sequence[str], jobs: int, folder: pathlib.Path) -> list[int]:
@@ -63,12 +66,10 @@ def run_side_by_side(module: str, argv: Sequence[str], jobs: int, folder: pathli
 
     What they print of their results is left to whoever reads the records.
     """
-    # Each would reserve most of the memory.
-    environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ}
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", module, *argv],
-            env={**environment, _SHARE: f"{number}/{jobs}"},
+            env={**os.environ, _SHARE: f"{number}/{jobs}"},
             stdout=subprocess.DEVNULL,
         )
         for number in range(jobs)

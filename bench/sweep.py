@@ -21,7 +21,7 @@ from bench.routing.cases import BENCHES, Case
 from bench.routing.run_cases import Outcome, RunCase
 from bench.routing.sweep_grid import full_grid, quick_grid
 from bench.routing.system_cli import add_run_options, finish, integers, run, words
-from bench.side_by_side import Share, check_jobs, my_share, run_side_by_side
+from bench.side_by_side import Share, my_share, prepare_jobs, run_side_by_side
 
 _EXAMPLES = (
     "--quick --out results",
@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
         for case in cases:
             print(case.key)
         return 0
-    check_jobs(args.jobs)
+    prepare_jobs(args.jobs)
     if (share := my_share()) is not None:
         return 1 if _run(argv, args, share_of(cases, share)).failures else 0
     failed = False

@@ -20,7 +20,7 @@ from bench.plot import say_report
 from bench.progress import Progress
 from bench.provenance import chip_name, provenance
 from bench.report import format_table, write_json
-from bench.side_by_side import check_jobs, my_share, my_turns, run_side_by_side
+from bench.side_by_side import my_share, my_turns, prepare_jobs, run_side_by_side
 from bench.training.checkpoints import open_checkpoints, require_orbax
 from bench.training.corpus import Corpus, load_corpus
 from bench.training.train_records import FILE_NAME, Run, read_runs, run_name
@@ -80,7 +80,7 @@ def main(argv: Sequence[str]) -> int:
     """Trains, records, prints the table, and makes the report; 1 when a run diverged."""
     args = _parser().parse_args(argv)
     names = _router_names(args.routers)
-    check_jobs(args.jobs)
+    prepare_jobs(args.jobs)
     if args.checkpoint_every:
         require_orbax()
     on_cpu = jax.default_backend() == "cpu"
