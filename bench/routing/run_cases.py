@@ -78,8 +78,8 @@ def run_cases(
         progress.show(number, case.title, at_most=minutes * 60)
         with clock.turns.beside():
             lines = _run(case, run_case(case), clock, origin, repeats)
-            if path is not None:
-                append_records(path, lines)
+        if path is not None:
+            append_records(path, lines)
         outcome.records += lines
         outcome.failures += problems(lines)
         longest = max(longest, progress.seconds - begin)

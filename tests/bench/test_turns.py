@@ -55,21 +55,27 @@ def test_others_wait_for_who_is_alone(folder):
 
 
 def test_who_waited_comes_before_who_was_alone_just_now(folder):
-    order, threads = [], []
+    order, entered = [], threading.Event()
+    coming = {"a": threading.Event(), "b": threading.Event()}
 
-    def measure(name):
+    def measure(name, other):
         turns = Turns(folder)
         for _ in range(2):
+            coming[name].set()
             with turns.alone():
+                coming[name].clear()
                 order.append(name)
-                time.sleep(0.2)
+                entered.set()
+                assert coming[other].wait(10)
+                time.sleep(0.3)  # in which the other begins to wait
+        coming[name].set()
 
-    for name in "ab":
-        threads.append(threading.Thread(target=measure, args=name))
-        threads[-1].start()
-        time.sleep(0.05)
+    threads = [threading.Thread(target=measure, args=pair) for pair in ("ab", "ba")]
     for thread in threads:
-        thread.join(10)
+        thread.start()
+        assert entered.wait(10)
+    for thread in threads:
+        thread.join(20)
     assert "".join(order) == "abab"
 
 
