@@ -1,33 +1,45 @@
 """Mixture-of-Experts layers for JAX at the speed of the chip, on TPU and GPU."""
 
+# ruff: noqa: E402, I001
+from moejax.siblings import check_siblings
+
+check_siblings()
+
 from moejax.config import MoEConfig
-from moejax.experts import MoEParams, quantize_params
-from moejax.functional import MoEAux, moe, moe_experts, params_spec
+from moejax.functional import MoEAux, moe, moe_experts
 from moejax.fused import fused_experts
-from moejax.layer import MoE, RouterState
+from moejax.layer import MoE, QuantizedParam, RouterState
 from moejax.losses import LoadStats
-from moejax.presets import PRESETS, get_preset
+from moejax.packing import pack_experts
+from moejax.params import MoEParams, param_specs, quantize_params
+from moejax.perft import AdapterParam, Perft, perft_mask
+from moejax.presets import PRESETS, get_preset, with_changes
 from moejax.reference import dense_moe
-from moejax.router import Routing, route
-from moejax.routers import ROUTERS, Perft, RoutedMoE, Router, perft_mask
+from moejax.router import Routing
+from moejax.routers import ROUTERS, Router, TopKRouter
+from moejax.routers.top_k import route
 from pallas_kernels.quantize import QTensor, Quantization, dequantize, quantize
 from sharding.mesh import make_mesh
+from sharding.partition import Partition
 
 __all__ = [
     "PRESETS",
     "ROUTERS",
+    "AdapterParam",
     "LoadStats",
     "MoE",
     "MoEAux",
     "MoEConfig",
     "MoEParams",
+    "Partition",
     "Perft",
     "QTensor",
     "Quantization",
-    "RoutedMoE",
+    "QuantizedParam",
     "Router",
     "RouterState",
     "Routing",
+    "TopKRouter",
     "dense_moe",
     "dequantize",
     "fused_experts",
@@ -35,9 +47,11 @@ __all__ = [
     "make_mesh",
     "moe",
     "moe_experts",
-    "params_spec",
+    "pack_experts",
+    "param_specs",
     "perft_mask",
     "quantize",
     "quantize_params",
     "route",
+    "with_changes",
 ]

@@ -6,25 +6,24 @@ choices that were made elsewhere.
 """
 
 import dataclasses
-import functools
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax.core import spmd
 from jax.sharding import PartitionSpec
 
 from moejax.config import MoEConfig
-from moejax.experts import EXPERT_FIELDS, MoEParams, check_expert_params, check_params, expert_mlp, shared_mlp
-from moejax.losses import LoadStats, Tokens, router_losses, tokens_per_expert
-from moejax.on_chips import on_chips
-from moejax.router import route
-from moejax.unless_differentiated import unless_differentiated
-from pallas_kernels.concrete import nan_rows
-from pallas_kernels.quantize import Operand, block_shape, quantize
-from sharding.expert_parallel import Transport, expert_parallel
-from sharding.mesh import EXPERT_AXIS, AnyMesh
+from moejax.losses import LoadStats
+from moejax.on_chip import Held, PerToken, Settings, experts_on_chip, layer_on_chip, whole_scales
+from moejax.params import MoEParams, check_expert_params, check_params, param_specs, param_table
+from pallas_kernels.concrete import is_known, nan_rows
+from pallas_kernels.quantize import QTensor, scale_shape
+from sharding.exchange_plan import local_experts
+from sharding.mesh import AnyMesh, mesh_here
+from sharding.partition import Axes, Partition, one_or_all
+from sharding.per_chip import per_chip
 
 
 @jax.tree_util.register_dataclass
@@ -35,10 +34,14 @@ class MoEAux:
     Attributes:
       losses: the router losses of the configuration, weighted, float32 []; add `loss` to the training loss.
       load: how the tokens fell on the experts, and how many were dropped.
+      topk_ids: int32 [..., K], the choices; −1 where none was made. Give them to a later call to route alike.
+      topk_weights: float32 [..., K], what they weigh.
     """
 
     losses: dict[str, jax.Array]
     load: LoadStats
+    topk_ids: jax.Array
+    topk_weights: jax.Array
 
     @property
     def loss(self) -> jax.Array:
@@ -51,42 +54,46 @@ def moe(
     params: MoEParams,
     config: MoEConfig,
     *,
+    mask: jax.Array | None = None,
+    token_ids: jax.Array | None = None,
+    topk_ids: jax.Array | None = None,
+    key: jax.Array | None = None,
     mesh: AnyMesh | None = None,
-    expert_axis: str = EXPERT_AXIS,
-    token_axes: Sequence[str] | None = None,
+    partition: Partition | None = None,
 ) -> tuple[jax.Array, MoEAux]:
-    """Sends every token through its top-k experts and the shared expert, if there is one.
+    """Sends every token through the experts that its router chooses, and the shared expert, if there is one.
 
     Args:
-      x: [..., H], BF16, FP16 or float32; the last dimension before H is the sequence (for its balance loss).
+      x: [..., H], BF16, FP16 or float32; the last dimension before H is the sequence.
       params: see `MoEParams`; whole arrays, of any sharding.
       config: the layer.
-      mesh: where to run; default is the mesh of `jax.set_mesh`, and one chip when there is none.
-      expert_axis: axis of the mesh that the experts are split over.
-      token_axes: axes that tokens are split over; default "data", when the mesh has it, and the expert axis. When
-        they do not divide the tokens, padding is added and taken away again.
+      mask: bool [...], true for real tokens; None if all are. What is masked takes no expert and no capacity, counts in
+        no loss and no load, and comes out as zeros.
+      token_ids: integer [...], for routers that go by them; negative for none.
+      topk_ids: integer [..., K], choices to be made again, as `MoEAux.topk_ids` of an earlier call has them; −1 where
+        the router chooses. Weights are this call's own.
+      key: random, for the noise of a noisy router in training; None for no noise.
+      mesh: where to run; default is the mesh of `jax.set_mesh`, and one chip when there is none. Inside
+        `jax.shard_map` and `jax.pmap` it is what they leave to be split.
+      partition: which axes of the mesh split what; default is what flax's logical axis rules say, if any are in force,
+        else `Partition()`.
 
     Returns:
       y [..., H] in the dtype of `x`, and MoEAux. In a mesh of Explicit axes y is sharded as `x` is.
 
     Raises:
-      ValueError: shapes or dtypes do not fit the configuration, the mesh lacks an axis, ep does not divide E, or `x`
-        is known (outside jit) and holds NaN. Under jit a token with NaN gets NaN.
+      ValueError: shapes or dtypes do not fit the configuration, the mesh lacks an axis or would repeat work, a size
+        does not divide, or `x` is known (outside jit) and holds NaN. Under jit a token with NaN gets NaN.
     """
-    check_input(x, config)
+    check_input(x, config, mask)
     check_params(params, config)
-    return on_chips(
-        _moe_on_chip,
-        (x,),
-        params,
-        config,
-        specs=params_spec,
-        transport=_transport(config),
-        mesh=mesh,
-        expert_axis=expert_axis,
-        token_axes=token_axes,
-        num_experts=config.num_experts,
+    _check_router(params, x)
+    per_token = PerToken(x, _checked_token_ids(token_ids, x), _checked_choices(topk_ids, x, config))
+    of_tokens, (losses, load) = _run(
+        layer_on_chip, per_token, params, Settings(config), mask=mask, key=key, mesh=mesh, partition=partition
     )
+    y, ids, weights = of_tokens
+    return y, MoEAux(losses, load, ids, weights)
 
 
 def moe_experts(
@@ -97,23 +104,23 @@ def moe_experts(
     config: MoEConfig,
     *,
     max_choices: int | None = None,
+    mask: jax.Array | None = None,
     mesh: AnyMesh | None = None,
-    expert_axis: str = EXPERT_AXIS,
-    token_axes: Sequence[str] | None = None,
+    partition: Partition | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """`moe` from the router on: the experts that were chosen for each token, and the shared expert, if there is one.
 
     Args:
       x: [..., H], BF16, FP16 or float32.
       topk_weights: [..., K] floating point; K is of these choices and need not be `config.top_k`.
-      topk_ids: integer [..., K], numbers of experts; −1 for a choice that is not made.
+      topk_ids: integer [..., K], numbers of experts; an id outside [0, E) makes no choice.
       params: see `MoEParams`; the router's are not looked at and may be None.
-      config: the layer; of its routing only `scale_inputs` and `capacity_factor` play a part.
-      max_choices: all that the [T, K] choices hold at most that are not −1; None for T·K. Where many are −1 this
-        keeps the rows in memory to those that are made. More choices than it says are an error that is not noticed.
-      mesh: as for `moe`, as the rest.
-      expert_axis: axis of the mesh that the experts are split over.
-      token_axes: axes that tokens are split over.
+      config: the layer; its router plays no part.
+      max_choices: all that the [T, K] choices hold at most that are made; None for T·K. Where many are not this keeps
+        the rows in memory to those that are made. More choices than it says are an error that is not noticed.
+      mask: as for `moe`, as the rest.
+      mesh: where to run.
+      partition: which axes of the mesh split what.
 
     Returns:
       y [..., H] in the dtype of `x`, and int32 [E]: choices for which the expert had no room.
@@ -121,148 +128,180 @@ def moe_experts(
     Raises:
       ValueError: shapes or dtypes do not fit, the mesh lacks an axis, or ep does not divide E.
     """
-    check_input(x, config)
+    check_input(x, config, mask)
+    params = dataclasses.replace(params, router=None)
     check_expert_params(params, config)
     if (
         topk_ids.shape[:-1] != x.shape[:-1]
         or topk_weights.shape != topk_ids.shape
         or not jnp.issubdtype(topk_ids.dtype, jnp.integer)
+        or not jnp.issubdtype(topk_weights.dtype, jnp.floating)
     ):
         raise ValueError(
             f"topk_ids must be integer and topk_weights floating point, both [..., K] with the leading dimensions of x "
-            f"{list(x.shape)}, got {topk_ids.dtype}{list(topk_ids.shape)} and {list(topk_weights.shape)}"
+            f"{list(x.shape)}, got {topk_ids.dtype}{list(topk_ids.shape)} and {topk_weights.dtype}"
+            f"{list(topk_weights.shape)}"
         )
     if max_choices is not None and max_choices < 1:
         raise ValueError(f"max_choices must be at least 1, or None for all of topk_ids, got {max_choices}")
     if config.scale_inputs and topk_ids.shape[-1] != 1:
         raise ValueError(f"config.scale_inputs=True needs one choice a token, got K = {topk_ids.shape[-1]}")
-    return on_chips(
-        _experts_on_chip,
-        (x, topk_weights.astype(jnp.float32), topk_ids),
-        params,
-        config,
-        specs=params_spec,
-        transport=dataclasses.replace(_transport(config), max_choices=max_choices),
+    per_token = PerToken(
+        x, topk_ids=as_ids(topk_ids, config.num_experts), topk_weights=topk_weights.astype(jnp.float32)
+    )
+    settings = Settings(config, max_choices)
+    return _run(experts_on_chip, per_token, params, settings, mask=mask, key=None, mesh=mesh, partition=partition)
+
+
+def _run(
+    body: Any,
+    per_token: PerToken,
+    params: MoEParams,
+    settings: Settings,
+    *,
+    mask: jax.Array | None,
+    key: jax.Array | None,
+    mesh: AnyMesh | None,
+    partition: Partition | None,
+) -> tuple[Any, Any]:
+    """`body` on the chips of the mesh, if there is one."""
+    config = settings.config
+    mesh = mesh_here(mesh)
+    leading = per_token.x.shape[:-1]
+    if mesh is None:
+        return per_chip(body, per_token, Held(params, key), settings, leading=leading, mask=mask)
+    axes = axes_on(mesh, partition, config)
+    check_widths(params, config, axes)
+    ranks = jnp.arange(axes.tp, dtype=jnp.int32) if axes.tp > 1 else None
+    held = Held(params, key, ranks)
+    specs = Held(
+        param_specs(params, config, axes),
+        None if key is None else PartitionSpec(),  # type: ignore[arg-type]
+        None if ranks is None else PartitionSpec(one_or_all(axes.mlp)),  # type: ignore[arg-type]
+    )
+    return per_chip(
+        body,
+        per_token,
+        held,
+        dataclasses.replace(settings, whole_scales=whole_scales(params, config)),
+        leading=leading,
+        specs=specs,
         mesh=mesh,
-        expert_axis=expert_axis,
-        token_axes=token_axes,
-        num_experts=config.num_experts,
+        axes=axes,
+        mask=mask,
+        whole_sequences=body is layer_on_chip and config.router.whole_sequences,
     )
 
 
-def params_spec(params: MoEParams, expert_axis: str = EXPERT_AXIS) -> MoEParams:
-    """A PartitionSpec for every array in `params`: experts split over `expert_axis`, all else whole everywhere."""
+def axes_on(mesh: AnyMesh, partition: Partition | None, config: MoEConfig) -> Axes:
+    """The axes of the layer on `mesh`.
 
-    def spec(name: str) -> object:
-        split = PartitionSpec(expert_axis) if name in EXPERT_FIELDS else PartitionSpec()
-        return jax.tree.map(lambda _: split, getattr(params, name))
-
-    return MoEParams(**{field.name: spec(field.name) for field in dataclasses.fields(MoEParams)})
-
-
-def _moe_on_chip(
-    per_token: tuple[jax.Array],
-    params: MoEParams,
-    *,
-    config: MoEConfig,
-    tokens: Tokens,
-    transport: Transport,
-) -> tuple[jax.Array, MoEAux]:
-    """The layer on the tokens x [T, H] of this chip."""
-    (x,) = per_token
-    routing = route(x, params.router_kernel, config, bias=params.router_bias, correction_bias=params.correction_bias)
-    y, dropped = _experts_on_chip(
-        (x, routing.topk_weights, routing.topk_ids), params, config=config, tokens=tokens, transport=transport
-    )
-    load = LoadStats(tokens_per_expert(routing, config.num_experts, tokens), dropped)
-    return y, MoEAux(router_losses(routing, config, tokens), load)
-
-
-def _experts_on_chip(
-    per_token: tuple[jax.Array, jax.Array, jax.Array],
-    params: MoEParams,
-    *,
-    config: MoEConfig,
-    tokens: Tokens,
-    transport: Transport,
-) -> tuple[jax.Array, jax.Array]:
-    """The chosen experts and the shared one on the tokens x [T, H] of this chip."""
-    x, topk_weights, topk_ids = per_token
-    topk_ids = jnp.where(tokens.valid[:, None], topk_ids, -1)
-    operands = x, topk_weights, topk_ids, params
-    train = functools.partial(_apply_experts, config=config, transport=transport)
-    if config.precision == "w8a8":
-        serve = functools.partial(train, stays_in_8_bits=True)
-        y, dropped = unless_differentiated(serve, train, *operands)
-    else:
-        y, dropped = train(*operands)
-    return y.astype(x.dtype), tokens.sum(dropped)
-
-
-def _apply_experts(
-    x: jax.Array,
-    topk_weights: jax.Array,
-    topk_ids: jax.Array,
-    params: MoEParams,
-    *,
-    config: MoEConfig,
-    transport: Transport,
-    stays_in_8_bits: bool = False,
-) -> tuple[jax.Array, jax.Array]:
-    """What the experts make of x [T, H], and int32 [E], the choices that were dropped.
-
-    `stays_in_8_bits` rounds x before its rows are copied to their experts, and the rows between the kernels inside the
-    first: with the same result, and without gradients.
+    Raises:
+      ValueError: the partition does not fit the mesh, or a size of the layer does not divide.
     """
-    inputs = x
-    if config.scale_inputs:
-        inputs = x.astype(jnp.float32) * topk_weights
-        if config.precision == "w16a16":  # 8 bits are rounded to from float32, once.
-            inputs = inputs.astype(x.dtype)
-        topk_weights = jnp.ones_like(topk_weights)
-    rows: Operand = inputs
-    q = config.quantization
-    if stays_in_8_bits and transport.ep == 1 and block_shape(q.lhs_scaling)[0] == 1:
-        rows = quantize(inputs, q.dtype, scaling=q.lhs_scaling)
-
-    def experts(params: dict[str, Any], rows: Operand, group_sizes: jax.Array) -> jax.Array:
-        return expert_mlp(rows, group_sizes, config=config, stays_in_8_bits=stays_in_8_bits, **params)
-
-    y, dropped = expert_parallel(
-        rows,
-        topk_weights,
-        topk_ids,
-        experts,
-        {name: getattr(params, name) for name in EXPERT_FIELDS},
-        num_experts=config.num_experts,
-        transport=transport,
-        preferred_element_type=x.dtype if params.shared_gate_up is None else jnp.float32,
-    )
-    if params.shared_gate_up is not None:
-        shared = shared_mlp(x, params.shared_gate_up, params.shared_down, config, stays_in_8_bits=stays_in_8_bits)
-        y += shared.astype(jnp.float32)
-    return y, dropped
+    axes = partition_here(partition).on(mesh)
+    local_experts(config.num_experts, axes.ep)
+    widths = {"intermediate_size": "mlp", "shared_intermediate_size": "mlp"}
+    for name, role in {**widths, "hidden_size": "embed"}.items():
+        _check_divides(name, getattr(config, name), role, axes.size(getattr(axes, role)))
+    _check_divides("hidden_size", config.hidden_size, "mlp", axes.tp)
+    return axes
 
 
-def _transport(config: MoEConfig) -> Transport:
-    """How rows travel, as far as the configuration tells."""
-    return Transport(
-        capacity_factor=config.capacity_factor,
-        wire_scaling=config.wire_scaling if config.precision == "w8a8" else None,
-        backend=config.backend,
-    )
+def partition_here(partition: Partition | None) -> Partition:
+    """`partition`, or what flax's logical axis rules say, or the default."""
+    if partition is not None:
+        return partition
+    rules = spmd.get_logical_axis_rules()
+    is_ours = any(name in ("expert", "embed", "mlp", "tokens") for name, _ in rules)
+    return Partition.from_rules(rules) if is_ours else Partition()
 
 
-def check_input(x: jax.Array, config: MoEConfig) -> None:
+def check_widths(params: MoEParams, config: MoEConfig, axes: Axes) -> None:
+    """Raises ValueError unless the scales of 8-bit parameters, and of rows that travel, can be split with them."""
+    table = param_table(config)
+    for field in dataclasses.fields(params):
+        value, row = getattr(params, field.name), getattr(table, field.name)
+        if not isinstance(value, QTensor):
+            continue
+        for size, logical in zip(value.scale.shape, row.k_major(row.axes), strict=True):
+            if logical in ("embed", "mlp") and size > 1:
+                _check_divides(f"scales of params.{field.name}", size, logical, axes.size(getattr(axes, logical)))
+    if axes.tp > 1 and axes.ep > 1 and config.precision == "w8a8":
+        scales = scale_shape((1, config.hidden_size), config.wire_scaling)[1]
+        if scales > 1:
+            _check_divides("scales of a row that travels (wire_scaling)", scales, "mlp", axes.tp)
+
+
+def _check_divides(name: str, size: int, role: str, parts: int) -> None:
+    if size % parts:
+        raise ValueError(
+            f"{name}={size} is not divisible by the {parts} chips that the partition splits {role!r} over; take an "
+            f"axis of another length, or Partition({role}=None)"
+        )
+
+
+def check_input(x: jax.Array, config: MoEConfig, mask: jax.Array | None = None) -> None:
     """Raises ValueError unless `x` are activations [..., H] of the layer, one token at least, and no known NaN."""
     if x.ndim < 1 or x.shape[-1] != config.hidden_size:
         raise ValueError(f"x must be [..., H] with hidden_size={config.hidden_size}, got {list(x.shape)}")
-    if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype.itemsize < 2:
+    if jnp.dtype(x.dtype).name not in ("bfloat16", "float16", "float32"):
         raise ValueError(f"x must be BF16, FP16 or float32 activations, got {x.dtype}; embed token ids first")
-    if math.prod(x.shape) == 0:
+    if 0 in x.shape:
         raise ValueError(f"x must hold at least one token, got {list(x.shape)}")
-    if bad := nan_rows(x):
+    if mask is not None and (mask.shape != x.shape[:-1] or mask.dtype != jnp.bool_):
         raise ValueError(
-            f"x holds NaN in {len(bad)} of {x.size // x.shape[-1]} tokens (first: token {bad[0]}); look for it in what "
-            "comes before this layer"
+            f"mask must be bool {list(x.shape[:-1])}, true for each real token of x, got {mask.dtype}{list(mask.shape)}"
         )
+    if bad := nan_rows(x, mask):
+        raise ValueError(
+            f"x holds NaN in {len(bad)} of {math.prod(x.shape[:-1])} tokens (first: token {bad[0]}); look for it in "
+            "what comes before this layer"
+        )
+
+
+def _check_router(params: MoEParams, x: jax.Array) -> None:
+    """Raises ValueError if the router's parameters hold NaN, where all of this is known."""
+    for name, value in (params.router or {}).items():
+        if is_known(x) and jnp.issubdtype(value.dtype, jnp.floating) and nan_rows(value):
+            raise ValueError(f"params.router[{name!r}] holds NaN; look for it in what trained the layer")
+
+
+def as_ids(ids: jax.Array, num_experts: int) -> jax.Array:
+    """`ids` of any integer dtype as int32, −1 for what is no expert's number."""
+    in_range = (ids >= 0) & (ids <= jnp.asarray(min(num_experts - 1, jnp.iinfo(ids.dtype).max), ids.dtype))
+    return jnp.where(in_range, ids.astype(jnp.int32), -1)
+
+
+def _checked_token_ids(token_ids: jax.Array | None, x: jax.Array) -> jax.Array | None:
+    if token_ids is None:
+        return None
+    if token_ids.shape != x.shape[:-1] or not jnp.issubdtype(token_ids.dtype, jnp.integer):
+        raise ValueError(
+            f"token_ids must be integers of shape {list(x.shape[:-1])}, one for each token of x, got "
+            f"{token_ids.dtype}{list(token_ids.shape)}"
+        )
+    return token_ids.astype(jnp.int32)[..., None]
+
+
+def _checked_choices(topk_ids: jax.Array | None, x: jax.Array, config: MoEConfig) -> jax.Array | None:
+    if topk_ids is None:
+        return None
+    name = type(config.router).__name__
+    if not config.router.replays:
+        raise ValueError(f"topk_ids cannot be given to a layer with {name}, whose choices are not made token by token")
+    shape = (*x.shape[:-1], config.router.choices(config.top_k))
+    if topk_ids.shape != shape or not jnp.issubdtype(topk_ids.dtype, jnp.integer):
+        raise ValueError(
+            f"topk_ids must be integers of shape {list(shape)}, the choices of each token of x by {name}, got "
+            f"{topk_ids.dtype}{list(topk_ids.shape)}"
+        )
+    if is_known(topk_ids):
+        with jax.ensure_compile_time_eval():
+            largest = int(topk_ids.max())
+        if largest >= config.num_experts:
+            raise ValueError(
+                f"topk_ids must be below num_experts={config.num_experts}, or −1 where the router chooses, got "
+                f"{largest}"
+            )
+    return as_ids(topk_ids, config.num_experts)

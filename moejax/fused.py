@@ -6,10 +6,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from moejax.functional import as_ids
+from moejax.packing import GateUpOrder, Layout, split_gate_up
 from pallas_kernels.activations import Activation
 from pallas_kernels.grouped_matmul import grouped_gate_up, grouped_gate_up_in_8_bits, grouped_matmul, result_can_stay
-from pallas_kernels.quantize import Operand, Quantization, block_shape, quantize
+from pallas_kernels.quantize import Operand, QTensor, Quantization, block_shape, quantize
 from sharding.expert_parallel import Transport, expert_parallel
+from sharding.partition import Axes
+from sharding.wire import Wire
 
 
 def fused_experts(
@@ -24,6 +28,8 @@ def fused_experts(
     activation: Activation = "silu",
     activation_limit: float | None = None,
     quantization: Quantization | None = None,
+    layout: Layout = "out_in",
+    gate_up_order: GateUpOrder = "gate_first",
     ep_axis: str | None = None,
     backend: str = "auto",
 ) -> jax.Array:
@@ -35,16 +41,20 @@ def fused_experts(
 
     Args:
       hidden_states: [T, H], BF16, FP16 or float32.
-      w1: [E, 2I, H], the rows of the gate first, then those of up; an array or a QTensor.
-      w2: [E, H, I], likewise.
+      w1: [E, 2I, H], or as `layout` and `gate_up_order` say; an array or a QTensor.
+      w2: [E, H, I], or as `layout` says, likewise.
       topk_weights: [T, K].
       topk_ids: integer [T, K]; an id outside [0, E) makes no choice.
-      b1: [E, 2I] or None.
+      b1: [E, 2I] in the order of w1, or None.
       b2: [E, H] or None.
       activation: silu, gelu, gelu_tanh or swigluoai.
       activation_limit: clamp before the activation, or None.
       quantization: how activations (and weights that are not QTensors) are rounded to 8 bits; None multiplies operands
         as they are.
+      layout: "out_in" for w1 [E, 2I, H] and w2 [E, H, I], "in_out" for [E, H, 2I] and [E, I, H]. Hopper GPUs multiply
+        8-bit weights in the first only.
+      gate_up_order: where gate and up lie in w1: "gate_first", "up_first" or "interleaved". Kernels take the first; the
+        others are brought into it in every call, so that `pack_experts`, once, is better.
       ep_axis: inside `jax.shard_map`, the mesh axis that experts are split over: w1, w2, b1 and b2 then hold the
         experts of this chip, hidden_states, topk_weights and topk_ids this chip's tokens, with ids over all chips.
       backend: "auto", "xla", "pallas_tpu" or "pallas_gpu".
@@ -55,40 +65,38 @@ def fused_experts(
     Raises:
       ValueError: shapes or dtypes do not fit.
     """
-    _check(hidden_states, w1, w2, topk_weights, topk_ids, b1, b2)
+    w1, b1 = _gate_first(w1, b1, layout, gate_up_order)
+    _check(hidden_states, w1, w2, topk_weights, topk_ids, b1, b2, layout)
     ep = 1 if ep_axis is None else jax.lax.axis_size(ep_axis)
     inputs: Operand = hidden_states
-    wire_scaling = None
+    wire = None
     if quantization is not None and block_shape(quantization.lhs_scaling)[0] == 1:
         if ep == 1:
             inputs = quantize(hidden_states, quantization.dtype, scaling=quantization.lhs_scaling)
-        elif quantization.dtype != "int8":
-            wire_scaling = quantization.lhs_scaling
+        else:
+            wire = Wire(quantization.dtype, quantization.lhs_scaling)
     experts = functools.partial(
         _experts,
         out_dtype=hidden_states.dtype,
         activation=activation,
         activation_limit=activation_limit,
         quantization=quantization,
+        k_major=layout == "out_in",
         backend=backend,
     )
-    y, _ = expert_parallel(
+    num_experts = w1.shape[0] * ep
+    names = () if ep_axis is None else (ep_axis,)
+    axes = Axes(expert=names, tokens=names, sizes=tuple((name, ep) for name in names))
+    return expert_parallel(
         inputs,
         topk_weights.astype(jnp.float32),
-        topk_ids,
+        as_ids(topk_ids, num_experts),
         experts,
         {"w1": w1, "w2": w2, "b1": b1, "b2": b2},
-        num_experts=w1.shape[0] * ep,
-        transport=Transport(
-            expert_axis=ep_axis,
-            ep=ep,
-            token_axes=() if ep_axis is None else (ep_axis,),
-            wire_scaling=wire_scaling,
-            backend=backend,
-        ),
+        num_experts=num_experts,
+        transport=Transport(axes, wire, backend),
         preferred_element_type=hidden_states.dtype,
     )
-    return y
 
 
 def _experts(
@@ -100,13 +108,14 @@ def _experts(
     activation: Activation,
     activation_limit: float | None,
     quantization: Quantization | None,
+    k_major: bool,
     backend: str,
 ) -> jax.Array:
     w1, w2 = params["w1"], params["w2"]
-    common: dict[str, Any] = {"transpose_rhs": True, "quantization": quantization, "backend": backend}
+    common: dict[str, Any] = {"transpose_rhs": k_major, "quantization": quantization, "backend": backend}
     gate_up = {"bias": params["b1"], "activation": activation, "activation_limit": activation_limit, **common}
     h: Operand
-    if quantization is not None and result_can_stay(quantization, w2.shape[2]):
+    if quantization is not None and result_can_stay(quantization, w2.shape[2 if k_major else 1]):
         h = grouped_gate_up_in_8_bits(rows, w1, group_sizes, dtype=quantization.dtype, **gate_up)
     else:
         h_dtype = out_dtype if quantization is None else jnp.dtype(jnp.float32)
@@ -114,21 +123,48 @@ def _experts(
     return grouped_matmul(h, w2, group_sizes, bias=params["b2"], preferred_element_type=out_dtype, **common)
 
 
-def _check(x, w1: Operand, w2: Operand, topk_weights, topk_ids, b1, b2) -> None:
-    if x.ndim != 2 or not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype.itemsize < 2:
+def _gate_first(
+    w1: Operand, b1: jax.Array | None, layout: Layout, order: GateUpOrder
+) -> tuple[Operand, jax.Array | None]:
+    """Gate and up, and their biases, as the kernels take them."""
+    if layout not in ("out_in", "in_out"):
+        raise ValueError(f"layout must be 'out_in' or 'in_out', got {layout!r}")
+    if order == "gate_first":
+        return w1, b1
+    if isinstance(w1, QTensor):
+        raise ValueError(
+            f"w1 in 8 bits must lie gate first, got gate_up_order={order!r}: blocks of scales cannot be taken apart; "
+            "reorder the weights before they are quantised"
+        )
+
+    def joined(x: jax.Array) -> jax.Array:
+        both = split_gate_up(x, order)
+        return both.reshape(*both.shape[:-2], -1)
+
+    w1 = joined(w1.mT).mT if layout == "out_in" else joined(w1)
+    return w1, None if b1 is None else joined(b1)
+
+
+def _check(x, w1: Operand, w2: Operand, topk_weights, topk_ids, b1, b2, layout: Layout) -> None:
+    if x.ndim != 2 or jnp.dtype(x.dtype).name not in ("bfloat16", "float16", "float32"):
         raise ValueError(f"hidden_states must be BF16, FP16 or float32 [T, H], got {x.dtype}{list(x.shape)}")
-    if w1.ndim != 3 or w1.shape[1] % 2 or w1.shape[2] != x.shape[1]:
-        raise ValueError(f"w1 must be [E, 2I, H] with H = {x.shape[1]}, got {list(w1.shape)}")
-    experts, width, hidden = w1.shape[0], w1.shape[1] // 2, x.shape[1]
+    rows, columns = (1, 2) if layout == "out_in" else (2, 1)
+    if w1.ndim != 3 or w1.shape[rows] % 2 or w1.shape[columns] != x.shape[1]:
+        wanted = "[E, 2I, H]" if layout == "out_in" else "[E, H, 2I]"
+        raise ValueError(f"w1 must be {wanted} (layout {layout!r}) with H = {x.shape[1]}, got {list(w1.shape)}")
+    experts, width, hidden = w1.shape[0], w1.shape[rows] // 2, x.shape[1]
+    w2_layout = (
+        ((experts, hidden, width), "[E, H, I]") if layout == "out_in" else ((experts, width, hidden), "[E, I, H]")
+    )
     expected = {
-        "w2": (w2, (experts, hidden, width), "[E, H, I]"),
+        "w2": (w2, *w2_layout),
         "b1": (b1, (experts, 2 * width), "[E, 2I]"),
         "b2": (b2, (experts, hidden), "[E, H]"),
         "topk_weights": (topk_weights, topk_ids.shape, "[T, K] as topk_ids"),
     }
-    for name, (value, shape, layout) in expected.items():
+    for name, (value, shape, named) in expected.items():
         if value is not None and tuple(value.shape) != tuple(shape):
-            raise ValueError(f"{name} must be {layout} = {list(shape)}, got {list(value.shape)}")
+            raise ValueError(f"{name} must be {named} = {list(shape)}, got {list(value.shape)}")
     if topk_ids.ndim != 2 or topk_ids.shape[0] != x.shape[0] or not jnp.issubdtype(topk_ids.dtype, jnp.integer):
         raise ValueError(
             f"topk_ids must be integer [T, K] with T = {x.shape[0]}, got {topk_ids.dtype}{list(topk_ids.shape)}"

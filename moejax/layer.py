@@ -1,72 +1,43 @@
 """The layer as a flax.nnx module."""
 
 import dataclasses
-from typing import Any
+import functools
+from typing import Any, Self
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from moejax.config import MoEConfig
-from moejax.experts import EXPERT_FIELDS, MoEParams, param_shapes
-from moejax.functional import MoEAux, moe
-from sharding.exchange_plan import local_experts
-from sharding.mesh import EXPERT_AXIS, axis_size, current_mesh
+from moejax.functional import MoEAux, axes_on, moe
+from moejax.initial import Initializer, initial
+from moejax.param import Param
+from moejax.params import MoEParams, check_params, operand_spec, param_table, quantize_params
+from pallas_kernels.quantize import QTensor
+from sharding.mesh import AnyMesh, mesh_here
+from sharding.partition import Axes, Partition
 
-_KERNEL = nnx.initializers.lecun_normal()
-_PER_EXPERT = nnx.initializers.lecun_normal(batch_axis=0)
-_INITIALIZERS = {
-    "router_kernel": _KERNEL,
-    "gate_up": _PER_EXPERT,
-    "down": _PER_EXPERT,
-    "shared_gate_up": _KERNEL,
-    "shared_down": _KERNEL,
-}
+_LECUN = nnx.initializers.lecun_normal()
+_ZEROS = nnx.initializers.zeros
 
 
 class RouterState(nnx.Variable):
-    """Router state that no gradient trains: the correction bias of loss-free balancing."""
+    """Router state that no gradient trains: the correction bias of loss-free balancing, the table of hash routing."""
 
 
-def check_mesh(config: MoEConfig, mesh: Mesh | None, expert_axis: str) -> None:
-    """Raises ValueError unless the mesh (of `jax.set_mesh` if None), if any, can hold the experts."""
-    at_hand = current_mesh() if mesh is None else mesh
-    if at_hand is not None:
-        local_experts(config.num_experts, axis_size(at_hand, expert_axis))
+class QuantizedParam(nnx.Variable):
+    """A weight in 8 bits, a QTensor, which takes no gradient."""
 
 
-def layer_param(
-    name: str,
-    shape: tuple[int, ...],
-    config: MoEConfig,
-    *,
-    rngs: nnx.Rngs,
-    mesh: Mesh | None,
-    expert_axis: str,
-) -> nnx.Param:
-    """The parameter `name` of `MoEParams` in its initial value, lying in the mesh (of `jax.set_mesh` if None)."""
-    initializer = _INITIALIZERS.get(name, nnx.initializers.zeros)
-    split_axis = expert_axis if name in EXPERT_FIELDS else None
-    return new_param(initializer, shape, config.param_dtype, rngs=rngs, mesh=mesh, split_axis=split_axis)
+class RouterParams(nnx.Module):
+    """The parameters of a layer's router, each an attribute: `layer.router.kernel`, also `layer.router["kernel"]`."""
 
+    def __init__(self, variables: dict[str, nnx.Variable[Any]]):
+        for name, variable in variables.items():
+            setattr(self, name, variable)
 
-def new_param(
-    initializer: nnx.initializers.Initializer,
-    shape: tuple[int, ...],
-    dtype: jax.typing.DTypeLike,
-    *,
-    rngs: nnx.Rngs,
-    mesh: Mesh | None,
-    split_axis: str | None = None,
-    kind: type[nnx.Param] = nnx.Param,
-) -> nnx.Param:
-    """A parameter from the stream "params"; in a mesh its first dimension is split over `split_axis`, if given."""
-    value = initializer(rngs.params(), shape, dtype)
-    if mesh is None and current_mesh() is None:
-        return kind(value)
-    metadata: dict[str, Any] = {"out_sharding": (split_axis, *(None,) * (len(shape) - 1)), "mesh": mesh}
-    return kind(value, **metadata)
+    def __getitem__(self, name: str) -> nnx.Variable[Any]:
+        return getattr(self, name)
 
 
 class MoE(nnx.Module):
@@ -75,48 +46,195 @@ class MoE(nnx.Module):
         layer = MoE(get_preset("mixtral-8x7b"), rngs=nnx.Rngs(0))
         y, aux = layer(x)                  # x [batch, sequence, hidden]
         loss = task_loss(y) + aux.loss
+        ...
+        layer.update(aux)                  # after the step: moves what no gradient moves
 
-    Created under `jax.set_mesh(mesh)`, or with `mesh=`, its parameters carry their sharding (experts over the
-    expert axis) and calls run expert-parallel; without a mesh everything stays on one chip.
+    Created under `jax.set_mesh(mesh)`, or with `mesh=`, its parameters carry their sharding, each chip makes its own
+    share of them, and calls are spread over the mesh; without a mesh everything stays on one chip.
 
     Attributes:
       config: the layer's MoEConfig.
-      router_kernel, gate_up, down, …: nnx.Param of the shapes that `moejax.experts.MoEParams` states; None where the
-        configuration has no such parameter.
-      correction_bias: RouterState [E], or None.
+      router: the router's parameters, `RouterParams` of nnx.Param and RouterState.
+      gate_up, down, …: nnx.Param of the shapes that `MoEParams` states, QuantizedParam in a layer in 8 bits; None where
+        the configuration has no such parameter.
+      deterministic: whether a noisy router is quiet; `train()` and `eval()` set it.
+      noise: the stream "router" of random numbers, if the router is noisy.
     """
 
-    def __init__(self, config: MoEConfig, *, rngs: nnx.Rngs, mesh: Mesh | None = None, expert_axis: str = EXPERT_AXIS):
+    gate_up: nnx.Variable[Any]
+    down: nnx.Variable[Any]
+    gate_up_bias: nnx.Variable[Any] | None
+    down_bias: nnx.Variable[Any] | None
+    shared_gate_up: nnx.Variable[Any] | None
+    shared_down: nnx.Variable[Any] | None
+    shared_gate: nnx.Variable[Any] | None
+    noise: nnx.RngStream | None
+
+    def __init__(
+        self,
+        config: MoEConfig,
+        *,
+        rngs: nnx.Rngs | None = None,
+        mesh: Mesh | None = None,
+        partition: Partition | None = None,
+        kernel_init: Initializer = _LECUN,
+        bias_init: Initializer = _ZEROS,
+        router_init: Initializer = _LECUN,
+        deterministic: bool = False,
+        params: MoEParams | None = None,
+    ):
         """Makes the parameters.
 
         Args:
           config: the layer.
-          rngs: its "params" stream initialises the kernels (LeCun normal); biases start at zero.
+          rngs: its stream "params" initialises, its stream "router" gives a noisy router its noise.
           mesh: default is that of `jax.set_mesh`, if any.
-          expert_axis: axis of the mesh that the experts are split over.
+          partition: which axes of the mesh split what; default is what flax's logical axis rules say, if any are in
+            force, else `Partition()`.
+          kernel_init: of each matrix [in, out] of each expert, gate and up apart.
+          bias_init: of all biases.
+          router_init: of the router's kernels, but those for which the router has its own.
+          deterministic: whether a noisy router is quiet.
+          params: values to take in the place of new ones; see `from_params`.
 
         Raises:
-          ValueError: the mesh has no such axis, or it does not divide the experts.
+          ValueError: the mesh lacks an axis or would repeat work, or a size does not divide.
         """
         self.config = config
         self.mesh = mesh
-        self.expert_axis = expert_axis
-        check_mesh(config, mesh, expert_axis)
-        shapes = param_shapes(config)
-        for field in dataclasses.fields(MoEParams):
-            shape = getattr(shapes, field.name)
-            setattr(self, field.name, None if shape is None else self._variable(field.name, shape, rngs))
+        self.partition = partition
+        self.deterministic = deterministic
+        here = mesh_here(mesh)
+        axes = None if here is None else axes_on(here, partition, config)
+        if params is not None:
+            check_params(params, config)
+        initializers = {"kernel": kernel_init, "bias": bias_init, "router kernel": router_init}
+        make = functools.partial(
+            _variable, config=config, rngs=rngs, mesh=here, axes=axes, metadata_mesh=mesh, initializers=initializers
+        )
+        table = param_table(config)
+        for field in dataclasses.fields(table):
+            if field.name != "router":
+                row = getattr(table, field.name)
+                value = None if params is None else getattr(params, field.name)
+                setattr(self, field.name, None if row is None else make(row, value))
+        given = {} if params is None else params.router or {}
+        self.router = RouterParams({name: make(row, given.get(name)) for name, row in (table.router or {}).items()})
+        self.noise = rngs.router.fork() if config.router.noisy and rngs is not None else None
 
-    def _variable(self, name: str, shape: tuple[int, ...], rngs: nnx.Rngs) -> nnx.Variable:
-        if name == "correction_bias":
-            return RouterState(jnp.zeros(shape, jnp.float32))
-        return layer_param(name, shape, self.config, rngs=rngs, mesh=self.mesh, expert_axis=self.expert_axis)
+    @classmethod
+    def from_params(cls, params: MoEParams, config: MoEConfig, **settings: Any) -> Self:
+        """The layer with these parameters, which may be in 8 bits.
+
+        Args:
+          params: see `MoEParams`.
+          config: the layer.
+          **settings: those of the constructor, such as `mesh`.
+
+        Raises:
+          ValueError: the parameters are not those of the configuration.
+        """
+        return cls(config, params=params, **settings)
 
     def params(self) -> MoEParams:
         """The parameters as arrays, for `moejax.moe`."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(MoEParams)}
-        return MoEParams(**{name: None if v is None else v[...] for name, v in values.items()})
+        names = [field.name for field in dataclasses.fields(MoEParams) if field.name != "router"]
+        values = {name: getattr(self, name) for name in names}
+        return MoEParams(self._of_router(), **{name: None if v is None else v.get_value() for name, v in values.items()})
 
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, MoEAux]:
-        """X [..., H] -> y [..., H] in the dtype of x, and MoEAux(losses, load). See `moejax.moe`."""
-        return moe(x, self.params(), self.config, mesh=self.mesh, expert_axis=self.expert_axis)
+    def quantized(self) -> Self:
+        """The same layer for serving in 8 bits: the weights of its experts are rounded; see `quantize_params`."""
+        params = quantize_params(self.params(), self.config)
+        settings = {"mesh": self.mesh, "partition": self.partition, "deterministic": self.deterministic}
+        layer = type(self).from_params(params, self.config, **settings)
+        layer.noise = self.noise
+        return layer
+
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        mask: jax.Array | None = None,
+        token_ids: jax.Array | None = None,
+        topk_ids: jax.Array | None = None,
+        train: bool | None = None,
+    ) -> tuple[jax.Array, MoEAux]:
+        """Sends every token through the experts that the router gives it.
+
+        Args:
+          x: [..., H], BF16, FP16 or float32; the last dimension before H is the sequence.
+          mask: bool [...], true for real tokens; None if all are.
+          token_ids: integer [...], for routers that go by them.
+          topk_ids: integer [..., K], choices to be made again, −1 where the router chooses.
+          train: whether a noisy router adds its noise; None for what `deterministic` says.
+
+        Returns:
+          y [..., H] in the dtype of `x`, and MoEAux. See `moejax.moe`.
+
+        Raises:
+          ValueError: shapes or dtypes do not fit, or `x` is known and holds NaN.
+        """
+        is_noisy = self.config.router.noisy and (not self.deterministic if train is None else train)
+        if is_noisy and self.noise is None:
+            raise ValueError("a layer with a noisy router needs rngs to train: make it with rngs=nnx.Rngs(router=0, …)")
+        return moe(
+            x,
+            self.params(),
+            self.config,
+            mask=mask,
+            token_ids=token_ids,
+            topk_ids=topk_ids,
+            key=self.noise() if is_noisy and self.noise is not None else None,
+            mesh=self.mesh,
+            partition=self.partition,
+        )
+
+    def update(self, aux: MoEAux) -> None:
+        """Applies what no gradient trains, from the aux of a step. Call it after each, where no gradient is taken."""
+        for name, value in self.config.router.update(self._of_router(), aux.load.tokens_per_expert).items():
+            self.router[name].set_value(value)
+
+    def _of_router(self) -> dict[str, jax.Array]:
+        return {name: self.router[name].get_value() for name in self.config.router.table(self.config)}
+
+    @property
+    def causal(self) -> bool:
+        """Whether the output of a token never depends on later tokens.
+
+        Where experts have a capacity, the first choices of later tokens take room from second choices of earlier ones.
+        """
+        has_order = self.config.capacity_factor is None or self.config.top_k == 1
+        return has_order and self.config.router.causal
+
+
+def _variable(
+    row: Param,
+    value: Any,
+    *,
+    config: MoEConfig,
+    rngs: nnx.Rngs | None,
+    mesh: AnyMesh | None,
+    axes: Axes | None,
+    metadata_mesh: Mesh | None,
+    initializers: dict[str, Initializer],
+) -> nnx.Variable[Any]:
+    """The variable of one parameter: `value`, or its initial value, where the mesh wants it."""
+    kind = RouterState if row.kind == "state" else QuantizedParam if isinstance(value, QTensor) else nnx.Param
+    spec = None if axes is None else operand_spec(row, value, axes)
+    if value is None:
+        if rngs is None:
+            raise ValueError("rngs must be given, such as nnx.Rngs(0); from_params takes parameters that there are")
+        # State begins the same whatever the seed.
+        key = jax.random.key(0) if row.kind == "state" else rngs.params()
+        value = initial(row, initializers.get(row.kind, _ZEROS), config.param_dtype, key, mesh, spec)
+    elif mesh is not None:
+        value = jax.tree.map(lambda leaf, own: _placed(leaf, mesh, own), value, spec)
+    if spec is None or isinstance(value, QTensor):
+        return kind(value)
+    return kind(value, out_sharding=tuple(spec), mesh=metadata_mesh)
+
+
+def _placed(x: jax.Array, mesh: AnyMesh, spec: Any) -> jax.Array:
+    if isinstance(x, jax.core.Tracer) or not isinstance(mesh, Mesh):
+        return x
+    return jax.device_put(x, NamedSharding(mesh, spec))

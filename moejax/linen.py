@@ -1,16 +1,25 @@
 """The same layer as a flax.linen module."""
 
-from flax import linen
+from typing import Any
+
+import flax
+from flax import linen, nnx
 from flax.nnx import bridge
 from jax.sharding import Mesh
 
 from moejax import layer
 from moejax.config import MoEConfig
-from sharding.mesh import EXPERT_AXIS
+from moejax.params import EXPERT_WEIGHTS, MoEParams, quantize_params
+from sharding.partition import Partition
 
 
 def MoE(
-    config: MoEConfig, *, mesh: Mesh | None = None, expert_axis: str = EXPERT_AXIS, name: str | None = None
+    config: MoEConfig,
+    *,
+    mesh: Mesh | None = None,
+    partition: Partition | None = None,
+    name: str | None = None,
+    **settings: Any,
 ) -> linen.Module:
     """A linen module with the parameters and the call of `moejax.MoE`.
 
@@ -19,6 +28,44 @@ def MoE(
         y, aux = layer.apply(variables, x)
 
     Parameters are in the collection "params", the correction bias in "RouterState". Made under a mesh, parameters are
-    boxed with their sharding, as `linen.get_partition_spec` expects.
+    boxed as `linen.Partitioned`, as `linen.get_partition_spec` and `linen.scan` expect.
+
+    Args:
+      config: the layer.
+      mesh: as for `moejax.MoE`, as the rest.
+      partition: which axes of the mesh split what.
+      name: of the module.
+      **settings: further ones of `moejax.MoE`, such as `kernel_init`.
     """
-    return bridge.to_linen(layer.MoE, config, mesh=mesh, expert_axis=expert_axis, name=name)
+    return bridge.ToLinen(
+        layer.MoE,
+        args=(config,),
+        kwargs=flax.core.freeze({"mesh": mesh, "partition": partition, **settings}),
+        metadata_fn=_partitioned,
+        name=name,
+    )
+
+
+def quantized(variables: dict[str, Any], config: MoEConfig) -> dict[str, Any]:
+    """The variables of a layer for serving in 8 bits, for the module of the same configuration.
+
+    Args:
+      variables: what `init` of a `MoE` made, or training made of it.
+      config: the layer.
+
+    Returns:
+      Variables whose experts' weights are QTensors, in the collection "QuantizedParam".
+    """
+    params = linen.meta.unbox(variables["params"])
+    weights = {name: params[name] for name in EXPERT_WEIGHTS if name in params}
+    rest = {name: value for name, value in params.items() if name not in weights}
+    missing = {name: None for name in ("gate_up", "down") if name not in weights}
+    in_8_bits = quantize_params(MoEParams(router=None, **weights, **missing), config)
+    return {**variables, "params": rest, "QuantizedParam": {name: getattr(in_8_bits, name) for name in weights}}
+
+
+def _partitioned(variable: nnx.Variable[Any]) -> Any:
+    """A variable as linen boxes it: with the mesh axes of its dimensions, to which transformations add their own."""
+    names = variable.get_metadata().get("out_sharding")
+    value = variable.get_value()
+    return value if names is None else linen.Partitioned(value, names=names, mesh=variable.get_metadata().get("mesh"))

@@ -5,13 +5,13 @@ All are taken over the tokens of every chip: sums are made locally and added ove
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from moejax.config import MoEConfig
 from moejax.router import Routing
+from sharding.tokens import Tokens
 
 
 @jax.tree_util.register_dataclass
@@ -22,8 +22,8 @@ class LoadStats:
     Attributes:
       tokens_per_expert: int32 [E], assignments before anything is dropped.
       dropped_per_expert: int32 [E], assignments for which the expert had no room.
-      unrouted: int32 [], tokens without any assignment: padding for the router, or chosen by no expert where experts
-        choose.
+      unrouted: int32 [], tokens without any assignment, as those that no expert took where experts choose. Positions
+        without a token are not among them.
     """
 
     tokens_per_expert: jax.Array
@@ -54,87 +54,63 @@ class LoadStats:
         return jax.scipy.special.entr(share).sum() / jnp.log(jnp.maximum(load.size, 2))
 
 
-@dataclasses.dataclass(frozen=True)
-class Tokens:
-    """Which tokens of a batch these [T] are, and how to sum over all of them.
-
-    Attributes:
-      index: int32 [T], position of each in the flattened batch.
-      total: tokens in the whole batch; an index at or past it is padding and counts for nothing.
-      sequence_length: tokens of one sequence.
-      axes: mesh axes over which the batch is split; empty on a single chip.
-    """
-
-    index: jax.Array
-    total: int
-    sequence_length: int
-    axes: Sequence[str] = ()
-
-    @property
-    def valid(self) -> jax.Array:
-        """Bool [T]: false for padding."""
-        return self.index < self.total
-
-    def sum(self, x: jax.Array) -> jax.Array:
-        """Adds `x` over the chips."""
-        return jax.lax.psum(x, tuple(self.axes)) if self.axes else x
+def tokens_per_expert(topk_ids: jax.Array, num_experts: int, tokens: Tokens) -> jax.Array:
+    """int32 [E]: assignments over all chips, of topk_ids [T, K]."""
+    return tokens.sum(_chosen(topk_ids, num_experts, tokens).sum(0, dtype=jnp.int32))
 
 
-def tokens_per_expert(routing: Routing, num_experts: int, tokens: Tokens) -> jax.Array:
-    """int32 [E]: assignments over all chips."""
-    return tokens.sum(_chosen(routing, num_experts, tokens).sum(0, dtype=jnp.int32))
-
-
-def router_losses(routing: Routing, config: MoEConfig, tokens: Tokens) -> dict[str, jax.Array]:
-    """The losses whose weight in `config` is not 0, each multiplied by its weight, float32 [].
+def router_losses(
+    routing: Routing, tokens: Tokens, *, load_balance: float = 0.0, sequence_balance: float = 0.0, z: float = 0.0
+) -> dict[str, jax.Array]:
+    """The losses whose weight is not 0, each multiplied by its weight, float32 [].
 
     Returns:
       A dict with some of the keys "load_balance", "sequence_balance", "z".
     """
     losses = {}
-    if config.load_balance_loss:
-        losses["load_balance"] = config.load_balance_loss * load_balance_loss(routing, config, tokens)
-    if config.sequence_balance_loss:
-        losses["sequence_balance"] = config.sequence_balance_loss * sequence_balance_loss(routing, config, tokens)
-    if config.z_loss:
-        losses["z"] = config.z_loss * z_loss(routing, tokens)
+    if load_balance:
+        losses["load_balance"] = load_balance * load_balance_loss(routing, tokens)
+    if sequence_balance:
+        losses["sequence_balance"] = sequence_balance * sequence_balance_loss(routing, tokens)
+    if z:
+        losses["z"] = z * z_loss(routing, tokens)
     return losses
 
 
-def load_balance_loss(routing: Routing, config: MoEConfig, tokens: Tokens) -> jax.Array:
+def load_balance_loss(routing: Routing, tokens: Tokens) -> jax.Array:
     """E · Σ_e f_e · P_e, f_e the share of assignments and P_e the mean probability of expert e; 1 when balanced.
 
     Switch Transformer (arXiv 2101.03961), equation 4, with f over all K choices.
     """
-    chosen = _chosen(routing, config.num_experts, tokens)
-    load = tokens.sum(chosen.sum(0, dtype=jnp.float32)) / (tokens.total * config.top_k)
-    probability = tokens.sum(_probabilities(routing, tokens).sum(0)) / tokens.total
-    return config.num_experts * (jax.lax.stop_gradient(load) * probability).sum()
+    num_experts, top_k = routing.scores.shape[1], routing.topk_ids.shape[1]
+    chosen = _chosen(routing.topk_ids, num_experts, tokens)
+    load = tokens.sum(chosen.sum(0, dtype=jnp.float32)) / (tokens.count * top_k)
+    probability = tokens.sum(_probabilities(routing, tokens).sum(0)) / tokens.count
+    return num_experts * (jax.lax.stop_gradient(load) * probability).sum()
 
 
-def sequence_balance_loss(routing: Routing, config: MoEConfig, tokens: Tokens) -> jax.Array:
+def sequence_balance_loss(routing: Routing, tokens: Tokens) -> jax.Array:
     """The load-balance loss of each sequence on its own, averaged over sequences; 1 when all are balanced.
 
     DeepSeek-V3 (arXiv 2412.19437), equations 17–20, scores normalised over the experts. A sequence may lie on
-    several chips.
+    several chips. Sequences without a token do not count.
     """
-    num_sequences = -(-tokens.total // tokens.sequence_length)
-    # A product with the membership matrix adds in a fixed order; a scatter-add would not on every platform.
-    member = tokens.index // tokens.sequence_length == jnp.arange(num_sequences)[:, None]
-
-    def per_sequence(values: jax.Array) -> jax.Array:
-        sums = jnp.dot(member.astype(jnp.float32), values.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
-        return tokens.sum(sums) / tokens.sequence_length
-
-    load = per_sequence(_chosen(routing, config.num_experts, tokens)) / config.top_k
-    probability = per_sequence(_probabilities(routing, tokens))
-    return config.num_experts * (jax.lax.stop_gradient(load) * probability).sum(1).mean()
+    num_experts, top_k = routing.scores.shape[1], routing.topk_ids.shape[1]
+    length: Any = tokens.sequence_length
+    sequences: Any = tokens.num_sequences
+    if tokens.real is not None:
+        length = tokens.per_sequence(jnp.ones((tokens.index.shape[0], 1)))
+        sequences = jnp.maximum((length > 0).sum(dtype=jnp.float32), 1)
+        length = jnp.maximum(length, 1)
+    load = tokens.per_sequence(_chosen(routing.topk_ids, num_experts, tokens)) / (length * top_k)
+    probability = tokens.per_sequence(_probabilities(routing, tokens)) / length
+    return num_experts * (jax.lax.stop_gradient(load) * probability).sum() / sequences
 
 
 def z_loss(routing: Routing, tokens: Tokens) -> jax.Array:
     """Mean of (log Σ_e exp logit_e)², which keeps logits small. ST-MoE (arXiv 2202.08906), equation 5."""
     z = jax.nn.logsumexp(routing.logits, axis=1) ** 2
-    return tokens.sum(jnp.where(tokens.valid, z, 0).sum()) / tokens.total
+    return tokens.sum(tokens.keep(z).sum()) / tokens.count
 
 
 def importance_loss(gates: jax.Array, tokens: Tokens) -> jax.Array:
@@ -148,7 +124,7 @@ def importance_loss(gates: jax.Array, tokens: Tokens) -> jax.Array:
         of choosing it under noise.
       tokens: which tokens they are.
     """
-    total = tokens.sum(jnp.where(tokens.valid[:, None], gates, 0).sum(0))
+    total = tokens.sum(tokens.keep(gates).sum(0))
     # Large enough to divide by twice, as the gradient does.
     return total.var() / jnp.maximum(total.mean() ** 2, 1e-12)
 
@@ -163,10 +139,10 @@ def specialization_loss(probabilities: jax.Array, tokens: Tokens) -> jax.Array:
       probabilities: float32 [T, E], rows that sum to 1.
       tokens: which tokens they are.
     """
-    p = jnp.where(tokens.valid[:, None], probabilities, 0)
-    mean = tokens.sum(p.sum(0)) / tokens.total
+    p = tokens.keep(probabilities)
+    mean = tokens.sum(p.sum(0)) / tokens.count
     of_mean = _entropy(mean)
-    of_each = tokens.sum(_entropy(p)) / tokens.total
+    of_each = tokens.sum(_entropy(p)) / tokens.count
     return 1 - (of_mean - of_each) / math.log(max(p.shape[1], 2))
 
 
@@ -175,13 +151,12 @@ def _entropy(p: jax.Array) -> jax.Array:
     return -(p * jnp.log(jnp.maximum(p, jnp.finfo(jnp.float32).tiny))).sum()
 
 
-def _chosen(routing: Routing, num_experts: int, tokens: Tokens) -> jax.Array:
-    """Bool [T, E]: the experts that each token chose; none for padding."""
-    chosen = (routing.topk_ids[:, :, None] == jnp.arange(num_experts)).any(1)
-    return chosen & tokens.valid[:, None]
+def _chosen(topk_ids: jax.Array, num_experts: int, tokens: Tokens) -> jax.Array:
+    """Bool [T, E]: the experts that each token chose; none where there is no token."""
+    return tokens.keep((topk_ids[:, :, None] == jnp.arange(num_experts)).any(1), False)
 
 
 def _probabilities(routing: Routing, tokens: Tokens) -> jax.Array:
-    """float32 [T, E]: scores that sum to 1 over the experts; zeros for padding."""
+    """float32 [T, E]: scores that sum to 1 over the experts; zeros where there is no token."""
     total = jnp.maximum(routing.scores.sum(1, keepdims=True), jnp.finfo(jnp.float32).tiny)
-    return jnp.where(tokens.valid[:, None], routing.scores / total, 0)
+    return tokens.keep(routing.scores / total)

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from moejax.config import MoEConfig
-from moejax.experts import MoEParams
-from moejax.router import route
-from pallas_kernels.activations import gated_halves
+from moejax.params import MoEParams
+from moejax.routers.top_k import route
+from pallas_kernels.activations import Activation, gated
 from pallas_kernels.grouped_matmul import Operand
 from pallas_kernels.quantize import QTensor, Scaling, dequantize, quantize
 
@@ -24,25 +24,30 @@ def dense_moe(
     *,
     quantized: bool = False,
     wire_scaling: Scaling | None = None,
-    expert_axis: str | None = None,
+    expert_axis: str | tuple[str, ...] | None = None,
+    mask: jax.Array | None = None,
 ) -> jax.Array:
     """What the layer computes when nothing is dropped, by the shortest way.
 
     Args:
       x: [..., H].
       params: as for `moejax.moe`; QTensors are dequantised.
-      config: the layer; `precision` and `backend` play no part.
+      config: the layer, with a `TopKRouter`; `precision` and `backend` play no part.
       quantized: round the operands of every product as precision "w8a8" does (gradients pass straight through).
-      wire_scaling: with `quantized`, first round the routed experts' inputs to FP8 as they travel between chips.
+      wire_scaling: with `quantized`, first round the routed experts' inputs as they travel between chips.
       expert_axis: None when `params` hold all experts. Inside shard_map, the axis that they are split over: each chip
         then applies its own to all tokens, and the sums are added up.
+      mask: bool [...], true for real tokens; None if all are. The others come out as zeros.
 
     Returns:
       float32 [..., H].
     """
     tokens = x.reshape(-1, config.hidden_size).astype(jnp.float32)
+    if mask is not None:
+        tokens = jnp.where(mask.reshape(-1, 1), tokens, 0)
+    router = params.router or {}
     routing = route(
-        tokens, params.router_kernel, config, bias=params.router_bias, correction_bias=params.correction_bias
+        tokens, router["kernel"], config, bias=router.get("bias"), correction_bias=router.get("correction_bias")
     )
     q = config.quantization if quantized else None
 
@@ -55,16 +60,29 @@ def dense_moe(
         values = values.astype(jnp.float32)
         return values if q is None else _rounded(values, q.dtype, q.rhs_scaling)
 
-    def mlp(values: jax.Array, gate_up: Operand, down: Operand, gate_up_bias=0.0, down_bias=0.0) -> jax.Array:
-        h = jnp.dot(rows(values), weights(gate_up), precision=_FULL) + gate_up_bias
-        h = gated_halves(h, config.activation, config.activation_limit)
-        return jnp.dot(rows(h), weights(down), precision=_FULL) + down_bias
+    def halves(values: Operand) -> Operand:  # gate and up first, each a matrix
+        return values if isinstance(values, QTensor) else jnp.moveaxis(values, -2, -3)
+
+    def mlp(
+        values: jax.Array,
+        gate_up: Operand,
+        down: Operand,
+        gate_up_bias: jax.Array | None = None,
+        down_bias: jax.Array | None = None,
+        activation: tuple[Activation, float | None] = (config.activation, config.activation_limit),
+    ) -> jax.Array:
+        both = jnp.einsum("th,jhi->jti", rows(values), weights(halves(gate_up)), precision=_FULL)
+        if gate_up_bias is not None:
+            both += gate_up_bias[:, None]
+        h = gated(both[0], both[1], *activation)
+        y = jnp.dot(rows(h), weights(down), precision=_FULL)
+        return y if down_bias is None else y + down_bias
 
     inputs, topk_weights = tokens, routing.topk_weights
     if config.scale_inputs:
         inputs, topk_weights = tokens * topk_weights, jnp.ones_like(topk_weights)
     if quantized and wire_scaling is not None:
-        inputs = _rounded(inputs, "float8_e4m3fn", wire_scaling)
+        inputs = _rounded(inputs, config.quantization.dtype, wire_scaling)
     chosen = routing.topk_ids[:, :, None] == jnp.arange(config.num_experts)
     share = jnp.where(chosen, topk_weights[:, :, None], 0).sum(1)
     if expert_axis is not None:
@@ -83,7 +101,12 @@ def dense_moe(
     if expert_axis is not None:
         y = jax.lax.psum(y, expert_axis)
     if params.shared_gate_up is not None:
-        y += mlp(tokens, params.shared_gate_up, params.shared_down)
+        shared = mlp(tokens, params.shared_gate_up, params.shared_down, activation=config.of_shared_expert)
+        if params.shared_gate is not None:
+            shared *= jax.nn.sigmoid(jnp.dot(tokens, params.shared_gate.astype(jnp.float32), precision=_FULL))
+        y += shared
+    if mask is not None:
+        y = jnp.where(mask.reshape(-1, 1), y, 0)
     return y.reshape(x.shape)
 
 

@@ -4,16 +4,31 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
-def is_known(x: Any) -> bool:
-    """Whether the numbers of `x` can be read here and now: not traced, and not in part on another host."""
-    return not isinstance(x, jax.core.Tracer) and getattr(x, "is_fully_addressable", True)
+def is_known(tree: Any) -> bool:
+    """Whether the numbers of `tree` can be read here and now: not traced, and not in part on another host."""
+    return all(
+        not isinstance(x, jax.core.Tracer) and getattr(x, "is_fully_addressable", True) for x in jax.tree.leaves(tree)
+    )
 
 
-def nan_rows(x: jax.Array) -> list[int]:
-    """The rows (all dimensions but the last, flattened) of `x` that hold NaN; none when its numbers are not known."""
-    if not is_known(x):
+def nan_rows(x: jax.Array, mask: jax.Array | None = None) -> list[int]:
+    """The rows (all dimensions but the last, flattened) of `x` that hold NaN; none when its numbers are not known.
+
+    Rows where the bool `mask` [...] is false are passed over.
+    """
+    if not is_known((x, mask)):
         return []
     with jax.ensure_compile_time_eval():  # `x` may be a constant of a function that is being traced
-        return jnp.flatnonzero(jnp.isnan(x).any(-1)).tolist()
+        if not _has_nan(x, mask):
+            return []
+        is_bad = np.isnan(np.asarray(x)).any(-1)
+    return np.flatnonzero(is_bad if mask is None else is_bad & np.asarray(mask)).tolist()
+
+
+@jax.jit
+def _has_nan(x: jax.Array, mask: jax.Array | None) -> jax.Array:
+    is_bad = jnp.isnan(x).any(-1)
+    return (is_bad if mask is None else is_bad & mask).any()

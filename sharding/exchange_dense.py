@@ -1,39 +1,54 @@
-"""The exchange over `lax.all_to_all`: equal slabs to every peer, rows out in FP8 or as they are, rows back in BF16.
+"""The exchange over `lax.all_to_all`: equal slabs to every peer, rows out in 8 bits or as they are, rows back in BF16.
 
 Runs wherever XLA runs. It sends whole slabs, filled or not; transports that send only what exists share its plan.
 """
 
+import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.combine import combine
 from pallas_kernels.dispatch import dispatch
 from pallas_kernels.plan import Plan
-from pallas_kernels.quantize import QTensor, Scaling, dequantize, quantize
-from pallas_kernels.target import target_platform
+from pallas_kernels.quantize import QTensor, dequantize
 from sharding.exchange_plan import ExchangePlan, plan_arrival
+from sharding.tensor_parallel import gather_columns, sum_columns, to_columns, to_tokens
+from sharding.wire import Wire, as_bytes
 
-WIRE_DTYPE = "float8_e4m3fn"
-"""What rows travel in when `wire_scaling` asks for 8 bits; their scales travel beside them in float32."""
+
+@dataclasses.dataclass(frozen=True)
+class Route:
+    """The way of rows between chips.
+
+    Attributes:
+      axis: the axes of the experts.
+      tensor: the axes that share the width of each expert; rows then travel in columns, a part on each of their chips.
+      wire: what rows are on the way out; None sends them as they are.
+      backend: of the gathers that pack and sort the rows.
+    """
+
+    axis: tuple[str, ...]
+    tensor: tuple[str, ...] = ()
+    wire: Wire | None = None
+    backend: str = "auto"
 
 
-def announce(departure: Plan, experts: jax.Array, num_local_experts: int, axis: str) -> ExchangePlan:
-    """Tells the peers along mesh axis `axis` what comes to them, and learns what comes from them.
+def announce(departure: Plan, experts: jax.Array, num_local_experts: int, axis: tuple[str, ...]) -> ExchangePlan:
+    """Tells the peers along mesh axes `axis` what comes to them, and learns what comes from them.
 
     Args:
       departure: from `plan_departure`, as `experts` is.
       experts: int32 [ep·S], the local expert of the row in each slot, −1 in empty ones.
       num_local_experts: L.
-      axis: the expert axis.
+      axis: the axes of the experts.
     """
     return ExchangePlan(departure, plan_arrival(_all_to_all(experts, axis), num_local_experts))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def send_rows(x: jax.Array, plan: ExchangePlan, axis: str, wire_scaling: Scaling | None, backend: str) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def send_rows(x: jax.Array, plan: ExchangePlan, route: Route) -> jax.Array:
     """Brings every token's row to the ranks of its experts.
 
     Quantising, exchanging and dequantising are one step to autodiff, with faces in the dtype of `x`: an 8-bit payload
@@ -41,56 +56,56 @@ def send_rows(x: jax.Array, plan: ExchangePlan, axis: str, wire_scaling: Scaling
 
     Args:
       x: [T, H], BF16 or float32.
-      plan: from `announce`.
-      axis: the expert axis.
-      wire_scaling: None sends rows as they are; else they travel in FP8 with this scaling ("1x128", "per_row").
-      backend: of the gather that packs and sorts the rows.
+      plan: from `announce`; with `route.tensor`, of the tokens of all chips of that group.
+      route: the way.
 
     Returns:
       [ep·S, H] in the dtype of `x`, sorted by local expert; rows past plan.arrival.group_sizes are zeros.
     """
-    payload = x if wire_scaling is None else quantize(x, WIRE_DTYPE, scaling=wire_scaling)
-    slots = dispatch(payload, plan.departure, backend=backend)
-    arrived = jax.tree.map(lambda leaf: _all_to_all(leaf, axis), slots)
-    rows = dispatch(arrived, plan.arrival, backend=backend)
+    payload = x if route.wire is None else route.wire.load(x)
+    if route.tensor:
+        payload = to_columns(payload, route.tensor)
+    slots = dispatch(payload, plan.departure, backend=route.backend)
+    arrived = jax.tree.map(lambda leaf: _all_to_all(leaf, route.axis), slots)
+    rows = dispatch(arrived, plan.arrival, backend=route.backend)
+    if route.tensor:
+        rows = gather_columns(rows, route.tensor)
     return dequantize(rows, x.dtype) if isinstance(rows, QTensor) else rows
 
 
-def _send_rows_fwd(x, plan, axis, wire_scaling, backend):
-    return send_rows(x, plan, axis, wire_scaling, backend), plan
+def _send_rows_fwd(x, plan, route):
+    return send_rows(x, plan, route), plan
 
 
-def _send_rows_bwd(axis, wire_scaling, backend, plan, drows):
-    del wire_scaling
-    slots = return_rows(drows, plan, axis, backend)
-    return combine(slots, plan.departure, backend=backend), None
+def _send_rows_bwd(route, plan, drows):
+    slots = return_rows(drows, plan, route)
+    dx = combine(slots, plan.departure, backend=route.backend)
+    return to_tokens(dx, route.tensor) if route.tensor else dx, None
 
 
 send_rows.defvjp(_send_rows_fwd, _send_rows_bwd)
 
 
-def return_rows(rows: jax.Array, plan: ExchangePlan, axis: str, backend: str) -> jax.Array:
+def return_rows(rows: jax.Array, plan: ExchangePlan, route: Route) -> jax.Array:
     """Sends what the experts made of each row back to where the row came from, never below BF16.
 
     Args:
-      rows: [ep·S, H] in the order in which `send_rows` gave them.
+      rows: [ep·S, H] in the order in which `send_rows` gave them; with `route.tensor`, partial sums.
       plan: the same plan.
-      axis: the expert axis.
-      backend: of the gather that unsorts the rows.
+      route: the way.
 
     Returns:
-      [ep·S, H], the slots of plan.departure, for `combine(…, plan.departure, weights)`.
+      [ep·S, H], the slots of plan.departure, for `combine(…, plan.departure, weights)`; with `route.tensor` this chip's
+      columns of them, [ep·S, H / tp].
     """
-    return _all_to_all(combine(rows, plan.arrival, backend=backend), axis)
+    if route.tensor:
+        rows = sum_columns(rows, route.tensor).astype(rows.dtype)
+    return _all_to_all(combine(rows, plan.arrival, backend=route.backend), route.axis)
 
 
-def _all_to_all(slots: jax.Array, axis: str) -> jax.Array:
+def _all_to_all(slots: jax.Array, axis: tuple[str, ...]) -> jax.Array:
     """Slab d of [ep·S, …] goes to rank d; slab s of the result came from rank s."""
-    # Not every collective library knows FP8, and bytes are bytes. TPUs do, and looking at them as others costs a pass.
-    if slots.dtype.itemsize == 1 and target_platform() != "tpu":
-        exchanged = lax.all_to_all(lax.bitcast_convert_type(slots, jnp.uint8), axis, 0, 0, tiled=True)
-        return lax.bitcast_convert_type(exchanged, slots.dtype)
-    return lax.all_to_all(slots, axis, 0, 0, tiled=True)
+    return as_bytes(lambda x: lax.all_to_all(x, axis, 0, 0, tiled=True), slots)
 
 
-__all__ = ["WIRE_DTYPE", "announce", "return_rows", "send_rows"]
+__all__ = ["Route", "announce", "return_rows", "send_rows"]

@@ -44,29 +44,6 @@ def local_experts(num_experts: int, ep: int) -> int:
     return num_experts // ep
 
 
-def expert_capacity(num_tokens: int, top_k: int, num_experts: int, capacity_factor: float) -> int:
-    """Rows that an expert takes from one rank's T tokens: ⌈capacity_factor · T·K / E⌉, at least 1 (GShard, Switch)."""
-    return max(1, math.ceil(capacity_factor * num_tokens * top_k / num_experts))
-
-
-def limit_to_capacity(topk_ids: jax.Array, num_experts: int, capacity: int) -> jax.Array:
-    """Takes from each expert what exceeds its capacity.
-
-    First choices have precedence over second ones, and so on; among equals the earlier token has.
-
-    Returns:
-      topk_ids [T, K] with −1 for each dropped assignment.
-    """
-    plan = make_plan(topk_ids, num_experts, capacity=capacity)
-    return jnp.where(plan.inverse < 0, -1, topk_ids)
-
-
-def count_dropped(topk_ids: jax.Array, kept_ids: jax.Array, num_experts: int) -> jax.Array:
-    """int32 [E]: of the assignments in `topk_ids`, how many to each expert are missing from `kept_ids`."""
-    lost = (topk_ids != kept_ids)[..., None] & (topk_ids[..., None] == jnp.arange(num_experts))
-    return lost.sum((0, 1), dtype=jnp.int32)
-
-
 def slab_size(
     num_tokens: int,
     top_k: int,

@@ -5,11 +5,11 @@ Shapes on one chip: T tokens, K choices each, E experts of which L = E / ep are 
     plan -> send rows -> experts (two grouped matmuls) -> return rows -> combine
 
 On one chip sending and returning vanish into the gather before the experts and the sum after them. Over several, all
-of it goes in rounds (see `sharding.exchange_plan`), whose buffers are sized for a load twice the balanced one.
+of it goes in rounds (see `sharding.exchange_plan`), whose buffers are sized for a load twice the balanced one. Chips
+that share the width of each expert (tp of them) work on the rows of all their tokens (see `sharding.tensor_parallel`).
 """
 
 import dataclasses
-import math
 from typing import Any, Protocol
 
 import jax
@@ -18,18 +18,13 @@ import jax.numpy as jnp
 from pallas_kernels.combine import combine
 from pallas_kernels.dispatch import dispatch
 from pallas_kernels.plan import make_plan
-from pallas_kernels.quantize import Operand, QTensor, Scaling
-from sharding.exchange_dense import announce, return_rows, send_rows
-from sharding.exchange_plan import (
-    count_dropped,
-    expert_capacity,
-    limit_to_capacity,
-    local_experts,
-    plan_departure,
-    plan_destinations,
-    slab_size,
-)
+from pallas_kernels.quantize import Operand, QTensor
+from sharding.exchange_dense import Route, announce, return_rows, send_rows
+from sharding.exchange_plan import local_experts, plan_departure, plan_destinations, slab_size
+from sharding.partition import ONE_CHIP, Axes
 from sharding.rounds import sum_over_rounds
+from sharding.tensor_parallel import gather_tokens, sum_tokens, to_tokens
+from sharding.wire import Wire
 
 
 class Experts(Protocol):
@@ -44,24 +39,19 @@ class Transport:
     """How rows travel.
 
     Attributes:
-      expert_axis: mesh axis that the experts are split over, or None on a single chip.
-      ep: its size.
-      token_axes: mesh axes that tokens are split over; all chips of these run the same number of rounds.
-      capacity_factor: None keeps every assignment; a number lets an expert take at most
-        ⌈capacity_factor · T·K / E⌉ rows of each chip's T tokens, and the rest is dropped and counted.
-      wire_scaling: None sends rows in their own dtype, else in FP8 with this scaling.
+      axes: of the mesh; those of a single chip are empty.
+      wire: None sends rows in their own dtype, else in 8 bits.
       backend: of dispatch and combine.
       max_choices: choices that all chips' tokens make together at most, where most of topk_ids are −1; None for T·K a
         chip. It bounds the rows in memory on one chip, and sizes the buffers of an exchange over several.
+      max_rows: rows that an expert can get from a chip at most; None for all.
     """
 
-    expert_axis: str | None = None
-    ep: int = 1
-    token_axes: tuple[str, ...] = ()
-    capacity_factor: float | None = None
-    wire_scaling: Scaling | None = None
+    axes: Axes = ONE_CHIP
+    wire: Wire | None = None
     backend: str = "auto"
     max_choices: int | None = None
+    max_rows: int | None = None
 
 
 def expert_parallel(
@@ -74,68 +64,92 @@ def expert_parallel(
     num_experts: int,
     transport: Transport,
     preferred_element_type: jax.typing.DTypeLike = jnp.float32,
-) -> tuple[jax.Array, jax.Array]:
+) -> jax.Array:
     """Σ_k topk_weights[t, k] · expert[topk_ids[t, k]](x[t]) for this chip's tokens.
 
     Args:
-      x: [T, H], BF16 or float32; on a single chip also a QTensor whose every row has its own scales.
+      x: [T, H], BF16 or float32; where the experts are not split, also a QTensor whose every row has its own scales.
       topk_weights: [T, K] float32.
-      topk_ids: integer [T, K], numbers of experts over the whole expert axis; −1 for a choice that is not made.
-      experts: applies the L local experts.
+      topk_ids: int32 [T, K], numbers of experts over the whole expert axis; −1 for a choice that is not made.
+      experts: applies the L local experts; where their width is split, gives partial sums.
       params: their parameters, a pytree that `experts` understands.
       num_experts: E.
       transport: how rows travel.
       preferred_element_type: dtype of the sum, which is made in float32 all the same.
 
     Returns:
-      [T, H], and int32 [E]: of this chip's assignments, how many each expert had no room for.
+      [T, H].
 
     Raises:
       ValueError: ep does not divide E.
     """
-    num_tokens, top_k = topk_ids.shape
-    num_local = local_experts(num_experts, transport.ep)
-    capacity = None
-    kept_ids = topk_ids
-    if transport.capacity_factor is not None:
-        capacity = expert_capacity(num_tokens, top_k, num_experts, transport.capacity_factor)
-        kept_ids = limit_to_capacity(topk_ids, num_experts, capacity)
-    dropped = count_dropped(topk_ids, kept_ids, num_experts)
-    if transport.expert_axis is None or transport.ep == 1:
-        plan = make_plan(kept_ids, num_experts)
-        if transport.max_choices is not None:
-            # Rows in use lie first, so that these hold every choice.
-            plan = dataclasses.replace(plan, order=plan.order[: transport.max_choices])
-        rows = experts(params, dispatch(x, plan, backend=transport.backend), plan.group_sizes)
-        y = combine(rows, plan, topk_weights, preferred_element_type=preferred_element_type, backend=transport.backend)
-        return y, dropped
-
+    if transport.axes.ep == 1:
+        rows = x, topk_weights, topk_ids
+        return _without_exchange(rows, experts, params, num_experts, transport, preferred_element_type)
     if isinstance(x, QTensor):
-        raise ValueError("x must be an array when experts are split over chips; wire_scaling sends its rows in 8 bits")
-    axis, backend = transport.expert_axis, transport.backend
+        raise ValueError(
+            "x must be an array when experts are split over chips; transport.wire sends its rows in 8 bits"
+        )
+    axes, backend = transport.axes, transport.backend
+    num_local = local_experts(num_experts, axes.ep)
+    if axes.tp > 1:
+        topk_weights, topk_ids = gather_tokens(topk_weights, axes.mlp), gather_tokens(topk_ids, axes.mlp)
+    num_tokens, top_k = topk_ids.shape
+    max_rows = None if transport.max_rows is None else axes.tp * transport.max_rows
     choices = _choices_per_chip(num_tokens * top_k, transport)
-    slab, max_rounds = slab_size(num_tokens, top_k, num_local, transport.ep, capacity, choices=choices)
+    slab, max_rounds = slab_size(num_tokens, top_k, num_local, axes.ep, max_rows, choices=choices)
+    route = Route(axes.expert, axes.mlp if axes.tp > 1 else (), transport.wire, backend)
 
     def one_round(index: jax.Array | int, constants: Any, args: Any) -> jax.Array:
         ids, destinations, by_rank = constants
         x, topk_weights, params = args
         departure, for_experts = plan_departure(ids, destinations, by_rank, num_local, slab, index)
-        exchange = announce(departure, for_experts, num_local, axis)
-        arrived = send_rows(x, exchange, axis, transport.wire_scaling, backend)
-        rows = return_rows(experts(params, arrived, exchange.arrival.group_sizes), exchange, axis, backend)
+        exchange = announce(departure, for_experts, num_local, axes.expert)
+        arrived = send_rows(x, exchange, route)
+        rows = return_rows(experts(params, arrived, exchange.arrival.group_sizes), exchange, route)
         return combine(rows, departure, topk_weights, preferred_element_type=jnp.float32, backend=backend)
 
-    destinations, by_rank = plan_destinations(kept_ids, num_local, transport.ep)
-    constants, args = (kept_ids, destinations, by_rank), (x, topk_weights, params)
+    destinations, by_rank = plan_destinations(topk_ids, num_local, axes.ep)
+    constants, args = (topk_ids, destinations, by_rank), (x, topk_weights, params)
     if max_rounds == 1:
-        return one_round(0, constants, args).astype(preferred_element_type), dropped
-    rounds = jax.lax.pmax(-(-by_rank.group_sizes.max() // slab), transport.token_axes or axis)
-    return sum_over_rounds(one_round, rounds, constants, args).astype(preferred_element_type), dropped
+        y = one_round(0, constants, args)
+    else:
+        everywhere = tuple(dict.fromkeys((*axes.tokens, *axes.expert, *axes.mlp)))
+        rounds = jax.lax.pmax(-(-by_rank.group_sizes.max() // slab), everywhere)
+        y = sum_over_rounds(one_round, rounds, constants, args)
+    if route.tensor:
+        y = to_tokens(y.astype(x.dtype), route.tensor)
+    return y.astype(preferred_element_type)
 
 
-def _choices_per_chip(at_most: int, transport: Transport) -> int:
-    """The choices of this chip's tokens that are made, on the average of all chips."""
+def _without_exchange(
+    per_token: tuple[Operand, jax.Array, jax.Array],
+    experts: Experts,
+    params: Any,
+    num_experts: int,
+    transport: Transport,
+    out_dtype: jax.typing.DTypeLike,
+) -> jax.Array:
+    """`expert_parallel` where every chip (of a tensor-parallel group) holds all experts."""
+    axes, backend = transport.axes, transport.backend
+    x, topk_weights, topk_ids = per_token
+    if axes.tp > 1:
+        x = gather_tokens(x, axes.mlp)
+        topk_weights, topk_ids = gather_tokens(topk_weights, axes.mlp), gather_tokens(topk_ids, axes.mlp)
+    plan = make_plan(topk_ids, num_experts)
+    if transport.max_choices is not None:
+        # Rows in use lie first, so that these hold every choice.
+        plan = dataclasses.replace(plan, order=plan.order[: transport.max_choices])
+    rows = experts(params, dispatch(x, plan, backend=backend), plan.group_sizes)
+    if axes.tp == 1:
+        return combine(rows, plan, topk_weights, preferred_element_type=out_dtype, backend=backend)
+    partial = combine(rows, plan, topk_weights, preferred_element_type=rows.dtype, backend=backend)
+    return sum_tokens(partial, axes.mlp).astype(out_dtype)
+
+
+def _choices_per_chip(most: int, transport: Transport) -> int:
+    """Choices that a chip's tokens make when they lie evenly over the chips."""
     if transport.max_choices is None:
-        return at_most
-    chips = math.prod(jax.lax.axis_size(axis) for axis in transport.token_axes or (transport.expert_axis,))
-    return min(at_most, math.ceil(transport.max_choices / chips))
+        return most
+    chips = transport.axes.size(transport.axes.tokens) // transport.axes.tp
+    return min(most, max(1, -(-transport.max_choices // chips)))

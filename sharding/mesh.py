@@ -3,7 +3,7 @@
     mesh = make_mesh(ep=4, dp=2)                 # 8 devices, axes ("data", "expert")
 
 Tokens are split over every device of both axes; the experts' weights are split over the expert axis and repeated over
-the data axis; all else is repeated everywhere.
+the data axis; all else is repeated everywhere. `sharding.partition` says what other axes do.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,9 @@ import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 DATA_AXIS = "data"
+FSDP_AXIS = "fsdp"
 EXPERT_AXIS = "expert"
+TENSOR_AXIS = "tensor"
 
 AnyMesh = Mesh | AbstractMesh
 
@@ -45,9 +47,12 @@ def make_mesh(
 
 
 def current_mesh() -> AnyMesh | None:
-    """The mesh that `jax.set_mesh` put in force here, or None; an abstract one while tracing under jit."""
+    """The mesh that `jax.set_mesh` put in force here, or None; an abstract one while tracing under jit.
+
+    Inside `jax.shard_map` and `jax.pmap` it is what they leave to be split: None where that is nothing.
+    """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    if mesh.empty or not free_axes(mesh):
         return None
     try:
         return jax.sharding.get_mesh()
@@ -55,18 +60,27 @@ def current_mesh() -> AnyMesh | None:
         return mesh
 
 
-def axis_size(mesh: AnyMesh, axis: str) -> int:
-    """The number of devices along `axis`.
+def mesh_here(mesh: AnyMesh | None) -> AnyMesh | None:
+    """`mesh` as it is to be used here: that of `jax.set_mesh` if None, and without what is split already.
 
     Raises:
-      ValueError: the mesh has no such axis.
+      ValueError: `mesh` is another one than that of the `jax.shard_map` around.
     """
-    if axis not in mesh.shape:
+    around = jax.sharding.get_abstract_mesh()
+    if around.empty or AxisType.Manual not in around.axis_types:
+        return current_mesh() if mesh is None else mesh
+    if mesh is not None and dict(mesh.shape) != dict(around.shape):
         raise ValueError(
-            f"the mesh has no axis {axis!r}, only {tuple(mesh.axis_names)}; make it with "
-            "sharding.mesh.make_mesh(ep, dp), or name the mesh's own axes (expert_axis=..., token_axes=...)"
+            f"mesh has the axes {dict(mesh.shape)}, and the jax.shard_map around has {dict(around.shape)}; leave mesh "
+            "out to use that one"
         )
-    return mesh.shape[axis]
+    return around if free_axes(around) else None
+
+
+def free_axes(mesh: AnyMesh) -> tuple[str, ...]:
+    """The axes of `mesh` that no `jax.shard_map` around has split already."""
+    pairs = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return tuple(name for name, kind in pairs if kind != AxisType.Manual)
 
 
 def has_explicit_axes(mesh: AnyMesh) -> bool:
@@ -74,28 +88,29 @@ def has_explicit_axes(mesh: AnyMesh) -> bool:
     return AxisType.Explicit in mesh.axis_types
 
 
-def with_auto_axes(mesh: AnyMesh) -> AnyMesh:
-    """The same devices and axes, with shardings left to the compiler."""
-    axis_types = (AxisType.Auto,) * len(mesh.axis_names)
-    if isinstance(mesh, AbstractMesh):
-        return mesh.update_axis_types(dict(zip(mesh.axis_names, axis_types, strict=True)))
-    return Mesh(mesh.devices, mesh.axis_names, axis_types=axis_types)
-
-
-def sharding_in(x: jax.Array, mesh: AnyMesh) -> NamedSharding:
-    """How `x` lies in a mesh of Explicit axes; whole everywhere when it is not in that mesh yet."""
-    sharding = jax.typeof(x).sharding
-    is_there = sharding.mesh == (mesh if isinstance(mesh, AbstractMesh) else mesh.abstract_mesh)
-    return NamedSharding(mesh, sharding.spec if is_there else PartitionSpec())
-
-
-def tokens_spec(token_axes: Sequence[str]) -> PartitionSpec:
-    """Tokens [T, …] split over all of `token_axes`, the other dimensions whole."""
-    return PartitionSpec(tuple(token_axes))
-
-
-def place(tree: Any, mesh: AnyMesh, spec: PartitionSpec) -> Any:
-    """Lays every array of `tree` out as `spec`, in a mesh of Auto or Explicit axes, eagerly or while tracing."""
+def spec_in(x: jax.Array, mesh: AnyMesh) -> PartitionSpec | None:
+    """How `x` lies in `mesh`, one entry a dimension; None where that is not known or it does not lie there."""
     if has_explicit_axes(mesh):
-        return jax.reshard(tree, NamedSharding(mesh, spec))
-    return jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, spec))
+        sharding = jax.typeof(x).sharding
+    elif isinstance(x, jax.core.Tracer):
+        return None
+    else:
+        sharding = getattr(x, "sharding", None)
+    abstract = mesh if isinstance(mesh, AbstractMesh) else mesh.abstract_mesh
+    if not isinstance(sharding, NamedSharding) or sharding.mesh.shape != abstract.shape:
+        return None
+    return PartitionSpec(*sharding.spec, *(None,) * (x.ndim - len(sharding.spec)))
+
+
+def place(tree: Any, mesh: AnyMesh, specs: Any) -> Any:
+    """Lays every array of `tree` out as its PartitionSpec in `specs` says, wherever it was.
+
+    While tracing over a mesh of Auto axes nothing is done, as `jax.shard_map` says the same to the compiler.
+    """
+    return jax.tree.map(lambda leaf, spec: _place(leaf, mesh, spec), tree, specs)
+
+
+def _place(x: jax.Array, mesh: AnyMesh, spec: PartitionSpec) -> jax.Array:
+    if not isinstance(x, jax.core.Tracer) and isinstance(mesh, Mesh):
+        return jax.device_put(x, NamedSharding(mesh, spec))
+    return jax.reshard(x, NamedSharding(mesh, spec)) if has_explicit_axes(mesh) else x

@@ -1,7 +1,8 @@
-"""Routers: strategies that say which experts see which tokens, each a layer on the same kernels.
+"""Routers: which experts see which tokens. Each is a value, the `router` of a layer's configuration.
 
-    layer = ROUTERS["loss_free"](config, rngs=nnx.Rngs(params=0, router=1))
-    y, aux = layer(x, token_ids=ids, train=True)         # x [..., H], ids [...]
+    config = ROUTERS["loss_free"](config)                # the same layer with another router
+    layer = MoE(config, rngs=nnx.Rngs(params=0, router=1))
+    y, aux = layer(x, token_ids=ids)                     # x [..., H], ids [...] where the router goes by them
     layer.update(aux)                                    # after each step; does something where "state" says so
 
 | name             | paper, arXiv      | what it does                                                | causal | losses |
@@ -17,61 +18,37 @@
 | hash             | 2021, 2106.04426  | a fixed, balanced table from token ids to experts           | yes    |        |
 | specialized      | 2023, 2306.08586  | softmax gate on a common expert, trained to specialise      | yes    | S      |
 
-Losses and their default weights: LB load balance 0.01, I importance 0.1, L load 0.1, SB sequence balance 1e-4,
-S specialisation 0.01. A weight in the configuration (load_balance_loss for LB, I, L and S, sequence_balance_loss for
-SB) comes first. z_loss has no default; where the configuration weighs it, it is added wherever there are logits.
+Losses and their default weights: LB load_balance_loss 0.01, I importance_loss 0.1, L load_loss 0.1, SB
+sequence_balance_loss 1e-4, S specialization_loss 0.01; 0.0 switches a loss off. z_loss has no default weight.
 
-Every factory is called `ROUTERS[name](config, *, rngs, mesh=None)` and takes further settings by name. It keeps the
-sizes of `config` and sets the fields that make the router what it is (scoring, groups, correction bias). `layer.causal`
-says whether it is.
+`ROUTERS[name](config, **settings)` takes the settings of the router by name. It keeps the sizes of `config`, and sets
+top_k and capacity_factor where they make the router what it is. `config.router.causal` says whether it is.
 
-`Perft` wraps any of these layers, or `moejax.MoE`, for fine-tuning (2024, 2411.08212): the layer is frozen, and small
-routed experts beside it are trained. For a router of your own, derive from `Router` and hand it to `RoutedMoE`.
+`moejax.Perft` wraps any layer for fine-tuning (2024, 2411.08212): the layer is frozen, and small routed experts beside
+it are trained. For a router of your own, derive from `Router` and put it into a configuration.
 """
 
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
-
-from moejax.routers.base import Batch, Decision, Gate, Router
-from moejax.routers.chain_of_experts import ChainOfExperts, chain_of_experts
-from moejax.routers.expert_choice import expert_choice
-from moejax.routers.group_limited import group_limited
-from moejax.routers.hash import hash_routing
-from moejax.routers.layer import RoutedMoE
-from moejax.routers.loss_free import loss_free
-from moejax.routers.noisy_top_k import noisy_top_k
-from moejax.routers.perft import AdapterParam, Perft, perft_mask
-from moejax.routers.soft_moe import SoftMoE, soft_moe
-from moejax.routers.softmax import softmax
-from moejax.routers.specialized import specialized
-from moejax.routers.switch import switch
-
-ROUTERS: Mapping[str, Callable[..., RoutedMoE]] = MappingProxyType(
-    {
-        "softmax": softmax,
-        "noisy_top_k": noisy_top_k,
-        "switch": switch,
-        "loss_free": loss_free,
-        "group_limited": group_limited,
-        "expert_choice": expert_choice,
-        "soft_moe": soft_moe,
-        "chain_of_experts": chain_of_experts,
-        "hash": hash_routing,
-        "specialized": specialized,
-    }
-)
-"""Factories of layers by name: (config, *, rngs, mesh=None) -> RoutedMoE."""
+from moejax.routers.base import Decision, Given, Outcome, Router
+from moejax.routers.chain_of_experts import ChainRouter
+from moejax.routers.expert_choice import ExpertChoiceRouter
+from moejax.routers.hash import HashRouter
+from moejax.routers.noisy_top_k import NoisyTopKRouter
+from moejax.routers.soft_moe import SoftRouter
+from moejax.routers.specialized import SpecializedRouter
+from moejax.routers.strategies import ROUTERS
+from moejax.routers.top_k import TopKRouter
 
 __all__ = [
     "ROUTERS",
-    "AdapterParam",
-    "Batch",
-    "ChainOfExperts",
+    "ChainRouter",
     "Decision",
-    "Gate",
-    "Perft",
-    "RoutedMoE",
+    "ExpertChoiceRouter",
+    "Given",
+    "HashRouter",
+    "NoisyTopKRouter",
+    "Outcome",
     "Router",
-    "SoftMoE",
-    "perft_mask",
+    "SoftRouter",
+    "SpecializedRouter",
+    "TopKRouter",
 ]

@@ -1,47 +1,45 @@
-"""What a router is: a module that says which experts each token goes to.
+"""What a router is: settings that say which experts each token goes to, and the parameters that this takes.
 
-A router sees all tokens of a call at once, whole (T of them, on however many chips they lie), and its choices go to
-the experts by `moejax.functional.moe_experts`. It knows nothing of dispatch, kernels or meshes.
+A router is a value in the configuration of a layer. It decides on each chip for the tokens of that chip, [T, H], with
+`Tokens` to tell it which of the batch they are and to sum over all chips. It knows nothing of dispatch, kernels or
+modules.
 """
 
 import dataclasses
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moejax.config import MoEConfig
-from moejax.layer import new_param
-from moejax.losses import Tokens
+from moejax.checks import require_number
+from moejax.losses import LoadStats, tokens_per_expert
+from moejax.param import Param
 from moejax.router import Routing, check_logits
 from moejax.router_logits import router_logits
+from sharding.tokens import Tokens
 
-_KERNEL = nnx.initializers.lecun_normal()
+if TYPE_CHECKING:
+    from moejax.config import MoEConfig
+
+Params = Mapping[str, Any]
+"""The parameters of a router by name, as arrays."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Batch:
-    """What comes with the tokens x [T, H] of a call.
+class Given:
+    """What a call gives a router beside its tokens.
 
     Attributes:
-      num_tokens: T.
-      sequence_length: tokens of one sequence; T is a multiple of it.
-      token_ids: integer [T] or None, ids in a vocabulary; negative for padding.
+      token_ids: int32 [T], ids in a vocabulary, negative for none; None if the caller gave none.
       key: for noise, while training with a router that is `noisy`; None otherwise.
-      backend: of top-k: the layer's own on one chip, "xla" over a mesh, which the compiler can split.
+      topk_ids: int32 [T, K], choices that are to be made again, −1 where the router is free; None for none.
     """
 
-    num_tokens: int
-    sequence_length: int
     token_ids: jax.Array | None = None
     key: jax.Array | None = None
-    backend: str = "auto"
-
-    @property
-    def tokens(self) -> Tokens:
-        """All T tokens, for the losses."""
-        return Tokens(jnp.arange(self.num_tokens, dtype=jnp.int32), self.num_tokens, self.sequence_length)
+    topk_ids: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +49,7 @@ class Decision:
     Attributes:
       routing: topk_ids and topk_weights [T, K], K as the router likes, −1 for a choice that is not made.
       losses: weighted, float32 [] each.
-      max_choices: how many ids are not −1 at most, where that is far below T·K; None for all of them.
+      max_choices: how many ids of the whole batch are not −1 at most, where that is far below T·K; None for all.
     """
 
     routing: Routing
@@ -59,67 +57,133 @@ class Decision:
     max_choices: int | None = None
 
 
-class Router(nnx.Module):
-    """The base of routers: `router(x, batch) -> Decision`, and `update`.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a layer says of its tokens beside its output.
 
     Attributes:
-      config: the layer's.
-      noisy: whether `batch.key` is wanted while training.
-      causal: whether the choice for a token never depends on later tokens, as language models need it.
+      topk_ids: int32 [T, K].
+      topk_weights: float32 [T, K].
+      losses: weighted, float32 [] each.
+      load: of all chips.
     """
 
-    noisy = False
-    causal = True
-
-    def __init__(self, config: MoEConfig):
-        self.config = config
-
-    def __call__(self, x: jax.Array, batch: Batch) -> Decision:
-        """Decides for the tokens x [T, H], in config.dtype."""
-        raise NotImplementedError(f"{type(self).__name__} must define __call__(x, batch) -> Decision")
-
-    def update(self, load: jax.Array) -> None:
-        """Applies what no gradient trains, from the int32 [E] assignments of a step. Here: nothing."""
+    topk_ids: jax.Array
+    topk_weights: jax.Array
+    losses: dict[str, jax.Array]
+    load: LoadStats
 
 
-class Gate(nnx.Module):
-    """The linear map from a token to its logits, float32, with a bias where `config.router_bias` says so.
+class Experts(Protocol):
+    """The experts of the layer, on the rows of this chip."""
 
-    Attributes:
-      kernel: nnx.Param [H, E].
-      bias: nnx.Param [E], or None.
-    """
-
-    def __init__(
+    def __call__(
         self,
-        config: MoEConfig,
+        x: jax.Array,
+        topk_weights: jax.Array,
+        topk_ids: jax.Array,
+        tokens: Tokens,
         *,
-        rngs: nnx.Rngs,
-        mesh: Any = None,
-        initializer: nnx.initializers.Initializer = _KERNEL,
-    ):
-        settings: dict[str, Any] = {"rngs": rngs, "mesh": mesh}
-        shape = (config.hidden_size, config.num_experts)
-        self.kernel = new_param(initializer, shape, config.param_dtype, **settings)
-        self.bias = None
-        if config.router_bias:
-            self.bias = new_param(nnx.initializers.zeros, (config.num_experts,), config.param_dtype, **settings)
+        max_choices: int | None = None,
+        with_shared: bool = True,
+        limited: bool = True,
+    ) -> tuple[jax.Array, jax.Array]:
+        """The weighted sum for x [T, H], and int32 [E], choices that were dropped over all chips.
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """X [T, H] -> float32 [T, E]; known NaN is a ValueError."""
-        logits = router_logits(x, self.kernel[...])
-        if self.bias is not None:
-            logits += self.bias[...].astype(jnp.float32)
-        check_logits(logits)
-        return logits
+        `with_shared` adds the shared expert, `limited` heeds the capacity.
+        """
+
+    def shared(self, x: jax.Array) -> jax.Array | None:
+        """What the shared expert makes of x [T, H], float32; None if there is none."""
 
 
-def or_default(config: MoEConfig, **defaults: Any) -> MoEConfig:
-    """`config` with each of `defaults` in the place of a loss weight (or capacity factor) that it does not set."""
-    return dataclasses.replace(config, **{name: value for name, value in defaults.items() if not getattr(config, name)})
+@dataclasses.dataclass(frozen=True)
+class Router:
+    """The base of routers: frozen settings with `table` and `route`. See `moejax.routers` for those there are.
+
+    Class attributes:
+      causal: whether the choice for a token never depends on later tokens, as language models need it.
+      noisy: whether `given.key` is wanted while training.
+      whole_sequences: whether a chip has to see sequences whole.
+      replays: whether choices of an earlier pass can be given again.
+    """
+
+    causal: ClassVar[bool] = True
+    noisy: ClassVar[bool] = False
+    whole_sequences: ClassVar[bool] = False
+    replays: ClassVar[bool] = True
+
+    def check(self, num_experts: int, top_k: int) -> None:
+        """Raises ValueError, naming the setting, unless the router can choose `top_k` of `num_experts` experts."""
+        for field in dataclasses.fields(self):
+            if field.name.endswith("_loss"):
+                require_number(field.name, getattr(self, field.name), at_least=0)
+
+    def check_layer(self, config: "MoEConfig") -> None:
+        """Raises ValueError unless the router suits the other settings of a layer."""
+
+    def refuse_scaled_inputs(self, config: "MoEConfig") -> None:
+        """Raises ValueError for a router whose tokens have no one weight that could scale the expert's input."""
+        if config.scale_inputs:
+            raise ValueError(
+                f"scale_inputs must be False with {type(self).__name__}, got True: it needs exactly one expert for "
+                "each token"
+            )
+
+    def choices(self, top_k: int) -> int:
+        """The choices of a token in a layer of K = `top_k`, as `MoEAux.topk_ids` has them."""
+        return top_k
+
+    def table(self, config: "MoEConfig") -> dict[str, Param]:
+        """The parameters that the router has in a layer of `config`, by name."""
+        raise NotImplementedError(f"{type(self).__name__} must define table(config) -> dict[str, Param]")
+
+    def route(self, x: jax.Array, params: Params, config: "MoEConfig", tokens: Tokens, given: Given) -> Decision:
+        """Decides for the tokens x [T, H], in config.dtype."""
+        raise NotImplementedError(f"{type(self).__name__} must define route(x, params, config, tokens, given)")
+
+    def apply(
+        self, x: jax.Array, params: Params, config: "MoEConfig", tokens: Tokens, given: Given, experts: Experts
+    ) -> tuple[jax.Array, Outcome]:
+        """The whole layer on the tokens x [T, H] of this chip: y [T, H] and what to say of it.
+
+        Here: `route`, then the experts. A router that is more than a choice of experts does it otherwise.
+        """
+        decision = self.route(x, params, config, tokens, given)
+        ids = tokens.keep(decision.routing.topk_ids, -1)
+        weights = decision.routing.topk_weights
+        y, dropped = experts(x, weights, ids, tokens, max_choices=decision.max_choices)
+        return y, Outcome(ids, weights, decision.losses, load_of(ids, dropped, config.num_experts, tokens))
+
+    def update(self, params: Params, load: jax.Array) -> dict[str, Any]:
+        """What no gradient trains, moved by the int32 [E] assignments of a step. Here: nothing."""
+        return {}
 
 
-def plain_choice(config: MoEConfig, **changes: Any) -> MoEConfig:
-    """`config` with softmax scores and neither groups nor a correction bias, and `changes`."""
-    plain: dict[str, Any] = {"scoring": "softmax", "num_groups": 1, "topk_groups": 1, "correction_bias": False}
-    return dataclasses.replace(config, **plain | changes)
+def load_of(topk_ids: jax.Array, dropped: jax.Array, num_experts: int, tokens: Tokens) -> LoadStats:
+    """How choices [T, K], −1 where there is no token, fell on the experts."""
+    is_left_out = tokens.keep((topk_ids < 0).all(1), False)
+    unrouted = tokens.sum(is_left_out.sum(dtype=jnp.int32))
+    return LoadStats(tokens_per_expert(topk_ids, num_experts, tokens), dropped, unrouted)
+
+
+def gate_table(config: "MoEConfig", *, bias: bool, name: str = "kernel", init: Any = None) -> dict[str, Param]:
+    """The parameters of a linear map from a token to logits: `name` [H, E], and "bias" [E] if there is one."""
+    hidden, experts = config.hidden_size, config.num_experts
+    table = {name: Param((hidden, experts), ("embed", None), "router kernel", init)}
+    if bias:
+        table["bias"] = Param((experts,), (None,), "bias")
+    return table
+
+
+def gate_logits(x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+    """X [T, H] · kernel [H, E] + bias [E] -> float32 [T, E]; known NaN is a ValueError."""
+    logits = router_logits(x, kernel)
+    if bias is not None:
+        logits += bias.astype(jnp.float32)
+    check_logits(logits)
+    return logits
+
+
+ZEROS = nnx.initializers.zeros

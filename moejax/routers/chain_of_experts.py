@@ -5,81 +5,88 @@
 A pass gives a token K / C experts, so that a chain costs what one pass with K experts does.
 """
 
-import math
+import dataclasses
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
-from jax.sharding import Mesh
 
-from moejax.config import MoEConfig
-from moejax.functional import MoEAux
+from moejax.checks import require_integer
 from moejax.losses import LoadStats
-from moejax.routers.base import Router, or_default, plain_choice
-from moejax.routers.layer import RoutedMoE, load_stats
-from moejax.routers.softmax import ScoreRouter
-from sharding.mesh import EXPERT_AXIS, AnyMesh
+from moejax.param import Param
+from moejax.routers.base import Experts, Given, Outcome, Params, Router, load_of
+from moejax.routers.top_k import TopKRouter
+from sharding.tokens import Tokens
+
+if TYPE_CHECKING:
+    from moejax.config import MoEConfig
 
 
-class ChainOfExperts(RoutedMoE):
-    """`RoutedMoE` whose experts a token passes once for each of its routers, with a residual around each pass.
+@dataclasses.dataclass(frozen=True)
+class ChainRouter(Router):
+    """Passes through the same experts, each with a router of its own and a residual around it.
 
     The input is part of the output (y begins as x). A shared expert works in every pass. Losses are the mean of the
-    passes, loads and drops their sum.
+    passes, loads and drops their sum. top_k of the layer is the experts of a token in one pass.
 
     Attributes:
-      router: of the first pass.
-      later_routers: of the other passes.
+      passes: how many.
+      each: the settings of every pass; a correction bias is moved by the load of all passes together.
     """
 
-    def __init__(
-        self,
-        config: MoEConfig,
-        routers: list[Router],
-        *,
-        rngs: nnx.Rngs,
-        mesh: Mesh | None = None,
-        expert_axis: str = EXPERT_AXIS,
-    ):
-        """Makes the parameters of the experts; see `RoutedMoE`. None of the routers may be noisy."""
-        if not routers or any(router.noisy for router in routers):
-            raise ValueError("routers must be one or more routers without noise, one for each pass")
-        super().__init__(config, routers[0], rngs=rngs, mesh=mesh, expert_axis=expert_axis)
-        self.later_routers = nnx.List(routers[1:])
+    passes: int = 2
+    each: TopKRouter = dataclasses.field(default_factory=lambda: TopKRouter(load_balance_loss=0.01))
 
-    def routers(self) -> list[Router]:
-        """One for each pass; all are updated from the load of all passes together."""
-        return [self.router, *self.later_routers]
+    def check(self, num_experts: int, top_k: int) -> None:
+        """See `Router.check`."""
+        super().check(num_experts, top_k)
+        require_integer("passes", self.passes, at_least=1)
+        self.each.check(num_experts, top_k)
 
-    def forward(
-        self, x: jax.Array, token_ids: jax.Array | None, key: jax.Array | None, mesh: AnyMesh | None
-    ) -> tuple[jax.Array, MoEAux]:
-        """See `RoutedMoE.forward`."""
-        state = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
-        batch = self.batch(x, token_ids, key, mesh)
-        passes: list[MoEAux] = []
-        is_routed = jnp.zeros(batch.num_tokens, bool)
-        for router in self.routers():
-            tokens = state.astype(self.config.dtype)
-            decision = router(tokens, batch)
-            y, dropped = self.apply_experts(tokens, decision, mesh)
+    def choices(self, top_k: int) -> int:
+        """Those of all passes, one after the other."""
+        return self.passes * top_k
+
+    def table(self, config: "MoEConfig") -> dict[str, Param]:
+        """The parameters of `each`, with a dimension for the pass before all others."""
+
+        def stacked(row: Param) -> Param:
+            shape, axes = (self.passes, *row.shape), (None, *row.axes)
+            return dataclasses.replace(row, shape=shape, axes=axes, stacked=1 + row.stacked)
+
+        return {name: stacked(row) for name, row in self.each.table(config).items()}
+
+    def apply(
+        self, x: jax.Array, params: Params, config: "MoEConfig", tokens: Tokens, given: Given, experts: Experts
+    ) -> tuple[jax.Array, Outcome]:
+        """See `Router.apply`."""
+        state = x.astype(jnp.float32)
+        outcomes: list[Outcome] = []
+        for number in range(self.passes):
+            own = {name: value[number] for name, value in params.items()}
+            again = None
+            if given.topk_ids is not None:
+                again = given.topk_ids[:, number * config.top_k : (number + 1) * config.top_k]
+            asked = dataclasses.replace(given, topk_ids=again)
+            y, outcome = self.each.apply(state.astype(config.dtype), own, config, tokens, asked, experts)
             state += y.astype(jnp.float32)
-            is_routed |= (decision.routing.topk_ids >= 0).any(1)
-            passes.append(MoEAux(decision.losses, load_stats(decision, dropped, self.config.num_experts, batch)))
-        losses = jax.tree.map(lambda *each: sum(each) / len(each), *(one.losses for one in passes))
-        load = LoadStats(
-            jnp.sum(jnp.stack([one.load.tokens_per_expert for one in passes]), axis=0),
-            jnp.sum(jnp.stack([one.load.dropped_per_expert for one in passes]), axis=0),
-            (~is_routed).sum(dtype=jnp.int32),
-        )
-        return state.reshape(x.shape).astype(x.dtype), MoEAux(losses, load)
+            outcomes.append(outcome)
+        losses = jax.tree.map(lambda *each: sum(each) / len(each), *(one.losses for one in outcomes))
+        ids = jnp.concatenate([one.topk_ids for one in outcomes], axis=1)
+        weights = jnp.concatenate([one.topk_weights for one in outcomes], axis=1)
+        dropped = sum_of(one.load.dropped_per_expert for one in outcomes)
+        load = load_of(ids, dropped, config.num_experts, tokens)
+        counts = sum_of(one.load.tokens_per_expert for one in outcomes)
+        return state, Outcome(ids, weights, losses, LoadStats(counts, dropped, load.unrouted))
+
+    def update(self, params: Params, load: jax.Array) -> dict[str, jax.Array]:
+        """Moves the correction biases of all passes alike."""
+        return self.each.update(params, load)
 
 
-def chain_of_experts(config: MoEConfig, *, rngs: nnx.Rngs, mesh: Mesh | None = None, passes: int = 2) -> ChainOfExperts:
-    """Softmax routers, ⌈K / passes⌉ experts a token and pass; load_balance_loss is 0.01 if `config` has none."""
-    if passes < 1:
-        raise ValueError(f"passes must be at least 1, got {passes}")
-    config = plain_choice(config, top_k=math.ceil(config.top_k / passes))
-    config = or_default(config, load_balance_loss=0.01)
-    routers: list[Router] = [ScoreRouter(config, rngs=rngs, mesh=mesh) for _ in range(passes)]
-    return ChainOfExperts(config, routers, rngs=rngs, mesh=mesh)
+def sum_of(arrays) -> jax.Array:
+    """Their sum, in their dtype."""
+    first, *others = arrays
+    for other in others:
+        first = first + other
+    return first

@@ -10,66 +10,93 @@ to predict, and at inference, token by token, it routes otherwise than in traini
 """
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
-from jax.sharding import Mesh
 
-from moejax.config import MoEConfig
+from moejax.checks import require_number
 from moejax.losses import router_losses
-from moejax.router import Routing, poison
-from moejax.routers.base import Batch, Decision, Gate, Router, plain_choice
-from moejax.routers.layer import RoutedMoE, refuse_scaled_inputs, without_capacity
-from sharding.exchange_plan import expert_capacity
+from moejax.param import Param
+from moejax.router import Routing, lowest, poison
+from moejax.routers.base import Decision, Experts, Given, Outcome, Params, Router, gate_logits, gate_table, load_of
+from sharding.capacity import expert_capacity
+from sharding.tokens import Tokens
+
+if TYPE_CHECKING:
+    from moejax.config import MoEConfig
 
 
-class ExpertChoice(Router):
-    """Experts choose among the T tokens of a call.
+@dataclasses.dataclass(frozen=True)
+class ExpertChoiceRouter(Router):
+    """Experts choose among the tokens of a call; top_k of the layer is the mean number of experts a token gets.
 
     The choices are laid out as [T, E], column e for expert e: so many ids are −1, and rows are made only for the E·C
-    that are not.
+    that are not. Tokens that no expert took are counted in `aux.load.unrouted`. No expert has a capacity beside this.
 
     Attributes:
-      gate: the linear map.
       capacity_factor: what each expert takes, as a multiple of T·K / E.
+      routed_scaling_factor: the weights are multiplied by this.
+      router_bias: whether the gate has a bias.
+      z_loss: weight of the router z-loss. Loads are equal whatever the scores are, so there is no loss to balance them.
     """
 
     causal = False
+    replays = False
 
-    def __init__(self, config: MoEConfig, *, rngs: nnx.Rngs, mesh: Mesh | None = None, capacity_factor: float = 1.0):
-        super().__init__(config)
-        self.gate = Gate(config, rngs=rngs, mesh=mesh)
-        self.capacity_factor = capacity_factor
+    capacity_factor: float = 1.0
+    routed_scaling_factor: float = 1.0
+    router_bias: bool = False
+    z_loss: float = 0.0
 
-    def __call__(self, x: jax.Array, batch: Batch) -> Decision:
-        """Each expert's best tokens, as ids [T, E]."""
-        config, num_tokens = self.config, batch.num_tokens
-        capacity = expert_capacity(num_tokens, config.top_k, config.num_experts, self.capacity_factor)
-        capacity = min(capacity, num_tokens)
-        logits = self.gate(x)
+    def check(self, num_experts: int, top_k: int) -> None:
+        """See `Router.check`."""
+        super().check(num_experts, top_k)
+        require_number("capacity_factor", self.capacity_factor, positive=True)
+        require_number("routed_scaling_factor", self.routed_scaling_factor)
+
+    def check_layer(self, config: "MoEConfig") -> None:
+        """See `Router.check_layer`."""
+        self.refuse_scaled_inputs(config)
+
+    def table(self, config: "MoEConfig") -> dict[str, Param]:
+        """See `Router.table`."""
+        return gate_table(config, bias=self.router_bias)
+
+    def route(self, x: jax.Array, params: Params, config: "MoEConfig", tokens: Tokens, given: Given) -> Decision:
+        """Each expert's best tokens of the whole batch, as ids [T, E]."""
+        num_experts = config.num_experts
+        capacity = expert_capacity(tokens.total, config.top_k, num_experts, self.capacity_factor)
+        capacity = min(capacity, tokens.total)
+        logits = gate_logits(x, params["kernel"], params.get("bias"))
         scores = jax.nn.softmax(logits)
-        experts = jnp.arange(config.num_experts, dtype=jnp.int32)
-        _, taken = jax.lax.top_k(jax.lax.stop_gradient(scores).T, capacity)
-        is_taken = jnp.zeros(scores.shape, bool).at[taken, experts[:, None]].set(True)
-        weights = scores * config.routed_scaling_factor * poison(logits)
+        experts = jnp.arange(num_experts, dtype=jnp.int32)
+        is_taken = self._taken(jax.lax.stop_gradient(scores), capacity, config, tokens)
+        weights = scores * self.routed_scaling_factor * poison(logits)
         routing = Routing(jnp.where(is_taken, experts, -1), weights, scores, logits)
-        # Loads are equal whatever the scores are: a loss that balances them has nothing to do.
-        z_only = dataclasses.replace(config, load_balance_loss=0.0, sequence_balance_loss=0.0)
-        losses = router_losses(routing, z_only, batch.tokens)
-        return Decision(routing, losses, max_choices=config.num_experts * capacity)
+        return Decision(routing, router_losses(routing, tokens, z=self.z_loss), max_choices=num_experts * capacity)
 
+    def _taken(self, scores: jax.Array, capacity: int, config: "MoEConfig", tokens: Tokens) -> jax.Array:
+        """Bool [T, E]: whether each expert takes each token of this chip. All chips' scores are looked at."""
+        ranking = tokens.keep(scores, lowest(scores.dtype))
+        # In the order of the batch, in which the earlier of equal tokens wins.
+        index = tokens.gather(tokens.index).reshape(-1)
+        everywhere = tokens.gather(ranking).reshape(-1, config.num_experts)
+        everywhere = jnp.full_like(everywhere, lowest(scores.dtype)).at[index].set(everywhere, unique_indices=True)
+        _, taken = jax.lax.top_k(everywhere.T, capacity)
+        room = capacity
+        if tokens.real is not None:
+            room = expert_capacity(tokens.count, config.top_k, config.num_experts, self.capacity_factor)
+        is_in = jnp.broadcast_to(jnp.arange(capacity) < room, taken.shape)
+        experts = jnp.arange(config.num_experts, dtype=jnp.int32)[:, None]
+        is_taken = jnp.zeros(everywhere.shape, bool).at[taken, experts].set(is_in)
+        return tokens.keep(is_taken[tokens.index], False)
 
-def expert_choice(config: MoEConfig, *, rngs: nnx.Rngs, mesh: Mesh | None = None) -> RoutedMoE:
-    """Experts choose; top_k of `config` is the mean number of experts a token gets, times capacity_factor (default 1).
-
-    Of the losses only z_loss is used. Tokens that no expert took are counted in `aux.load.unrouted`.
-
-    Raises:
-      ValueError: `config` scales inputs instead of outputs.
-    """
-    refuse_scaled_inputs(config, "expert_choice")
-    config = plain_choice(config)
-    capacity_factor = 1.0 if config.capacity_factor is None else config.capacity_factor
-    router = ExpertChoice(config, rngs=rngs, mesh=mesh, capacity_factor=capacity_factor)
-    return RoutedMoE(without_capacity(config), router, rngs=rngs, mesh=mesh)
+    def apply(
+        self, x: jax.Array, params: Params, config: "MoEConfig", tokens: Tokens, given: Given, experts: Experts
+    ) -> tuple[jax.Array, Outcome]:
+        """See `Router.apply`; no capacity limits what experts chose."""
+        decision = self.route(x, params, config, tokens, given)
+        ids, weights = decision.routing.topk_ids, decision.routing.topk_weights
+        y, dropped = experts(x, weights, ids, tokens, max_choices=decision.max_choices, limited=False)
+        return y, Outcome(ids, weights, decision.losses, load_of(ids, dropped, config.num_experts, tokens))

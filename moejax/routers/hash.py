@@ -4,46 +4,68 @@ The table is the paper's random hash, balanced over the vocabulary: every run of
 first choice, once as its second, and so on. A load is then as uneven as the frequencies of the tokens are.
 """
 
+import dataclasses
+from typing import TYPE_CHECKING
+
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jax.sharding import Mesh
 
-from moejax.config import MoEConfig
-from moejax.layer import RouterState
+from moejax.checks import require_integer, require_number
+from moejax.param import Param
 from moejax.router import Routing
-from moejax.routers.base import Batch, Decision, Router, plain_choice
-from moejax.routers.layer import RoutedMoE
+from moejax.routers.base import Decision, Given, Params, Router
+from sharding.tokens import Tokens
+
+if TYPE_CHECKING:
+    from moejax.config import MoEConfig
 
 
+@dataclasses.dataclass(frozen=True)
 class HashRouter(Router):
-    """Experts by token id, each of the K weighted 1/K.
+    """Experts by token id, each of the K weighted 1/K. A negative id makes no choice.
 
     Attributes:
-      table: RouterState int32 [V, K], V the vocabulary rounded up to a multiple of E; larger ids begin anew at 0.
+      vocabulary: ids of the table, rounded up to a multiple of E; larger ids begin anew at 0.
+      seed: of the table, which is the same in every layer and run.
+      routed_scaling_factor: the weights are multiplied by this.
     """
 
-    def __init__(self, config: MoEConfig, *, vocabulary: int = 65536, seed: int = 0):
-        if vocabulary < 1:
-            raise ValueError(f"vocabulary must be at least 1, got {vocabulary}")
-        super().__init__(config)
-        self.table = RouterState(jnp.asarray(hash_table(vocabulary, config.num_experts, config.top_k, seed)))
+    replays = False
 
-    def __call__(self, x: jax.Array, batch: Batch) -> Decision:
-        """What the table says of `batch.token_ids`."""
-        if batch.token_ids is None:
+    vocabulary: int = 65536
+    seed: int = 0
+    routed_scaling_factor: float = 1.0
+
+    def check(self, num_experts: int, top_k: int) -> None:
+        """See `Router.check`."""
+        super().check(num_experts, top_k)
+        require_integer("vocabulary", self.vocabulary, at_least=1)
+        require_integer("seed", self.seed, at_least=0)
+        require_number("routed_scaling_factor", self.routed_scaling_factor)
+
+    def table(self, config: "MoEConfig") -> dict[str, Param]:
+        """The table [V, K] itself, which no gradient trains."""
+        rows = -(-self.vocabulary // config.num_experts) * config.num_experts
+
+        def init(key: jax.Array, shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> jax.Array:
+            del key, shape, dtype
+            return jnp.asarray(hash_table(self.vocabulary, config.num_experts, config.top_k, self.seed))
+
+        return {"table": Param((rows, config.top_k), (None, None), "state", init)}
+
+    def route(self, x: jax.Array, params: Params, config: "MoEConfig", tokens: Tokens, given: Given) -> Decision:
+        """What the table says of the tokens' ids."""
+        if given.token_ids is None:
             raise ValueError(
                 "token_ids must be given for hash routing, got None; call layer(x, token_ids=ids) with the ids that x "
                 "was embedded from"
             )
-        config, table = self.config, self.table[...]
-        ids = batch.token_ids
+        ids, table = given.token_ids, params["table"]
         topk_ids = jnp.where((ids >= 0)[:, None], table[jnp.maximum(ids, 0) % table.shape[0]], -1)
-        weight = config.routed_scaling_factor / config.top_k
-        shape = (batch.num_tokens, config.num_experts)
+        shape = (x.shape[0], config.num_experts)
         scores = jnp.full(shape, 1 / config.num_experts, jnp.float32)
-        weights = jnp.full(topk_ids.shape, weight, jnp.float32)
+        weights = jnp.full(topk_ids.shape, self.routed_scaling_factor / config.top_k, jnp.float32)
         return Decision(Routing(topk_ids, weights, scores, jnp.zeros(shape, jnp.float32)), {})
 
 
@@ -58,12 +80,3 @@ def hash_table(vocabulary: int, num_experts: int, top_k: int, seed: int) -> np.n
     place = (np.arange(num_experts)[None, :, None] + shifts[:, None, :]) % num_experts
     table = np.take_along_axis(order[:, :, None], place, axis=1)
     return table.reshape(-1, top_k).astype(np.int32)
-
-
-def hash_routing(config: MoEConfig, *, rngs: nnx.Rngs, mesh: Mesh | None = None, vocabulary: int = 65536) -> RoutedMoE:
-    """Experts by token id, from a table that is the same in every layer and run; no losses.
-
-    Calls need token_ids; a negative id makes no choice. Ids from `vocabulary` on share the experts of smaller ones.
-    """
-    config = plain_choice(config)
-    return RoutedMoE(config, HashRouter(config, vocabulary=vocabulary), rngs=rngs, mesh=mesh)

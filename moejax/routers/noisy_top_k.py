@@ -8,64 +8,96 @@ Shazeer et al. 2017 (arXiv 1701.06538), sections 2.1 and 4:
 """
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
-from jax.sharding import Mesh
 
-from moejax.config import MoEConfig
+from moejax.checks import require_number
 from moejax.losses import importance_loss, router_losses
-from moejax.router import Routing, poison
-from moejax.routers.base import Batch, Decision, Gate, Router, or_default, plain_choice
-from moejax.routers.layer import RoutedMoE
+from moejax.param import Param
+from moejax.router import Routing, forced, poison, without
+from moejax.routers.base import ZEROS, Decision, Given, Params, Router, gate_logits, gate_table
 from pallas_kernels.top_k import top_k
+from sharding.tokens import Tokens
+
+if TYPE_CHECKING:
+    from moejax.config import MoEConfig
 
 _SMALLEST_DEVIATION = 1e-6
 
 
-class NoisyTopK(Router):
-    """Shazeer's gate.
+@dataclasses.dataclass(frozen=True)
+class NoisyTopKRouter(Router):
+    """Shazeer's gate, both of its maps zero at first: all experts then have an equal chance while training.
 
     Attributes:
-      gate, noise_gate: the linear maps W and W_noise, both zero at first, as in the paper: all experts then have an
-        equal chance while training.
+      routed_scaling_factor: the weights are multiplied by this.
+      router_bias: whether the gate has a bias.
+      importance_loss: weight of the importance loss.
+      load_loss: weight of the load loss.
+      sequence_balance_loss: weight of DeepSeek-V3's loss per sequence.
+      z_loss: weight of the router z-loss.
     """
 
     noisy = True
 
-    def __init__(self, config: MoEConfig, *, rngs: nnx.Rngs, mesh: Mesh | None = None):
-        super().__init__(config)
-        self.gate = Gate(config, rngs=rngs, mesh=mesh, initializer=nnx.initializers.zeros)
-        without_bias = dataclasses.replace(config, router_bias=False)
-        self.noise_gate = Gate(without_bias, rngs=rngs, mesh=mesh, initializer=nnx.initializers.zeros)
+    routed_scaling_factor: float = 1.0
+    router_bias: bool = False
+    importance_loss: float = 0.1
+    load_loss: float = 0.1
+    sequence_balance_loss: float = 0.0
+    z_loss: float = 0.0
 
-    def __call__(self, x: jax.Array, batch: Batch) -> Decision:
-        """The K largest logits, with noise if `batch.key` is there."""
-        config, tokens = self.config, batch.tokens
-        clean = self.gate(x)
-        deviation = jnp.maximum(jax.nn.softplus(self.noise_gate(x)), _SMALLEST_DEVIATION)
+    def check(self, num_experts: int, top_k: int) -> None:
+        """See `Router.check`."""
+        super().check(num_experts, top_k)
+        require_number("routed_scaling_factor", self.routed_scaling_factor)
+
+    def table(self, config: "MoEConfig") -> dict[str, Param]:
+        """See `Router.table`."""
+        return gate_table(config, bias=self.router_bias, init=ZEROS) | gate_table(
+            config, bias=False, name="noise_kernel", init=ZEROS
+        )
+
+    def route(self, x: jax.Array, params: Params, config: "MoEConfig", tokens: Tokens, given: Given) -> Decision:
+        """The K largest logits, with noise if `given.key` is there."""
+        num_experts, k = config.num_experts, config.top_k
+        clean = gate_logits(x, params["kernel"], params.get("bias"))
+        deviation = jnp.maximum(jax.nn.softplus(gate_logits(x, params["noise_kernel"])), _SMALLEST_DEVIATION)
         noisy = clean
-        if batch.key is not None:
-            noisy += jax.random.normal(batch.key, clean.shape, jnp.float32) * deviation
+        if given.key is not None:
+            noisy += noise_of_tokens(given.key, tokens, num_experts) * deviation
         # One more than K, which an expert has to beat to stay.
-        best, ids = top_k(noisy, min(config.top_k + 1, config.num_experts), backend=batch.backend)
-        topk_ids = ids[:, : config.top_k]
-        weights = jax.nn.softmax(best[:, : config.top_k])
-        chosen = topk_ids[:, :, None] == jnp.arange(config.num_experts)
-        losses = {
-            "importance": importance_loss((weights[:, :, None] * chosen).sum(1), tokens),
-            "load": importance_loss(_probability_of_choice(clean, deviation, best, chosen.any(1), config), tokens),
-        }
-        losses = {name: config.load_balance_loss * loss for name, loss in losses.items()}
-        weights *= config.routed_scaling_factor * poison(clean)
+        best, ids = top_k(noisy, min(k + 1, num_experts), backend=config.backend)
+        topk_ids, chosen_logits = ids[:, :k], best[:, :k]
+        if given.topk_ids is not None:
+            _, free = top_k(without(noisy, given.topk_ids), k, backend=config.backend)
+            topk_ids = forced(free, given.topk_ids)
+            chosen_logits = jnp.take_along_axis(noisy, topk_ids, axis=1)
+        weights = jax.nn.softmax(chosen_logits)
+        chosen = topk_ids[:, :, None] == jnp.arange(num_experts)
+        losses = {}
+        if self.importance_loss:
+            gates = jnp.where(chosen, weights[:, :, None], 0).sum(1)
+            losses["importance"] = self.importance_loss * importance_loss(gates, tokens)
+        if self.load_loss:
+            likely = _probability_of_choice(clean, deviation, best, chosen.any(1), k)
+            losses["load"] = self.load_loss * importance_loss(likely, tokens)
+        weights *= self.routed_scaling_factor * poison(clean)
         routing = Routing(topk_ids, weights, jax.nn.softmax(clean), clean)
-        others = dataclasses.replace(config, load_balance_loss=0.0)
-        return Decision(routing, losses | router_losses(routing, others, tokens))
+        others = router_losses(routing, tokens, sequence_balance=self.sequence_balance_loss, z=self.z_loss)
+        return Decision(routing, losses | others)
+
+
+def noise_of_tokens(key: jax.Array, tokens: Tokens, width: int) -> jax.Array:
+    """Standard normal float32 [T, width], by the place of each token in the batch: the same on every mesh."""
+    keys = jax.vmap(lambda index: jax.random.fold_in(key, index))(tokens.index)
+    return jax.vmap(lambda key: jax.random.normal(key, (width,), jnp.float32))(keys)
 
 
 def _probability_of_choice(
-    clean: jax.Array, deviation: jax.Array, best: jax.Array, chosen: jax.Array, config: MoEConfig
+    clean: jax.Array, deviation: jax.Array, best: jax.Array, chosen: jax.Array, top_k: int
 ) -> jax.Array:
     """float32 [T, E], equations 8 and 9: Φ((clean − the K-th best of the others) / deviation).
 
@@ -74,15 +106,9 @@ def _probability_of_choice(
       deviation: [T, E] of the noise.
       best: [T, K + 1] the largest logits with noise, best first.
       chosen: bool [T, E].
-      config: top_k.
+      top_k: K.
     """
-    if config.top_k == config.num_experts:
+    if top_k == clean.shape[1]:
         return jnp.ones_like(clean)
-    others = jnp.where(chosen, best[:, config.top_k, None], best[:, config.top_k - 1, None])
+    others = jnp.where(chosen, best[:, top_k, None], best[:, top_k - 1, None])
     return jax.scipy.stats.norm.cdf((clean - others) / deviation)
-
-
-def noisy_top_k(config: MoEConfig, *, rngs: nnx.Rngs, mesh: Mesh | None = None) -> RoutedMoE:
-    """Noisy top-k; load_balance_loss of `config` weighs both of its losses, 0.1 (the paper's) if it has none."""
-    config = or_default(plain_choice(config, normalize_topk=True), load_balance_loss=0.1)
-    return RoutedMoE(config, NoisyTopK(config, rngs=rngs, mesh=mesh), rngs=rngs, mesh=mesh)

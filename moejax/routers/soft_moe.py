@@ -12,103 +12,104 @@ loss with nothing.
 """
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
 
-from moejax.config import MoEConfig
-from moejax.functional import MoEAux, moe_experts
-from moejax.layer import new_param
+from moejax.checks import require_integer
 from moejax.losses import LoadStats
-from moejax.routers.base import Router, plain_choice
-from moejax.routers.layer import RoutedMoE, refuse_scaled_inputs, without_capacity
-from sharding.exchange_plan import expert_capacity
-from sharding.mesh import AnyMesh
+from moejax.param import Param
+from moejax.router import lowest
+from moejax.routers.base import Experts, Given, Outcome, Params, Router
+from sharding.capacity import expert_capacity
+from sharding.tokens import Tokens
+
+if TYPE_CHECKING:
+    from moejax.config import MoEConfig
 
 _TYPICAL_LENGTH = 256
 _SMALLEST_SQUARE = 1e-12
 
 
-class SlotRouter(Router):
-    """The parameters of Soft-MoE's mixing; it decides nothing, so that only `SoftMoE` can use it.
+@dataclasses.dataclass(frozen=True)
+class SoftRouter(Router):
+    """Soft-MoE, with no losses: experts get slots instead of tokens. A shared expert gets tokens, as everywhere.
+
+    `aux.load` counts slots; `aux.topk_ids` is empty. A chip works on whole sequences.
 
     Attributes:
-      phi: nnx.Param [H, E, S].
-      scale: nnx.Param [1], of the logits.
-      slots_per_expert: S.
+      slots_per_expert: S. By default a sequence has as many slots as 256 tokens have choices, ⌈256 · K / E⌉ for each
+        expert. The cost of a sequence does not depend on its length: with sequences of N tokens take N in the place of
+        256 to spend what top-k routing does.
     """
 
     causal = False
+    replays = False
+    whole_sequences = True
 
-    def __init__(self, config: MoEConfig, *, rngs: nnx.Rngs, slots_per_expert: int, mesh: Mesh | None = None):
-        if slots_per_expert < 1:
-            raise ValueError(f"slots_per_expert must be at least 1, got {slots_per_expert}")
-        super().__init__(config)
-        self.slots_per_expert = slots_per_expert
-        shape = (config.hidden_size, config.num_experts, slots_per_expert)
-        initializer = nnx.initializers.normal(config.hidden_size**-0.5)
-        self.phi = new_param(initializer, shape, config.param_dtype, rngs=rngs, mesh=mesh)
-        self.scale = new_param(nnx.initializers.ones, (1,), config.param_dtype, rngs=rngs, mesh=mesh)
+    slots_per_expert: int | None = None
 
-    def logits(self, x: jax.Array) -> jax.Array:
-        """X [B, N, H] -> float32 [B, N, E, S]."""
-        phi = _unit(self.phi[...].astype(jnp.float32), axis=0) * self.scale[...].astype(jnp.float32)
-        return jnp.einsum("bnh,hes->bnes", _unit(x, axis=-1), phi, precision=jax.lax.Precision.HIGHEST)
+    def check(self, num_experts: int, top_k: int) -> None:
+        """See `Router.check`."""
+        super().check(num_experts, top_k)
+        if self.slots_per_expert is not None:
+            require_integer("slots_per_expert", self.slots_per_expert, at_least=1)
 
+    def check_layer(self, config: "MoEConfig") -> None:
+        """See `Router.check_layer`."""
+        self.refuse_scaled_inputs(config)
 
-class SoftMoE(RoutedMoE):
-    """`RoutedMoE` whose experts get slots instead of tokens. A shared expert gets tokens, as everywhere.
+    def slots(self, config: "MoEConfig") -> int:
+        """S."""
+        if self.slots_per_expert is not None:
+            return self.slots_per_expert
+        return expert_capacity(_TYPICAL_LENGTH, config.top_k, config.num_experts, 1.0)
 
-    `aux.load` counts slots; `aux.losses` is empty.
-    """
+    def table(self, config: "MoEConfig") -> dict[str, Param]:
+        """Φ [H, E, S], and the scale [1] of the logits."""
+        shape = (config.hidden_size, config.num_experts, self.slots(config))
+        normal = nnx.initializers.normal(config.hidden_size**-0.5)
+        return {
+            "phi": Param(shape, ("embed", None, None), "router kernel", normal),
+            "scale": Param((1,), (None,), "scalar", nnx.initializers.ones),
+        }
 
-    router: SlotRouter
-
-    def forward(
-        self, x: jax.Array, token_ids: jax.Array | None, key: jax.Array | None, mesh: AnyMesh | None
-    ) -> tuple[jax.Array, MoEAux]:
-        """See `RoutedMoE.forward`."""
-        config = self.config
-        tokens = x.reshape(-1, x.shape[-2] if x.ndim > 1 else 1, x.shape[-1])
-        logits = self.router.logits(tokens.astype(jnp.float32))
-        tokens = tokens.astype(config.dtype)
+    def apply(
+        self, x: jax.Array, params: Params, config: "MoEConfig", tokens: Tokens, given: Given, experts: Experts
+    ) -> tuple[jax.Array, Outcome]:
+        """See `Router.apply`."""
+        by_sequence = (-1, tokens.sequence_length)
+        inputs = x.reshape(*by_sequence, x.shape[1])
+        logits = _logits(inputs.astype(jnp.float32), params)
+        real = jnp.ones(x.shape[:1], bool) if tokens.real is None else tokens.real
+        real = real.reshape(*by_sequence, 1, 1)
         num_sequences, _, num_experts, num_slots = logits.shape
-        dispatch = jax.nn.softmax(logits, axis=1).astype(config.dtype)
+        # A sequence without a token gives slots of zeros.
+        dispatch = jax.nn.softmax(jnp.where(real, logits, lowest(logits.dtype)), axis=1)
+        dispatch = jnp.where(real, dispatch, 0).astype(config.dtype)
         collect = jax.nn.softmax(logits, axis=(2, 3)).astype(config.dtype)
-        slots = _product("bnes,bnh->besh", dispatch, tokens)
-        experts = jnp.arange(num_experts, dtype=jnp.int32)[:, None, None]
-        slot_ids = jnp.broadcast_to(experts, (*slots.shape[:-1], 1))
-        outputs, _ = moe_experts(
-            slots.astype(config.dtype),
-            jnp.ones(slot_ids.shape, jnp.float32),
-            slot_ids,
-            dataclasses.replace(self.expert_params(), shared_gate_up=None, shared_down=None),
-            dataclasses.replace(config, shared_intermediate_size=0),
-            mesh=mesh,
-            expert_axis=self.expert_axis,
-        )
-        y = _product("bnes,besh->bnh", collect, outputs)
-        if config.shared_intermediate_size:
-            y += self._shared_expert(tokens, mesh)
-        load = jnp.full(num_experts, num_sequences * num_slots, jnp.int32)
-        return y.reshape(x.shape).astype(x.dtype), MoEAux({}, LoadStats(load, jnp.zeros_like(load)))
+        slots = _product("bnes,bnh->besh", dispatch, inputs).astype(config.dtype).reshape(-1, x.shape[1])
+        has_tokens = real.any(1)[:, None]  # [B, 1, 1, 1]
+        ids = jnp.arange(num_experts, dtype=jnp.int32)[None, :, None, None]
+        ids = jnp.where(has_tokens, ids, -1)
+        ids = jnp.broadcast_to(ids, (num_sequences, num_experts, num_slots, 1)).reshape(-1, 1)
+        ones = jnp.ones(ids.shape, jnp.float32)
+        outputs, dropped = experts(slots, ones, ids, tokens, with_shared=False, limited=False)
+        y = _product("bnes,besh->bnh", collect, outputs.reshape(num_sequences, num_experts, num_slots, -1))
+        y = y.reshape(x.shape)
+        if (shared := experts.shared(x)) is not None:
+            y += shared
+        load = tokens.sum(jnp.broadcast_to(has_tokens.sum(dtype=jnp.int32) * num_slots, (num_experts,)))
+        nothing = x.shape[0], 0
+        return y, Outcome(jnp.zeros(nothing, jnp.int32), jnp.zeros(nothing, jnp.float32), {}, LoadStats(load, dropped))
 
-    def _shared_expert(self, tokens: jax.Array, mesh: AnyMesh | None) -> jax.Array:
-        """What the shared expert makes of tokens [B, N, H], float32: a layer in which no routed expert is chosen."""
-        no_choice = jnp.full((*tokens.shape[:-1], 1), -1, jnp.int32)
-        y, _ = moe_experts(
-            tokens,
-            jnp.zeros(no_choice.shape, jnp.float32),
-            no_choice,
-            self.expert_params(),
-            self.config,
-            max_choices=1,
-            mesh=mesh,
-            expert_axis=self.expert_axis,
-        )
-        return y.astype(jnp.float32)
+
+def _logits(x: jax.Array, params: Params) -> jax.Array:
+    """X [B, N, H] -> float32 [B, N, E, S]."""
+    phi = _unit(params["phi"].astype(jnp.float32), axis=0) * params["scale"].astype(jnp.float32)
+    return jnp.einsum("bnh,hes->bnes", _unit(x, axis=-1), phi, precision=jax.lax.Precision.HIGHEST)
 
 
 def _product(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
@@ -119,29 +120,3 @@ def _product(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
 def _unit(x: jax.Array, axis: int) -> jax.Array:
     """`x` scaled to length 1 along `axis`; zeros stay zeros."""
     return x * jax.lax.rsqrt(jnp.maximum((x**2).sum(axis, keepdims=True), _SMALLEST_SQUARE))
-
-
-def soft_moe(
-    config: MoEConfig, *, rngs: nnx.Rngs, mesh: Mesh | None = None, slots_per_expert: int | None = None
-) -> SoftMoE:
-    """Soft-MoE, with no losses.
-
-    Args:
-      config: the layer; of its routing only top_k and capacity_factor (default 1) play a part, and only for the default
-        of slots_per_expert.
-      rngs: initialises.
-      mesh: default is that of `jax.set_mesh`, if any.
-      slots_per_expert: S. By default a sequence has as many slots as 256 tokens have choices, ⌈capacity_factor ·
-        256 · K / E⌉ for each expert. The cost of a sequence does not depend on its length: with sequences of N tokens
-        take N in the place of 256 to spend what top-k routing does.
-
-    Raises:
-      ValueError: slots_per_expert is not positive, or `config` scales inputs instead of outputs.
-    """
-    refuse_scaled_inputs(config, "soft_moe")
-    config = plain_choice(config)
-    if slots_per_expert is None:
-        factor = 1.0 if config.capacity_factor is None else config.capacity_factor
-        slots_per_expert = expert_capacity(_TYPICAL_LENGTH, config.top_k, config.num_experts, factor)
-    router = SlotRouter(config, rngs=rngs, mesh=mesh, slots_per_expert=slots_per_expert)
-    return SoftMoE(without_capacity(config), router, rngs=rngs, mesh=mesh)

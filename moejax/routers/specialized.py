@@ -14,61 +14,69 @@ Not implemented: federated rounds, clients and their averaging, and one choice o
 """
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
-from jax.sharding import Mesh
 
-from moejax.config import MoEConfig
-from moejax.layer import new_param
+from moejax.checks import require_integer, require_number
 from moejax.losses import router_losses, specialization_loss
-from moejax.router import route_logits
-from moejax.routers.base import Batch, Decision, Gate, Router, or_default, plain_choice
-from moejax.routers.layer import RoutedMoE
+from moejax.param import Param
+from moejax.routers.base import Decision, Given, Params, Router, gate_logits, gate_table
+from moejax.routers.top_k import TopKRouter
+from sharding.tokens import Tokens
 
-_KERNEL = nnx.initializers.lecun_normal()
+if TYPE_CHECKING:
+    from moejax.config import MoEConfig
 
 
-class Specialized(Router):
-    """A softmax gate informed by a small common expert, with a loss that rewards specialisation.
+@dataclasses.dataclass(frozen=True)
+class SpecializedRouter(Router):
+    """Top-k of a softmax gate informed by a small common expert, with a loss that rewards specialisation.
 
     Attributes:
-      common_in: nnx.Param [H, R], A.
-      common_out: nnx.Param [R, H], B.
-      gate: the linear map, of what the common expert made of the token.
+      common_width: R, width of the common expert; None for H / 4.
+      normalize_topk: scale the K weights of a token to sum 1.
+      routed_scaling_factor: the weights are multiplied by this.
+      router_bias: whether the gate has a bias.
+      specialization_loss: weight of the loss.
+      sequence_balance_loss: weight of DeepSeek-V3's loss per sequence.
+      z_loss: weight of the router z-loss.
     """
 
-    def __init__(self, config: MoEConfig, *, rngs: nnx.Rngs, mesh: Mesh | None = None, common_width: int | None = None):
-        width = max(config.hidden_size // 4, 1) if common_width is None else common_width
-        if width < 1:
-            raise ValueError(f"common_width must be at least 1, got {common_width}")
-        super().__init__(config)
-        self.gate = Gate(config, rngs=rngs, mesh=mesh)
-        hidden, dtype = config.hidden_size, config.param_dtype
-        self.common_in = new_param(_KERNEL, (hidden, width), dtype, rngs=rngs, mesh=mesh)
-        self.common_out = new_param(_KERNEL, (width, hidden), dtype, rngs=rngs, mesh=mesh)
+    common_width: int | None = None
+    normalize_topk: bool = True
+    routed_scaling_factor: float = 1.0
+    router_bias: bool = False
+    specialization_loss: float = 0.01
+    sequence_balance_loss: float = 0.0
+    z_loss: float = 0.0
 
-    def __call__(self, x: jax.Array, batch: Batch) -> Decision:
+    def check(self, num_experts: int, top_k: int) -> None:
+        """See `Router.check`."""
+        super().check(num_experts, top_k)
+        if self.common_width is not None:
+            require_integer("common_width", self.common_width, at_least=1)
+        require_number("routed_scaling_factor", self.routed_scaling_factor)
+
+    def table(self, config: "MoEConfig") -> dict[str, Param]:
+        """The gate, and A [H, R] and B [R, H] of the common expert."""
+        hidden = config.hidden_size
+        width = max(hidden // 4, 1) if self.common_width is None else self.common_width
+        return gate_table(config, bias=self.router_bias) | {
+            "common_in": Param((hidden, width), ("embed", None), "router kernel"),
+            "common_out": Param((width, hidden), (None, "embed"), "router kernel"),
+        }
+
+    def route(self, x: jax.Array, params: Params, config: "MoEConfig", tokens: Tokens, given: Given) -> Decision:
         """The K best scores of what the common expert made of x."""
-        config = dataclasses.replace(self.config, backend=batch.backend)
-        common = jnp.dot(jax.nn.silu(jnp.dot(x, self._cast(self.common_in))), self._cast(self.common_out))
-        routing = route_logits(self.gate(x + common), config)
-        losses = {"specialization": config.load_balance_loss * specialization_loss(routing.scores, batch.tokens)}
-        others = dataclasses.replace(config, load_balance_loss=0.0)
-        return Decision(routing, losses | router_losses(routing, others, batch.tokens))
-
-    def _cast(self, param: nnx.Param) -> jax.Array:
-        return param[...].astype(self.config.dtype)
-
-
-def specialized(
-    config: MoEConfig, *, rngs: nnx.Rngs, mesh: Mesh | None = None, common_width: int | None = None
-) -> RoutedMoE:
-    """Top-k softmax on top of a common expert of `common_width` (default H/4).
-
-    load_balance_loss of `config` weighs the specialisation loss, 0.01 if it has none.
-    """
-    config = or_default(plain_choice(config), load_balance_loss=0.01)
-    router = Specialized(config, rngs=rngs, mesh=mesh, common_width=common_width)
-    return RoutedMoE(config, router, rngs=rngs, mesh=mesh)
+        common_in, common_out = (params[name].astype(config.dtype) for name in ("common_in", "common_out"))
+        common = jnp.dot(jax.nn.silu(jnp.dot(x, common_in)), common_out)
+        logits = gate_logits(x + common, params["kernel"], params.get("bias"))
+        plain = TopKRouter(normalize_topk=self.normalize_topk, routed_scaling_factor=self.routed_scaling_factor)
+        routing = plain.choose(logits, config, topk_ids=given.topk_ids)
+        losses = router_losses(routing, tokens, sequence_balance=self.sequence_balance_loss, z=self.z_loss)
+        if self.specialization_loss:
+            own = self.specialization_loss * specialization_loss(routing.scores, tokens)
+            losses = {"specialization": own} | losses
+        return Decision(routing, losses)

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,17 +20,21 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from moejax.config import MoEConfig
-from moejax.functional import MoEAux, check_input
-from moejax.layer import MoE, new_param
-from moejax.losses import LoadStats, Tokens, router_losses, tokens_per_expert
-from moejax.on_chips import Body, on_chips
-from moejax.router import route
-from moejax.routers.layer import RoutedMoE
+from moejax.functional import MoEAux, check_input, partition_here
+from moejax.initial import initial
+from moejax.layer import MoE
+from moejax.losses import LoadStats
+from moejax.param import Param
+from moejax.routers.base import load_of
+from moejax.routers.top_k import TopKRouter, route
 from pallas_kernels.grouped_matmul import grouped_matmul
 from sharding.expert_parallel import Transport, expert_parallel
+from sharding.mesh import mesh_here
+from sharding.partition import Axes
+from sharding.per_chip import Body, per_chip
+from sharding.tokens import Tokens
 
 _KERNEL = nnx.initializers.lecun_normal()
-_PER_ADAPTER = nnx.initializers.lecun_normal(batch_axis=0)
 
 
 class AdapterParam(nnx.Param):
@@ -56,7 +60,7 @@ class Perft(nnx.Module):
 
     def __init__(
         self,
-        base: MoE | RoutedMoE,
+        base: MoE,
         num_adapters: int,
         width: int,
         top_k: int,
@@ -90,68 +94,89 @@ class Perft(nnx.Module):
             raise ValueError(f"top_k must be 1 to num_adapters={num_adapters}, got {top_k}")
         self.base = base
         self.activation = activation
-        hidden, dtype = base.config.hidden_size, base.config.param_dtype
         self.config = MoEConfig(
-            hidden_size=hidden,
+            hidden_size=base.config.hidden_size,
             intermediate_size=width,
             num_experts=num_adapters,
             top_k=top_k,
-            normalize_topk=False,
-            routed_scaling_factor=scale,
-            load_balance_loss=load_balance_loss,
+            router=TopKRouter(normalize_topk=False, routed_scaling_factor=scale, load_balance_loss=load_balance_loss),
             dtype=base.config.dtype,
-            param_dtype=dtype,
+            param_dtype=base.config.param_dtype,
             backend=base.config.backend,
         )
-        settings: dict[str, Any] = {"rngs": rngs, "mesh": base.mesh, "kind": AdapterParam}
-        self.gate = new_param(_KERNEL, (hidden, num_adapters), dtype, **settings)
-        self.down = new_param(_PER_ADAPTER, (num_adapters, hidden, width), dtype, **settings)
-        self.up = new_param(nnx.initializers.zeros, (num_adapters, width, hidden), dtype, **settings)
+        hidden = base.config.hidden_size
+        self.gate = self._new(Param((hidden, num_adapters), (None, None), "kernel", _KERNEL), rngs)
+        self.down = self._new(Param((num_adapters, hidden, width), (None,) * 3, "kernel", stacked=1), rngs)
+        zeros = nnx.initializers.zeros
+        self.up = self._new(Param((num_adapters, width, hidden), (None,) * 3, "kernel", zeros), rngs)
+
+    def _new(self, row: Param, rngs: nnx.Rngs) -> AdapterParam:
+        """A parameter in its initial value, whole on every chip."""
+        mesh = mesh_here(self.base.mesh)
+        spec = PartitionSpec(*row.axes)
+        value = initial(row, _KERNEL, self.config.param_dtype, rngs.params(), mesh, spec)
+        return (
+            AdapterParam(value) if mesh is None else AdapterParam(value, out_sharding=tuple(spec), mesh=self.base.mesh)
+        )
 
     @property
     def causal(self) -> bool:
         """Whether the output of a token never depends on later tokens."""
-        return getattr(self.base, "causal", True)
+        return self.base.causal
 
     def __call__(
-        self, x: jax.Array, *, token_ids: jax.Array | None = None, train: bool = False
+        self,
+        x: jax.Array,
+        *,
+        mask: jax.Array | None = None,
+        token_ids: jax.Array | None = None,
+        topk_ids: jax.Array | None = None,
+        train: bool | None = None,
     ) -> tuple[jax.Array, MoEAux]:
         """The base layer's output plus the adapters'.
 
         Args:
           x: [..., H], as for the base layer.
+          mask: bool [...], true for real tokens; None if all are.
           token_ids: for a base layer that routes by them.
+          topk_ids: choices of the base layer to be made again.
           train: has no effect: neither the frozen layer nor the adapters' router has noise.
 
         Returns:
           y [..., H] in the dtype of `x`, and MoEAux with the losses of the adapters' router (keys "adapter_…") and the
-          load of the base layer.
+          load and choices of the base layer.
         """
-        check_input(x, self.base.config)
+        check_input(x, self.base.config, mask)
         graph, *states = nnx.split(self.base, nnx.Param, ...)
         params, rest = states
         frozen = nnx.merge(graph, jax.lax.stop_gradient(params), rest)
-        y, aux = frozen(x) if isinstance(frozen, MoE) else frozen(x, token_ids=token_ids)
-        adapted, (losses, _) = self._adapters(x)
-        return y + adapted, MoEAux({f"adapter_{name}": loss for name, loss in losses.items()}, aux.load)
+        y, aux = frozen(x, mask=mask, token_ids=token_ids, topk_ids=topk_ids, train=False)
+        adapted, (losses, _) = self._adapters(x, mask)
+        losses = {f"adapter_{name}": loss for name, loss in losses.items()}
+        return y + adapted, dataclasses.replace(aux, losses=losses)
 
-    def adapter_load(self, x: jax.Array) -> LoadStats:
+    def adapter_load(self, x: jax.Array, *, mask: jax.Array | None = None) -> LoadStats:
         """How the tokens x [..., H] fall on the N adapters."""
-        return self._adapters(x)[1][1]
+        return self._adapters(x, mask)[1][1]
 
     def update(self, aux: MoEAux) -> None:
         """Nothing: the base layer is frozen, and the adapters are trained by gradients alone."""
 
-    def _adapters(self, x: jax.Array) -> tuple[jax.Array, tuple[dict[str, jax.Array], LoadStats]]:
-        return on_chips(
+    def _adapters(
+        self, x: jax.Array, mask: jax.Array | None
+    ) -> tuple[jax.Array, tuple[dict[str, jax.Array], LoadStats]]:
+        params = {"gate": self.gate[...], "down": self.down[...], "up": self.up[...]}
+        mesh = mesh_here(self.base.mesh)
+        return per_chip(
             _BODIES[self.activation],
-            (x,),
-            {"gate": self.gate[...], "down": self.down[...], "up": self.up[...]},
+            x,
+            params,
             self.config,
-            specs=_whole,
-            transport=Transport(backend=self.config.backend),
-            mesh=self.base.mesh,
-            expert_axis=self.base.expert_axis,
+            leading=x.shape[:-1],
+            specs=dict.fromkeys(params, PartitionSpec()),
+            mesh=mesh,
+            axes=Axes() if mesh is None else partition_here(self.base.partition).on(mesh),
+            mask=mask,
         )
 
 
@@ -177,35 +202,40 @@ def perft_mask(module: nnx.Module) -> nnx.State:
 
 
 def _adapters_on_chip(
-    per_token: tuple[jax.Array],
+    x: jax.Array,
     params: dict[str, jax.Array],
-    *,
-    config: MoEConfig,
     tokens: Tokens,
-    transport: Transport,
+    axes: Axes,
+    config: MoEConfig,
+    *,
     activation: Callable[[jax.Array], jax.Array],
 ) -> tuple[jax.Array, tuple[dict[str, jax.Array], LoadStats]]:
     """The adapters on the tokens x [T, H] of this chip, which holds all of them."""
-    (x,) = per_token
-    routing = route(x, params["gate"], config)
+    del axes  # nothing is split
+    rows = tokens.keep(x.astype(config.dtype))
+    router = config.router
+    assert isinstance(router, TopKRouter)
+    routing = route(rows, params["gate"], config)
+    ids = tokens.keep(routing.topk_ids, -1)
 
     def adapt(params: dict[str, jax.Array], rows: jax.Array, group_sizes: jax.Array) -> jax.Array:
         down, up = params["down"].astype(rows.dtype), params["up"].astype(rows.dtype)
         h = activation(grouped_matmul(rows, down, group_sizes, backend=config.backend))
         return grouped_matmul(h, up, group_sizes, backend=config.backend)
 
-    y, dropped = expert_parallel(
-        x,
+    y = expert_parallel(
+        rows,
         routing.topk_weights,
-        jnp.where(tokens.valid[:, None], routing.topk_ids, -1),
+        ids,
         adapt,
         params,
         num_experts=config.num_experts,
-        transport=dataclasses.replace(transport, expert_axis=None, ep=1),
-        preferred_element_type=x.dtype,
+        transport=Transport(backend=config.backend),
+        preferred_element_type=rows.dtype,
     )
-    load = LoadStats(tokens_per_expert(routing, config.num_experts, tokens), tokens.sum(dropped))
-    return y, (router_losses(routing, config, tokens), load)
+    dropped = jnp.zeros(config.num_experts, jnp.int32)
+    load = load_of(ids, dropped, config.num_experts, tokens)
+    return tokens.keep(y).astype(x.dtype), (router.losses(routing, tokens), load)
 
 
 _BODIES: Mapping[str | None, Body] = MappingProxyType(
@@ -214,7 +244,3 @@ _BODIES: Mapping[str | None, Body] = MappingProxyType(
         "silu": functools.partial(_adapters_on_chip, activation=jax.nn.silu),
     }
 )
-
-
-def _whole(params: dict[str, jax.Array], _expert_axis: str) -> dict[str, PartitionSpec]:
-    return dict.fromkeys(params, PartitionSpec())

@@ -1,0 +1,28 @@
+"""How settings say that they make no sense: the name, what was expected, what came."""
+
+import math
+import numbers
+import operator
+
+
+def require(condition: bool, name: str, expected: str, got: object) -> None:
+    """Raises ValueError unless `condition`."""
+    if not condition:
+        raise ValueError(f"{name} must be {expected}, got {got!r}")
+
+
+def require_integer(name: str, value: object, at_least: int) -> None:
+    """Raises ValueError unless `value` is a whole number of at least `at_least`."""
+    try:
+        is_fit = not isinstance(value, bool) and operator.index(value) >= at_least  # type: ignore[arg-type]
+    except TypeError:
+        is_fit = False
+    require(is_fit, name, f"a whole number of at least {at_least}", value)
+
+
+def require_number(name: str, value: object, *, at_least: float = -math.inf, positive: bool = False) -> None:
+    """Raises ValueError unless `value` is finite, and as large as asked for."""
+    number = float(value) if isinstance(value, numbers.Real) else math.nan
+    is_fit = math.isfinite(number) and number >= at_least
+    expected = "positive and finite" if positive else "finite" if at_least == -math.inf else f"at least {at_least:g}"
+    require(is_fit and (not positive or number > 0), name, expected, value)

@@ -1,0 +1,253 @@
+"""The layer on one chip: what runs inside shard_map, on this chip's tokens, and by itself where there is one chip."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from moejax.config import MoEConfig
+from moejax.experts import expert_mlp, shared_mlp
+from moejax.param import Param
+from moejax.params import EXPERT_FIELDS, EXPERT_WEIGHTS, SHARED_FIELDS, MoEParams, param_table
+from moejax.router_logits import router_logits
+from moejax.routers.base import Given
+from moejax.unless_differentiated import unless_differentiated
+from pallas_kernels.quantize import Operand, QTensor, block_shape, quantize
+from sharding.capacity import count_dropped, limit_to_capacity
+from sharding.expert_parallel import Transport, expert_parallel
+from sharding.partition import Axes
+from sharding.tensor_parallel import gather_tokens, sum_tokens
+from sharding.tokens import Tokens
+from sharding.wire import Wire, as_bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What is fixed when the layer is traced.
+
+    Attributes:
+      config: the layer.
+      max_choices: see `Transport.max_choices`.
+      whole_scales: the 8-bit parameters that have one scale for all of H.
+    """
+
+    config: MoEConfig
+    max_choices: int | None = None
+    whole_scales: frozenset[str] = frozenset()
+
+
+def whole_scales(params: MoEParams, config: MoEConfig) -> frozenset[str]:
+    """See `Settings.whole_scales`."""
+    table = param_table(config)
+    names = [name for name in EXPERT_WEIGHTS if isinstance(getattr(params, name), QTensor)]
+
+    def has_one(name: str) -> bool:
+        row = getattr(table, name)
+        return getattr(params, name).scale.shape[row.k_major(row.axes).index("embed")] == 1
+
+    return frozenset(filter(has_one, names))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Held:
+    """What every chip is given beside its tokens.
+
+    Attributes:
+      params: the layer's.
+      key: for the router's noise, or None.
+      mlp_rank: int32 [1], the chip's place among those that share the experts' width; None where none do.
+    """
+
+    params: MoEParams
+    key: jax.Array | None = None
+    mlp_rank: jax.Array | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PerToken:
+    """What comes with each token: arrays [..., n].
+
+    Attributes:
+      x: [..., H].
+      token_ids: int32 [..., 1] or None.
+      topk_ids: int32 [..., K], choices to be made again, or for `experts_on_chip` those that were made; or None.
+      topk_weights: float32 [..., K], for `experts_on_chip`.
+    """
+
+    x: jax.Array
+    token_ids: jax.Array | None = None
+    topk_ids: jax.Array | None = None
+    topk_weights: jax.Array | None = None
+
+
+def layer_on_chip(
+    per_token: PerToken, held: Held, tokens: Tokens, axes: Axes, settings: Settings
+) -> tuple[tuple[jax.Array, jax.Array, jax.Array], Any]:
+    """Router and experts on this chip's tokens: (y, topk_ids, topk_weights) [T, …], and (losses, load) of all chips."""
+    config = settings.config
+    x = tokens.keep(per_token.x.astype(config.dtype))
+    params = gathered(held.params, settings, axes)
+    experts = LayerExperts(config, axes, params, held.mlp_rank)
+    ids = per_token.token_ids
+    given = Given(None if ids is None else ids[:, 0], held.key, per_token.topk_ids)
+    router = params.router or {}
+    y, outcome = config.router.apply(x, router, config, tokens, given, experts)
+    y = tokens.keep(y).astype(per_token.x.dtype)
+    return (y, outcome.topk_ids, outcome.topk_weights), (outcome.losses, outcome.load)
+
+
+def experts_on_chip(
+    per_token: PerToken, held: Held, tokens: Tokens, axes: Axes, settings: Settings
+) -> tuple[jax.Array, jax.Array]:
+    """The chosen experts, and the shared one, on this chip's tokens: y [T, H], and int32 [E] dropped of all chips."""
+    x = tokens.keep(per_token.x.astype(settings.config.dtype))
+    experts = LayerExperts(settings.config, axes, gathered(held.params, settings, axes), held.mlp_rank)
+    assert per_token.topk_ids is not None
+    assert per_token.topk_weights is not None
+    ids = tokens.keep(per_token.topk_ids, -1)
+    y, dropped = experts(x, per_token.topk_weights, ids, tokens, max_choices=settings.max_choices)
+    return tokens.keep(y).astype(per_token.x.dtype), dropped
+
+
+def gathered(params: MoEParams, settings: Settings, axes: Axes) -> MoEParams:
+    """The parameters with H whole, where it is split over the axes of "embed" (FSDP).
+
+    Matrices of experts are cast to the dtype of the computation before, and travel in 8 bits if they are held so. The
+    gradient of a gather adds up and splits again.
+    """
+    if axes.size(axes.embed) == 1:
+        return params
+
+    def gather(x: jax.Array, dimension: int) -> jax.Array:
+        return as_bytes(lambda x: jax.lax.all_gather(x, axes.embed, axis=dimension, tiled=True), x)
+
+    def whole(row: Param | None, value: Any, has_whole_scale: bool = False) -> Any:
+        if row is None or value is None:
+            return value
+        logical = row.k_major(row.axes) if isinstance(value, QTensor) else row.axes
+        if "embed" not in logical:
+            return value
+        dimension = logical.index("embed")
+        if isinstance(value, QTensor):
+            scale = value.scale if has_whole_scale else gather(value.scale, dimension)
+            return QTensor(gather(value.values, dimension), scale)
+        return gather(value.astype(settings.config.dtype) if row.kind == "kernel" else value, dimension)
+
+    table = param_table(settings.config)
+    router = params.router
+    if router is not None:
+        router = {name: whole(table.router[name], value) for name, value in router.items()}  # type: ignore[index]
+    own = {
+        name: whole(getattr(table, name), getattr(params, name), name in settings.whole_scales)
+        for name in (*EXPERT_FIELDS, *SHARED_FIELDS)
+    }
+    return MoEParams(router=router, **own)
+
+
+class LayerExperts:
+    """The experts of a layer on this chip; see `moejax.routers.base.Experts`."""
+
+    def __init__(self, config: MoEConfig, axes: Axes, params: MoEParams, mlp_rank: jax.Array | None):
+        self.config = config
+        self.axes = axes
+        self.params = {name: getattr(params, name) for name in (*EXPERT_FIELDS, *SHARED_FIELDS)}
+        if axes.tp > 1 and params.down_bias is not None and mlp_rank is not None:
+            # Of the partial sums, one has the bias.
+            self.params["down_bias"] = jnp.where(mlp_rank[0] == 0, params.down_bias, 0)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        topk_weights: jax.Array,
+        topk_ids: jax.Array,
+        tokens: Tokens,
+        *,
+        max_choices: int | None = None,
+        with_shared: bool = True,
+        limited: bool = True,
+    ) -> tuple[jax.Array, jax.Array]:
+        """See `moejax.routers.base.Experts`."""
+        config = self.config
+        kept, max_rows = topk_ids, None
+        dropped = jnp.zeros(config.num_experts, jnp.int32)
+        if limited and config.capacity_factor is not None:
+            kept, max_rows = limit_to_capacity(
+                topk_ids, config.num_experts, config.capacity_factor, tokens, config.capacity_of
+            )
+            dropped = tokens.sum(count_dropped(topk_ids, kept, config.num_experts))
+        wire = Wire(config.quantization.dtype, config.wire_scaling) if config.precision == "w8a8" else None
+        transport = Transport(self.axes, wire, config.backend, max_choices, max_rows)
+        params = self.params if with_shared else {name: self.params[name] for name in EXPERT_FIELDS}
+        operands = x, topk_weights, kept, params
+        train = functools.partial(_apply_experts, config=config, transport=transport)
+        if config.precision == "w8a8":
+            y = unless_differentiated(functools.partial(train, stays_in_8_bits=True), train, *operands)
+        else:
+            y = train(*operands)
+        return y.astype(x.dtype), dropped
+
+    def shared(self, x: jax.Array) -> jax.Array | None:
+        """See `moejax.routers.base.Experts`."""
+        return _shared_expert(x, self.params, self.config, self.axes)
+
+
+def _apply_experts(
+    x: jax.Array,
+    topk_weights: jax.Array,
+    topk_ids: jax.Array,
+    params: dict[str, Any],
+    *,
+    config: MoEConfig,
+    transport: Transport,
+    stays_in_8_bits: bool = False,
+) -> jax.Array:
+    """What the experts make of x [T, H], the shared one too if `params` have it.
+
+    `stays_in_8_bits` rounds x before its rows are copied to their experts, and the rows between the kernels inside the
+    first: with the same result, and without gradients.
+    """
+    inputs = x
+    if config.scale_inputs:
+        inputs = x.astype(jnp.float32) * topk_weights
+        if config.precision == "w16a16":  # 8 bits are rounded to from float32, once.
+            inputs = inputs.astype(x.dtype)
+        topk_weights = jnp.ones_like(topk_weights)
+    rows: Operand = inputs
+    q = config.quantization
+    if stays_in_8_bits and transport.axes.ep == 1 and block_shape(q.lhs_scaling)[0] == 1:
+        rows = quantize(inputs, q.dtype, scaling=q.lhs_scaling)
+
+    def experts(params: dict[str, Any], rows: Operand, group_sizes: jax.Array) -> jax.Array:
+        return expert_mlp(rows, group_sizes, config=config, stays_in_8_bits=stays_in_8_bits, **params)
+
+    has_shared = params.get("shared_gate_up") is not None
+    y = expert_parallel(
+        rows,
+        topk_weights,
+        topk_ids,
+        experts,
+        {name: params[name] for name in EXPERT_FIELDS},
+        num_experts=config.num_experts,
+        transport=transport,
+        preferred_element_type=jnp.float32 if has_shared else x.dtype,
+    )
+    shared = _shared_expert(x, params, config, transport.axes, stays_in_8_bits=stays_in_8_bits)
+    return y if shared is None else y + shared
+
+
+def _shared_expert(
+    x: jax.Array, params: dict[str, Any], config: MoEConfig, axes: Axes, *, stays_in_8_bits: bool = False
+) -> jax.Array | None:
+    """The shared expert on x [T, H], float32; None if `params` have none."""
+    if params.get("shared_gate_up") is None:
+        return None
+    rows = gather_tokens(x, axes.mlp) if axes.tp > 1 else x
+    y = shared_mlp(rows, params["shared_gate_up"], params["shared_down"], config, stays_in_8_bits=stays_in_8_bits)
+    y = sum_tokens(y, axes.mlp) if axes.tp > 1 else y.astype(jnp.float32)
+    if params["shared_gate"] is not None:
+        y *= jax.nn.sigmoid(router_logits(x, params["shared_gate"]))
+    return y

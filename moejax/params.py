@@ -1,0 +1,182 @@
+"""The parameters of a layer, and the one table that all that concerns them is read from.
+
+    table = param_table(config)          # a MoEParams with a `Param` in every place: shape, logical axes, initialiser
+    shapes = param_shapes(config)
+    specs = param_specs(params, config, axes)
+
+Kernels, sharding, 8-bit weights, initial values, checkpoints and the oracle all go by it.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from moejax.config import MoEConfig
+from moejax.param import Param
+from pallas_kernels.quantize import Operand, QTensor, quantize
+from sharding.partition import Axes
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class MoEParams:
+    """The parameters of one layer; what the configuration leaves out is None.
+
+    Attributes:
+      router: those of the router by name, such as "kernel" [H, E] of most; see `Router.table`.
+      gate_up: [E, H, 2, I], gate and then up. For serving, a QTensor [E, 2, I, H].
+      down: [E, I, H]. For serving, a QTensor [E, H, I]: 8-bit weights lie with the dimension that is summed over last,
+        as Hopper needs them.
+      gate_up_bias: [E, 2, I].
+      down_bias: [E, H].
+      shared_gate_up: [H, 2, S], S the width of the shared expert; a QTensor [2, S, H].
+      shared_down: [S, H]; a QTensor [H, S].
+      shared_gate: [H, 1].
+    """
+
+    router: Mapping[str, Any] | None
+    gate_up: Any
+    down: Any
+    gate_up_bias: Any = None
+    down_bias: Any = None
+    shared_gate_up: Any = None
+    shared_down: Any = None
+    shared_gate: Any = None
+
+
+EXPERT_FIELDS = ("gate_up", "down", "gate_up_bias", "down_bias")
+"""The parameters of the routed experts, which are split over the expert axis."""
+
+SHARED_FIELDS = ("shared_gate_up", "shared_down", "shared_gate")
+"""The parameters of the shared expert."""
+
+EXPERT_WEIGHTS = ("gate_up", "down", "shared_gate_up", "shared_down")
+"""The matrices of the experts, which "w8a8" holds in 8 bits."""
+
+
+def param_table(config: MoEConfig) -> MoEParams:
+    """A `Param` for every parameter that `config` has, None for those that it has not."""
+    hidden, width, experts = config.hidden_size, config.intermediate_size, config.num_experts
+    shared = config.shared_intermediate_size
+    bias, has_shared = config.expert_bias, shared > 0
+    return MoEParams(
+        router=config.router.table(config),
+        gate_up=Param((experts, hidden, 2, width), ("expert", "embed", None, "mlp"), "kernel", stacked=1),
+        down=Param((experts, width, hidden), ("expert", "mlp", "embed"), "kernel", stacked=1),
+        gate_up_bias=Param((experts, 2, width), ("expert", None, "mlp"), "bias") if bias else None,
+        down_bias=Param((experts, hidden), ("expert", "embed"), "bias") if bias else None,
+        shared_gate_up=Param((hidden, 2, shared), ("embed", None, "mlp"), "kernel") if has_shared else None,
+        shared_down=Param((shared, hidden), ("mlp", "embed"), "kernel") if has_shared else None,
+        shared_gate=Param((hidden, 1), ("embed", None), "router kernel") if config.shared_gate else None,
+    )
+
+
+def map_table(function: Callable[..., Any], config: MoEConfig, *params: Any) -> MoEParams:
+    """function(row, …) for every row of the table, with what each of `params` (of that structure) has in its place."""
+    return jax.tree.map(function, param_table(config), *params, is_leaf=lambda leaf: isinstance(leaf, Param))
+
+
+def param_shapes(config: MoEConfig) -> MoEParams:
+    """The shape of every parameter that `config` has, None for those that it has not."""
+    return map_table(lambda row: row.shape, config)
+
+
+def param_specs(params: MoEParams, config: MoEConfig, axes: Axes) -> MoEParams:
+    """A PartitionSpec for every array in `params` (which may lack the router's): how it is split over `axes`."""
+    table = param_table(config)
+    if params.router is None:
+        table = dataclasses.replace(table, router=None)
+
+    def spec(row: Param, value: Operand) -> Any:
+        return operand_spec(row, value, axes)
+
+    return jax.tree.map(spec, table, params, is_leaf=lambda leaf: isinstance(leaf, Param))
+
+
+def operand_spec(row: Param, value: Operand, axes: Axes) -> Any:
+    """The PartitionSpec of one parameter; of the values and of the scales of a QTensor."""
+    if not isinstance(value, QTensor):
+        return axes.spec(row.axes)
+    values = axes.spec(row.k_major(row.axes))
+    # A scale that stands for a whole dimension lies wherever a part of that does.
+    scale = (None if size == 1 else names for size, names in zip(value.scale.shape, values, strict=True))
+    return QTensor(values, PartitionSpec(*scale))  # type: ignore[arg-type]
+
+
+def check_params(params: MoEParams, config: MoEConfig) -> None:
+    """Raises ValueError, naming the parameter, unless `params` are those of `config`."""
+    check_expert_params(params, config)
+    table = config.router.table(config)
+    got = {} if params.router is None else params.router
+    if set(got) != set(table):
+        raise ValueError(
+            f"params.router must hold {sorted(table)}, those of {type(config.router).__name__}, got {sorted(got)}"
+        )
+    for name, row in table.items():
+        _check_one(f"params.router[{name!r}]", got[name], row)
+
+
+def check_expert_params(params: MoEParams, config: MoEConfig) -> None:
+    """`check_params` without the router's parameters."""
+    table = param_table(config)
+    for name in (*EXPERT_FIELDS, *SHARED_FIELDS):
+        _check_one(f"params.{name}", getattr(params, name), getattr(table, name))
+
+
+def _check_one(name: str, value: Any, row: Param | None) -> None:
+    if row is None or value is None:
+        if (row is None) != (value is None):
+            want = "None (the configuration has none)" if row is None else list(row.shape)
+            raise ValueError(f"{name} must be {want}, got {None if value is None else list(value.shape)}")
+        return
+    shape = row.k_major(row.shape) if isinstance(value, QTensor) else row.shape
+    if tuple(value.shape) != shape:
+        raise ValueError(f"{name} must be {list(shape)}, got {list(value.shape)}{_hint(value, row, shape)}")
+    if isinstance(value, QTensor):
+        if row.kind != "kernel":
+            raise ValueError(f"{name} must be an array: only the matrices of experts are held in 8 bits")
+    elif row.init is None and not (jnp.issubdtype(value.dtype, jnp.floating) and value.dtype.itemsize >= 2):
+        raise ValueError(f"{name} must be BF16, FP16 or float32, or a QTensor for 8 bits, got {value.dtype}")
+
+
+def _hint(value: Operand, row: Param, shape: tuple[int, ...]) -> str:
+    if row.has_halves and value.ndim == len(shape) - 1:
+        return "; gate and up have an axis of their own: pack_experts() makes it of every layout there is"
+    if not isinstance(value, QTensor) and tuple(value.shape) == row.k_major(row.shape):
+        return "; these are matrices [out, in]: pack_experts(layout='out_in') turns them"
+    return ""
+
+
+def quantize_params(params: MoEParams, config: MoEConfig) -> MoEParams:
+    """The layer for serving in 8 bits: the weights of all experts as QTensors (see `MoEParams`), the rest as it was."""
+    q = config.quantization
+
+    def to_8_bits(weights: Operand | None, row: Param | None) -> Any:
+        if weights is None or isinstance(weights, QTensor) or row is None:
+            return weights
+        if row.has_halves:
+            weights = jnp.moveaxis(weights, -2, -3)
+        return quantize(weights, q.dtype, scaling=q.rhs_scaling).mT
+
+    table = param_table(config)
+    return dataclasses.replace(
+        params, **{name: to_8_bits(getattr(params, name), getattr(table, name)) for name in EXPERT_WEIGHTS}
+    )
+
+
+def flat_halves(gate_up: Operand) -> Operand:
+    """Gate and up as one matrix for the kernels: [L, H, 2, I] -> [L, H, 2I], or QTensors [L, 2, I, H] -> [L, 2I, H]."""
+    if not isinstance(gate_up, QTensor):
+        return gate_up.reshape(*gate_up.shape[:-2], -1)
+    *batch, halves, width, depth = gate_up.shape
+    scale = gate_up.scale
+    if scale.shape[-2] == 1 and scale.shape[-3] == halves:  # one scale for each: as channels the kernels know it
+        scale = jnp.broadcast_to(scale, (*scale.shape[:-2], width, scale.shape[-1]))
+    return QTensor(
+        gate_up.values.reshape(*batch, halves * width, depth),
+        scale.reshape(*scale.shape[:-3], -1, scale.shape[-1]),
+    )

@@ -1,0 +1,122 @@
+"""What an expert has room for, and which choices get it.
+
+An expert takes ⌈factor · T·K / E⌉ choices of the T tokens that are counted together: those of the whole batch, or
+those of one chip (GShard, Switch Transformer). First choices have precedence over second ones, and so on; among equals
+the token that comes earlier in the batch has. So a batch loses the same choices on every mesh, unless each chip counts
+by itself.
+"""
+
+import math
+from fractions import Fraction
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.plan import make_plan
+from sharding.tokens import Tokens
+
+Scope = Literal["batch", "chip"]
+"""The tokens that a capacity is of."""
+
+_DENOMINATOR = 1000
+"""A capacity factor counts in thousandths, so that integers give the same capacity while tracing as before."""
+
+
+def expert_capacity(num_tokens: Any, top_k: int, num_experts: int, capacity_factor: float) -> Any:
+    """⌈capacity_factor · T·K / E⌉, at least 1: the choices that an expert takes of T tokens.
+
+    Args:
+      num_tokens: T, a number or int32 [].
+      top_k: K.
+      num_experts: E.
+      capacity_factor: positive, to a thousandth.
+    """
+    factor = Fraction(capacity_factor).limit_denominator(_DENOMINATOR)
+    # More than E / K is room for every choice there can be.
+    factor = max(min(factor, Fraction(num_experts)), Fraction(1, _DENOMINATOR))
+    if not isinstance(num_tokens, jax.Array):
+        return max(1, math.ceil(factor * num_tokens * top_k / num_experts))
+    # In two parts, so that no product leaves 32 bits.
+    unit = factor.denominator * num_experts
+    whole, rest = jnp.divmod(num_tokens * top_k, unit)
+    rest = (rest.astype(jnp.uint32) * jnp.uint32(factor.numerator) + jnp.uint32(unit - 1)) // jnp.uint32(unit)
+    return jnp.maximum(whole * factor.numerator + rest.astype(jnp.int32), 1)
+
+
+def limit_to_capacity(
+    topk_ids: jax.Array, num_experts: int, capacity_factor: float, tokens: Tokens, scope: Scope
+) -> tuple[jax.Array, int]:
+    """Takes from each expert what exceeds its capacity.
+
+    Args:
+      topk_ids: int32 [T, K] of this chip, −1 for a choice that is not made.
+      num_experts: E.
+      capacity_factor: see `expert_capacity`.
+      tokens: those of this chip.
+      scope: whether the capacity is of the whole batch or of each chip.
+
+    Returns:
+      topk_ids with −1 for each choice that is dropped; and the most that an expert can get from this chip.
+    """
+    num_tokens, top_k = topk_ids.shape
+    if scope == "chip":
+        real = num_tokens if tokens.real is None else jnp.maximum(tokens.real.sum(dtype=jnp.int32), 1)
+        capacity = expert_capacity(real, top_k, num_experts, capacity_factor)
+        most = expert_capacity(num_tokens, top_k, num_experts, capacity_factor)
+        rank = _rank_on_chip(topk_ids, num_experts)
+    else:
+        capacity = expert_capacity(tokens.count, top_k, num_experts, capacity_factor)
+        most = expert_capacity(tokens.total, top_k, num_experts, capacity_factor)
+        rank = _rank_in_batch(topk_ids, num_experts, tokens)
+    return jnp.where(rank < capacity, topk_ids, -1), min(most, num_tokens)
+
+
+def count_dropped(topk_ids: jax.Array, kept_ids: jax.Array, num_experts: int) -> jax.Array:
+    """int32 [E]: of the choices in `topk_ids`, how many of each expert are missing from `kept_ids`."""
+    lost = (topk_ids != kept_ids)[..., None] & (topk_ids[..., None] == jnp.arange(num_experts))
+    return lost.sum((0, 1), dtype=jnp.int32)
+
+
+def _rank_on_chip(topk_ids: jax.Array, num_experts: int) -> jax.Array:
+    """int32 [T, K]: how many choices of the same expert go before each on this chip."""
+    num_tokens, top_k = topk_ids.shape
+    # All first choices, then all second ones.
+    plan = make_plan(topk_ids.T.reshape(-1, 1), num_experts)
+    row = plan.inverse.reshape(top_k, num_tokens).T
+    return row - plan.offsets[jnp.maximum(topk_ids, 0)]
+
+
+def _rank_in_batch(topk_ids: jax.Array, num_experts: int, tokens: Tokens) -> jax.Array:
+    """int32 [T, K]: how many choices of the same expert go before each in the whole batch.
+
+    A run of tokens that are neighbours in the batch goes before or after every other run as a whole. So chips tell
+    each other how many choices of each expert every run of theirs makes, and where it begins.
+    """
+    rank = _rank_on_chip(topk_ids, num_experts)
+    if not tokens.axes:
+        return rank
+    num_tokens, top_k = topk_ids.shape
+    runs = topk_ids.reshape(num_tokens // tokens.run, tokens.run, top_k)
+    own = (runs[..., None] == jnp.arange(num_experts)).sum(1, dtype=jnp.int32)  # [runs, K, E]
+    begin = tokens.index[:: tokens.run]
+    every = tokens.gather(own).reshape(-1, top_k, num_experts)
+    every_begin = tokens.gather(begin).reshape(-1)
+    before_here = _before(own, begin, begin)
+    before = _before(every, every_begin, begin)
+    shift = before - before_here  # [runs, K, E]
+    run = jnp.arange(num_tokens, dtype=jnp.int32)[:, None] // tokens.run
+    return rank + shift[run, jnp.arange(top_k, dtype=jnp.int32), jnp.maximum(topk_ids, 0)]
+
+
+def _before(counts: jax.Array, begins: jax.Array, own_begins: jax.Array) -> jax.Array:
+    """int32 [own runs, K, E]: choices that go before the k-th ones of each own run: earlier k's, then earlier runs'.
+
+    Args:
+      counts: int32 [runs, K, E].
+      begins: int32 [runs], the first token of each.
+      own_begins: int32 [own runs].
+    """
+    of_earlier_k = jnp.cumsum(counts.sum(0, dtype=jnp.int32), axis=0, dtype=jnp.int32) - counts.sum(0, dtype=jnp.int32)
+    earlier = (begins < own_begins[:, None]).astype(jnp.int32)
+    return of_earlier_k + jnp.einsum("or,rke->oke", earlier, counts, preferred_element_type=jnp.int32)
