@@ -15,7 +15,7 @@ from bench.hopper.products import Product, make_inputs
 from bench.tpu.libtpu import one_line, serve
 from bench.workloads import GemmShape
 from moejax import MoEConfig, Quantization, fused_experts, moe, quantize_params
-from moejax.experts import param_shapes
+from moejax.params import param_shapes
 from pallas_kernels.chips import get_chip
 from pallas_kernels.grouped_matmul import grouped_gate_up, grouped_matmul
 from pallas_kernels.target import targeting
