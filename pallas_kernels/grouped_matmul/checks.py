@@ -68,10 +68,11 @@ def _check_values(group_sizes: jax.Array, group_offset: jax.Array | int, num_gro
     """Checks what is known at trace time; traced values, and values on other hosts, are taken on trust."""
     if is_known(group_sizes):
         sizes = np.asarray(group_sizes)
-        if sizes.size and (sizes.min() < 0 or sizes.sum() > num_rows):
+        total = sum(sizes.tolist())  # which no dtype bounds
+        if sizes.size and (sizes.min() < 0 or total > num_rows):
             raise ValueError(
                 f"group_sizes must be at least 0 and sum to at most M = {num_rows}, got {sizes.tolist()} "
-                f"with sum {sizes.sum()}"
+                f"with sum {total}"
             )
     if jnp.ndim(group_offset) != 0:
         raise ValueError(f"group_offset must be a scalar, got shape {list(jnp.shape(group_offset))}")
