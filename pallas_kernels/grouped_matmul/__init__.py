@@ -107,7 +107,7 @@ def grouped_gate_up(
         the last I.
       group_sizes: integer [E], E ≥ G: rows per group; see `grouped_matmul` for negative ones and too many rows.
       bias: [G, 2I], or None.
-      activation: silu, gelu, gelu_tanh or swigluoai; see `pallas_kernels.activations`.
+      activation: silu, gelu, gelu_tanh, swigluoai or relu2; see `pallas_kernels.activations`.
       activation_limit: clamp before the activation, or None.
       group_offset: the first group that `rhs` holds.
       transpose_rhs: whether rhs lies as [G, 2I, H] (the layout FP8 needs on Hopper).
