@@ -18,6 +18,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.concrete import is_less
 from pallas_kernels.plan.counting_sort import counting_sort
 from pallas_kernels.plan.ids import as_ids
 
@@ -64,7 +65,7 @@ def make_plan(topk_ids: jax.Array, num_groups: int, *, capacity: int | None = No
         raise ValueError(f"topk_ids must be an integer array [T, K], got {topk_ids.dtype}{list(topk_ids.shape)}")
     if num_groups < 1:
         raise ValueError(f"num_groups must be at least 1, got {num_groups}")
-    if capacity is not None and capacity < 1:
+    if capacity is not None and is_less(capacity, 1):
         raise ValueError(f"capacity must be at least 1 row a group, got {capacity}; use None for no limit")
     num_tokens, top_k = topk_ids.shape
     ids = topk_ids if topk_ids.dtype == jnp.int32 else as_ids(topk_ids, num_groups)
@@ -74,7 +75,8 @@ def make_plan(topk_ids: jax.Array, num_groups: int, *, capacity: int | None = No
     else:  # First choices first.
         rows, order, group_sizes = counting_sort(ids.T.reshape(-1), num_groups, backend=backend)
         inverse = rows.reshape(top_k, num_tokens).T
-        order = jnp.where(order < 0, -1, order % max(num_tokens, 1) * top_k + order // max(num_tokens, 1))
+        stride = jnp.asarray(jax.core.max_dim(num_tokens, 1), jnp.int32)
+        order = jnp.where(order < 0, -1, order % stride * top_k + order // stride)
     offsets = jnp.cumsum(group_sizes, dtype=jnp.int32) - group_sizes
     plan = Plan(order, inverse, group_sizes, offsets, jnp.zeros((), jnp.int32))
     if capacity is None:
