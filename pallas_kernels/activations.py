@@ -4,6 +4,7 @@
     gelu       GeGLU with the exact error function
     gelu_tanh  GeGLU with the tanh approximation (Gemma)
     swigluoai  gpt-oss                                      gate · σ(1.702 · gate) · (up + 1)
+    relu2      squared ReLU (BitNet b1.58)                  max(gate, 0)² · up
 
 `limit` clamps before the activation: gate from above, up from both sides (gpt-oss: 7.0).
 """
@@ -16,13 +17,24 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-Activation = Literal["silu", "gelu", "gelu_tanh", "swigluoai"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "swigluoai", "relu2"]
 
 _OAI_ALPHA = 1.702
+_SQRT_HALF = 0.5**0.5
 
 
 def _swigluoai(gate: jax.Array, up: jax.Array) -> jax.Array:
     return gate * jax.nn.sigmoid(_OAI_ALPHA * gate) * (up + 1)
+
+
+def _gelu(gate: jax.Array) -> jax.Array:
+    # As jax.nn.gelu, but that takes erfc, which kernels for GPUs cannot.
+    return 0.5 * gate * (1 + jax.lax.erf(gate * _SQRT_HALF))
+
+
+def _relu2(gate: jax.Array) -> jax.Array:
+    positive = jnp.maximum(gate, 0)  # not jax.nn.relu, whose gradient rule kernels for GPUs of jax 0.11 do not take
+    return positive * positive
 
 
 def _gated_by(activation: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array, jax.Array], jax.Array]:
@@ -32,9 +44,10 @@ def _gated_by(activation: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Arr
 _GATED: Mapping[str, Callable[[jax.Array, jax.Array], jax.Array]] = MappingProxyType(
     {
         "silu": _gated_by(jax.nn.silu),
-        "gelu": _gated_by(functools.partial(jax.nn.gelu, approximate=False)),
+        "gelu": _gated_by(_gelu),
         "gelu_tanh": _gated_by(functools.partial(jax.nn.gelu, approximate=True)),
         "swigluoai": _swigluoai,
+        "relu2": _gated_by(_relu2),
     }
 )
 

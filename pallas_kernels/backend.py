@@ -22,6 +22,7 @@ from typing import Any
 
 import jax
 
+from pallas_kernels.concrete import is_symbolic
 from pallas_kernels.target import target_platform
 from pallas_kernels.varying import vary_over, varying_axes
 
@@ -67,9 +68,19 @@ def run(operator: str, function: str, backend: str, *args: Any, **kwargs: Any) -
 def _call(operator: str, function: str, backend: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Calls it. Inside `jax.shard_map`, what a kernel returns varies over the mesh axes that its operands vary over."""
     module = importlib.import_module(_path(operator, MODULES[backend]))
-    result = getattr(module, function)(*args, **kwargs)
     operands = [leaf for leaf in jax.tree.leaves((args, kwargs)) if isinstance(leaf, jax.Array)]
+    if backend != "xla":
+        _require_numbers(operator, operands)
+    result = getattr(module, function)(*args, **kwargs)
     return vary_over(result, varying_axes(operands))
+
+
+def _require_numbers(operator: str, operands: list[jax.Array]) -> None:
+    """Raises Unsupported for sizes that are symbols, as `jax.export` can have them: kernels are cut for a size."""
+    for operand in operands:
+        if is_symbolic(*operand.shape):
+            shape = f"[{', '.join(map(str, operand.shape))}]"
+            raise Unsupported(f"{operator}: kernels need sizes that are numbers, got an operand {shape}")
 
 
 def _path(operator: str, module: str) -> str:

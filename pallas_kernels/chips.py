@@ -24,6 +24,9 @@ GIB = 1 << 30
 GB = 10**9
 TERA = 10**12
 
+Generation = Literal["v5e", "v5p", "v6e", "v7x", "hopper", "blackwell", "ds_tpu"]
+"""Chips of one generation run the same kernels, each cut for its own figures."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
@@ -32,6 +35,7 @@ class Chip:
     Attributes:
       name: the key under which `get_chip` finds it.
       kind: "tpu", "gpu", or "ds_tpu" for the modelled chips of the DS_TPU evaluator.
+      generation: which kernels it runs; of a TPU its name.
       cores: independent cores (TensorCores, streaming multiprocessors, DS_TPU cores) that share the chip's figures.
       peak_flops: FLOP/s of the whole chip for each operand dtype that its matrix unit multiplies natively.
       hbm_bandwidth: bytes/s between main memory and the chip.
@@ -45,6 +49,7 @@ class Chip:
 
     name: str
     kind: Literal["tpu", "gpu", "ds_tpu"]
+    generation: Generation
     cores: int
     peak_flops: Mapping[str, float]
     hbm_bandwidth: float
@@ -77,14 +82,15 @@ def _rates(**tflops: float) -> Mapping[str, float]:
     return MappingProxyType({dtype: rate * TERA for dtype, rate in tflops.items()})
 
 
-def _tpu(name: str, **figures) -> Chip:
-    return Chip(name=name, kind="tpu", **figures)
+def _tpu(name: Literal["v5e", "v5p", "v6e", "v7x"], **figures) -> Chip:
+    return Chip(name=name, kind="tpu", generation=name, **figures)
 
 
 def _hopper(name: str, hbm_gb: float, hbm_tb_per_s: float, device_kinds: tuple[str, ...], source: str) -> Chip:
     return Chip(
         name=name,
         kind="gpu",
+        generation="hopper",
         cores=132,
         peak_flops=_rates(
             float16=989.4, bfloat16=989.4, float8_e4m3fn=1978.9, float8_e5m2=1978.9, int8=1978.9, float32=66.9
@@ -103,6 +109,7 @@ def ds_tpu_chip(name: str, cores: int, tflops: float, gbps: float, source: str) 
     return Chip(
         name=name,
         kind="ds_tpu",
+        generation="ds_tpu",
         cores=cores,
         peak_flops=_rates(bfloat16=tflops, float16=tflops, float8_e4m3fn=tflops, float8_e5m2=tflops, int8=tflops),
         hbm_bandwidth=gbps * GB,
@@ -172,6 +179,7 @@ CHIPS: Mapping[str, Chip] = MappingProxyType(
             Chip(
                 name="b200",
                 kind="gpu",
+                generation="blackwell",
                 cores=148,
                 peak_flops=_rates(
                     float16=2250, bfloat16=2250, float8_e4m3fn=4500, float8_e5m2=4500, int8=4500, float32=80

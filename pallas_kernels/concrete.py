@@ -1,10 +1,15 @@
-"""Which values can be looked at while a program is being traced."""
+"""Which values, and which sizes, can be looked at while a program is being traced.
+
+Sizes are numbers, except where `jax.export` traces for sizes that are known only when the program is called: then they
+are symbols, of which Python cannot say whether one is less than another.
+"""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import export
 
 
 def is_known(tree: Any) -> bool:
@@ -12,6 +17,16 @@ def is_known(tree: Any) -> bool:
     return all(
         not isinstance(x, jax.core.Tracer) and getattr(x, "is_fully_addressable", True) for x in jax.tree.leaves(tree)
     )
+
+
+def is_symbolic(*sizes: Any) -> bool:
+    """Whether any of the sizes is a symbol."""
+    return any(map(export.is_symbolic_dim, sizes))
+
+
+def is_less(a: Any, b: Any) -> bool:
+    """Whether a < b is known to hold: False where a symbol leaves it open."""
+    return not is_symbolic(a, b) and a < b
 
 
 def nan_rows(x: jax.Array, mask: jax.Array | None = None) -> list[int]:

@@ -66,7 +66,8 @@ def _combine_bwd(backend, _out_dtype, residuals, dout):
     rows, plan, weights = residuals
     if weights.size == 0:
         return jnp.zeros_like(rows), None, jnp.zeros_like(weights)
-    row_weights = jnp.where(plan.order >= 0, weights.reshape(-1)[jnp.maximum(plan.order, 0)], 0)
+    row_weights = weights.astype(jnp.float32).reshape(-1)[jnp.maximum(plan.order, 0)]
+    row_weights = jnp.where(plan.order >= 0, row_weights, 0)
     drows = run("dispatch", "dispatch", backend, dout, plan).astype(jnp.float32) * row_weights[:, None]
     dweights = run("combine", "combine_dweights", backend, rows, plan, dout)
     return drows.astype(rows.dtype), None, dweights.astype(weights.dtype)

@@ -74,7 +74,7 @@ def combine(
 
 def combine_dweights(rows: jax.Array, plan: Plan, dout: jax.Array) -> jax.Array:
     """See `pallas_kernels.combine.reference.combine_dweights`. Rows that strips cannot divide are left to XLA."""
-    require_hopper("combine_dweights")
+    require_hopper("combine")
     num_tokens, top_k = plan.inverse.shape
     strips = cut("combine_dweights", rows.shape[1], rows.dtype, 1)
     if plan.inverse.size == 0 or rows.shape[0] == 0 or strips.overlap:

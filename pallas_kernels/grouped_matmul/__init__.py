@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from pallas_kernels.activations import Activation, gated_halves
 from pallas_kernels.backend import run
 from pallas_kernels.grouped_matmul.checks import check_gate_up, check_operands
+from pallas_kernels.grouped_matmul.group_sizes import within_rows
 from pallas_kernels.quantize import (
     Operand,
     QDtype,
@@ -55,7 +56,9 @@ def grouped_matmul(
     Args:
       lhs: [M, K], BF16, FP16, float32, or a QTensor. Rows lie sorted by group.
       rhs: [G, K, N] ([G, N, K] with `transpose_rhs`), the same kinds.
-      group_sizes: integer [E], E ≥ G: rows per group, for all groups that the rows are sorted by.
+      group_sizes: integer [E], E ≥ G: rows per group, for all groups that the rows are sorted by. A negative one counts
+        as 0, and groups end at row M however many rows they claim; inside of `pallas_kernels.debug.debug_checks` both
+        are errors that name the group, when the program runs.
       bias: [G, N], or None.
       group_offset: the first group that `rhs` holds: rhs[g] belongs to group_sizes[group_offset + g].
       transpose_rhs: whether rhs lies as [G, N, K] (the layout FP8 needs on Hopper).
@@ -71,6 +74,7 @@ def grouped_matmul(
       Unsupported: a named backend cannot do this.
     """
     check_operands(lhs, rhs, group_sizes, bias, group_offset, transpose_rhs)
+    group_sizes = within_rows(group_sizes, lhs.shape[0])
     settings = _Settings(
         transpose_rhs=transpose_rhs,
         quantization=quantization,
@@ -101,9 +105,9 @@ def grouped_gate_up(
       lhs: [M, H], BF16, FP16, float32, or a QTensor. Rows lie sorted by group.
       rhs: [G, H, 2I] ([G, 2I, H] with `transpose_rhs`), the gate matrix in the first I columns and the up matrix in
         the last I.
-      group_sizes: integer [E], E ≥ G: rows per group.
+      group_sizes: integer [E], E ≥ G: rows per group; see `grouped_matmul` for negative ones and too many rows.
       bias: [G, 2I], or None.
-      activation: silu, gelu, gelu_tanh or swigluoai; see `pallas_kernels.activations`.
+      activation: silu, gelu, gelu_tanh, swigluoai or relu2; see `pallas_kernels.activations`.
       activation_limit: clamp before the activation, or None.
       group_offset: the first group that `rhs` holds.
       transpose_rhs: whether rhs lies as [G, 2I, H] (the layout FP8 needs on Hopper).
@@ -120,6 +124,7 @@ def grouped_gate_up(
       Unsupported: a named backend cannot do this.
     """
     check_gate_up(lhs, rhs, group_sizes, bias, group_offset, transpose_rhs, activation, activation_limit)
+    group_sizes = within_rows(group_sizes, lhs.shape[0])
     settings = _Settings(
         transpose_rhs=transpose_rhs,
         quantization=quantization,
@@ -169,6 +174,7 @@ def grouped_gate_up_in_8_bits(
       Unsupported: a named backend cannot do this.
     """
     check_gate_up(lhs, rhs, group_sizes, bias, group_offset, transpose_rhs, activation, activation_limit)
+    group_sizes = within_rows(group_sizes, lhs.shape[0])
     scale_shape((lhs.shape[0], rhs.shape[1 if transpose_rhs else 2] // 2), _RESULT_SCALING)
     settings = _Settings(
         transpose_rhs=transpose_rhs,

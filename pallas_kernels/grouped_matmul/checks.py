@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.activations import Activation, check_activation
-from pallas_kernels.concrete import is_known
+from pallas_kernels.concrete import is_known, is_less
 from pallas_kernels.quantize import Operand, QTensor, check_qtensor
 
 
@@ -30,7 +30,7 @@ def check_operands(
                 f"{operand.dtype}{list(operand.shape)}"
             )
     num_groups, depth, columns = rhs.shape if not transpose_rhs else (rhs.shape[0], rhs.shape[2], rhs.shape[1])
-    if num_groups < 1:
+    if is_less(num_groups, 1):
         raise ValueError(f"rhs must hold the matrix of at least one group, got {list(rhs.shape)}")
     if depth != lhs.shape[1]:
         raise ValueError(
@@ -39,7 +39,7 @@ def check_operands(
         )
     if group_sizes.ndim != 1 or not jnp.issubdtype(group_sizes.dtype, jnp.integer):
         raise ValueError(f"group_sizes must be an integer vector, got {group_sizes.dtype}{list(group_sizes.shape)}")
-    if group_sizes.shape[0] < num_groups:
+    if is_less(group_sizes.shape[0], num_groups):
         raise ValueError(f"group_sizes has {group_sizes.shape[0]} groups, rhs has {num_groups}; it must list them all")
     if bias is not None and bias.shape != (num_groups, columns):
         raise ValueError(f"bias must have shape [G, N] = {[num_groups, columns]}, got {list(bias.shape)}")
@@ -68,15 +68,16 @@ def _check_values(group_sizes: jax.Array, group_offset: jax.Array | int, num_gro
     """Checks what is known at trace time; traced values, and values on other hosts, are taken on trust."""
     if is_known(group_sizes):
         sizes = np.asarray(group_sizes)
-        if sizes.size and (sizes.min() < 0 or sizes.sum() > num_rows):
+        total = sum(sizes.tolist())  # which no dtype bounds
+        if sizes.size and (sizes.min() < 0 or is_less(num_rows, total)):
             raise ValueError(
                 f"group_sizes must be at least 0 and sum to at most M = {num_rows}, got {sizes.tolist()} "
-                f"with sum {sizes.sum()}"
+                f"with sum {total}"
             )
     if jnp.ndim(group_offset) != 0:
         raise ValueError(f"group_offset must be a scalar, got shape {list(jnp.shape(group_offset))}")
     largest = group_sizes.shape[0] - num_groups
-    if is_known(group_offset) and not 0 <= int(group_offset) <= largest:
+    if is_known(group_offset) and (int(group_offset) < 0 or is_less(largest, int(group_offset))):
         raise ValueError(
             f"group_offset must lie in [0, {largest}] so that the {num_groups} groups of rhs fit into "
             f"{group_sizes.shape[0]} group_sizes, got {int(group_offset)}"

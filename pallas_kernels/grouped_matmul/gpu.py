@@ -81,7 +81,7 @@ def grouped_matmul_drhs(
 
     Operands in 8 bits are dequantised to BF16 first: the sum runs over rows, of which FP8 would need a transposed copy.
     """
-    chip = hopper_chip()
+    chip = hopper_chip("grouped_matmul")
     left, right = (_in_16_bits(x) for x in same_precision(lhs, dout))
     (num_rows, depth), columns, out_dtype = left.shape, right.shape[1], jnp.dtype(out_dtype)
     if out_dtype.name not in _OUT_DTYPES:
@@ -106,7 +106,7 @@ def grouped_matmul_drhs(
 
 
 def _product(lhs, rhs, group_sizes, bias, group_offset, k_major: bool, epilogue: Epilogue, stage: Stage) -> Any:
-    chip = hopper_chip()
+    chip = hopper_chip("grouped_matmul")
     lhs, rhs = same_precision(lhs, rhs)
     _check(lhs, rhs, bias, k_major, epilogue)
     columns = rhs.shape[1 if k_major else 2]

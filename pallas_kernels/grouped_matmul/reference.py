@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.activations import Activation, gated_halves
+from pallas_kernels.concrete import is_symbolic
 from pallas_kernels.quantize import Operand, QTensor, dequantize, quantize
 from pallas_kernels.varying import vary_over, varying_axes
 
@@ -96,8 +97,10 @@ class _Blocks:
     def __init__(self, group_sizes: jax.Array, num_groups: int, group_offset: jax.Array | int, num_rows: int):
         sizes = jnp.maximum(group_sizes.astype(jnp.int32), 0)
         starts = jnp.cumsum(sizes) - sizes
-        self.block_m = min(_BLOCK_M, max(num_rows, 1))
-        self.num_rows = num_rows
+        # Of rows that could be fewer than a block, the result gets a block more, and `_slice_array` repeats the last.
+        self.padding = _BLOCK_M if is_symbolic(num_rows) else 0
+        self.block_m = self.padding or min(_BLOCK_M, max(num_rows, 1))
+        self.num_rows = num_rows + self.padding
         self.starts = lax.dynamic_slice_in_dim(starts, group_offset, num_groups)
         self.ends = self.starts + lax.dynamic_slice_in_dim(sizes, group_offset, num_groups)
         per_group = -(-(self.ends - self.starts) // self.block_m)
@@ -137,10 +140,11 @@ def _map_blocks(
         old = lax.dynamic_slice_in_dim(out, first_row, blocks.block_m)
         return lax.dynamic_update_slice_in_dim(out, jnp.where(mask, new, old), first_row, 0)
 
-    zeros = jnp.zeros((lhs.shape[0], num_columns), out_dtype)
+    zeros = jnp.zeros((blocks.num_rows, num_columns), out_dtype)
     if lhs.shape[0] == 0:
         return zeros
-    return lax.fori_loop(0, blocks.count, body, vary_over(zeros, varying_axes(lhs)))
+    out = lax.fori_loop(0, blocks.count, body, vary_over(zeros, varying_axes(lhs)))
+    return out[: lhs.shape[0]] if blocks.padding else out
 
 
 def _product(
@@ -161,11 +165,17 @@ def _slice(operand: Operand, first_row: jax.Array, num_rows: int) -> Operand:
     if isinstance(operand, QTensor):
         # One scale for all rows (per tensor, per channel) has nothing to slice; otherwise each row gets its own.
         scale = operand.scale
-        if scale.shape[0] > 1:
+        if scale.shape[0] != 1:
             rows_per_scale = operand.shape[0] // scale.shape[0]
             scale = scale[(first_row + jnp.arange(num_rows)) // rows_per_scale]
-        return QTensor(lax.dynamic_slice_in_dim(operand.values, first_row, num_rows), scale)
-    return lax.dynamic_slice_in_dim(operand, first_row, num_rows)
+        return QTensor(_slice_array(operand.values, first_row, num_rows), scale)
+    return _slice_array(operand, first_row, num_rows)
+
+
+def _slice_array(x: jax.Array, first_row: jax.Array, num_rows: int) -> jax.Array:
+    if is_symbolic(x.shape[0]):
+        return x[jnp.minimum(first_row + jnp.arange(num_rows), x.shape[0] - 1)]
+    return lax.dynamic_slice_in_dim(x, first_row, num_rows)
 
 
 def _take(operand: Operand, group: jax.Array) -> Operand:

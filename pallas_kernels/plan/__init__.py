@@ -18,7 +18,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.concrete import is_less
 from pallas_kernels.plan.counting_sort import counting_sort
+from pallas_kernels.plan.ids import as_ids
 
 
 @jax.tree_util.register_dataclass
@@ -63,17 +65,18 @@ def make_plan(topk_ids: jax.Array, num_groups: int, *, capacity: int | None = No
         raise ValueError(f"topk_ids must be an integer array [T, K], got {topk_ids.dtype}{list(topk_ids.shape)}")
     if num_groups < 1:
         raise ValueError(f"num_groups must be at least 1, got {num_groups}")
-    if capacity is not None and capacity < 1:
+    if capacity is not None and is_less(capacity, 1):
         raise ValueError(f"capacity must be at least 1 row a group, got {capacity}; use None for no limit")
     num_tokens, top_k = topk_ids.shape
-    ids = _as_int32(topk_ids, num_groups)
+    ids = _in_int32(topk_ids, num_groups)
     if capacity is None:
         rows, order, group_sizes = counting_sort(ids.reshape(-1), num_groups, backend=backend)
         inverse = rows.reshape(num_tokens, top_k)
     else:  # First choices first.
         rows, order, group_sizes = counting_sort(ids.T.reshape(-1), num_groups, backend=backend)
         inverse = rows.reshape(top_k, num_tokens).T
-        order = jnp.where(order < 0, -1, order % max(num_tokens, 1) * top_k + order // max(num_tokens, 1))
+        stride = jnp.asarray(jax.core.max_dim(num_tokens, 1), jnp.int32)
+        order = jnp.where(order < 0, -1, order % stride * top_k + order // stride)
     offsets = jnp.cumsum(group_sizes, dtype=jnp.int32) - group_sizes
     plan = Plan(order, inverse, group_sizes, offsets, jnp.zeros((), jnp.int32))
     if capacity is None:
@@ -88,7 +91,7 @@ def take_slots(plan: Plan, topk_ids: jax.Array, slots: int, begin: jax.Array | i
 
     Args:
       plan: a tight plan (capacity None) of `topk_ids`.
-      topk_ids: integer [T, K].
+      topk_ids: integer [T, K], those of the plan.
       slots: rows that the result has for each group (R = G·slots).
       begin: the first row of each group to take; may be traced.
 
@@ -96,6 +99,7 @@ def take_slots(plan: Plan, topk_ids: jax.Array, slots: int, begin: jax.Array | i
       A Plan in which assignments outside the range have no row; they are not counted as dropped.
     """
     num_groups, num_rows = plan.group_sizes.shape[0], plan.order.shape[0]
+    begin = jnp.asarray(begin).astype(jnp.int32)
     group_sizes = jnp.clip(plan.group_sizes - begin, 0, slots)
     offsets = slots * jnp.arange(num_groups, dtype=jnp.int32)
     if num_rows == 0:
@@ -103,17 +107,16 @@ def take_slots(plan: Plan, topk_ids: jax.Array, slots: int, begin: jax.Array | i
     slot = jnp.arange(slots, dtype=jnp.int32)
     row = jnp.minimum(plan.offsets[:, None] + begin + slot, num_rows - 1)
     order = jnp.where(slot < group_sizes[:, None], plan.order[row], -1).reshape(-1)
-    group = jnp.clip(topk_ids, 0, num_groups - 1).astype(jnp.int32)
+    group = jnp.clip(_in_int32(topk_ids, num_groups), 0, num_groups - 1)
     rank = plan.inverse - plan.offsets[group] - begin
     is_taken = (plan.inverse >= 0) & (rank >= 0) & (rank < slots)
     inverse = jnp.where(is_taken, offsets[group] + rank, -1)
     return Plan(order, inverse, group_sizes, offsets, plan.dropped)
 
 
-def _as_int32(ids: jax.Array, num_groups: int) -> jax.Array:
-    """Ids as int32; those of wider or unsigned dtypes that int32 cannot hold are no group's either way."""
-    if ids.dtype == jnp.int32:
-        return ids
-    if ids.dtype.itemsize < 4:
-        return ids.astype(jnp.int32)
-    return jnp.where((ids >= 0) & (ids < num_groups), ids, -1).astype(jnp.int32)
+def _in_int32(ids: jax.Array, num_groups: int) -> jax.Array:
+    """`as_ids` where the type needs it; what is no group is left out below as it is."""
+    return ids if ids.dtype == jnp.int32 else as_ids(ids, num_groups)
+
+
+__all__ = ["Plan", "as_ids", "make_plan", "take_slots"]

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.backend import run
+from pallas_kernels.plan.ids import as_ids
 
 
 class Sorted(NamedTuple):
@@ -34,7 +35,7 @@ def counting_sort(keys: jax.Array, num_groups: int, *, backend: str = "auto") ->
     """Sorts `keys`.
 
     Args:
-      keys: int32 [N].
+      keys: integer [N].
       num_groups: G.
       backend: "auto", "xla", "pallas_tpu" or "pallas_gpu".
 
@@ -42,10 +43,11 @@ def counting_sort(keys: jax.Array, num_groups: int, *, backend: str = "auto") ->
       Sorted. Equal inputs give equal results, bit for bit.
 
     Raises:
-      ValueError: `keys` is not an int32 vector, or `num_groups` is not positive.
+      ValueError: `keys` is not an integer vector, or `num_groups` is not positive.
     """
-    if keys.ndim != 1 or keys.dtype != jnp.int32:
-        raise ValueError(f"keys must be an int32 vector [N], got {keys.dtype}{list(keys.shape)}")
+    if keys.ndim != 1 or not jnp.issubdtype(keys.dtype, jnp.integer):
+        raise ValueError(f"keys must be an integer vector [N], got {keys.dtype}{list(keys.shape)}")
     if num_groups < 1:
         raise ValueError(f"num_groups must be at least 1, got {num_groups}")
+    keys = keys if keys.dtype == jnp.int32 else as_ids(keys, num_groups)
     return Sorted(*run("plan", "counting_sort", backend, keys, num_groups))

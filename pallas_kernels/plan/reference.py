@@ -27,7 +27,8 @@ def _rank_in_group(ids: jax.Array, num_groups: int) -> tuple[jax.Array, jax.Arra
     num_ids = ids.shape[0]
     if num_ids == 0:
         return ids, jnp.zeros(num_groups, jnp.int32)
-    blocks = jnp.pad(ids, (0, -num_ids % _BLOCK), constant_values=num_groups).reshape(-1, _BLOCK)
+    num_blocks = -(-num_ids // _BLOCK)
+    blocks = jnp.pad(ids, (0, num_blocks * _BLOCK - num_ids), constant_values=num_groups).reshape(num_blocks, _BLOCK)
     histogram = (blocks[:, :, None] == jnp.arange(num_groups + 1)).sum(1, dtype=jnp.int32)
     before_block = jnp.cumsum(histogram, axis=0, dtype=jnp.int32) - histogram
     earlier = jnp.tril(jnp.ones((_BLOCK, _BLOCK), bool), -1)

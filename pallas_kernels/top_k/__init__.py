@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.backend import run
+from pallas_kernels.concrete import is_less
 from pallas_kernels.top_k.reference import weights_at
 
 
@@ -84,7 +85,7 @@ _top_k.defvjp(_top_k_fwd, _top_k_bwd)
 def _check(scores: jax.Array, k: int) -> None:
     if scores.ndim != 2 or not jnp.issubdtype(scores.dtype, jnp.floating):
         raise ValueError(f"scores must be a floating-point matrix [T, E], got {scores.dtype}{list(scores.shape)}")
-    if not 1 <= k <= scores.shape[1]:
+    if k < 1 or is_less(scores.shape[1], k):
         raise ValueError(f"k must be 1 to E = {scores.shape[1]}, got {k}")
 
 

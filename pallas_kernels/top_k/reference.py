@@ -16,9 +16,9 @@ def top_k_ids(scores: jax.Array, k: int) -> jax.Array:
 
 
 def weights_at(scores: jax.Array, ids: jax.Array, *, normalize: bool) -> jax.Array:
-    """The scores [T, E] at ids [T, K], divided by their sum if they are to be normalised: [T, K]."""
-    weights = jnp.take_along_axis(scores, ids, axis=1)
+    """The scores [T, E] at ids [T, K], divided by their sum if they are to be normalised: float32 [T, K]."""
+    weights = jnp.take_along_axis(scores, ids.astype(jnp.int32), axis=1).astype(jnp.float32)
     if normalize:
         # The smallest normal number keeps 0/0 out when all chosen scores underflow.
-        weights = weights / jnp.maximum(weights.sum(1, keepdims=True), jnp.finfo(scores.dtype).tiny)
+        weights = weights / jnp.maximum(weights.sum(1, keepdims=True), jnp.finfo(jnp.float32).tiny)
     return weights

@@ -81,6 +81,9 @@ def products(array, groups, rows, dense) -> dict[str, tuple[Callable[..., Any], 
     def gate_up(lhs, rhs, sizes):
         return grouped_gate_up(lhs, rhs, sizes, backend="pallas_tpu")
 
+    def gate_up_relu2(lhs, rhs, sizes):
+        return grouped_gate_up(lhs, rhs, sizes, activation="relu2", backend="pallas_tpu")
+
     def gate_up_k_major(lhs, rhs, sizes):
         return grouped_gate_up(lhs, rhs, sizes, transpose_rhs=True, backend="pallas_tpu")
 
@@ -102,6 +105,7 @@ def products(array, groups, rows, dense) -> dict[str, tuple[Callable[..., Any], 
             dense,
             groups,
         ),
+        "gate/up relu2": (gate_up_relu2, rows, dense, groups),
         "gate/up K-major": (gate_up_k_major, rows, array((GROUPS, WIDTH, HIDDEN), "bfloat16"), groups),
         "matmul float32": (matmul, *float32, groups),
         "matmul float32, deep": (

@@ -100,6 +100,8 @@ def gated(gate: np.ndarray, up: np.ndarray, activation: str, limit: float | None
         return gate * 0.5 * (1 + np.vectorize(math.erf, otypes=[float])(gate / math.sqrt(2))) * up
     if activation == "gelu_tanh":
         return 0.5 * gate * (1 + np.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3))) * up
+    if activation == "relu2":
+        return np.where(gate > 0, gate, 0) ** 2 * up
     assert activation == "swigluoai"
     return gate / (1 + np.exp(-1.702 * gate)) * (up + 1)
 

@@ -105,6 +105,12 @@ CASES: dict[str, Callable[[], Case]] = {
         array("int32", 8),
         array("bfloat16", 8, 768),
     ),
+    "gate/up relu2": lambda: (
+        lambda lhs, rhs, sizes: grouped_gate_up(lhs, rhs, sizes, activation="relu2", backend="pallas_gpu"),
+        array("bfloat16", 1000, 1024),
+        array("bfloat16", 8, 1024, 768),
+        array("int32", 8),
+    ),
     "gradients": lambda: (
         lambda lhs, rhs, sizes: gradients(
             lambda lhs, rhs: grouped_matmul(lhs, rhs, sizes, backend="pallas_gpu"), lhs, rhs

@@ -7,7 +7,7 @@ from pallas_kernels.activations import check_activation, gated, gated_halves
 from tests.helpers import LIMIT, float64, normal, raises_saying, relative_error
 from tests.pallas_kernels import grouped
 
-ACTIVATIONS = ["silu", "gelu", "gelu_tanh", "swigluoai"]
+ACTIVATIONS = ["silu", "gelu", "gelu_tanh", "swigluoai", "relu2"]
 LIMITS = [None, 0.7, 7.0]
 
 jitted = jax.jit(gated, static_argnums=(2, 3))
@@ -38,6 +38,15 @@ def test_gate_comes_first():
     h = jnp.array([[100.0, 50.0, 2.0, 3.0]])
     np.testing.assert_allclose(gated_halves(h, "silu"), [[200.0, 150.0]])
     np.testing.assert_allclose(gated_halves(h, "swigluoai"), [[300.0, 200.0]])
+    np.testing.assert_allclose(gated_halves(h, "relu2"), [[20000.0, 7500.0]])
+
+
+def test_relu2_is_flat_up_to_zero():
+    """Also where the gate is minus infinity, which a product with 0 would turn into NaN."""
+    gate = jnp.array([-jnp.inf, -3.0, -0.0, 0.0, 2.0])
+    value, pull = jax.vjp(lambda gate: jitted(gate, jnp.full(5, 5.0), "relu2", None), gate)
+    assert value.tolist() == [0, 0, 0, 0, 20]
+    assert pull(jnp.ones(5))[0].tolist() == [0, 0, 0, 0, 20]
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -60,7 +69,7 @@ def test_extremes(activation, limit):
 @pytest.mark.parametrize(
     ("activation", "limit", "parts"),
     [
-        ("relu", None, ["activation", "'relu'", "silu, gelu, gelu_tanh, swigluoai"]),
+        ("relu", None, ["activation", "'relu'", "silu, gelu, gelu_tanh, swigluoai, relu2"]),
         ("silu", 0, ["activation_limit", "positive", "got 0"]),
         ("silu", -7.0, ["activation_limit", "positive", "got -7.0"]),
         ("silu", float("nan"), ["activation_limit", "positive", "got nan"]),

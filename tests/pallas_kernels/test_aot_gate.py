@@ -14,6 +14,7 @@ KERNELS = {
     "in shard_map": ["combine", "combine_dweights", "dispatch", "grouped_matmul", "grouped_matmul_drhs"],
     "matmul gradients": ["grouped_matmul", "grouped_matmul_drhs"],
     "gate/up gradients": ["grouped_matmul", "grouped_matmul_drhs"],
+    "gate/up relu2": ["grouped_gate_up"],
     "gate/up K-major": ["grouped_gate_up"],
     "matmul float32": ["grouped_matmul"],
     "matmul float32, deep": ["grouped_matmul"],

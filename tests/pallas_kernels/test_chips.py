@@ -31,6 +31,11 @@ def test_every_row_is_filled_in(name):
     assert chip.hbm_bandwidth > chip.link_bandwidth
 
 
+def test_generations():
+    assert [chip.generation for chip in CHIPS.values()] == [*TPUS, "hopper", "hopper", "blackwell", *["ds_tpu"] * 3]
+    assert get_chip("cores=64,tflops=768,gbps=8601.6").generation == "ds_tpu"
+
+
 def test_rows_cannot_be_changed():
     with pytest.raises(dataclasses.FrozenInstanceError):
         get_chip("h200").cores = 1

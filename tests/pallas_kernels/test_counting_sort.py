@@ -63,11 +63,21 @@ def test_same_inputs_same_bits(backend, rng):
     assert same_bits(sort(keys), sort(keys))
 
 
+@pytest.mark.parametrize(("dtype", "num_groups"), [("uint8", 256), ("uint8", 300), ("int8", 200), ("uint32", 4)])
+def test_keys_of_every_integer_dtype(rng, dtype, num_groups):
+    keys = rng.integers(0, np.iinfo(dtype).max, 100, dtype, endpoint=True)
+    keys[:3] = np.iinfo(dtype).max, np.iinfo(dtype).min, 3
+    result = counting_sort(jnp.asarray(keys), num_groups, backend="xla")
+    for field, right in zip(result, expected(keys.astype(np.int64), num_groups), strict=True):
+        assert field.dtype == jnp.int32
+        np.testing.assert_array_equal(field, right)
+
+
 @pytest.mark.parametrize(
     ("keys", "num_groups", "message"),
     [
-        (jnp.zeros((2, 2), jnp.int32), 2, r"int32 vector \[N\], got int32\[2, 2\]"),
-        (jnp.zeros(2), 2, r"int32 vector \[N\], got float32\[2\]"),
+        (jnp.zeros((2, 2), jnp.int32), 2, r"integer vector \[N\], got int32\[2, 2\]"),
+        (jnp.zeros(2), 2, r"integer vector \[N\], got float32\[2\]"),
         (jnp.zeros(2, jnp.int32), 0, "at least 1, got 0"),
     ],
 )

@@ -124,7 +124,7 @@ def test_transposed_rhs(backend, rng, shape, dtype, fused):
 
 
 @pytest.mark.parametrize("limit", [None, 0.5])
-@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "swigluoai"])
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "swigluoai", "relu2"])
 def test_fused_activation(backend, rng, activation, limit):
     lhs, rhs, bias = operands(rng, AWKWARD)
     sizes = random_sizes(rng, AWKWARD[3], AWKWARD[0] - 6)

@@ -48,7 +48,7 @@ def test_errors_say_what_was_expected_and_what_came(changes, parts):
     ("changes", "parts"),
     [
         (dict(rhs=jnp.ones((2, 4, 7))), ["rhs", "[G, H, 2I]", "[2, 4, 7]", "odd"]),
-        (dict(activation="relu"), ["activation", "'relu'", "silu, gelu, gelu_tanh, swigluoai"]),
+        (dict(activation="relu"), ["activation", "'relu'", "silu, gelu, gelu_tanh, swigluoai, relu2"]),
         (dict(activation_limit=0.0), ["activation_limit", "positive", "got 0.0"]),
         (dict(activation_limit=float("nan")), ["activation_limit", "positive", "got nan"]),
     ],

@@ -98,7 +98,7 @@ def test_gradients_on_aligned_shapes(backend, rng, rows):
 
 
 @pytest.mark.parametrize("limit", [None, 0.5])
-@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "swigluoai"])
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "swigluoai", "relu2"])
 def test_gradients_of_every_activation(backend, rng, activation, limit):
     lhs, rhs, bias, dout = problem(rng, width=N // 2)
     sizes = random_sizes(rng, G, M - 6)

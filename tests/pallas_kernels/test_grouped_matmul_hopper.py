@@ -76,6 +76,15 @@ def test_on_a_simulated_gpu(monkeypatch, rng, config, fused, k_major, lhs_scalin
     assert not np.asarray(out[sum(SIZES) :]).any()
 
 
+def test_relu2_on_a_simulated_gpu(monkeypatch, rng):
+    lhs, rhs, bias = operands(rng, (80, 128, 256, len(SIZES)), jnp.bfloat16)
+    run = functools.partial(grouped_gate_up, activation="relu2", activation_limit=1.0, backend="pallas_gpu")
+    with simulated(monkeypatch, Config(64, 128, 2, 1, 2)):
+        out = jax.jit(run)(lhs, rhs, jnp.array(SIZES, jnp.int32), bias=bias)
+    ref = dense_gate_up(lhs, rhs, SIZES, bias, activation="relu2", limit=1.0)
+    assert relative_error(out, ref) < LIMIT["bfloat16"]
+
+
 @pytest.mark.parametrize(
     ("config", "lhs_scaling", "rhs_scaling"),
     [
@@ -166,6 +175,15 @@ def test_lowers_for_cuda(g, m, k, n, operand, fused):
 
     sizes, bias = jax.ShapeDtypeStruct((g,), jnp.int32), jax.ShapeDtypeStruct((g, n), jnp.bfloat16)
     assert "mosaic_gpu" in lowered_for_cuda(run, lhs, rhs, sizes, bias)
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "swigluoai", "relu2"])
+def test_activations_lower_for_cuda(activation):
+    def run(lhs, rhs, sizes):
+        return grouped_gate_up(lhs, rhs, sizes, activation=activation, activation_limit=7.0, backend="pallas_gpu")
+
+    operands = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((1003, 256), (4, 256, 512)))
+    assert "mosaic_gpu" in lowered_for_cuda(run, *operands, jax.ShapeDtypeStruct((4,), jnp.int32))
 
 
 @pytest.mark.parametrize(("lhs_scaling", "rhs_scaling"), [("per_row", "per_channel"), ("1x128", "128x128")])

@@ -21,6 +21,7 @@ KERNELS = {
     "gate/up fp8 blocks": ["grouped_gate_up"],
     "gate/up fp16 K-major": ["grouped_gate_up"],
     "gate/up with bias": ["grouped_gate_up"],
+    "gate/up relu2": ["grouped_gate_up"],
     "gradients": ["grouped_matmul", "grouped_matmul_drhs"],
     "experts in fp8": ["combine", "counting_sort", "dispatch", "grouped_gate_up", "grouped_matmul"],
     "serving in fp8": ["combine", "counting_sort", "dispatch", "grouped_gate_up", "grouped_matmul", "top_k"],

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.plan import Plan, make_plan
+from pallas_kernels.plan import Plan, make_plan, take_slots
 from tests.helpers import raises_saying, same_bits
 from tests.pallas_kernels.plans import expected_plan, planned
 
@@ -113,7 +113,16 @@ def test_worked_example_of_the_documentation():
 def test_ids_of_every_integer_dtype(rng, dtype, num_groups):
     ids = rng.integers(0, min(num_groups, np.iinfo(dtype).max), (20, 2), dtype, endpoint=True)
     ids[0] = np.iinfo(dtype).max, np.iinfo(dtype).min
-    check_plan(planned(jnp.asarray(ids), num_groups), ids, num_groups, None)
+    for capacity in (None, 3):
+        check_plan(planned(jnp.asarray(ids), num_groups, capacity=capacity), ids, num_groups, capacity)
+
+
+def test_slots_of_ids_in_fewer_bits_than_there_are_groups():
+    ids = np.array([[255, 3], [255, 44]], np.uint8)
+    whole = planned(jnp.asarray(ids), 300)
+    plan = take_slots(whole, jnp.asarray(ids), 1)
+    assert plan.inverse.tolist() == [[255, 3], [-1, 44]]
+    assert take_slots(whole, jnp.asarray(ids), 1, begin=1).inverse.tolist() == [[-1, -1], [255, -1]]
 
 
 @pytest.mark.parametrize("shape", [(0, 2), (0, 1), (3, 0)])
