@@ -167,7 +167,7 @@ def compile_record(job: LayerJob, quantized: str, *, with_cycles: bool = True) -
         job.config(),
         batch_size=job.batch // job.dp,
         ep=job.ep,
-        precision=job.precision,  # type: ignore[arg-type]
+        precision=job.precision,
         quantized_dtype=quantized,  # type: ignore[arg-type]
     )
     return {

@@ -12,8 +12,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bench.hopper.stages import StageTimes, time_stages
 from bench.text import embed, sample_contexts
-from moejax import LoadStats, MoEConfig, MoEParams, dense_moe, moe, params_spec
-from sharding.mesh import EXPERT_AXIS, tokens_spec
+from moejax import LoadStats, MoEConfig, MoEParams, dense_moe, moe, param_specs
+from moejax.functional import axes_on
+from sharding.mesh import EXPERT_AXIS
 
 ORACLE_FLOPS = 2.5e12
 """The dense oracle does E / K times the arithmetic of the layer; it checks as many tokens as this allows."""
@@ -50,7 +51,7 @@ def tokens_of_text(text: np.ndarray, batch_size: int, config: MoEConfig, mesh: M
     contexts = sample_contexts(text, batch_size, seed)
     make = jax.jit(
         lambda bytes_: embed(bytes_, config.hidden_size, seed).astype(config.dtype),
-        out_shardings=NamedSharding(mesh, tokens_spec((EXPERT_AXIS,))),
+        out_shardings=NamedSharding(mesh, PartitionSpec(axes_on(mesh, None, config).tokens)),
     )
     replicated = NamedSharding(mesh, PartitionSpec())
     return make(jax.make_array_from_callback(contexts.shape, replicated, lambda index: contexts[index]))
@@ -99,9 +100,8 @@ def _relative_error(
         )
 
     everywhere = PartitionSpec()
-    sharded = jax.shard_map(
-        oracle, mesh=mesh, in_specs=(everywhere, params_spec(params)), out_specs=everywhere, check_vma=False
-    )
+    specs = param_specs(params, config, axes_on(mesh, None, config))
+    sharded = jax.shard_map(oracle, mesh=mesh, in_specs=(everywhere, specs), out_specs=everywhere, check_vma=False)
     # Tokens from all over the batch, so that every chip's share is looked at.
     checked = np.linspace(0, x.shape[0] - 1, num_checked).astype(np.int32)
 

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 
 from bench.devices import Devices
 from moejax import MoEConfig
-from moejax.experts import param_shapes
-from sharding.exchange_plan import expert_capacity, local_experts, slab_size
+from moejax.params import param_shapes
+from sharding.capacity import expert_capacity
+from sharding.exchange_plan import local_experts, slab_size
 
 SHARE_OF_MEMORY = 0.5
 """Of what the devices have; the rest is for the compiler, the oracle, and other programs."""
@@ -103,7 +104,8 @@ def memory_bytes(config: MoEConfig, ep: int, batch_size: int) -> int:
     num_local = local_experts(config.num_experts, ep)
     capacity = None
     if config.capacity_factor is not None:
-        capacity = expert_capacity(tokens, config.top_k, config.num_experts, config.capacity_factor)
+        counted = batch_size if config.capacity_of == "batch" else tokens
+        capacity = min(tokens, expert_capacity(counted, config.top_k, config.num_experts, config.capacity_factor))
     rows = tokens * config.top_k if ep == 1 else ep * slab_size(tokens, config.top_k, num_local, ep, capacity)[0]
     # Alive at the peak: rows sent and received, rows in and out of the experts, and the hidden layer in float32.
     buffers = rows * (6 * 2 * config.hidden_size + 4 * config.intermediate_size)

@@ -79,9 +79,9 @@ def run_case(case: Case, clock: Clock, rounds: int) -> list[Record]:
 # Cases that follow one another often have the same experts.
 @functools.lru_cache(maxsize=1)
 def expert_weights(num_experts: int, hidden: int, intermediate: int, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
-    """Random gate_up [E, H, 2I] and down [E, I, H], which keep the size of what they multiply."""
+    """Random gate_up [E, H, 2, I] and down [E, I, H], which keep the size of what they multiply."""
     keys = jax.random.split(jax.random.key(0))
-    gate_up = _draw(keys[0], (num_experts, hidden, 2 * intermediate), dtype)
+    gate_up = _draw(keys[0], (num_experts, hidden, 2, intermediate), dtype)
     return gate_up, _draw(keys[1], (num_experts, intermediate, hidden), dtype)
 
 
@@ -110,7 +110,7 @@ def _config(case: Case, backend: str) -> MoEConfig:
 
 
 def steps_of(case: Case) -> list[Step]:
-    """What is timed, from the values x [T, H], router [H, E], gate_up [E, H, 2I] and down [E, I, H]."""
+    """What is timed, from the values x [T, H], router [H, E], gate_up [E, H, 2, I] and down [E, I, H]."""
     return distinct(step for variant in variants(case) for step in _steps(case, variant))
 
 

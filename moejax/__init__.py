@@ -1,6 +1,6 @@
 """Mixture-of-Experts layers for JAX at the speed of the chip, on TPU and GPU."""
 
-# ruff: noqa: E402, I001
+# ruff: noqa: E402
 from moejax.siblings import check_siblings
 
 check_siblings()

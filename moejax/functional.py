@@ -19,6 +19,7 @@ from moejax.losses import LoadStats
 from moejax.on_chip import Held, PerToken, Settings, experts_on_chip, layer_on_chip, whole_scales
 from moejax.params import MoEParams, check_expert_params, check_params, param_specs, param_table
 from pallas_kernels.concrete import is_known, nan_rows
+from pallas_kernels.plan import as_ids, in_int32
 from pallas_kernels.quantize import QTensor, scale_shape
 from sharding.exchange_plan import local_experts
 from sharding.mesh import AnyMesh, mesh_here
@@ -147,7 +148,7 @@ def moe_experts(
     if config.scale_inputs and topk_ids.shape[-1] != 1:
         raise ValueError(f"config.scale_inputs=True needs one choice a token, got K = {topk_ids.shape[-1]}")
     per_token = PerToken(
-        x, topk_ids=as_ids(topk_ids, config.num_experts), topk_weights=topk_weights.astype(jnp.float32)
+        x, topk_ids=in_int32(topk_ids, config.num_experts), topk_weights=topk_weights.astype(jnp.float32)
     )
     settings = Settings(config, max_choices)
     return _run(experts_on_chip, per_token, params, settings, mask=mask, key=None, mesh=mesh, partition=partition)
@@ -247,7 +248,7 @@ def check_input(x: jax.Array, config: MoEConfig, mask: jax.Array | None = None) 
         raise ValueError(f"x must be [..., H] with hidden_size={config.hidden_size}, got {list(x.shape)}")
     if jnp.dtype(x.dtype).name not in ("bfloat16", "float16", "float32"):
         raise ValueError(f"x must be BF16, FP16 or float32 activations, got {x.dtype}; embed token ids first")
-    if 0 in x.shape:
+    if any(size == 0 for size in x.shape):
         raise ValueError(f"x must hold at least one token, got {list(x.shape)}")
     if mask is not None and (mask.shape != x.shape[:-1] or mask.dtype != jnp.bool_):
         raise ValueError(
@@ -265,12 +266,6 @@ def _check_router(params: MoEParams, x: jax.Array) -> None:
     for name, value in (params.router or {}).items():
         if is_known(x) and jnp.issubdtype(value.dtype, jnp.floating) and nan_rows(value):
             raise ValueError(f"params.router[{name!r}] holds NaN; look for it in what trained the layer")
-
-
-def as_ids(ids: jax.Array, num_experts: int) -> jax.Array:
-    """`ids` of any integer dtype as int32, −1 for what is no expert's number."""
-    in_range = (ids >= 0) & (ids <= jnp.asarray(min(num_experts - 1, jnp.iinfo(ids.dtype).max), ids.dtype))
-    return jnp.where(in_range, ids.astype(jnp.int32), -1)
 
 
 def _checked_token_ids(token_ids: jax.Array | None, x: jax.Array) -> jax.Array | None:

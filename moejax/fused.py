@@ -6,10 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moejax.functional import as_ids
 from moejax.packing import GateUpOrder, Layout, split_gate_up
 from pallas_kernels.activations import Activation
 from pallas_kernels.grouped_matmul import grouped_gate_up, grouped_gate_up_in_8_bits, grouped_matmul, result_can_stay
+from pallas_kernels.plan import in_int32
 from pallas_kernels.quantize import Operand, QTensor, Quantization, block_shape, quantize
 from sharding.expert_parallel import Transport, expert_parallel
 from sharding.partition import Axes
@@ -90,7 +90,7 @@ def fused_experts(
     return expert_parallel(
         inputs,
         topk_weights.astype(jnp.float32),
-        as_ids(topk_ids, num_experts),
+        in_int32(topk_ids, num_experts),
         experts,
         {"w1": w1, "w2": w2, "b1": b1, "b2": b2},
         num_experts=num_experts,

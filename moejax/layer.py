@@ -140,7 +140,9 @@ class MoE(nnx.Module):
         """The parameters as arrays, for `moejax.moe`."""
         names = [field.name for field in dataclasses.fields(MoEParams) if field.name != "router"]
         values = {name: getattr(self, name) for name in names}
-        return MoEParams(self._of_router(), **{name: None if v is None else v.get_value() for name, v in values.items()})
+        return MoEParams(
+            self._of_router(), **{name: None if v is None else v.get_value() for name, v in values.items()}
+        )
 
     def quantized(self) -> Self:
         """The same layer for serving in 8 bits: the weights of its experts are rounded; see `quantize_params`."""

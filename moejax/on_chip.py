@@ -125,6 +125,14 @@ def gathered(params: MoEParams, settings: Settings, axes: Axes) -> MoEParams:
     def gather(x: jax.Array, dimension: int) -> jax.Array:
         return as_bytes(lambda x: jax.lax.all_gather(x, axes.embed, axis=dimension, tiled=True), x)
 
+    def gather_matrices(x: jax.Array, dimension: int, has_halves: bool) -> jax.Array:
+        if not has_halves:
+            return gather(x, dimension)
+        # Joined, as the kernels want gate and up: with four dimensions, a TPU would add up whole gradients and cut them.
+        halves, width = x.shape[-2:]
+        joined = gather(x.reshape(*x.shape[:-2], -1), dimension)
+        return joined.reshape(*joined.shape[:-1], halves, width)
+
     def whole(row: Param | None, value: Any, has_whole_scale: bool = False) -> Any:
         if row is None or value is None:
             return value
@@ -135,7 +143,9 @@ def gathered(params: MoEParams, settings: Settings, axes: Axes) -> MoEParams:
         if isinstance(value, QTensor):
             scale = value.scale if has_whole_scale else gather(value.scale, dimension)
             return QTensor(gather(value.values, dimension), scale)
-        return gather(value.astype(settings.config.dtype) if row.kind == "kernel" else value, dimension)
+        if row.kind != "kernel":
+            return gather(value, dimension)
+        return gather_matrices(value.astype(settings.config.dtype), dimension, row.has_halves)
 
     table = param_table(settings.config)
     router = params.router

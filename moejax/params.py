@@ -174,7 +174,7 @@ def flat_halves(gate_up: Operand) -> Operand:
         return gate_up.reshape(*gate_up.shape[:-2], -1)
     *batch, halves, width, depth = gate_up.shape
     scale = gate_up.scale
-    if scale.shape[-2] == 1 and scale.shape[-3] == halves:  # one scale for each: as channels the kernels know it
+    if scale.shape[-2:] == (1, 1):  # one scale for each of the two: as channels the kernels know it
         scale = jnp.broadcast_to(scale, (*scale.shape[:-2], width, scale.shape[-1]))
     return QTensor(
         gate_up.values.reshape(*batch, halves * width, depth),

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from moejax import MoEConfig, MoEParams
+from moejax.params import flat_halves
 from pallas_kernels.backend import Unsupported
 from pallas_kernels.grouped_matmul import Operand, gpu
 from pallas_kernels.grouped_matmul.hopper_problem import Stage
@@ -28,11 +29,12 @@ def gate_up_kernel(lhs: Operand, group_sizes: jax.Array, params: MoEParams, conf
     Raises:
       Unsupported: no Hopper kernel does this.
     """
+    bias = params.gate_up_bias
     return gpu.grouped_gate_up(
         lhs,
-        params.gate_up,
+        flat_halves(params.gate_up),
         group_sizes,
-        bias=params.gate_up_bias,
+        bias=None if bias is None else bias.reshape(bias.shape[0], -1),
         activation=config.activation,
         activation_limit=config.activation_limit,
         **_common(params.gate_up, config, stage),

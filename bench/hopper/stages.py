@@ -22,14 +22,17 @@ from jax.sharding import Mesh, PartitionSpec
 from bench.hopper.overlap import STAGES, OverlapTimes
 from bench.hopper.stage_kernels import down_kernel, gate_up_kernel, lhs_of_kernel
 from bench.timing import is_nvidia, kernel_times
-from moejax import MoEConfig, MoEParams, params_spec
+from moejax import MoEConfig, MoEParams, param_specs
 from moejax.experts import down_projection, gate_up_projection, shared_mlp
-from moejax.router import route
+from moejax.functional import axes_on
+from moejax.routers import Given
 from pallas_kernels.backend import Unsupported
 from pallas_kernels.combine import combine
-from sharding.exchange_dense import announce, return_rows, send_rows
+from sharding.exchange_dense import Route, announce, return_rows, send_rows
 from sharding.exchange_plan import local_experts, plan_departure, plan_destinations
 from sharding.mesh import EXPERT_AXIS
+from sharding.tokens import Tokens
+from sharding.wire import Wire
 
 _REPEATS = 3
 
@@ -63,13 +66,12 @@ def time_stages(
     """
     ep = mesh.shape[EXPERT_AXIS]
     num_local = local_experts(config.num_experts, ep)
-    wire_scaling = config.wire_scaling if config.precision == "w8a8" else None
-    clock = _Clock(mesh, params, say)
+    wire = Wire(config.quantization.dtype, config.wire_scaling) if config.precision == "w8a8" else None
+    way = Route((EXPERT_AXIS,), wire=wire, backend=config.backend)
+    clock = _Clock(mesh, params, param_specs(params, config, axes_on(mesh, None, config)), say)
 
-    def gate(x, params):
-        routing = route(
-            x, params.router_kernel, config, bias=params.router_bias, correction_bias=params.correction_bias
-        )
+    def gate(x, p):
+        routing = config.router.route(x, p.router, config, Tokens.on_one_chip(x.shape[0]), Given()).routing
         return routing.topk_ids, routing.topk_weights
 
     x = x.reshape(ep, -1, config.hidden_size)
@@ -82,8 +84,8 @@ def time_stages(
     def dispatch(x, topk_ids, _):
         destinations, by_rank = plan_destinations(topk_ids, num_local, ep)
         departure, for_experts = plan_departure(topk_ids, destinations, by_rank, num_local, slab, 0)
-        exchange = announce(departure, for_experts, num_local, EXPERT_AXIS)
-        return exchange, send_rows(x, exchange, EXPERT_AXIS, wire_scaling, config.backend)
+        exchange = announce(departure, for_experts, num_local, way.axis)
+        return exchange, send_rows(x, exchange, way)
 
     exchange, rows = clock("dispatch", dispatch, x, topk_ids)
 
@@ -94,7 +96,7 @@ def time_stages(
         return down_projection(h, exchange.arrival.group_sizes, p.down, config, bias=p.down_bias)
 
     def back(rows, exchange, topk_weights, _):
-        slots = return_rows(rows, exchange, EXPERT_AXIS, config.backend)
+        slots = return_rows(rows, exchange, way)
         return combine(slots, exchange.departure, topk_weights, backend=config.backend)
 
     h = clock("routed_gate_up", gate_up, rows, exchange)
@@ -108,9 +110,10 @@ def time_stages(
 class _Clock:
     """Runs a stage on every chip and notes its time. Values between stages have a leading dimension for the chips."""
 
-    def __init__(self, mesh: Mesh, params: MoEParams, say: Callable[[str], None]):
+    def __init__(self, mesh: Mesh, params: MoEParams, specs: MoEParams, say: Callable[[str], None]):
         self.mesh = mesh
         self.params = params
+        self.specs = specs
         self.say = say
         self.times = StageTimes()
         self.has_kernel_times = is_nvidia(mesh.devices.flat[0])
@@ -170,7 +173,7 @@ class _Clock:
             jax.shard_map(
                 on_chip,
                 mesh=self.mesh,
-                in_specs=(params_spec(self.params), *(by_chip for _ in args)),
+                in_specs=(self.specs, *(by_chip for _ in args)),
                 out_specs=by_chip,
                 check_vma=False,
             )

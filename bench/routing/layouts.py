@@ -52,7 +52,7 @@ class Layout:
     Attributes:
       name: as records have it.
       plan: (topk_ids [T, K], sizes) -> Plan.
-      gate_up: (rows [R, H], plan, weights [E, H, 2I], config) -> [R, I].
+      gate_up: (rows [R, H], plan, weights [E, H, 2, I], config) -> [R, I].
       down: (h [R, I], plan, weights [E, I, H], config) -> [R, H].
       drops: whether it has a capacity, beyond which it drops.
     """
@@ -107,9 +107,10 @@ def _block_plan(topk_ids: jax.Array, sizes: Sizes) -> Plan:
 
 
 def _batched(rows: jax.Array, weights: jax.Array) -> jax.Array:
-    """Rows [E·C, K] · weights [E, K, N] -> [E·C, N] in the dtype of `rows`, added up in float32."""
+    """Rows [E·C, K] · weights [E, K, …] -> [E·C, N] in the dtype of `rows`, added up in float32."""
     by_expert = rows.reshape(weights.shape[0], -1, rows.shape[1])
-    product = jnp.einsum("eck,ekn->ecn", by_expert, weights.astype(rows.dtype))
+    matrices = weights.astype(rows.dtype).reshape(*weights.shape[:2], -1)
+    product = jnp.einsum("eck,ekn->ecn", by_expert, matrices)
     return product.reshape(rows.shape[0], -1)
 
 

@@ -1,20 +1,24 @@
 """The full-size layer as a programme to compile for a slice: shapes and shardings, no numbers."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bench.fit import reduce_width
 from bench.tpu.tpu_slices import Slice, parse_slice
-from moejax import MoEConfig, MoEParams, get_preset, moe, params_spec
-from moejax.experts import EXPERT_WEIGHTS, param_shapes
-from pallas_kernels.quantize import QDtype, QTensor, scale_shape
+from moejax import MoEConfig, MoEParams, get_preset, moe, param_specs, quantize_params
+from moejax.config import Precision
+from moejax.functional import axes_on
+from moejax.param import Param
+from moejax.params import map_table
+from pallas_kernels.quantize import QDtype
 from sharding.exchange_plan import local_experts
-from sharding.mesh import DATA_AXIS, EXPERT_AXIS, make_mesh, tokens_spec
+from sharding.mesh import make_mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +41,7 @@ class LayerJob:
     model: str
     ep: int
     batch: int
-    precision: str = "w8a8"
+    precision: Precision = "w8a8"
     weights: QDtype = "int8"
     grad: bool = False
     backend: str = "auto"
@@ -82,7 +86,7 @@ class LayerJob:
         x = jax.ShapeDtypeStruct(
             (self.batch, config.hidden_size),
             config.dtype,
-            sharding=NamedSharding(mesh, tokens_spec((DATA_AXIS, EXPERT_AXIS))),
+            sharding=NamedSharding(mesh, PartitionSpec(axes_on(mesh, None, config).tokens)),
         )
         params = abstract_params(config, mesh, training=self.grad)
 
@@ -104,24 +108,17 @@ def abstract_params(config: MoEConfig, mesh: Mesh, *, training: bool) -> MoEPara
 
     In training they are all in config.param_dtype; for serving the experts' weights are in config.dtype, or in 8 bits.
     """
-    shapes = vars(param_shapes(config))
-    specs = vars(params_spec(MoEParams(**{name: shape and 0 for name, shape in shapes.items()})))
-    params: Mapping[str, Any] = {
-        name: None if shape is None else _abstract(name, shape, config, NamedSharding(mesh, specs[name]), training)
-        for name, shape in shapes.items()
-    }
-    return MoEParams(**params)
 
+    def abstract(row: Param) -> jax.ShapeDtypeStruct:
+        is_served = row.kind == "kernel" and not training
+        return jax.ShapeDtypeStruct(row.shape, config.dtype if is_served else config.param_dtype)
 
-def _abstract(name: str, shape: tuple[int, ...], config: MoEConfig, sharding: NamedSharding, training: bool) -> Any:
-    def array(shape, dtype):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+    params = map_table(abstract, config)
+    if config.precision == "w8a8" and not training:
+        params = jax.eval_shape(functools.partial(quantize_params, config=config), params)
+    specs = param_specs(params, config, axes_on(mesh, None, config))
 
-    if training or name not in EXPERT_WEIGHTS:
-        return array(shape, config.param_dtype)
-    if config.precision == "w16a16":
-        return array(shape, config.dtype)
-    q = config.quantization
-    scales = scale_shape(shape, q.rhs_scaling)
-    transposed = [(*sizes[:-2], sizes[-1], sizes[-2]) for sizes in (shape, scales)]
-    return QTensor(array(transposed[0], jnp.dtype(q.dtype)), array(transposed[1], jnp.float32))
+    def placed(leaf: jax.ShapeDtypeStruct, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+
+    return jax.tree.map(placed, params, specs)

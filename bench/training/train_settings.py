@@ -1,7 +1,6 @@
 """The routers that training compares, and what they have in common: sizes, budget, and what is counted of them."""
 
 import dataclasses
-import functools
 import math
 from typing import Any
 
@@ -10,9 +9,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from bench.training.learner import Recipe
-from bench.training.transformer import MakeLayer, Transformer
+from bench.training.transformer import Transformer
 from moejax import MoEConfig
-from moejax.experts import EXPERT_FIELDS
+from moejax.params import EXPERT_FIELDS
 from moejax.routers import ROUTERS
 
 
@@ -79,16 +78,12 @@ def check_router(name: str) -> None:
 
 def make_model(name: str, settings: Settings, rngs: nnx.Rngs) -> Transformer:
     """The transformer with this router, the losses and their weights those of its paper."""
-    factory: MakeLayer = ROUTERS[name]
-    if name == "soft_moe":  # as many slots as the others have choices, so that all spend the same on experts
-        slots = math.ceil(settings.length * settings.top_k / settings.num_experts)
-        factory = functools.partial(factory, slots_per_expert=slots)
-    return Transformer(factory, layer_config(settings), settings.num_layers, settings.num_heads, rngs=rngs)
+    return Transformer(layer_config(name, settings), settings.num_layers, settings.num_heads, rngs=rngs)
 
 
-def layer_config(settings: Settings) -> MoEConfig:
-    """What the layers of all routers are made from."""
-    return MoEConfig(
+def layer_config(name: str, settings: Settings) -> MoEConfig:
+    """The feed-forward layers of a model with this router."""
+    common = MoEConfig(
         hidden_size=settings.hidden_size,
         intermediate_size=settings.intermediate_size,
         num_experts=settings.num_experts,
@@ -97,6 +92,10 @@ def layer_config(settings: Settings) -> MoEConfig:
         dtype=jnp.dtype(settings.dtype),
         backend=settings.backend,
     )
+    if name == "soft_moe":  # as many slots as the others have choices, so that all spend the same on experts
+        slots = math.ceil(settings.length * settings.top_k / settings.num_experts)
+        return ROUTERS[name](common, slots_per_expert=slots)
+    return ROUTERS[name](common)
 
 
 def count_parameters(params: Any) -> dict[str, int]:

@@ -9,20 +9,14 @@ Norms are RMSNorm (arXiv 1910.07467). Sums, norms, logits and the loss are in fl
 are in the layer's dtype.
 """
 
-from collections.abc import Callable
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moejax import MoEAux, MoEConfig
+from moejax import MoE, MoEAux, MoEConfig
 
 VOCABULARY = 256
 _ROTARY_BASE = 10_000.0
-
-MakeLayer = Callable[..., Any]
-"""An entry of `moejax.routers.ROUTERS`: (config, *, rngs) -> a layer."""
 
 
 class Attention(nnx.Module):
@@ -44,11 +38,11 @@ class Attention(nnx.Module):
 class Block(nnx.Module):
     """Attention and experts, each behind a norm and beside a residual."""
 
-    def __init__(self, make_layer: MakeLayer, config: MoEConfig, num_heads: int, *, rngs: nnx.Rngs):
+    def __init__(self, config: MoEConfig, num_heads: int, *, rngs: nnx.Rngs):
         self.attention_norm = nnx.RMSNorm(config.hidden_size, dtype=config.dtype, rngs=rngs)
         self.attention = Attention(config.hidden_size, num_heads, config.dtype, rngs=rngs)
         self.experts_norm = nnx.RMSNorm(config.hidden_size, dtype=config.dtype, rngs=rngs)
-        self.experts = make_layer(config, rngs=rngs)
+        self.experts = MoE(config, rngs=rngs)
 
     def __call__(self, x: jax.Array, token_ids: jax.Array, train: bool) -> tuple[jax.Array, MoEAux]:
         """X [B, L, H] of bytes token_ids [B, L] -> [B, L, H], and what the router did."""
@@ -64,12 +58,11 @@ class Transformer(nnx.Module):
       blocks: one for each layer; `block.experts` is the layer under test.
     """
 
-    def __init__(self, make_layer: MakeLayer, config: MoEConfig, num_layers: int, num_heads: int, *, rngs: nnx.Rngs):
+    def __init__(self, config: MoEConfig, num_layers: int, num_heads: int, *, rngs: nnx.Rngs):
         """Makes the parameters.
 
         Args:
-          make_layer: makes the feed-forward layers.
-          config: their configuration; its hidden size and dtype are the model's.
+          config: of the feed-forward layers; its hidden size and dtype are the model's.
           num_layers: blocks.
           num_heads: heads of the attention.
           rngs: its "params" stream initialises the parameters; what else layers draw from is theirs to say.
@@ -84,7 +77,7 @@ class Transformer(nnx.Module):
             )
         self.dtype = config.dtype
         self.embedding = nnx.Param(0.02 * jax.random.normal(rngs.params(), (VOCABULARY, config.hidden_size)))
-        self.blocks = nnx.List([Block(make_layer, config, num_heads, rngs=rngs) for _ in range(num_layers)])
+        self.blocks = nnx.List([Block(config, num_heads, rngs=rngs) for _ in range(num_layers)])
         self.norm = nnx.RMSNorm(config.hidden_size, dtype=config.dtype, rngs=rngs)
         self.head = nnx.Linear(config.hidden_size, VOCABULARY, use_bias=False, dtype=config.dtype, rngs=rngs)
 

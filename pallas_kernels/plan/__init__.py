@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.concrete import is_less
 from pallas_kernels.plan.counting_sort import counting_sort
-from pallas_kernels.plan.ids import as_ids
+from pallas_kernels.plan.ids import as_ids, in_int32
 
 
 @jax.tree_util.register_dataclass
@@ -68,7 +68,7 @@ def make_plan(topk_ids: jax.Array, num_groups: int, *, capacity: int | None = No
     if capacity is not None and is_less(capacity, 1):
         raise ValueError(f"capacity must be at least 1 row a group, got {capacity}; use None for no limit")
     num_tokens, top_k = topk_ids.shape
-    ids = _in_int32(topk_ids, num_groups)
+    ids = in_int32(topk_ids, num_groups)
     if capacity is None:
         rows, order, group_sizes = counting_sort(ids.reshape(-1), num_groups, backend=backend)
         inverse = rows.reshape(num_tokens, top_k)
@@ -107,16 +107,11 @@ def take_slots(plan: Plan, topk_ids: jax.Array, slots: int, begin: jax.Array | i
     slot = jnp.arange(slots, dtype=jnp.int32)
     row = jnp.minimum(plan.offsets[:, None] + begin + slot, num_rows - 1)
     order = jnp.where(slot < group_sizes[:, None], plan.order[row], -1).reshape(-1)
-    group = jnp.clip(_in_int32(topk_ids, num_groups), 0, num_groups - 1)
+    group = jnp.clip(in_int32(topk_ids, num_groups), 0, num_groups - 1)
     rank = plan.inverse - plan.offsets[group] - begin
     is_taken = (plan.inverse >= 0) & (rank >= 0) & (rank < slots)
     inverse = jnp.where(is_taken, offsets[group] + rank, -1)
     return Plan(order, inverse, group_sizes, offsets, plan.dropped)
 
 
-def _in_int32(ids: jax.Array, num_groups: int) -> jax.Array:
-    """`as_ids` where the type needs it; what is no group is left out below as it is."""
-    return ids if ids.dtype == jnp.int32 else as_ids(ids, num_groups)
-
-
-__all__ = ["Plan", "as_ids", "make_plan", "take_slots"]
+__all__ = ["Plan", "as_ids", "in_int32", "make_plan", "take_slots"]

@@ -30,3 +30,8 @@ def as_ids(ids: jax.Array, num_groups: int) -> jax.Array:
         ids = ids.astype(jnp.int32)  # which holds them all, and the bound
     is_valid = (ids >= 0) & (ids < num_groups)
     return jnp.where(is_valid, jnp.where(is_valid, ids, 0).astype(jnp.int32), -1)
+
+
+def in_int32(ids: jax.Array, num_groups: int) -> jax.Array:
+    """`as_ids` where the type needs it: int32 ids stay as they are, since a plan leaves out what is no group."""
+    return ids if ids.dtype == jnp.int32 else as_ids(ids, num_groups)

@@ -11,7 +11,7 @@ from bench.routing.layouts import LAYOUTS, Sizes, block_plan, get_layout
 from moejax import MoEConfig
 from pallas_kernels.combine import combine
 from pallas_kernels.dispatch import dispatch
-from sharding.exchange_plan import expert_capacity
+from sharding.capacity import expert_capacity
 from tests.helpers import LIMIT, normal, relative_error
 
 TOKENS, HIDDEN, WIDTH, EXPERTS, K = 40, 24, 16, 6, 2
@@ -36,7 +36,7 @@ def dense(x, ids, weights, gate_up, down, kept):
     x, weights, gate_up, down = (np.asarray(a, np.float64) for a in (x, weights, gate_up, down))
     y = np.zeros_like(x)
     for t, k in np.argwhere(kept):
-        gate, up = np.split(x[t] @ gate_up[ids[t, k]], 2)
+        gate, up = np.einsum("h,hji->ji", x[t], gate_up[ids[t, k]])
         y[t] += weights[t, k] * ((gate / (1 + np.exp(-gate)) * up) @ down[ids[t, k]])
     return y
 
@@ -48,7 +48,7 @@ def operands(rng):
     ids[: TOKENS // 2, 0] = 0
     ids[: TOKENS // 2, 1] = rng.choice([1, 2, 4, 5], TOKENS // 2)
     arrays = normal(rng, TOKENS, HIDDEN), ids, normal(rng, TOKENS, K)
-    return *arrays, normal(rng, EXPERTS, HIDDEN, 2 * WIDTH), normal(rng, EXPERTS, WIDTH, HIDDEN)
+    return *arrays, normal(rng, EXPERTS, HIDDEN, 2, WIDTH), normal(rng, EXPERTS, WIDTH, HIDDEN)
 
 
 @pytest.mark.parametrize("block", [1, 8, 128])

@@ -14,7 +14,7 @@ CONFIG = MoEConfig(16, 8, 4, 2, dtype=jnp.float32)
 
 
 def make(router: str) -> Transformer:
-    return Transformer(ROUTERS[router], CONFIG, 1, 2, rngs=nnx.Rngs(0))
+    return Transformer(ROUTERS[router](CONFIG), 1, 2, rngs=nnx.Rngs(0))
 
 
 def test_rotated_products_depend_on_the_distance_only(rng):
@@ -39,4 +39,4 @@ def test_later_bytes_matter_only_where_the_router_says_so(rng, router, is_causal
 
 def test_heads_that_do_not_divide_are_refused():
     with raises_saying(ValueError, "multiple of 2 · num_heads", "hidden_size=16, num_heads=3"):
-        Transformer(ROUTERS["softmax"], CONFIG, 1, 3, rngs=nnx.Rngs(0))
+        Transformer(CONFIG, 1, 3, rngs=nnx.Rngs(0))

@@ -1,0 +1,113 @@
+"""Choices of one pass made again in another: ids forced, weights live."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from moejax import ROUTERS, MoE, MoEConfig, TopKRouter, make_mesh, moe, with_changes
+from tests.helpers import normal, raises_saying, relative_error, same_bits
+from tests.moejax.layers import random_params
+
+CONFIG = MoEConfig(
+    hidden_size=32, intermediate_size=16, num_experts=8, top_k=3, router=TopKRouter(z_loss=0.1), dtype=jnp.float32
+)
+REPLAYING = ["softmax", "noisy_top_k", "switch", "loss_free", "group_limited", "chain_of_experts", "specialized"]
+
+
+def test_every_router_replays_or_refuses():
+    assert [name for name in ROUTERS if ROUTERS[name](CONFIG).router.replays] == REPLAYING
+
+
+@pytest.mark.parametrize("ep", [1, 4])
+@pytest.mark.parametrize("name", REPLAYING)
+def test_the_same_choices_give_the_same_result(name, ep, rng):
+    layer = MoE(
+        ROUTERS[name](CONFIG), rngs=nnx.Rngs(params=0, router=1), mesh=make_mesh(ep) if ep > 1 else None, deterministic=True
+    )
+    x = normal(rng, 2, 6, 32)
+    y, aux = layer(x)
+    z, again = layer(x, topk_ids=aux.topk_ids)
+    assert same_bits(again.topk_ids, aux.topk_ids)
+    assert relative_error(again.topk_weights, aux.topk_weights) < 1e-6
+    assert relative_error(z, y) < 1e-6
+
+
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid", "sqrt_softplus"])
+def test_forced_choices_have_live_weights_and_gradients(scoring, rng):
+    """The weights of the forced experts are what a router that could choose no others would give them."""
+    config = with_changes(CONFIG, scoring=scoring)
+    params = random_params(config, rng)
+    x, direction = normal(rng, 10, 32), normal(rng, 10, 32)
+    ids = jnp.asarray(rng.permuted(np.tile(np.arange(8), (10, 1)), axis=1)[:, :3])
+
+    def ours(params):
+        y, aux = moe(x, params, config, topk_ids=ids)
+        return (y * direction).sum(), aux
+
+    def theirs(params):
+        logits = jnp.dot(x, params.router["kernel"], precision="highest")
+        scores = {"softmax": jax.nn.softmax, "sigmoid": jax.nn.sigmoid}.get(
+            scoring, lambda logits: jnp.sqrt(jax.nn.softplus(logits))
+        )(logits)
+        weights = jnp.take_along_axis(scores, ids, axis=1)
+        weights /= weights.sum(1, keepdims=True)
+        gate_up = jnp.einsum("th,tkhji->tkji", x, params.gate_up[ids], precision="highest")
+        h = jax.nn.silu(gate_up[:, :, 0]) * gate_up[:, :, 1]
+        return (jnp.einsum("tki,tkih,tk->th", h, params.down[ids], weights, precision="highest") * direction).sum()
+
+    (value, aux), got = jax.value_and_grad(ours, has_aux=True)(params)
+    expected_value, expected = jax.value_and_grad(theirs)(params)
+    assert same_bits(aux.topk_ids, ids.astype(jnp.int32))
+    assert relative_error(value, expected_value) < 1e-4
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        assert relative_error(a, b) < 1e-5
+
+
+def test_minus_one_leaves_the_choice_to_the_router(rng):
+    params = random_params(CONFIG, rng)
+    x = normal(rng, 10, 32)
+    _, free = moe(x, params, CONFIG)
+    worst = jnp.argsort(jnp.dot(x, params.router["kernel"], precision="highest"), axis=1)[:, :1].astype(jnp.int32)
+    asked = jnp.concatenate([jnp.full((10, 1), -1), worst, jnp.full((10, 1), -1)], axis=1)
+    _, aux = moe(x, params, CONFIG, topk_ids=asked)
+    np.testing.assert_array_equal(aux.topk_ids[:, 1], worst[:, 0])
+    np.testing.assert_array_equal(aux.topk_ids[:, 0], free.topk_ids[:, 0])
+    np.testing.assert_array_equal(aux.topk_ids[:, 2], free.topk_ids[:, 1])
+    _, all_free = moe(x, params, CONFIG, topk_ids=jnp.full((10, 3), -1))
+    assert same_bits(all_free.topk_ids, free.topk_ids)
+
+
+def test_a_choice_that_is_forced_is_not_made_twice(rng):
+    params = random_params(CONFIG, rng)
+    x = normal(rng, 10, 32)
+    _, free = moe(x, params, CONFIG)
+    asked = jnp.full((10, 3), -1).at[:, 2].set(free.topk_ids[:, 0])
+    _, aux = moe(x, params, CONFIG, topk_ids=asked)
+    assert all(len(set(row)) == 3 for row in aux.topk_ids.tolist())
+    np.testing.assert_array_equal(aux.topk_ids[:, :2], free.topk_ids[:, 1:])
+
+
+def test_choices_that_do_not_fit(rng):
+    params, x = random_params(CONFIG, rng), normal(rng, 4, 32)
+    with raises_saying(ValueError, "topk_ids must be below num_experts=8", "−1 where the router chooses", "got 8"):
+        moe(x, params, CONFIG, topk_ids=jnp.full((4, 3), 8))
+    with raises_saying(ValueError, "topk_ids must be integers of shape [4, 3]", "int32[4, 2]"):
+        moe(x, params, CONFIG, topk_ids=jnp.zeros((4, 2), jnp.int32))
+    layer = MoE(ROUTERS["expert_choice"](CONFIG), rngs=nnx.Rngs(0))
+    with raises_saying(ValueError, "topk_ids cannot be given", "ExpertChoiceRouter"):
+        layer(x, topk_ids=jnp.zeros((4, 8), jnp.int32))
+
+
+def test_ids_of_unsigned_types(rng):
+    params, x = random_params(CONFIG, rng), normal(rng, 4, 32)
+    _, aux = moe(x, params, CONFIG)
+    _, again = moe(x, params, CONFIG, topk_ids=aux.topk_ids.astype(jnp.uint8))
+    assert same_bits(again.topk_ids, aux.topk_ids)
+    capped = dataclasses.replace(CONFIG, capacity_factor=0.5)
+    _, aux = moe(x, params, capped)
+    _, again = moe(x, params, capped, topk_ids=aux.topk_ids.astype(jnp.uint16))
+    assert same_bits(again.load, aux.load)
