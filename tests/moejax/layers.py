@@ -1,13 +1,12 @@
 """Small layers with the routing of published models, and inputs whose routing no rounding can change."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from moejax import MoEConfig, MoEParams, Quantization, get_preset, route
-from moejax.experts import param_shapes
+from moejax.param import Param
+from moejax.params import map_table
 
 HIDDEN = 64
 WIDTH = 32
@@ -30,12 +29,12 @@ def narrow(name: str, *, hidden: int = HIDDEN, width: int = WIDTH, **changes) ->
 def random_params(config: MoEConfig, rng: np.random.Generator) -> MoEParams:
     """Parameters of the scale that the module gives them, with biases that are not zero."""
 
-    def draw(name: str, shape: tuple[int, ...]) -> jax.Array:
-        scale = 0.1 if name.endswith("bias") else shape[-2] ** -0.5
-        return jnp.asarray(scale * rng.standard_normal(shape, np.float32))
+    def draw(row: Param) -> jax.Array:
+        inputs = row.shape[row.stacked]
+        scale = 0.1 if row.kind in ("bias", "state") else inputs**-0.5
+        return jnp.asarray(scale * rng.standard_normal(row.shape, np.float32))
 
-    shapes = dataclasses.asdict(param_shapes(config))
-    return MoEParams(**{name: draw(name, shape) for name, shape in shapes.items() if shape is not None})
+    return map_table(draw, config)
 
 
 def clear_cut_tokens(num_tokens: int, config: MoEConfig, params: MoEParams, rng: np.random.Generator) -> jax.Array:
@@ -45,10 +44,11 @@ def clear_cut_tokens(num_tokens: int, config: MoEConfig, params: MoEParams, rng:
     experts would then go to either, which is no error of the layer.
     """
     x = jnp.asarray(rng.standard_normal((2 * num_tokens, config.hidden_size)), config.dtype)
-    bias = {"bias": params.router_bias, "correction_bias": params.correction_bias}
-    noise = 1 + 1e-4 * jnp.asarray(rng.standard_normal(params.router_kernel.shape), jnp.float32)
-    ids = route(x, params.router_kernel, config, **bias).topk_ids
-    moved = route(x, params.router_kernel * noise, config, **bias).topk_ids
+    kernel = params.router["kernel"]
+    biases = {name: value for name, value in params.router.items() if name != "kernel"}
+    noise = 1 + 1e-4 * jnp.asarray(rng.standard_normal(kernel.shape), jnp.float32)
+    ids = route(x, kernel, config, **biases).topk_ids
+    moved = route(x, kernel * noise, config, **biases).topk_ids
     stable = np.flatnonzero(np.asarray((ids == moved).all(1)))
     assert stable.size >= num_tokens
     return x[stable[:num_tokens]]

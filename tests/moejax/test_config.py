@@ -6,32 +6,49 @@ import re
 import jax.numpy as jnp
 import pytest
 
-from moejax import MoEConfig, Quantization
+from moejax import ROUTERS, MoEConfig, Quantization, TopKRouter, with_changes
 
 GOOD = {"hidden_size": 256, "intermediate_size": 128, "num_experts": 8, "top_k": 2}
 
 REFUSED = [
-    ({"hidden_size": 0}, "hidden_size must be at least 1, got 0"),
-    ({"intermediate_size": -4}, "intermediate_size must be at least 1, got -4"),
-    ({"num_experts": 0}, "num_experts must be at least 1, got 0"),
-    ({"top_k": 0}, "top_k must be at least 1, got 0"),
+    ({"hidden_size": 0}, "hidden_size must be a whole number of at least 1, got 0"),
+    ({"intermediate_size": -4}, "intermediate_size must be a whole number of at least 1, got -4"),
+    ({"num_experts": 0}, "num_experts must be a whole number of at least 1, got 0"),
+    ({"top_k": 0}, "top_k must be a whole number of at least 1, got 0"),
     ({"top_k": 9}, "top_k must be at most num_experts=8, got 9"),
-    ({"shared_intermediate_size": -1}, "shared_intermediate_size must be at least 0, got -1"),
+    ({"shared_intermediate_size": -1}, "shared_intermediate_size must be a whole number of at least 0, got -1"),
     ({"load_balance_loss": -0.1}, "load_balance_loss must be at least 0, got -0.1"),
     ({"sequence_balance_loss": -1}, "sequence_balance_loss must be at least 0, got -1"),
     ({"z_loss": -1}, "z_loss must be at least 0, got -1"),
-    ({"num_groups": 0}, "num_groups must be at least 1, got 0"),
+    ({"num_groups": 0}, "num_groups must be a whole number of at least 1, got 0"),
     ({"num_groups": 3}, "num_groups must be a divisor of num_experts=8, got 3"),
-    ({"topk_groups": 0}, "topk_groups must be at least 1, got 0"),
+    ({"topk_groups": 0}, "topk_groups must be a whole number of at least 1, got 0"),
     ({"num_groups": 2, "topk_groups": 3}, "topk_groups must be at most num_groups=2, got 3"),
     (
         {"num_groups": 4, "topk_groups": 1, "top_k": 3},
         "top_k must be at most the 2 experts of topk_groups=1 groups, got 3",
     ),
-    ({"scoring": "tanh"}, "scoring must be 'softmax' or 'sigmoid', got 'tanh'"),
+    ({"top_k": 2.0}, "top_k must be a whole number of at least 1, got 2.0"),
+    ({"top_k": True}, "top_k must be a whole number of at least 1, got True"),
+    ({"group_score_k": 0}, "group_score_k must be a whole number of at least 1, got 0"),
+    ({"scoring": "tanh"}, "scoring must be 'softmax' or 'sigmoid' or 'sqrt_softplus', got 'tanh'"),
+    ({"routed_scaling_factor": float("nan")}, "routed_scaling_factor must be finite, got nan"),
+    ({"update_rate": 0.0}, "update_rate must be positive and finite, got 0.0"),
+    ({"z_loss": float("inf")}, "z_loss must be at least 0, got inf"),
     ({"precision": "w4a4"}, "precision must be 'w16a16' or 'w8a8', got 'w4a4'"),
-    ({"capacity_factor": 0.0}, "capacity_factor must be positive, or None to drop nothing, got 0.0"),
-    ({"capacity_factor": -1.0}, "capacity_factor must be positive, or None to drop nothing, got -1.0"),
+    ({"capacity_factor": 0.0}, "capacity_factor must be positive and finite, or None to drop nothing, got 0.0"),
+    ({"capacity_factor": -1.0}, "capacity_factor must be positive and finite, or None to drop nothing, got -1.0"),
+    (
+        {"capacity_factor": float("inf")},
+        "capacity_factor must be positive and finite, or None to drop nothing, got inf",
+    ),
+    ({"capacity_of": "mesh"}, "capacity_of must be 'batch' or 'chip', got 'mesh'"),
+    ({"shared_gate": True}, "shared_gate must be False where there is no shared expert, got True"),
+    ({"shared_activation": "relu"}, "unknown activation 'relu'"),
+    (
+        {"shared_activation_limit": 7.0},
+        "shared_activation_limit must be None where shared_activation is not given, got 7.0",
+    ),
     ({"scale_inputs": True}, "top_k must be 1 with scale_inputs=True, got 2"),
     ({"wire_scaling": "rows"}, "unknown scaling 'rows'"),
     ({"wire_scaling": "per_tensor"}, "wire_scaling must be of one row, such as '1x128' or 'per_row'"),
@@ -40,7 +57,7 @@ REFUSED = [
     ({"dtype": jnp.float8_e4m3fn}, "dtype must be bfloat16, float16 or float32, got 'float8_e4m3fn'"),
     ({"dtype": "float64"}, "dtype must be bfloat16, float16 or float32, got 'float64'"),
     ({"param_dtype": jnp.int8}, "param_dtype must be bfloat16, float16 or float32, got 'int8'"),
-    ({"activation": "relu"}, "unknown activation 'relu'; expected one of silu, gelu, gelu_tanh, swigluoai"),
+    ({"activation": "relu"}, "unknown activation 'relu'; expected one of silu, gelu, gelu_tanh, swigluoai, relu2"),
     ({"activation_limit": 0.0}, "activation_limit must be positive, or None for no clamp, got 0.0"),
     ({"backend": "cuda"}, "unknown backend 'cuda'; expected one of 'auto', 'xla', 'pallas_tpu', 'pallas_gpu'"),
 ]
@@ -51,7 +68,7 @@ DOES_NOT_FIT_8_BITS = [
     ({"shared_intermediate_size": 64}, "shared_intermediate_size=64: shape (1, 64) cannot be scaled by '1x128'"),
     (
         {"hidden_size": 192, "wire_scaling": "per_row", "quantization": Quantization(lhs_scaling="per_row")},
-        "intermediate_size=128: shape (192, 256) cannot be scaled by '128x128'",
+        "intermediate_size=128: shape (192, 128) cannot be scaled by '128x128'",
     ),
     ({"wire_scaling": "1x100"}, "hidden_size=256: shape (1, 256) cannot be scaled by '1x100'"),
 ]
@@ -59,8 +76,9 @@ DOES_NOT_FIT_8_BITS = [
 
 @pytest.mark.parametrize(("changes", "message"), REFUSED, ids=[message for _, message in REFUSED])
 def test_refused(changes, message):
+    config = MoEConfig(**GOOD)
     with pytest.raises(ValueError, match=re.escape(message)):
-        MoEConfig(**GOOD | changes)
+        with_changes(config, **changes)
 
 
 @pytest.mark.parametrize(("changes", "message"), DOES_NOT_FIT_8_BITS, ids=[m for _, m in DOES_NOT_FIT_8_BITS])
@@ -90,6 +108,41 @@ def test_replacing_a_field_checks_again():
         dataclasses.replace(config, top_k=9)
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.top_k = 3
+
+
+def test_a_router_that_is_none():
+    message = "router must be a router of moejax.routers, such as TopKRouter(), got 'softmax'"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        MoEConfig(**GOOD, router="softmax")
+
+
+def test_fields_that_nothing_has():
+    with pytest.raises(ValueError, match="scorings, width: no field of MoEConfig or TopKRouter; they have activation,"):
+        with_changes(MoEConfig(**GOOD), width=3, scorings="sigmoid")
+    with pytest.raises(TypeError, match="scoring"):
+        MoEConfig(**GOOD, scoring="sigmoid")
+
+
+def test_changes_reach_the_router_and_the_layer():
+    config = with_changes(MoEConfig(**GOOD), top_k=3, scoring="sigmoid")
+    assert config == MoEConfig(**GOOD | {"top_k": 3}, router=TopKRouter(scoring="sigmoid"))
+    other = with_changes(config, router=TopKRouter(z_loss=0.1), router_bias=True)
+    assert other.router == TopKRouter(z_loss=0.1, router_bias=True)
+
+
+def test_a_capacity_factor_that_layer_and_router_have_is_the_layers():
+    """Experts that choose take what their router says; the layer's own factor would limit them once more."""
+    config = ROUTERS["expert_choice"](MoEConfig(**GOOD), capacity_factor=2.0)
+    changed = with_changes(config, capacity_factor=3.0)
+    assert (changed.capacity_factor, changed.router.capacity_factor) == (3.0, 2.0)
+
+
+def test_the_shared_expert_may_have_an_activation_of_its_own():
+    config = MoEConfig(**GOOD, shared_intermediate_size=128, activation="swigluoai", activation_limit=7.0)
+    assert config.of_shared_expert == ("swigluoai", 7.0)
+    assert dataclasses.replace(config, shared_activation="silu").of_shared_expert == ("silu", None)
+    limited = dataclasses.replace(config, shared_activation="gelu", shared_activation_limit=2.0)
+    assert limited.of_shared_expert == ("gelu", 2.0)
 
 
 def test_a_configuration_is_a_static_argument():

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax import MoEConfig, QTensor, Quantization, dequantize, make_mesh, moe, quantize, quantize_params
-from moejax.experts import check_params, expert_mlp, shared_mlp
+from moejax import MoEConfig, QTensor, Quantization, dense_moe, dequantize, make_mesh, moe, quantize, quantize_params
+from moejax.experts import expert_mlp, shared_mlp
+from moejax.params import EXPERT_FIELDS, EXPERT_WEIGHTS, check_params
 from tests.helpers import LIMIT, float64, normal, relative_error, same_bits
 from tests.moejax.layers import random_params
 
@@ -39,19 +40,18 @@ GATED = {
     "gelu": lambda gate, up: gelu(gate) * up,
     "gelu_tanh": lambda gate, up: gelu_tanh(gate) * up,
     "swigluoai": lambda gate, up: gate * sigmoid(1.702 * gate) * (up + 1),
+    "relu2": lambda gate, up: np.maximum(gate, 0) ** 2 * up,
 }
 
 
 def expected_mlp(rows, params, config):
     """Row by row in float64."""
-    width = config.intermediate_size
     out = np.zeros(rows.shape)
     experts = np.repeat(np.arange(config.num_experts), GROUP_SIZES)
     for row, expert in enumerate(experts):
-        h = float64(rows)[row] @ float64(params.gate_up)[expert]
+        gate, up = (float64(rows)[row] @ float64(params.gate_up)[expert, :, half] for half in (0, 1))
         if params.gate_up_bias is not None:
-            h += float64(params.gate_up_bias)[expert]
-        gate, up = h[:width], h[width:]
+            gate, up = (gate, up) + float64(params.gate_up_bias)[expert]
         if config.activation_limit is not None:
             gate = np.minimum(gate, config.activation_limit)
             up = np.clip(up, -config.activation_limit, config.activation_limit)
@@ -62,8 +62,7 @@ def expected_mlp(rows, params, config):
 
 
 def run_mlp(rows, params, config):
-    names = ("gate_up", "down", "gate_up_bias", "down_bias")
-    weights = {name: getattr(params, name) for name in names}
+    weights = {name: getattr(params, name) for name in EXPERT_FIELDS}
     return mlp(rows, jnp.array(GROUP_SIZES, jnp.int32), config=config, **weights)
 
 
@@ -95,20 +94,47 @@ def test_mlp_in_16_bits(dtype, rng):
 def test_shared_expert_is_a_group_of_all_tokens(rng):
     config = dataclasses.replace(CONFIG, shared_intermediate_size=16)
     params, x = random_params(config, rng), normal(rng, 9, config.hidden_size)
-    gate, up = np.split(float64(x) @ float64(params.shared_gate_up), 2, axis=1)
+    gate, up = (float64(x) @ float64(params.shared_gate_up)[:, half] for half in (0, 1))
     out = shared_mlp(x, params.shared_gate_up, params.shared_down, config)
     assert relative_error(out, GATED["silu"](gate, up) @ float64(params.shared_down)) < LIMIT["float32"]
+
+
+def test_shared_expert_with_an_activation_and_a_gate_of_its_own(rng):
+    config = dataclasses.replace(
+        CONFIG,
+        activation="swigluoai",
+        activation_limit=7.0,
+        shared_intermediate_size=16,
+        shared_activation="silu",
+        shared_gate=True,
+    )
+    params, x = random_params(config, rng), normal(rng, 9, config.hidden_size)
+    with_shared, _ = jax.jit(functools.partial(moe, config=config))(x, params)
+    bare = dataclasses.replace(config, shared_intermediate_size=0, shared_activation=None, shared_gate=False)
+    without = dataclasses.replace(params, shared_gate_up=None, shared_down=None, shared_gate=None)
+    routed, _ = jax.jit(functools.partial(moe, config=bare))(x, without)
+    gate, up = (float64(x) @ float64(params.shared_gate_up)[:, half] for half in (0, 1))
+    shared = GATED["silu"](gate, up) @ float64(params.shared_down) * sigmoid(float64(x) @ float64(params.shared_gate))
+    assert relative_error(with_shared, float64(routed) + shared) < LIMIT["float32"]
+    assert relative_error(with_shared, dense_moe(x, params, config)) < LIMIT["float32"]
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"router_kernel": (24, 5)}, "params.router_kernel must be [24, 4], got [24, 5]"),
-        ({"gate_up": (4, 24, 16)}, "params.gate_up must be [4, 24, 32], got [4, 24, 16]"),
-        ({"down": (4, 24, 16)}, "params.down must be [4, 16, 24], got [4, 24, 16]"),
+        (
+            {"gate_up": (4, 24, 32)},
+            "params.gate_up must be [4, 24, 2, 16], got [4, 24, 32]; gate and up have an axis of their own: "
+            "pack_experts() makes it of every layout there is",
+        ),
+        ({"gate_up": (4, 24, 2, 15)}, "params.gate_up must be [4, 24, 2, 16], got [4, 24, 2, 15]"),
+        (
+            {"down": (4, 24, 16)},
+            "params.down must be [4, 16, 24], got [4, 24, 16]; these are matrices [out, in]: "
+            "pack_experts(layout='out_in') turns them",
+        ),
+        ({"gate_up_bias": (4, 32)}, "params.gate_up_bias must be [4, 2, 16], got [4, 32]"),
         ({"down_bias": None}, "params.down_bias must be [4, 24], got None"),
-        ({"router_bias": (4,)}, "params.router_bias must be None (the configuration has none), got [4]"),
-        ({"correction_bias": (4,)}, "params.correction_bias must be None (the configuration has none), got [4]"),
         ({"shared_down": (16, 24)}, "params.shared_down must be None (the configuration has none), got [16, 24]"),
     ],
 )
@@ -118,6 +144,35 @@ def test_parameters_that_do_not_fit(changes, message, rng):
     changed = {name: None if shape is None else jnp.zeros(shape) for name, shape in changes.items()}
     with pytest.raises(ValueError, match=re.escape(message)):
         moe(normal(rng, 2, 24), dataclasses.replace(params, **changed), CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("router", "message"),
+    [
+        ({"kernel": (24, 5)}, "params.router['kernel'] must be [24, 4], got [24, 5]"),
+        ({}, "params.router must hold ['kernel'], those of TopKRouter, got []"),
+        (None, "params.router must hold ['kernel'], those of TopKRouter, got []"),
+        (
+            {"kernel": (24, 4), "bias": (4,), "correction_bias": (4,)},
+            "params.router must hold ['kernel'], those of TopKRouter, got ['bias', 'correction_bias', 'kernel']",
+        ),
+    ],
+    ids=str,
+)
+def test_parameters_of_the_router_that_do_not_fit(router, message, rng):
+    changed = None if router is None else {name: jnp.zeros(shape) for name, shape in router.items()}
+    with pytest.raises(ValueError, match=re.escape(message)):
+        moe(normal(rng, 2, 24), dataclasses.replace(random_params(CONFIG, rng), router=changed), CONFIG)
+
+
+def test_parameters_in_8_bits_that_are_no_qtensors(rng):
+    params = random_params(CONFIG, rng)
+    in_8_bits = dataclasses.replace(params, down=params.down.astype("float8_e4m3fn"))
+    with pytest.raises(ValueError, match=r"params\.down must be BF16, FP16 or float32, or a QTensor for 8 bits"):
+        check_params(in_8_bits, CONFIG)
+    bias = quantize(params.down_bias, scaling="per_row")
+    with pytest.raises(ValueError, match=r"params\.down_bias must be \[4, 24\]|params\.down_bias must be an array"):
+        check_params(dataclasses.replace(params, down_bias=bias), CONFIG)
 
 
 QUANTIZATIONS = {
@@ -141,20 +196,25 @@ def config_in_8_bits(name: str) -> MoEConfig:
     )
 
 
+def in_out_last(field: str, weights: jax.Array) -> jax.Array:
+    """The matrices of one field, [in, out] the last two dimensions: gate and up as two matrices."""
+    return jnp.moveaxis(weights, -2, -3) if field.endswith("gate_up") else weights
+
+
 @pytest.mark.parametrize("name", QUANTIZATIONS)
 def test_quantised_parameters(name, rng):
     config = config_in_8_bits(name)
     params = random_params(config, rng)
     to_8_bits = jax.jit(functools.partial(quantize_params, config=config))
     served = to_8_bits(params)
-    for field in ("gate_up", "down", "shared_gate_up", "shared_down"):
-        weights, rounded = getattr(params, field), getattr(served, field)
+    for field in EXPERT_WEIGHTS:
+        weights, rounded = in_out_last(field, getattr(params, field)), getattr(served, field)
         assert isinstance(rounded, QTensor)
         assert rounded.dtype == jnp.dtype(config.quantization.dtype)
         assert relative_error(dequantize(rounded.mT), weights) < 0.1
-    for field in ("router_kernel", "gate_up_bias", "down_bias"):
+    for field in ("router", "gate_up_bias", "down_bias"):
         assert same_bits(getattr(served, field), getattr(params, field))
-    assert served.router_bias is served.correction_bias is None
+    check_params(served, config)
     assert same_bits(to_8_bits(served), served)
 
 
@@ -167,8 +227,8 @@ def test_mlp_in_8_bits_rounds_each_operand_once(rng):
         return float64(dequantize(quantize(jnp.asarray(values, jnp.float32), scaling=scaling)))
 
     experts = np.repeat(np.arange(config.num_experts), GROUP_SIZES)
-    h = np.einsum("rh,rhi->ri", rounded(rows, "1x128"), rounded(params.gate_up, "128x128")[experts])
-    h = rounded(GATED["silu"](*np.split(h, 2, axis=1)), "1x128")
+    gate_up = rounded(in_out_last("gate_up", params.gate_up), "128x128")[experts]
+    h = rounded(GATED["silu"](*np.einsum("rh,rjhi->jri", rounded(rows, "1x128"), gate_up)), "1x128")
     expected = np.einsum("ri,rih->rh", h, rounded(params.down, "128x128")[experts])
     assert relative_error(run_mlp(rows, params, config), expected) < LIMIT["bfloat16"]
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from moejax import Quantization, fused_experts, make_mesh, quantize
+from moejax import Quantization, fused_experts, make_mesh, pack_experts, quantize
 from pallas_kernels.chips import get_chip
 from pallas_kernels.target import targeting
 from tests.helpers import LIMIT, float64, normal, relative_error
@@ -54,6 +54,94 @@ def test_equals_every_choice_by_itself(rng, dtype, activation):
     y = jitted(activation=activation)(x, w1, w2, weights, ids, b1=b1, b2=b2)
     assert y.dtype == dtype
     assert relative_error(y, dense(x, w1, w2, weights, ids, b1, b2, activation)) < LIMIT[dtype]
+
+
+ORDERS = {
+    "gate_first": lambda gate, up: np.concatenate([gate, up], axis=1),
+    "up_first": lambda gate, up: np.concatenate([up, gate], axis=1),
+    "interleaved": lambda gate, up: np.stack([gate, up], axis=2).reshape(E, 2 * WIDTH, *gate.shape[2:]),
+}
+
+
+@pytest.mark.parametrize("layout", ["out_in", "in_out"])
+@pytest.mark.parametrize("order", ORDERS)
+def test_layouts_of_checkpoints(rng, order, layout):
+    """Weights as they lie in a file, and as `pack_experts` makes of them the parameters of a layer."""
+    x, w1, w2, weights, ids = problem(rng)
+    b1, b2 = normal(rng, E, 2 * WIDTH), normal(rng, E, H)
+    expected = dense(x, w1, w2, weights, ids, b1, b2)
+    gate_up, bias = (jnp.asarray(ORDERS[order](*np.split(np.asarray(w), 2, axis=1))) for w in (w1, b1))
+    stored = (gate_up, w2) if layout == "out_in" else (gate_up.mT, w2.mT)
+    y = jitted(layout=layout, gate_up_order=order)(x, *stored, weights, ids, b1=bias, b2=b2)
+    assert relative_error(y, expected) < LIMIT["float32"]
+
+    packed, down = pack_experts(*stored, layout=layout, gate_up_order=order)
+    np.testing.assert_array_equal(packed, np.stack(np.split(np.asarray(w1.mT), 2, axis=2), axis=2))
+    np.testing.assert_array_equal(down, w2.mT)
+
+
+def test_gate_and_up_that_lie_apart(rng):
+    _, w1, w2, *_ = problem(rng)
+    gate, up = jnp.split(w1, 2, axis=1)
+    expected = pack_experts(w1, w2, layout="out_in")
+    for layout, turn in {"out_in": lambda w: w, "in_out": lambda w: w.mT}.items():
+        packed = pack_experts(gate=turn(gate), up=turn(up), down=turn(w2), layout=layout)
+        for got, want in zip(packed, expected, strict=True):
+            np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("order", ["up_first", "interleaved"])
+def test_weights_in_8_bits_lie_gate_first(rng, order):
+    x, w1, w2, weights, ids = problem(rng)
+    with pytest.raises(ValueError, match=f"w1 in 8 bits must lie gate first, got gate_up_order='{order}'"):
+        fused_experts(x, quantize(w1, scaling="128x128"), w2, weights, ids, gate_up_order=order)
+
+
+def test_weights_in_8_bits_in_the_other_layout(rng):
+    x, w1, w2, weights, ids = problem(rng)
+    w1_8, w2_8 = (quantize(w, scaling="128x128") for w in (w1, w2))
+    q = Quantization()
+    y = jitted(quantization=q, layout="in_out")(x, w1_8.mT, w2_8.mT, weights, ids)
+    assert relative_error(y, jitted(quantization=q)(x, w1_8, w2_8, weights, ids)) < LIMIT["float32"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"gate_up": (2, 6, 4), "down": (2, 4, 3), "layout": "rows"},
+            "layout must be 'out_in' or 'in_out', got 'rows'",
+        ),
+        ({"gate_up": (2, 6, 4), "layout": "out_in"}, "give down, and either gate_up or both gate and up"),
+        ({"down": (2, 4, 3), "gate": (2, 3, 4), "layout": "out_in"}, "give down, and either gate_up or both"),
+        (
+            {"gate_up": (2, 6, 4), "gate": (2, 3, 4), "up": (2, 3, 4), "down": (2, 4, 3), "layout": "out_in"},
+            "give down, and either gate_up or both gate and up",
+        ),
+        (
+            {"gate": (2, 3, 4), "up": (2, 5, 4), "down": (2, 4, 3), "layout": "out_in"},
+            r"gate and up must have one shape of three dimensions, got \[2, 3, 4\], \[2, 5, 4\]",
+        ),
+        ({"gate_up": (2, 5, 4), "down": (2, 4, 3), "layout": "out_in"}, "of equal width, got 5 columns for both"),
+        (
+            {"gate_up": (2, 6, 4), "down": (2, 3, 4), "layout": "out_in"},
+            r"down must be \[2, 4, 3\] to fit gate and up in layout 'out_in', got \[2, 3, 4\]",
+        ),
+        (
+            {"gate_up": (2, 6, 4), "down": (2, 4, 3), "layout": "in_out"},
+            r"down must be \[2, 2, 6\] to fit gate and up in layout 'in_out', got \[2, 4, 3\]",
+        ),
+        (
+            {"gate_up": (2, 6, 4), "down": (2, 4, 3), "layout": "out_in", "gate_up_order": "mixed"},
+            "gate_up_order must be 'gate_first', 'up_first' or 'interleaved', got 'mixed'",
+        ),
+    ],
+    ids=str,
+)
+def test_weights_that_cannot_be_packed(arguments, message):
+    given = {name: jnp.zeros(value) if isinstance(value, tuple) else value for name, value in arguments.items()}
+    with pytest.raises(ValueError, match=message):
+        pack_experts(**given)
 
 
 @pytest.mark.parametrize("stored", [False, True], ids=["rounded-inside", "stored"])
@@ -139,6 +227,8 @@ def test_gradients_without_rounding(rng):
         ({"w1": (E, 2 * WIDTH, H + 1)}, r"w1 must be \[E, 2I, H\] with H = 128"),
         ({"w2": (E, WIDTH, H)}, r"w2 must be \[E, H, I\] = \[8, 128, 256\], got \[8, 256, 128\]"),
         ({"topk_weights": (T, K + 1)}, r"topk_weights must be \[T, K\] as topk_ids"),
+        ({"b1": (E, WIDTH)}, r"b1 must be \[E, 2I\] = \[8, 512\], got \[8, 256\]"),
+        ({"b2": (E, WIDTH)}, r"b2 must be \[E, H\] = \[8, 128\], got \[8, 256\]"),
         ({"hidden_states": (T, 2, H)}, r"hidden_states must be BF16, FP16 or float32 \[T, H\]"),
     ],
 )

@@ -1,6 +1,5 @@
 """The whole layer against the dense oracle: every preset's routing, every ep, every precision, values and gradients."""
 
-import dataclasses
 import functools
 import math
 import os
@@ -116,11 +115,8 @@ def check_layer(config: MoEConfig, ep: int) -> None:
 
 
 def _assert_close(got, expected, limit: float) -> None:
-    (y, (dx, dparams)), (ref_y, (ref_dx, ref_dparams)) = got, expected
-    pairs = {"y": (y, ref_y), "dx": (dx, ref_dx)}
-    for field in dataclasses.fields(dparams):
-        if (ref := getattr(ref_dparams, field.name)) is not None:
-            pairs[f"d{field.name}"] = (getattr(dparams, field.name), ref)
-    errors = {name: relative_error(*pair) for name, pair in pairs.items()}
+    parts, refs = ({"y": y, "dx": dx, "d": dparams} for y, (dx, dparams) in (got, expected))
+    pairs = zip(jax.tree.leaves_with_path(parts), jax.tree.leaves(refs), strict=True)
+    errors = {jax.tree_util.keystr(path): relative_error(leaf, ref) for (path, leaf), ref in pairs}
     too_large = {name: f"{error:.2e}" for name, error in errors.items() if not error < limit}
     assert not too_large, f"relative errors above {limit}: {too_large}"

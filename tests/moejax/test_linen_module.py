@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +12,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 import moejax
 import moejax.linen
-from moejax import MoEConfig, make_mesh
+from moejax import MoEConfig, TopKRouter, make_mesh, with_changes
 from tests.helpers import LIMIT, normal, relative_error, same_bits
 
 CONFIG = MoEConfig(
@@ -20,10 +21,8 @@ CONFIG = MoEConfig(
     num_experts=8,
     top_k=2,
     shared_intermediate_size=16,
-    scoring="sigmoid",
-    correction_bias=True,
+    router=TopKRouter(scoring="sigmoid", correction_bias=True, z_loss=0.01),
     expert_bias=True,
-    z_loss=0.01,
     dtype=jnp.float32,
 )
 
@@ -43,19 +42,17 @@ def variables(x):
     return init(moejax.linen.MoE(CONFIG), x)
 
 
-def flat(variables) -> dict:
-    """Parameters and router state by name."""
-    return {**variables["params"], **variables["RouterState"]}
+def as_params(variables) -> moejax.MoEParams:
+    """Parameters and router state as the function takes them."""
+    params, state = variables["params"], variables["RouterState"]
+    return moejax.MoEParams(**{**params, "router": params["router"] | state["router"]})
 
 
 def test_structure_shapes_and_dtypes_are_those_of_the_nnx_layer(variables):
     layer = moejax.MoE(CONFIG, rngs=nnx.Rngs(0))
     assert set(variables) == {"params", "RouterState"}
-    assert set(variables["RouterState"]) == {"correction_bias"}
-    expected = {name: value for name, value in vars(layer.params()).items() if value is not None}
-    assert set(flat(variables)) == set(expected)
-    for name, value in flat(variables).items():
-        assert (value.shape, value.dtype) == (expected[name].shape, expected[name].dtype), name
+    assert jax.tree.map(jnp.shape, variables["RouterState"]) == {"router": {"correction_bias": (8,)}}
+    chex.assert_trees_all_equal_shapes_and_dtypes(as_params(variables), layer.params())
 
 
 def test_values_differ_with_the_key_only(variables, x):
@@ -66,9 +63,7 @@ def test_values_differ_with_the_key_only(variables, x):
 
 
 def test_apply_equals_the_nnx_layer(variables, x):
-    layer = moejax.MoE(CONFIG, rngs=nnx.Rngs(0))
-    for name, value in flat(variables).items():
-        getattr(layer, name)[...] = value
+    layer = moejax.MoE.from_params(as_params(variables), CONFIG)
     expected = nnx.jit(lambda layer, x: layer(x))(layer, x)
     assert same_bits(jax.jit(moejax.linen.MoE(CONFIG).apply)(variables, x), expected)
 
@@ -93,11 +88,60 @@ def test_partition_specs_and_gradients_over_a_mesh(axis_type, variables, x):
     for name in ("gate_up", "down", "gate_up_bias", "down_bias"):
         assert specs["params"][name] == PartitionSpec("expert", *(None,) * (sharded["params"][name].ndim - 1))
         assert sharded["params"][name].sharding.spec[0] == "expert"
-    for name in ("router_kernel", "shared_gate_up", "shared_down"):
-        assert not any(specs["params"][name])
-    assert not any(specs["RouterState"]["correction_bias"])
-    for name, gradient in gradients.items():
-        assert relative_error(gradient, expected[name]) < LIMIT["float32"], name
+    whole = [specs["params"][name] for name in ("shared_gate_up", "shared_down")]
+    for spec in (*whole, specs["params"]["router"]["kernel"], specs["RouterState"]["router"]["correction_bias"]):
+        assert not any(spec)
+    leaves = zip(jax.tree.leaves_with_path(gradients), jax.tree.leaves(expected), strict=True)
+    for (path, gradient), reference in leaves:
+        assert relative_error(gradient, reference) < LIMIT["float32"], jax.tree_util.keystr(path)
+
+
+def test_serving_in_8_bits(rng):
+    config = dataclasses.replace(
+        CONFIG, hidden_size=128, intermediate_size=128, shared_intermediate_size=0, precision="w8a8"
+    )
+    layer, x = moejax.linen.MoE(config), normal(rng, 2, 5, 128)
+    trained = init(layer, x)
+    served = moejax.linen.quantized(trained, config)
+    assert set(served["QuantizedParam"]) == {"gate_up", "down"}
+    assert same_bits(served["QuantizedParam"]["down"], moejax.quantize_params(as_params(trained), config).down)
+    assert set(served["params"]) == set(trained["params"]) - {"gate_up", "down"}
+    y, _ = jax.jit(layer.apply)(served, x)
+    assert relative_error(y, jax.jit(layer.apply)(trained, x)[0]) < LIMIT["float32"]
+
+
+def test_scanned_over_layers_of_a_mesh(x):
+    """Parameters of the layers are stacked, and the new dimension gets a name, or none."""
+
+    class Layers(linen.Module):
+        @linen.compact
+        def __call__(self, x):
+            def body(layer, x, _):
+                y, aux = layer(x)
+                return x + y, aux.loss
+
+            stacked = linen.scan(
+                body,
+                variable_axes={"params": 0, "RouterState": 0},
+                split_rngs={"params": True},
+                length=3,
+                metadata_params={linen.meta.PARTITION_NAME: None},
+            )
+            return stacked(moejax.linen.MoE(CONFIG, name="experts"), x, None)
+
+    with jax.set_mesh(make_mesh(ep=4, dp=2)):
+        boxed = init(Layers(), x)
+        assert linen.get_partition_spec(boxed)["params"]["experts"]["down"] == PartitionSpec(None, "expert", None, None)
+        variables = linen.unbox(boxed)
+        y, losses = jax.jit(Layers().apply)(variables, x)
+    assert variables["params"]["experts"]["down"].shape == (3, 8, 16, 32)
+    expected = x
+    for i in range(3):
+        own = {name: jax.tree.map(lambda leaf, i=i: leaf[i], c["experts"]) for name, c in variables.items()}
+        more, _ = jax.jit(moejax.linen.MoE(CONFIG).apply)(jax.device_get(own), expected)
+        expected += more
+    assert relative_error(y, expected) < LIMIT["float32"]
+    assert losses.shape == (3,)
 
 
 def test_inside_a_linen_model(x):
@@ -133,5 +177,5 @@ def test_errors_name_what_is_wrong(x):
         moejax.linen.MoE(CONFIG, mesh=make_mesh(3)).init(jax.random.key(0), x)
     with pytest.raises(ValueError, match="got int32; embed token ids first"):
         moejax.linen.MoE(CONFIG).init(jax.random.key(0), jnp.zeros((2, CONFIG.hidden_size), jnp.int32))
-    without = dataclasses.replace(CONFIG, correction_bias=False)
+    without = with_changes(CONFIG, correction_bias=False)
     assert set(init(moejax.linen.MoE(without), x)) == {"params"}

@@ -8,9 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax import LoadStats, MoEConfig, make_mesh, moe
+from moejax import LoadStats, MoEConfig, TopKRouter, make_mesh, moe, with_changes
 from moejax.losses import (
-    Tokens,
     importance_loss,
     load_balance_loss,
     router_losses,
@@ -19,7 +18,7 @@ from moejax.losses import (
     tokens_per_expert,
     z_loss,
 )
-from moejax.router import route_logits
+from sharding.tokens import Tokens
 from tests.helpers import normal, relative_error
 from tests.moejax.layers import random_params
 
@@ -29,19 +28,27 @@ CONFIG = MoEConfig(
     intermediate_size=16,
     num_experts=EXPERTS,
     top_k=TOP_K,
-    load_balance_loss=0.5,
-    sequence_balance_loss=0.25,
-    z_loss=0.125,
+    router=TopKRouter(load_balance_loss=0.5, sequence_balance_loss=0.25, z_loss=0.125),
     dtype=jnp.float32,
 )
-SIGMOID = dataclasses.replace(CONFIG, scoring="sigmoid")
+SIGMOID = with_changes(CONFIG, scoring="sigmoid")
+WEIGHTS = {"load_balance": 0.5, "sequence_balance": 0.25, "z": 0.125}
+
+
+def route_logits(logits, config):
+    return config.router.choose(logits, config)
 
 
 routed = functools.partial(jax.jit, static_argnums=1)(route_logits)
 
 
 def whole(num_tokens: int, sequence_length: int | None = None) -> Tokens:
-    return Tokens(jnp.arange(num_tokens), num_tokens, sequence_length or num_tokens)
+    return Tokens.on_one_chip(num_tokens, sequence_length or num_tokens)
+
+
+def padded(num_positions: int, num_tokens: int, sequence_length: int) -> Tokens:
+    """Tokens with positions behind them that hold none."""
+    return Tokens.on_one_chip(num_positions, sequence_length, jnp.arange(num_positions) < num_tokens)
 
 
 def shares(routing):
@@ -72,22 +79,23 @@ def test_losses_equal_the_formulas(config, rng):
         "z": np.mean(np.log(np.exp(np.asarray(logits, np.float64)).sum(1)) ** 2),
     }
     functions = {
-        "load_balance": load_balance_loss(routing, config, tokens),
-        "sequence_balance": sequence_balance_loss(routing, config, tokens),
+        "load_balance": load_balance_loss(routing, tokens),
+        "sequence_balance": sequence_balance_loss(routing, tokens),
         "z": z_loss(routing, tokens),
     }
-    weighted = router_losses(routing, config, tokens)
+    weighted = router_losses(routing, tokens, **WEIGHTS)
     assert set(weighted) == set(expected)
+    assert config.router.losses(routing, tokens) == weighted
     for name, value in expected.items():
         np.testing.assert_allclose(functions[name], value, rtol=1e-5)
-        np.testing.assert_allclose(weighted[name], getattr(config, f"{name}_loss") * value, rtol=1e-5)
+        np.testing.assert_allclose(weighted[name], WEIGHTS[name] * value, rtol=1e-5)
         assert weighted[name].dtype == jnp.float32
-    assert tokens_per_expert(routing, EXPERTS, tokens).tolist() == chosen.sum(0).tolist()
+    assert tokens_per_expert(routing.topk_ids, EXPERTS, tokens).tolist() == chosen.sum(0).tolist()
 
 
 def test_losses_of_weight_zero_are_left_out(rng):
-    config = dataclasses.replace(CONFIG, load_balance_loss=0.0, sequence_balance_loss=0.0)
-    assert list(router_losses(routed(normal(rng, 4, EXPERTS), config), config, whole(4))) == ["z"]
+    config = with_changes(CONFIG, load_balance_loss=0.0, sequence_balance_loss=0.0)
+    assert list(config.router.losses(routed(normal(rng, 4, EXPERTS), config), whole(4))) == ["z"]
 
 
 @pytest.mark.parametrize("config", [CONFIG, SIGMOID], ids=["softmax", "sigmoid"])
@@ -95,36 +103,54 @@ def test_balanced_load_costs_one(config, rng):
     """Every cyclic shift of one row of logits: all experts are equally likely, and equally often chosen."""
     row = rng.permutation(EXPERTS) / 4
     routing = routed(jnp.asarray(np.stack([np.roll(row, s) for s in range(EXPERTS)]), jnp.float32), config)
-    np.testing.assert_allclose(load_balance_loss(routing, config, whole(EXPERTS)), 1, rtol=1e-6)
-    np.testing.assert_allclose(sequence_balance_loss(routing, config, whole(EXPERTS)), 1, rtol=1e-6)
+    np.testing.assert_allclose(load_balance_loss(routing, whole(EXPERTS)), 1, rtol=1e-6)
+    np.testing.assert_allclose(sequence_balance_loss(routing, whole(EXPERTS)), 1, rtol=1e-6)
 
 
 def test_one_expert_for_all_costs_as_much_as_there_are_experts():
     config = dataclasses.replace(CONFIG, top_k=1)
     routing = routed(jnp.zeros((6, EXPERTS)).at[:, 3].set(50.0), config)
-    np.testing.assert_allclose(load_balance_loss(routing, config, whole(6)), EXPERTS, rtol=1e-6)
+    np.testing.assert_allclose(load_balance_loss(routing, whole(6)), EXPERTS, rtol=1e-6)
 
 
 def test_sequences_are_balanced_one_by_one():
     """Each sequence uses one expert, all together use all: balanced over the batch, unbalanced in every sequence."""
     config = dataclasses.replace(CONFIG, top_k=1)
     routing = routed(jnp.repeat(50 * jnp.eye(EXPERTS), 3, axis=0), config)
-    np.testing.assert_allclose(load_balance_loss(routing, config, whole(3 * EXPERTS, 3)), 1, rtol=1e-6)
-    np.testing.assert_allclose(sequence_balance_loss(routing, config, whole(3 * EXPERTS, 3)), EXPERTS, rtol=1e-6)
+    np.testing.assert_allclose(load_balance_loss(routing, whole(3 * EXPERTS, 3)), 1, rtol=1e-6)
+    np.testing.assert_allclose(sequence_balance_loss(routing, whole(3 * EXPERTS, 3)), EXPERTS, rtol=1e-6)
 
 
 def test_padding_counts_for_nothing(rng):
     logits = normal(rng, 10, EXPERTS)
-    padded = jnp.concatenate([logits, 100 * normal(rng, 6, EXPERTS)])
-    expected = router_losses(routed(logits, CONFIG), CONFIG, whole(10, 5))
-    losses = router_losses(routed(padded, CONFIG), CONFIG, Tokens(jnp.arange(16), 10, 5))
+    more = jnp.concatenate([logits, 100 * normal(rng, 10, EXPERTS)])
+    expected = router_losses(routed(logits, CONFIG), whole(10, 5), **WEIGHTS)
+    losses = router_losses(routed(more, CONFIG), padded(20, 10, 5), **WEIGHTS)
     for name, value in expected.items():
         np.testing.assert_allclose(losses[name], value, rtol=1e-6)
 
 
+def test_masked_positions_count_for_nothing(rng):
+    """Sequences of unequal length: each counts as one, by what its own tokens do; one without a token does not."""
+    logits = normal(rng, 24, EXPERTS)
+    real = np.asarray([1, 1, 1, 0, 0, 0] + [1] * 6 + [0] * 6 + [0, 0, 1, 0, 1, 0], bool)
+    routing = routed(logits, CONFIG)
+    chosen, probabilities = shares(routing)
+    tokens = Tokens.on_one_chip(24, 6, jnp.asarray(real))
+    of_sequences = [np.arange(i, i + 6)[real[i : i + 6]] for i in range(0, 24, 6)]
+    by_sequence = [balance(chosen[places], probabilities[places]) for places in of_sequences if places.size]
+    z = np.log(np.exp(np.asarray(logits, np.float64)).sum(1)) ** 2
+    np.testing.assert_allclose(
+        load_balance_loss(routing, tokens), balance(chosen[real], probabilities[real]), rtol=1e-5
+    )
+    np.testing.assert_allclose(sequence_balance_loss(routing, tokens), np.mean(by_sequence), rtol=1e-5)
+    np.testing.assert_allclose(z_loss(routing, tokens), z[real].mean(), rtol=1e-5)
+    assert tokens_per_expert(routing.topk_ids, EXPERTS, tokens).tolist() == chosen[real].sum(0).tolist()
+
+
 def test_scores_that_all_underflow_give_finite_losses():
     routing = routed(jnp.full((2, EXPERTS), -200.0), SIGMOID)
-    assert np.isfinite(load_balance_loss(routing, SIGMOID, whole(2)))
+    assert np.isfinite(load_balance_loss(routing, whole(2)))
 
 
 @pytest.fixture(scope="module")
@@ -136,10 +162,10 @@ def problem():
 
 def losses_and_gradient(x, params, mesh):
     def loss(kernel):
-        _, aux = moe(x, dataclasses.replace(params, router_kernel=kernel), CONFIG, mesh=mesh)
+        _, aux = moe(x, dataclasses.replace(params, router={"kernel": kernel}), CONFIG, mesh=mesh)
         return aux.loss, aux
 
-    (total, aux), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(params.router_kernel)
+    (total, aux), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(params.router["kernel"])
     return total, aux, gradient
 
 
@@ -156,18 +182,30 @@ def test_losses_over_eight_chips_equal_those_of_one(problem):
     assert relative_error(sharded_gradient, gradient) < 1e-5
 
 
+def drops_over_eight_chips(problem, config):
+    """What is dropped on eight chips, and the ids that the router chose."""
+    x, params = problem
+    _, aux = jax.jit(functools.partial(moe, config=config, mesh=make_mesh(ep=4, dp=2)))(x, params)
+    assert int(aux.load.dropped) > 0
+    return aux.load.dropped_per_expert.tolist(), np.asarray(aux.topk_ids).reshape(21, TOP_K)
+
+
 def test_padding_takes_no_room_from_tokens(problem):
     """With a capacity of one row, two padding tokens before a real one would push it out."""
-    x, params = problem
-    config = dataclasses.replace(CONFIG, capacity_factor=1.0)
-    _, aux = jax.jit(functools.partial(moe, config=config, mesh=make_mesh(ep=4, dp=2)))(x, params)
-    ids = np.asarray(routed(x.reshape(21, -1) @ params.router_kernel, config).topk_ids)
+    config = dataclasses.replace(CONFIG, capacity_factor=1.0, capacity_of="chip")
+    got, ids = drops_over_eight_chips(problem, config)
     dropped = np.zeros(EXPERTS, int)
     for chip in range(7):  # three tokens each; the eighth has padding only
         load = np.bincount(ids[3 * chip : 3 * chip + 3].ravel(), minlength=EXPERTS)
         dropped += np.maximum(load - 1, 0)
-    assert aux.load.dropped_per_expert.tolist() == dropped.tolist()
-    assert int(aux.load.dropped) > 0
+    assert got == dropped.tolist()
+
+
+def test_a_capacity_of_the_batch_is_of_the_tokens_without_padding(problem):
+    """⌈21 · 2 / 8⌉ = 6 of an expert's choices are kept wherever they are made."""
+    config = dataclasses.replace(CONFIG, capacity_factor=1.0)
+    got, ids = drops_over_eight_chips(problem, config)
+    assert got == np.maximum(np.bincount(ids.ravel(), minlength=EXPERTS) - 6, 0).tolist()
 
 
 @pytest.mark.parametrize("name", ["load_balance", "sequence_balance", "z"])
@@ -184,9 +222,9 @@ def test_gradient_flows_through_each_loss(name, rng):
         parts = [balance(chosen[i : i + length], probabilities[i : i + length]) for i in range(0, 12, length)]
         return np.mean(parts)
 
-    gradient = jax.jit(jax.grad(lambda v: router_losses(route_logits(v, CONFIG), CONFIG, whole(12, 4))[name]))(logits)
+    gradient = jax.jit(jax.grad(lambda v: CONFIG.router.losses(route_logits(v, CONFIG), whole(12, 4))[name]))(logits)
     base, step = np.asarray(logits, np.float64), 1e-4 * np.asarray(direction, np.float64)
-    slope = (formula(base + step) - formula(base - step)) / 2e-4 * getattr(CONFIG, f"{name}_loss")
+    slope = (formula(base + step) - formula(base - step)) / 2e-4 * WEIGHTS[name]
     np.testing.assert_allclose((gradient * direction).sum(), slope, rtol=1e-3, atol=1e-6)
 
 
@@ -226,9 +264,8 @@ SPREAD = np.full((8, 4), 0.25)
 )
 def test_importance_and_specialization(loss, gates, expected):
     """Padding behind the tokens counts for nothing, and gradients are finite at the borders."""
-    padded = jnp.asarray(np.concatenate([gates, np.eye(4)[[0, 0, 0]]]), jnp.float32)
-    tokens = Tokens(jnp.arange(11), 8, 8)
-    value, gradient = jax.value_and_grad(loss)(padded, tokens)
+    more = jnp.asarray(np.concatenate([gates, np.eye(4)[[0, 0, 0]]]), jnp.float32)
+    value, gradient = jax.value_and_grad(loss)(more, padded(11, 8, 11))
     np.testing.assert_allclose(value, expected, atol=1e-6)
     assert np.isfinite(gradient).all()
     assert not gradient[8:].any()

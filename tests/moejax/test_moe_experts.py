@@ -43,13 +43,48 @@ def gradients(x, weights, ids, params, *, max_choices=None, ep=1):
 @pytest.mark.parametrize("ep", [1, 4])
 def test_router_and_experts_are_the_layer(ep, params, rng):
     x = normal(rng, 10, 32)
-    routing = route(x, params.router_kernel, CONFIG)
-    no_router = dataclasses.replace(params, router_kernel=None)
+    routing = route(x, params.router["kernel"], CONFIG)
+    no_router = dataclasses.replace(params, router=None)
     y, dropped = experts(x, routing.topk_weights, routing.topk_ids, no_router, ep=ep)
     expected, _ = jax.jit(lambda x, params: moe(x, params, CONFIG, mesh=mesh_of(ep)))(x, params)
     assert relative_error(y, expected) < LIMIT["float32"]
     assert relative_error(y, dense_moe(x, params, CONFIG)) < LIMIT["float32"]
     np.testing.assert_array_equal(dropped, np.zeros(8))
+
+
+def test_masked_tokens_take_no_expert_and_no_capacity(params, rng):
+    """All want expert 3, which has room for ⌈1 · 8 · 1 / 8⌉ of the eight that are real: the first of them."""
+    config = dataclasses.replace(CONFIG, capacity_factor=1.0)
+    x, mask = normal(rng, 2, 8, 32), jnp.arange(16).reshape(2, 8) >= 8
+    ids, ones = jnp.full((2, 8, 1), 3), jnp.ones((2, 8, 1))
+    for mesh in (None, make_mesh(4)):
+        y, dropped = moe_experts(x, ones, ids, params, config, mask=mask, mesh=mesh)
+        expected, _ = moe_experts(x[1, :1], ones[1, :1], ids[1, :1], params, CONFIG)
+        assert relative_error(y[1, :1], expected) < LIMIT["float32"]
+        assert not y[0].any()
+        np.testing.assert_array_equal(dropped, [0, 0, 0, 7, 0, 0, 0, 0])
+
+
+@pytest.mark.parametrize("ep", [1, 4])
+def test_ids_outside_of_the_experts_make_no_choice(ep, params, rng):
+    x, weights = normal(rng, 8, 32), jnp.asarray(rng.random((8, 3)), jnp.float32)
+    ids = rng.integers(0, 8, (8, 3)).astype(np.int8)
+    ids[2, 1], ids[5] = -3, [8, 100, -128]
+    made = (ids >= 0) & (ids < 8)
+    y, _ = experts(x, weights, jnp.asarray(ids), params, ep=ep)
+    expected, _ = experts(x, weights * made, jnp.asarray(np.where(made, ids, 0), jnp.int32), params, ep=1)
+    assert relative_error(y, expected) < LIMIT["float32"]
+
+
+@pytest.mark.parametrize("capacity_of", ["batch", "chip"])
+def test_repeated_experts_of_a_token_have_room_if_there_is_any(capacity_of, params, rng):
+    """More choices of an expert on a chip than that has tokens; a capacity for all of them drops none."""
+    config = dataclasses.replace(CONFIG, capacity_factor=8.0, capacity_of=capacity_of)
+    x, weights = normal(rng, 16, 32), jnp.asarray(rng.random((16, 2)), jnp.float32)
+    ids = jnp.full((16, 2), 3, jnp.int32)
+    y, dropped = moe_experts(x, weights, ids, params, config, mesh=make_mesh(8))
+    assert not dropped.any()
+    assert relative_error(y, experts(x, weights, ids, params)[0]) < LIMIT["float32"]
 
 
 def few_choices(rng):
@@ -93,7 +128,7 @@ def test_rows_in_memory_are_those_of_the_choices(params, rng):
     ("ids", "weights", "changes", "parts"),
     [
         (np.zeros((9, 2), np.int32), np.ones((9, 2)), {}, ("leading dimensions of x [10, 32]", "int32[9, 2]")),
-        (np.zeros((10, 2), np.int32), np.ones((10, 3)), {}, ("int32[10, 2] and [10, 3]",)),
+        (np.zeros((10, 2), np.int32), np.ones((10, 3)), {}, ("int32[10, 2] and float32[10, 3]",)),
         (np.zeros((10, 2)), np.ones((10, 2)), {}, ("topk_ids must be integer", "float")),
         (
             np.zeros((10, 2), np.int32),

@@ -1,15 +1,20 @@
 """What `moe` makes of inputs that are wrong, strange, or spread in other ways than usual."""
 
+import contextlib
 import dataclasses
+import functools
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen
+from jax.sharding import AxisType, PartitionSpec
 
-from moejax import MoEConfig, make_mesh, moe
+from moejax import MoEConfig, Partition, Quantization, make_mesh, moe, quantize_params, with_changes
 from tests.helpers import normal, raises_saying, relative_error, same_bits
-from tests.moejax.layers import random_params
+from tests.moejax.layers import clear_cut_tokens, random_params
 
 CONFIG = MoEConfig(
     hidden_size=32, intermediate_size=16, num_experts=8, top_k=2, shared_intermediate_size=16, dtype=jnp.float32
@@ -42,10 +47,25 @@ def test_nan_under_jit_stays_with_its_token(ep, params, rng):
     np.testing.assert_array_equal(np.isnan(y).any(1), np.arange(6) == 2)
 
 
-def test_a_router_that_makes_nan_is_refused_where_it_can_be_seen(params, rng):
-    broken = dataclasses.replace(params, router_kernel=params.router_kernel.at[3, 1].set(jnp.nan))
-    with raises_saying(ValueError, "logits of 6 of 6 tokens are NaN", "router's kernel"):
-        moe(normal(rng, 6, 32), broken, CONFIG)
+@pytest.mark.parametrize("ep", [1, 4])
+def test_nan_of_masked_tokens_is_not_looked_at(ep, params, rng):
+    mesh, mask = make_mesh(ep) if ep > 1 else None, jnp.arange(6) != 2
+    y, aux = moe(with_nan(rng), params, CONFIG, mask=mask, mesh=mesh)
+    np.testing.assert_array_equal(np.abs(np.asarray(y)).sum(1) > 0, mask)
+    assert np.isfinite(y).all()
+    assert np.isfinite(aux.topk_weights[mask]).all()
+    with raises_saying(ValueError, "x holds NaN in 1 of 6 tokens"):
+        moe(with_nan(rng), params, CONFIG, mask=jnp.ones(6, bool), mesh=mesh)
+
+
+@pytest.mark.parametrize("ep", [1, 4])
+def test_a_router_that_is_nan_is_refused_where_it_can_be_seen(ep, params, rng):
+    mesh, kernel = make_mesh(ep) if ep > 1 else None, params.router["kernel"].at[3, 1].set(jnp.nan)
+    broken = dataclasses.replace(params, router={"kernel": kernel})
+    with raises_saying(ValueError, "params.router['kernel'] holds NaN"):
+        moe(normal(rng, 6, 32), broken, CONFIG, mesh=mesh)
+    y, _ = jax.jit(lambda x, params: moe(x, params, CONFIG, mesh=mesh))(normal(rng, 6, 32), broken)
+    assert np.isnan(y).all()
 
 
 def test_layers_that_are_alike_are_traced_once(params, rng):
@@ -58,7 +78,7 @@ def test_layers_that_are_alike_are_traced_once(params, rng):
 
     def programs(jaxpr) -> list:
         """Those that each layer runs, by identity."""
-        return [id(e.params["jaxpr"]) for e in jaxpr.eqns if "on_chip" in str(e.params.get("name"))]
+        return [id(e.params["jaxpr"]) for e in jaxpr.eqns if "_on_chip" in str(e.params.get("name"))]
 
     for function in (model, jax.grad(model)):
         found = programs(jax.make_jaxpr(function)(normal(rng, 6, 32), [params] * 5).jaxpr)
@@ -80,18 +100,143 @@ def test_inputs_that_do_not_fit(x, parts, params):
 
 
 def test_a_mesh_without_the_axis_is_refused(params, rng):
-    mesh = jax.make_mesh((2, 4), ("data", "model"), (jax.sharding.AxisType.Auto,) * 2)
-    with raises_saying(ValueError, "the mesh has no axis 'expert', only ('data', 'model')", "expert_axis="):
+    mesh = mesh_of(data=2, model=4)
+    with raises_saying(ValueError, "the mesh has no axis 'expert'", "only ('data', 'model')", "Partition(expert=...)"):
         moe(normal(rng, 8, 32), params, CONFIG, mesh=mesh)
 
 
-def test_axes_of_any_name(params, rng):
-    mesh = jax.make_mesh((2, 4), ("replica", "model"), (jax.sharding.AxisType.Auto,) * 2)
-    x = normal(rng, 2, 9, 32)
-    expected, _ = moe(x, params, CONFIG)
-    y, aux = moe(x, params, CONFIG, mesh=mesh, expert_axis="model", token_axes=("replica", "model"))
-    assert relative_error(y, expected) < 1e-5
-    assert int(aux.load.tokens_per_expert.sum()) == 18 * CONFIG.top_k
+def mesh_of(axis_type=AxisType.Auto, **sizes: int) -> jax.sharding.Mesh:
+    devices = jax.devices()[: math.prod(sizes.values())]
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), (axis_type,) * len(sizes), devices=devices)
+
+
+TRAINED = with_changes(
+    CONFIG,
+    load_balance_loss=0.1,
+    sequence_balance_loss=0.1,
+    z_loss=0.1,
+    router_bias=True,
+    expert_bias=True,
+    shared_gate=True,
+    capacity_factor=1.0,
+)
+LAYOUTS = {
+    "fsdp": ({"fsdp": 8, "expert": 2}, None),
+    "tensor": ({"expert": 2, "tensor": 4}, None),
+    "all": ({"data": 2, "fsdp": 2, "expert": 2, "tensor": 2}, None),
+    "every chip with all experts": ({"data": 2, "tensor": 4}, Partition(expert=None)),
+    "axes of any name": ({"replica": 2, "model": 4}, Partition(expert="model", tokens=("replica", "model"))),
+    "two axes for each": ({"a": 2, "b": 2, "c": 2, "d": 2}, Partition(expert=("a", "b"), mlp=("c", "d"))),
+    "weights over all but experts": ({"data": 2, "z": 2, "e": 4}, Partition(expert="e", embed=("z", "data"))),
+    "repeated": ({"idle": 2, "expert": 4}, Partition(repeated="idle")),
+    "positions over chips": ({"data": 3, "expert": 4}, Partition(tokens=("data", ("expert",)))),
+}
+
+
+def values_and_gradients(x, mask, params, direction, mesh=None, partition=None):
+    def loss(x, params):
+        y, aux = moe(x, params, TRAINED, mask=mask, mesh=mesh, partition=partition)
+        return (y * direction).sum() + aux.loss, (y, aux)
+
+    with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
+        (_, (y, aux)), gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(x, params)
+    return (y, aux.losses, aux.topk_weights, gradients), (aux.load, aux.topk_ids)
+
+
+@pytest.mark.parametrize(
+    ("name", "axis_type"), [*((name, AxisType.Auto) for name in LAYOUTS), ("all", AxisType.Explicit)], ids=str
+)
+def test_every_partition_equals_one_chip(name, axis_type, rng):
+    """Values, losses, load, drops, and the gradients of x and of every parameter."""
+    sizes, partition = LAYOUTS[name]
+    mesh = mesh_of(axis_type, **sizes)
+    params = random_params(TRAINED, rng)
+    x, direction = clear_cut_tokens(36, TRAINED, params, rng).reshape(3, 12, 32), normal(rng, 3, 12, 32)
+    mask = jnp.asarray(rng.random((3, 12)) < 0.8)
+    alone, counts_alone = values_and_gradients(x, mask, params, direction)
+    got, counts = values_and_gradients(x, mask, params, direction, mesh, partition)
+    assert same_bits(counts, counts_alone)
+    assert int(counts[0].dropped) > 0
+    for (path, leaf), ref in zip(jax.tree.leaves_with_path(got), jax.tree.leaves(alone), strict=True):
+        assert relative_error(leaf, ref) < 1e-5, jax.tree_util.keystr(path)
+
+
+@pytest.mark.parametrize("name", ["fsdp", "tensor", "all", "axes of any name"])
+def test_in_8_bits_over_every_kind_of_axis(name, rng):
+    """Weights that are rounded in every call, and those that are held in 8 bits."""
+    sizes, partition = LAYOUTS[name]
+    mesh = mesh_of(**sizes)
+    q = Quantization(lhs_scaling="1x32", rhs_scaling="32x32")
+    config = MoEConfig(
+        hidden_size=256,
+        intermediate_size=128,
+        num_experts=8,
+        top_k=2,
+        shared_intermediate_size=128,
+        precision="w8a8",
+        quantization=q,
+        wire_scaling="1x32",
+        dtype="float32",
+    )
+    params, x = random_params(config, rng), normal(rng, 3, 12, 256)
+    layer = jax.jit(functools.partial(moe, config=config))
+    over = jax.jit(functools.partial(moe, config=config, mesh=mesh, partition=partition))
+    for weights in (params, quantize_params(params, config)):
+        y, aux = layer(x, weights)
+        mesh_y, mesh_aux = over(x, weights)
+        assert same_bits(mesh_aux.topk_ids, aux.topk_ids)
+        assert relative_error(mesh_y, y) < 1e-2
+
+
+@pytest.mark.parametrize(
+    ("sizes", "parts"),
+    [
+        ({"expert": 2, "tensor": 3}, ("intermediate_size=16 is not divisible by the 3 chips", "Partition(mlp=None)")),
+        ({"expert": 2, "fsdp": 3}, ("hidden_size=32 is not divisible by the 3 chips", "Partition(embed=None)")),
+        ({"expert": 3}, ("num_experts=8 is not divisible by ep=3",)),
+    ],
+    ids=str,
+)
+def test_sizes_that_do_not_divide(sizes, parts, params, rng):
+    mesh = mesh_of(**sizes)
+    with raises_saying(ValueError, *parts):
+        moe(normal(rng, 8, 32), params, CONFIG, mesh=mesh)
+
+
+def test_flax_rules_say_the_partition(params, rng):
+    x = normal(rng, 8, 32)
+    rules = [("expert", "model"), ("tokens", ("replica", "model"))]
+    with linen.logical_axis_rules(rules), jax.set_mesh(mesh_of(replica=2, model=4)):
+        y, _ = moe(x, params, CONFIG)
+    assert relative_error(y, moe(x, params, CONFIG)[0]) < 1e-5
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_inside_another_shard_map(check_vma, params, rng):
+    """Two stages with a layer each, over an axis that the layer knows nothing of."""
+    x, direction = normal(rng, 2, 12, 32), normal(rng, 2, 12, 32)
+    layers = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), params)
+
+    def loss(x, params, direction):
+        y, aux = moe(x, params, with_changes(CONFIG, load_balance_loss=0.1))
+        return (y * direction).sum() + aux.loss
+
+    def in_stages(x, layers):
+        def stage(*args):
+            return loss(*jax.tree.map(lambda leaf: leaf[0], args))[None]
+
+        spec = PartitionSpec("stage")
+        over = {"in_specs": spec, "out_specs": spec, "axis_names": {"stage"}, "check_vma": check_vma}
+        return jax.shard_map(stage, **over)(x, layers, direction).sum()
+
+    def one_by_one(x, layers):
+        return sum(loss(x[i], jax.tree.map(lambda leaf, i=i: leaf[i], layers), direction[i]) for i in range(2))
+
+    expected = jax.jit(jax.value_and_grad(one_by_one, argnums=(0, 1)))(x, layers)
+    with jax.set_mesh(mesh_of(stage=2, expert=4)):
+        got = jax.jit(jax.value_and_grad(in_stages, argnums=(0, 1)))(x, layers)
+    for leaf, ref in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        assert relative_error(leaf, ref) < 1e-5
 
 
 def test_one_vector_is_one_token(params, rng):
@@ -109,15 +254,38 @@ def test_equal_inputs_give_equal_bits(ep, params, rng):
 
 
 @pytest.mark.parametrize("ep", [1, 4])
-def test_capacity_drops_are_counted_and_add_nothing(ep, params, rng):
+@pytest.mark.parametrize("capacity_of", ["batch", "chip"])
+def test_capacity_drops_are_counted_and_add_nothing(capacity_of, ep, params, rng):
+    """Of the batch, four of sixteen choices of an expert, wherever they are made; else so many of each chip."""
     mesh = make_mesh(ep) if ep > 1 else None
     x = jnp.broadcast_to(normal(rng, 1, 32), (16, 32))  # every token wants the same two experts
-    config = dataclasses.replace(CONFIG, capacity_factor=1.0, shared_intermediate_size=0)
+    config = dataclasses.replace(CONFIG, capacity_factor=1.0, capacity_of=capacity_of, shared_intermediate_size=0)
     params = dataclasses.replace(params, shared_gate_up=None, shared_down=None)
     y, aux = moe(x, params, config, mesh=mesh)
-    per_chip = 16 // ep
+    parts = ep if capacity_of == "chip" else 1
+    per_chip = 16 // parts
     capacity = -(-per_chip * 2 // 8)
-    assert int(aux.load.dropped) == ep * 2 * (per_chip - capacity)
+    assert int(aux.load.dropped) == parts * 2 * (per_chip - capacity)
     assert sorted(np.flatnonzero(aux.load.dropped_per_expert)) == sorted(np.flatnonzero(aux.load.tokens_per_expert))
-    kept = np.abs(np.asarray(y)).reshape(ep, per_chip, 32).sum(2) > 0
-    np.testing.assert_array_equal(kept, np.broadcast_to(np.arange(per_chip) < capacity, (ep, per_chip)))
+    kept = np.abs(np.asarray(y)).reshape(parts, per_chip, 32).sum(2) > 0
+    np.testing.assert_array_equal(kept, np.broadcast_to(np.arange(per_chip) < capacity, (parts, per_chip)))
+
+
+@pytest.mark.parametrize(
+    ("given", "parts"),
+    [
+        ({"mask": np.ones((3, 4), bool)}, ("mask must be bool [2, 4]", "got bool[3, 4]")),
+        ({"mask": np.ones((2, 4))}, ("mask must be bool [2, 4]", "got float")),
+        ({"token_ids": np.ones((2, 4))}, ("token_ids must be integers of shape [2, 4]", "got float")),
+        (
+            {"topk_ids": np.zeros((2, 4, 3), int)},
+            ("topk_ids must be integers of shape [2, 4, 2]", "by TopKRouter", "3]"),
+        ),
+        ({"topk_ids": np.zeros((2, 4, 2))}, ("topk_ids must be integers of shape [2, 4, 2]", "got float")),
+        ({"topk_ids": np.full((2, 4, 2), 8)}, ("topk_ids must be below num_experts=8", "got 8")),
+    ],
+    ids=str,
+)
+def test_what_comes_with_the_tokens_and_does_not_fit(given, parts, params, rng):
+    with raises_saying(ValueError, *parts):
+        moe(normal(rng, 2, 4, 32), params, CONFIG, **{name: jnp.asarray(value) for name, value in given.items()})

@@ -13,8 +13,21 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from moejax import MoE, MoEConfig, RouterState, make_mesh, moe, params_spec
-from moejax.experts import param_shapes
+from moejax import (
+    MoE,
+    MoEConfig,
+    MoEParams,
+    Partition,
+    QuantizedParam,
+    RouterState,
+    TopKRouter,
+    make_mesh,
+    moe,
+    param_specs,
+    quantize_params,
+)
+from moejax.functional import axes_on
+from moejax.params import param_shapes
 from tests.helpers import LIMIT, normal, relative_error, same_bits
 
 CONFIG = MoEConfig(
@@ -23,11 +36,9 @@ CONFIG = MoEConfig(
     num_experts=8,
     top_k=2,
     shared_intermediate_size=16,
-    scoring="sigmoid",
-    router_bias=True,
-    correction_bias=True,
+    shared_gate=True,
+    router=TopKRouter(scoring="sigmoid", router_bias=True, correction_bias=True, load_balance_loss=0.01),
     expert_bias=True,
-    load_balance_loss=0.01,
     dtype=jnp.float32,
 )
 BARE = MoEConfig(hidden_size=32, intermediate_size=16, num_experts=8, top_k=2)
@@ -61,32 +72,55 @@ def x():
 @pytest.mark.parametrize("config", [CONFIG, BARE], ids=["all", "bare"])
 def test_shapes_and_dtypes(config, param_dtype):
     module = new_layer(dataclasses.replace(config, param_dtype=param_dtype))
-    for name, shape in dataclasses.asdict(param_shapes(config)).items():
-        variable = getattr(module, name)
-        if shape is None:
-            assert variable is None
-        else:
-            assert variable.shape == shape
-            assert variable.dtype == ("float32" if name == "correction_bias" else param_dtype)
+    params = module.params()
+    shapes = jax.tree.leaves(param_shapes(config), is_leaf=lambda leaf: isinstance(leaf, tuple))
+    assert [leaf.shape for leaf in jax.tree.leaves(params)] == shapes
+    for path, leaf in jax.tree.leaves_with_path(params):
+        is_state = "correction_bias" in jax.tree_util.keystr(path)
+        assert leaf.dtype == ("float32" if is_state else param_dtype)
+    assert (params.shared_gate is None) == (config is BARE)
+    assert set(params.router) == ({"kernel"} if config is BARE else {"kernel", "bias", "correction_bias"})
 
 
 def test_initial_values(layer):
     """LeCun normal over the width that each matrix takes in; an expert's fan-in is not that of all experts."""
-    inputs = {"router_kernel": 32, "gate_up": 32, "down": 16, "shared_gate_up": 32, "shared_down": 16}
+    inputs = {"gate_up": 32, "down": 16, "shared_gate_up": 32, "shared_down": 16}
     for name, fan_in in inputs.items():
-        deviation = float(getattr(layer, name)[...].std())
-        assert abs(deviation * fan_in**0.5 - 1) < 0.2, name
+        assert abs(float(getattr(layer, name)[...].std()) * fan_in**0.5 - 1) < 0.2, name
+    assert abs(float(layer.router["kernel"][...].std()) * 32**0.5 - 1) < 0.2
     experts = np.asarray(layer.gate_up[...])
     assert not np.array_equal(experts[0], experts[1])
-    for name in ("router_bias", "correction_bias", "gate_up_bias", "down_bias"):
-        assert not getattr(layer, name)[...].any()
+    assert not np.array_equal(experts[0, :, 0], experts[0, :, 1])
+    for variable in (layer.gate_up_bias, layer.down_bias, layer.router["bias"], layer.router["correction_bias"]):
+        assert not variable[...].any()
+
+
+def test_initialisers_of_ones_own():
+    """Each sees one matrix [in, out]; a number that is its shape's tells which."""
+
+    def by_shape(key, shape, dtype):
+        assert len(shape) == 2
+        return jnp.full(shape, shape[0] + shape[1] / 100, dtype)
+
+    layer = new_layer(
+        dataclasses.replace(CONFIG, shared_intermediate_size=8),
+        kernel_init=by_shape,
+        bias_init=nnx.initializers.constant(3),
+        router_init=nnx.initializers.constant(4),
+    )
+    expected = {"gate_up": 32.16, "down": 16.32, "shared_gate_up": 32.08, "shared_down": 8.32, "shared_gate": 4}
+    expected |= {"gate_up_bias": 3, "down_bias": 3}
+    for name, value in expected.items():
+        np.testing.assert_allclose(getattr(layer, name)[...], value, rtol=1e-6, err_msg=name)
+    router = {name: float(value.mean()) for name, value in layer.params().router.items()}
+    assert router == {"kernel": 4, "bias": 3, "correction_bias": 0}
 
 
 def test_correction_bias_is_state_and_no_parameter(layer):
-    assert isinstance(layer.correction_bias, RouterState)
-    assert not isinstance(layer.correction_bias, nnx.Param)
-    assert "correction_bias" not in nnx.state(layer, nnx.Param)
-    assert list(nnx.state(layer, RouterState)) == ["correction_bias"]
+    assert isinstance(layer.router["correction_bias"], RouterState)
+    assert not isinstance(layer.router["correction_bias"], nnx.Param)
+    assert "correction_bias" not in nnx.state(layer, nnx.Param)["router"]
+    assert [path for path, _ in nnx.to_flat_state(nnx.state(layer, RouterState))] == [("router", "correction_bias")]
 
 
 def in_mesh(how: str, mesh) -> MoE:
@@ -96,21 +130,40 @@ def in_mesh(how: str, mesh) -> MoE:
         return nnx.jit(new_layer)() if how == "set_mesh, jit" else new_layer()
 
 
+def by_path(params: MoEParams) -> dict[tuple[str, ...], jax.Array]:
+    """As the paths of a module's state are."""
+    leaves = jax.tree.leaves_with_path(params)
+    return {tuple(jax.tree_util.keystr(path, simple=True, separator=".").split(".")): leaf for path, leaf in leaves}
+
+
+def check_parameters(module: MoE, layer: MoE, mesh) -> None:
+    """Those of `layer`, split over `mesh` as they declare."""
+    specs = by_path(param_specs(layer.params(), layer.config, axes_on(mesh, None, layer.config)))
+    declared = dict(nnx.to_flat_state(nnx.get_partition_spec(nnx.state(module))))
+    values, alone = by_path(module.params()), by_path(layer.params())
+    assert set(specs) == set(declared) == set(values) == set(alone)
+    for path, spec in specs.items():
+        assert relative_error(values[path], alone[path]) < 1e-6
+        assert values[path].sharding.is_equivalent_to(NamedSharding(mesh, spec), values[path].ndim), path
+        assert tuple(declared[path].get_value()) == tuple(spec), path
+
+
 @AXIS_TYPES
 @pytest.mark.parametrize("how", ["set_mesh", "set_mesh, jit", "mesh="])
 def test_parameters_lie_over_the_expert_axis(how, axis_type, layer):
     mesh = mesh_of(axis_type)
     module = in_mesh(how, mesh)
-    declared = nnx.get_partition_spec(nnx.state(module))
-    for name, spec in dataclasses.asdict(params_spec(layer.params())).items():
-        value = getattr(module, name)[...]
-        assert relative_error(value, getattr(layer, name)[...]) < 1e-6
-        if name == "correction_bias":
-            continue  # state of the router, not split; it may stay on one device
-        assert value.sharding.is_equivalent_to(NamedSharding(mesh, spec), value.ndim), name
-        assert tuple(declared[name].get_value()) == (*spec, *(None,) * (value.ndim - len(spec)))
-        first = value.shape[0] // 4 if spec else value.shape[0]
-        assert {shard.data.shape[0] for shard in value.addressable_shards} == {first}
+    check_parameters(module, layer, mesh)
+    assert {shard.data.shape[0] for shard in module.down[...].addressable_shards} == {2}
+
+
+def test_parameters_lie_over_every_axis_that_splits_them(layer):
+    mesh = jax.make_mesh((2, 2, 2), ("fsdp", "expert", "tensor"), (AxisType.Auto,) * 3, devices=jax.devices()[:8])
+    with jax.set_mesh(mesh):
+        module = new_layer()
+    check_parameters(module, layer, mesh)
+    assert {shard.data.shape for shard in module.gate_up[...].addressable_shards} == {(4, 16, 2, 8)}
+    assert {shard.data.shape for shard in module.router["kernel"][...].addressable_shards} == {(16, 8)}
 
 
 @pytest.fixture(scope="module")
@@ -140,11 +193,20 @@ def test_values_and_gradients_over_a_mesh_equal_those_of_one_chip(how, axis_type
             assert relative_error(module(x)[0], expected[0]) < LIMIT["float32"]
     assert relative_error(y, expected[0]) < LIMIT["float32"]
     np.testing.assert_allclose(total, expected[1], rtol=1e-5)
-    assert list(gradients) == list(expected[2])
-    assert "correction_bias" not in gradients
-    for name, gradient in gradients.items():
-        assert relative_error(gradient[...], expected[2][name][...]) < LIMIT["float32"], name
-        assert gradient[...].sharding.is_equivalent_to(getattr(module, name)[...].sharding, gradient.ndim), name
+    check_gradients(gradients, expected[2])
+    parameters = dict(nnx.to_flat_state(nnx.state(module, nnx.Param)))
+    for path, gradient in nnx.to_flat_state(gradients):
+        assert gradient[...].sharding.is_equivalent_to(parameters[path][...].sharding, gradient.ndim), path
+
+
+def check_gradients(gradients, expected) -> None:
+    """Those of all parameters, and of nothing else."""
+    gradients, expected = dict(nnx.to_flat_state(gradients)), dict(nnx.to_flat_state(expected))
+    assert set(gradients) == set(expected)
+    assert ("router", "kernel") in gradients
+    assert ("router", "correction_bias") not in gradients
+    for path, gradient in gradients.items():
+        assert relative_error(gradient[...], expected[path][...]) < LIMIT["float32"], path
 
 
 @pytest.mark.parametrize("spec", [("data",), (None, "expert"), ("data", None, "expert")], ids=str)
@@ -192,25 +254,22 @@ def test_rematerialised_layer_has_the_same_gradients(layer, x, expected):
 
     total, gradients = gradients_of(layer, x)
     np.testing.assert_allclose(total, expected[1], rtol=1e-6)
-    for name, gradient in gradients.items():
-        assert relative_error(gradient[...], expected[2][name][...]) < LIMIT["float32"], name
+    check_gradients(gradients, expected[2])
 
 
 def test_checkpoint_over_a_mesh(layer, x, expected):
-    graph, state = nnx.split(layer)
+    graph, params, rest = nnx.split(layer, nnx.Param, ...)
 
     @jax.jit
-    def gradients_of(state, x):
+    def gradients_of(params, rest, x):
         @jax.checkpoint
-        def loss(state):
-            y, aux = moe(x, nnx.merge(graph, state).params(), CONFIG, mesh=mesh_of(AxisType.Auto))
+        def loss(params):
+            y, aux = moe(x, nnx.merge(graph, params, rest).params(), CONFIG, mesh=mesh_of(AxisType.Auto))
             return (y**2).sum() + aux.loss
 
-        return jax.grad(loss)(state)
+        return jax.grad(loss)(params)
 
-    gradients = gradients_of(state, x)
-    for name, gradient in expected[2].items():
-        assert relative_error(gradients[name][...], gradient[...]) < LIMIT["float32"], name
+    check_gradients(gradients_of(params, rest, x), expected[2])
 
 
 def test_split_and_merge(layer, x):
@@ -218,16 +277,74 @@ def test_split_and_merge(layer, x):
     assert same_bits(call(module, x)[0], call(layer, x)[0])
 
 
+def test_from_params(layer, x):
+    again = MoE.from_params(layer.params(), CONFIG)
+    assert same_bits(call(again, x), call(layer, x))
+    assert type(again.router["correction_bias"]) is RouterState
+    with pytest.raises(ValueError, match=r"params\.down must be \[8, 16, 32\]"):
+        MoE.from_params(dataclasses.replace(layer.params(), down=layer.gate_up[...]), CONFIG)
+    with pytest.raises(ValueError, match=r"rngs must be given, such as nnx\.Rngs\(0\); from_params takes"):
+        MoE(CONFIG)
+
+
+@AXIS_TYPES
+def test_from_params_over_a_mesh(axis_type, layer, x, expected):
+    mesh = mesh_of(axis_type)
+    with jax.set_mesh(mesh):
+        again = MoE.from_params(layer.params(), CONFIG)
+        check_parameters(again, layer, mesh)
+        assert relative_error(call(again, x)[0], expected[0]) < LIMIT["float32"]
+
+
+@pytest.mark.parametrize("chips", [1, 8])
+def test_a_layer_for_serving_in_8_bits(chips, rng):
+    """The weights of experts are rounded once, and take no gradient; nothing else is touched."""
+    config = dataclasses.replace(
+        CONFIG, hidden_size=128, intermediate_size=128, shared_intermediate_size=128, precision="w8a8"
+    )
+    trained, x = new_layer(config), normal(rng, 2, 5, 128)
+    served = trained.quantized()
+    assert same_bits(served.params(), quantize_params(trained.params(), config))
+    kinds = {name: type(getattr(served, name)) for name in ("gate_up", "down", "shared_gate_up", "shared_down")}
+    assert set(kinds.values()) == {QuantizedParam}
+    assert type(served.down_bias) is type(served.router["kernel"]) is nnx.Param
+    expected_y, expected_aux = call(served, x)
+    assert relative_error(expected_y, call(trained, x)[0]) < LIMIT["float32"]
+    with jax.set_mesh(make_mesh(ep=4, dp=2)) if chips > 1 else contextlib.nullcontext():
+        there = new_layer(config).quantized() if chips > 1 else MoE.from_params(served.params(), config)
+        y, aux = call(there, x)
+        gradients = nnx.jit(nnx.grad(lambda layer, x: layer(x)[0].sum()))(there, x)
+    assert relative_error(y, expected_y) < 1e-2
+    assert same_bits(aux.topk_ids, expected_aux.topk_ids)
+    assert "down" not in gradients
+    assert gradients["router"]["kernel"][...].any()
+
+
+def test_update_moves_the_correction_bias(x):
+    module = new_layer(dataclasses.replace(CONFIG, router=dataclasses.replace(CONFIG.router, update_rate=0.5)))
+    _, aux = call(module, x)
+    nnx.jit(lambda layer, aux: layer.update(aux))(module, aux)
+    load = np.asarray(aux.load.tokens_per_expert)
+    np.testing.assert_array_equal(module.router["correction_bias"][...], 0.5 * np.sign(load.mean() - load))
+
+
+def test_causal():
+    """First choices of later tokens take room from second choices of earlier ones."""
+    assert new_layer(BARE).causal
+    assert not new_layer(dataclasses.replace(BARE, capacity_factor=1.0)).causal
+    assert new_layer(dataclasses.replace(BARE, capacity_factor=1.0, top_k=1)).causal
+
+
 def test_another_name_for_the_expert_axis(x, expected):
     mesh = jax.make_mesh((4,), ("model",), (AxisType.Auto,), devices=jax.devices()[:4])
-    module = new_layer(mesh=mesh, expert_axis="model")
+    module = new_layer(mesh=mesh, partition=Partition(expert="model"))
     assert module.down[...].sharding.spec[0] == "model"
     assert relative_error(call(module, x)[0], expected[0]) < LIMIT["float32"]
 
 
 def test_a_mesh_without_the_axis():
     mesh = jax.make_mesh((4,), ("model",), (AxisType.Auto,), devices=jax.devices()[:4])
-    with pytest.raises(ValueError, match=r"the mesh has no axis 'expert', only \('model',\).*make_mesh\(ep, dp\)"):
+    with pytest.raises(ValueError, match=r"the mesh has no axis 'expert'.* only \('model',\).*make_mesh\(ep, dp\)"):
         new_layer(mesh=mesh)
     with jax.set_mesh(mesh), pytest.raises(ValueError, match="the mesh has no axis 'expert'"):
         new_layer()

@@ -3,10 +3,12 @@
 import dataclasses
 import math
 
+import jax
 import pytest
 
 from moejax import PRESETS, get_preset
-from moejax.experts import param_shapes
+from moejax.param import Param
+from moejax.params import param_table
 
 FIGURES = {
     # name: hidden, width of an expert, experts, top-k, width of the shared expert
@@ -59,22 +61,22 @@ def test_sizes(name):
 
 @every_preset
 def test_routing(name):
-    c = PRESETS[name]
+    r = PRESETS[name].router
     assert (
-        c.scoring,
-        c.num_groups,
-        c.topk_groups,
-        c.routed_scaling_factor,
-        c.correction_bias,
-        c.router_bias,
+        r.scoring,
+        r.num_groups,
+        r.topk_groups,
+        r.routed_scaling_factor,
+        r.correction_bias,
+        r.router_bias,
     ) == ROUTING[name]
 
 
 @every_preset
 def test_experts_hold_nearly_all_parameters_of_the_model(name):
     layers, billions = TOTALS[name]
-    shapes = dataclasses.asdict(param_shapes(PRESETS[name]))
-    experts = layers * sum(math.prod(shape) for shape in shapes.values() if shape is not None) / 1e9
+    rows = jax.tree.leaves(param_table(PRESETS[name]), is_leaf=lambda leaf: isinstance(leaf, Param))
+    experts = layers * sum(math.prod(row.shape) for row in rows) / 1e9
     assert 0.93 * billions < experts < billions
 
 
@@ -100,8 +102,10 @@ def test_every_preset_drops_nothing_by_default(name):
 
 
 def test_changes_and_case():
-    changed = get_preset("Mixtral-8x7B", hidden_size=256)
-    assert changed == dataclasses.replace(PRESETS["mixtral-8x7b"], hidden_size=256)
+    mixtral = PRESETS["mixtral-8x7b"]
+    assert get_preset("Mixtral-8x7B", hidden_size=256) == dataclasses.replace(mixtral, hidden_size=256)
+    changed = get_preset("mixtral-8x7b", z_loss=0.1)
+    assert changed == dataclasses.replace(mixtral, router=dataclasses.replace(mixtral.router, z_loss=0.1))
     with pytest.raises(ValueError, match="top_k must be at most num_experts=8, got 9"):
         get_preset("mixtral-8x7b", top_k=9)
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax import PRESETS, MoEConfig, get_preset, route
-from moejax.router import route_logits
+from moejax import PRESETS, MoEConfig, get_preset, route, with_changes
+from moejax.routers import NoisyTopKRouter
 from tests.helpers import normal, relative_error
 
 HIDDEN = 32
@@ -17,11 +17,17 @@ NUM_TOKENS = 24
 CLEAR = 1e-5  # a choice between scores closer than this may fall either way in float32
 
 routed = functools.partial(jax.jit, static_argnums=2)(route)
+
+
+def route_logits(logits, config, **given):
+    return config.router.choose(logits, config, **given)
+
+
 routed_logits = functools.partial(jax.jit, static_argnums=1)(route_logits)
 
 
 def small(**changes) -> MoEConfig:
-    return MoEConfig(**{"hidden_size": HIDDEN, "intermediate_size": 16, "num_experts": 8, "top_k": 2} | changes)
+    return with_changes(MoEConfig(HIDDEN, intermediate_size=16, num_experts=8, top_k=2), **changes)
 
 
 def best(values, count):
@@ -92,8 +98,8 @@ def test_every_preset_is_tested():
 def test_preset_routes_as_its_published_code(name, rng):
     config = get_preset(name, hidden_size=HIDDEN)
     x, kernel = normal(rng, NUM_TOKENS, HIDDEN), 0.3 * normal(rng, HIDDEN, config.num_experts)
-    bias = normal(rng, config.num_experts) if config.router_bias else None
-    correction = 0.1 * normal(rng, config.num_experts) if config.correction_bias else None
+    bias = normal(rng, config.num_experts) if config.router.router_bias else None
+    correction = 0.1 * normal(rng, config.num_experts) if config.router.correction_bias else None
     routing = routed(x, kernel, config, bias=bias, correction_bias=correction)
 
     logits = np.asarray(x, np.float64) @ np.asarray(kernel, np.float64)
@@ -101,7 +107,8 @@ def test_preset_routes_as_its_published_code(name, rng):
     assert routing.logits.dtype == routing.scores.dtype == routing.topk_weights.dtype == jnp.float32
     assert routing.topk_ids.dtype == jnp.int32
     assert relative_error(routing.logits, logits) < 1e-6
-    expected_scores = sigmoid(logits) if config.scoring == "sigmoid" else np.stack([softmax(row) for row in logits])
+    is_sigmoid = config.router.scoring == "sigmoid"
+    expected_scores = sigmoid(logits) if is_sigmoid else np.stack([softmax(row) for row in logits])
     assert relative_error(routing.scores, expected_scores) < 1e-6
 
     correction = np.zeros(config.num_experts) if correction is None else np.asarray(correction, np.float64)
@@ -136,7 +143,20 @@ def test_scaling_factor_multiplies_the_normalised_weights(rng):
     np.testing.assert_allclose(scaled.topk_weights, 2.5 * plain.topk_weights, rtol=1e-6)
 
 
-@pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
+def test_square_root_of_softplus(rng):
+    config = small(scoring="sqrt_softplus", correction_bias=True)
+    logits, correction = normal(rng, 16, 8), normal(rng, 8)
+    routing = routed_logits(logits, config, correction_bias=correction)
+    scores = np.sqrt(np.log1p(np.exp(np.asarray(logits, np.float64))))
+    assert relative_error(routing.scores, scores) < 1e-6
+    for token, row in enumerate(scores):
+        ids, margin = best(row + np.asarray(correction, np.float64), 2)
+        if margin > CLEAR:
+            assert routing.topk_ids[token].tolist() == ids
+            np.testing.assert_allclose(routing.topk_weights[token], row[ids] / row[ids].sum(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid", "sqrt_softplus"])
 def test_among_equal_scores_the_lower_number_wins(scoring):
     config = small(scoring=scoring, top_k=3)
     rows = jnp.array([[0.0] * 8, [1, 2, 1, 2, 1, 2, 1, 2], [0, 0, 0, 0, 0, 0, 0, 1], [3, 1, 1, 1, 1, 1, 1, 1]])
@@ -156,6 +176,13 @@ def test_a_group_is_ranked_by_its_two_best_scores():
     assert routed_logits(rows, config).topk_ids.tolist() == [[6, 7]]
 
 
+def test_a_group_may_be_ranked_by_its_best_score():
+    """DeepSeek-V2: the best expert of all brings its group in."""
+    config = small(scoring="sigmoid", num_experts=9, num_groups=3, topk_groups=1, group_score_k=1)
+    rows = jnp.array([[3.0, -4, -4, 1, 1, -4, 1.5, 1.5, -3]])
+    assert routed_logits(rows, config).topk_ids.tolist() == [[0, 1]]
+
+
 def test_groups_of_one_expert():
     config = small(scoring="sigmoid", num_groups=8, topk_groups=3)
     logits = jnp.array([[0.0, 5, 1, 4, 2, 3, -1, -2]])
@@ -167,6 +194,7 @@ ROUTERS = {
     "sigmoid": small(top_k=3, scoring="sigmoid"),
     "groups": small(top_k=3, scoring="sigmoid", num_groups=4, topk_groups=2),
     "unnormalised": small(top_k=3, scoring="sigmoid", normalize_topk=False),
+    "softplus": small(top_k=3, scoring="sqrt_softplus"),
 }
 
 
@@ -267,3 +295,35 @@ def test_shapes_that_do_not_fit(x_shape, kernel_shape):
     with pytest.raises(ValueError, match=r"kernel \[H, E\] = \[32, 8\]") as error:
         route(jnp.zeros(x_shape), jnp.zeros(kernel_shape), small())
     assert f"x {list(x_shape)} and kernel {list(kernel_shape)}" in str(error.value)
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_choices_that_are_given_are_made_and_weighted_anew(router, rng):
+    """Of another call's choices some are left free; those go to the best experts that are not chosen yet."""
+    config = ROUTERS[router]
+    given = np.asarray(routed_logits(normal(rng, 16, 8), config).topk_ids)
+    given = np.where(rng.random(given.shape) < 0.3, -1, given).astype(np.int32)
+    logits = normal(rng, 16, 8)
+    routing = routed_logits(logits, config, topk_ids=jnp.asarray(given))
+    free = routed_logits(logits, config)
+    np.testing.assert_array_equal(np.where(given < 0, -1, routing.topk_ids), given)
+    scores = np.asarray(routing.scores, np.float64)
+    for token, ids in enumerate(routing.topk_ids.tolist()):
+        assert len(set(ids)) == config.top_k
+        weights = scores[token, ids] / (scores[token, ids].sum() if config.router.normalize_topk else 1)
+        np.testing.assert_allclose(routing.topk_weights[token], weights, rtol=1e-5)
+        if (given[token] < 0).all():
+            assert ids == free.topk_ids[token].tolist()
+
+
+def test_the_free_choices_beside_given_ones():
+    logits = jnp.array([[5.0, 4, 3, 2, 1, 0, -1, -2]] * 3)
+    given = jnp.array([[7, -1, -1], [-1, 0, -1], [-1, -1, -1]], jnp.int32)
+    routing = routed_logits(logits, small(top_k=3), topk_ids=given)
+    assert routing.topk_ids.tolist() == [[7, 0, 1], [1, 0, 2], [0, 1, 2]]
+
+
+def test_another_router_is_refused(rng):
+    config = small(router=NoisyTopKRouter())
+    with pytest.raises(ValueError, match="router must be a TopKRouter, got NoisyTopKRouter; call the layer"):
+        route(normal(rng, 4, HIDDEN), jnp.zeros((HIDDEN, 8)), config)

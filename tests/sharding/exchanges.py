@@ -9,10 +9,17 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from pallas_kernels.combine import combine
-from sharding.exchange_dense import announce, return_rows, send_rows
+from sharding.capacity import Scope, count_dropped, limit_to_capacity
+from sharding.exchange_dense import Route, announce, return_rows, send_rows
 from sharding.exchange_plan import plan_departure, plan_destinations, slab_size
 from sharding.expert_parallel import Transport, expert_parallel
-from sharding.mesh import make_mesh, tokens_spec
+from sharding.mesh import make_mesh
+from sharding.partition import Axes, Partition
+from sharding.tokens import Tokens
+from sharding.wire import Wire
+
+TOKEN_AXES = ("data", "expert")
+BY_TOKEN = PartitionSpec(TOKEN_AXES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +33,8 @@ class Problem:
     num_experts: int
     hidden: int = 8
     capacity_factor: float | None = None
-    wire_scaling: str | None = None
+    capacity_of: Scope = "batch"
+    wire: Wire | None = None
 
     def __str__(self):
         return f"dp{self.dp}-ep{self.ep}-T{self.num_tokens}"
@@ -44,8 +52,18 @@ class Problem:
         return self.dp * self.ep * self.num_tokens
 
     @property
-    def transport(self) -> Transport:
-        return Transport("expert", self.ep, ("data", "expert"), self.capacity_factor, self.wire_scaling)
+    def axes(self) -> Axes:
+        return Partition().on(make_mesh(self.ep, self.dp))
+
+    @property
+    def route(self) -> Route:
+        return Route(("expert",), wire=self.wire)
+
+    def tokens_here(self) -> Tokens:
+        """Of the chip that asks."""
+        first = jax.lax.axis_index(TOKEN_AXES) * self.num_tokens
+        index = first + jnp.arange(self.num_tokens, dtype=jnp.int32)
+        return Tokens(index, self.all_tokens, 1, TOKEN_AXES, self.num_tokens)
 
 
 def over_chips(problem: Problem, function, num_by_expert: int = 0):
@@ -54,13 +72,11 @@ def over_chips(problem: Problem, function, num_by_expert: int = 0):
     def on_chip(*args):
         return jax.tree.map(lambda leaf: leaf[None], function(*args))
 
-    by_token = tokens_spec(("data", "expert"))
-
     def run(*args):
         split = len(args) - num_by_expert
-        specs = (by_token,) * split + (PartitionSpec("expert"),) * num_by_expert
+        specs = (BY_TOKEN,) * split + (PartitionSpec("expert"),) * num_by_expert
         mesh = make_mesh(problem.ep, problem.dp)
-        return jax.shard_map(on_chip, mesh=mesh, in_specs=specs, out_specs=by_token, check_vma=False)(*args)
+        return jax.shard_map(on_chip, mesh=mesh, in_specs=specs, out_specs=BY_TOKEN, check_vma=False)(*args)
 
     return jax.jit(run)
 
@@ -70,7 +86,7 @@ def plan_round(problem: Problem, ids, index: int):
     destinations, by_rank = plan_destinations(ids, problem.num_local, problem.ep)
     slab, _ = problem.slab_and_rounds
     departure, experts = plan_departure(ids, destinations, by_rank, problem.num_local, slab, index)
-    return announce(departure, experts, problem.num_local, "expert")
+    return announce(departure, experts, problem.num_local, problem.route.axis)
 
 
 @functools.cache
@@ -81,10 +97,10 @@ def send_and_return(problem: Problem):
         arrived, sizes, back = [], [], 0
         for index in range(problem.slab_and_rounds[1]):
             plan = plan_round(problem, ids, index)
-            rows = send_rows(x, plan, "expert", problem.wire_scaling, "auto")
+            rows = send_rows(x, plan, problem.route)
             arrived.append(rows)
             sizes.append(plan.arrival.group_sizes)
-            back += combine(return_rows(rows, plan, "expert", "auto"), plan.departure)
+            back += combine(return_rows(rows, plan, problem.route), plan.departure)
         return jnp.stack(arrived), jnp.stack(sizes), back
 
     return over_chips(problem, on_chip)
@@ -96,7 +112,7 @@ def gradient_of_sending(problem: Problem):
 
     def on_chip(x, ids, direction):
         plan = plan_round(problem, ids, 0)
-        rows, pullback = jax.vjp(lambda x: send_rows(x, plan, "expert", problem.wire_scaling, "auto"), x)
+        rows, pullback = jax.vjp(lambda x: send_rows(x, plan, problem.route), x)
         return rows, pullback(direction)[0]
 
     return over_chips(problem, on_chip)
@@ -116,8 +132,16 @@ def apply_experts(problem: Problem):
     """(x, weights, ids, factors [E]) -> Σ_k weights · factors[expert] · x [tokens, H], and drops [chips, E]."""
 
     def on_chip(x, weights, ids, factors):
-        sizes = {"num_experts": problem.num_experts, "transport": problem.transport}
-        return expert_parallel(x, weights, ids, scale_by_expert, factors, **sizes)
+        kept, most = ids, None
+        if problem.capacity_factor is not None:
+            kept, most = limit_to_capacity(
+                ids, problem.num_experts, problem.capacity_factor, problem.tokens_here(), problem.capacity_of
+            )
+        transport = Transport(problem.axes, problem.wire, max_rows=most)
+        y = expert_parallel(
+            x, weights, kept, scale_by_expert, factors, num_experts=problem.num_experts, transport=transport
+        )
+        return y, count_dropped(ids, kept, problem.num_experts)
 
     run = over_chips(problem, on_chip, num_by_expert=1)
 

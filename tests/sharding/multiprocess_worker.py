@@ -10,9 +10,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
-from moejax import MoEConfig, MoEParams, dense_moe, make_mesh, moe, params_spec
-from moejax.experts import param_shapes
-from sharding.mesh import tokens_spec
+from moejax import MoEConfig, MoEParams, TopKRouter, dense_moe, make_mesh, moe, param_specs
+from moejax.functional import axes_on
+from tests.moejax.layers import random_params
 
 CHIPS_OF_A_PROCESS = 4
 NUM_TOKENS = 45  # eight chips do not divide them
@@ -24,11 +24,17 @@ CONFIGS = {
         num_experts=8,
         top_k=2,
         shared_intermediate_size=32,
-        load_balance_loss=0.1,
+        router=TopKRouter(load_balance_loss=0.1),
         dtype=jnp.float32,
     ),
     "w8a8": MoEConfig(
-        hidden_size=128, intermediate_size=128, num_experts=8, top_k=2, z_loss=0.1, precision="w8a8", dtype=jnp.float32
+        hidden_size=128,
+        intermediate_size=128,
+        num_experts=8,
+        top_k=2,
+        router=TopKRouter(z_loss=0.1),
+        precision="w8a8",
+        dtype=jnp.float32,
     ),
 }
 LIMITS = {"w16a16": 1e-5, "w8a8": 1e-2}
@@ -61,7 +67,7 @@ def check_values_and_gradients(mesh, config: MoEConfig, limit: float) -> None:
         return (y**2).sum(), y
 
     run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
-    (_, (y, aux)), gradients = run(*spread(x, params, mesh, tokens_spec(("data", "expert"))))
+    (_, (y, aux)), gradients = run(*spread(x, params, config, mesh, PartitionSpec(("data", "expert"))))
     (_, expected), expected_gradients = jax.jit(jax.value_and_grad(oracle, argnums=(0, 1), has_aux=True))(x, params)
     compare(x, config, aux, (y, gradients), (expected, expected_gradients), limit)
 
@@ -69,7 +75,7 @@ def check_values_and_gradients(mesh, config: MoEConfig, limit: float) -> None:
 def check_values(mesh, config: MoEConfig, limit: float) -> None:
     """Tokens come whole to every process, in a number that the chips do not divide, and outside jit."""
     x, params = local_problem(config)
-    y, aux = moe(*spread(x, params, mesh, PartitionSpec()), config, mesh=mesh)
+    y, aux = moe(*spread(x, params, config, mesh, PartitionSpec()), config, mesh=mesh)
     expected = dense_moe(x, params, config, quantized=True, wire_scaling=config.wire_scaling)
     compare(x, config, aux, y, expected, limit)
 
@@ -87,23 +93,20 @@ def compare(x, config: MoEConfig, aux, got, expected, limit: float) -> None:
 def local_problem(config: MoEConfig):
     """The same numbers in every process, on its first chip."""
     rng = np.random.default_rng(11)
-
-    def draw(shape):
-        return None if shape is None else jnp.asarray(rng.standard_normal(shape) * shape[-2] ** -0.5, jnp.float32)
-
-    shapes = vars(param_shapes(config))
-    params = MoEParams(**{name: draw(shape) for name, shape in shapes.items()})
+    params = random_params(config, rng)
     return jnp.asarray(rng.standard_normal((NUM_TOKENS, config.hidden_size)), jnp.float32), params
 
 
-def spread(x: jax.Array, params: MoEParams, mesh, spec: PartitionSpec) -> tuple[jax.Array, MoEParams]:
+def spread(
+    x: jax.Array, params: MoEParams, config: MoEConfig, mesh, spec: PartitionSpec
+) -> tuple[jax.Array, MoEParams]:
     """Local arrays as ones that lie over all processes, each of which gives its own parts."""
 
     def one(array: jax.Array, spec: PartitionSpec) -> jax.Array:
         values = np.asarray(array)
         return jax.make_array_from_callback(values.shape, NamedSharding(mesh, spec), lambda index: values[index])
 
-    return one(x, spec), jax.tree.map(one, params, params_spec(params))
+    return one(x, spec), jax.tree.map(one, params, param_specs(params, config, axes_on(mesh, None, config)))
 
 
 def relative_error(out: np.ndarray, ref: np.ndarray) -> float:

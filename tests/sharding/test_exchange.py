@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from pallas_kernels.quantize import dequantize, quantize
+from sharding.wire import Wire
 from tests.helpers import normal, relative_error, same_bits
 from tests.sharding.exchanges import (
     Problem,
@@ -107,15 +108,24 @@ def test_balanced_load_fits_the_first_round(problem):
     assert not np.asarray(sizes)[:, 1:].any()
 
 
-@pytest.mark.parametrize(("wire_scaling", "hidden"), [("1x128", 256), ("per_row", 48)])
+@pytest.mark.parametrize(
+    ("wire", "hidden"),
+    [
+        (Wire("float8_e4m3fn", "1x128"), 256),
+        (Wire("float8_e4m3fn", "per_row"), 48),
+        (Wire("float8_e5m2", "per_row"), 48),
+        (Wire("int8", "1x128"), 256),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_rows_travel_in_fp8_as_quantised_and_no_other_way(dtype, wire_scaling, hidden, rng):
-    problem = Problem(2, 4, 9, 2, 8, hidden, wire_scaling=wire_scaling)
+def test_rows_travel_in_8_bits_as_quantised_and_no_other_way(dtype, wire, hidden, rng):
+    problem = Problem(2, 4, 9, 2, 8, hidden, wire=wire)
     x = normal(rng, problem.all_tokens, hidden, dtype=dtype) * jnp.asarray(2.0 ** rng.integers(-9, 9), dtype)
     ids = random_ids(problem, rng)
     arrived, sizes, back = send_and_return(problem)(x, ids)
     assert arrived.dtype == x.dtype
-    rounded = np.asarray(dequantize(quantize(x, scaling=wire_scaling), x.dtype))
+    rounded = np.asarray(dequantize(quantize(x, wire.dtype, scaling=wire.scaling), x.dtype))
     assert not np.array_equal(rounded, x)
     groups = groups_that_arrived(arrived, sizes)
     for chip, chip_wants in enumerate(tokens_for(problem, ids)):
@@ -128,8 +138,8 @@ def test_rows_travel_in_fp8_as_quantised_and_no_other_way(dtype, wire_scaling, h
 
 def test_a_row_of_nan_stays_with_its_token(rng):
     """Neither a scale nor a neighbour's row takes it up, on the wire as off it."""
-    for wire_scaling in (None, "1x128"):
-        problem = Problem(1, 4, 6, 3, 8, 128, wire_scaling=wire_scaling)
+    for wire in (None, Wire()):
+        problem = Problem(1, 4, 6, 3, 8, 128, wire=wire)
         x, ids = normal(rng, problem.all_tokens, 128), random_ids(problem, rng)
         ids[3] = [0, 4, 7]
         ids[8] = -1
@@ -141,11 +151,11 @@ def test_a_row_of_nan_stays_with_its_token(rng):
         np.testing.assert_array_equal(back[others], clean[others])
 
 
-@pytest.mark.parametrize("wire_scaling", [None, "1x128"])
+@pytest.mark.parametrize("wire", [None, Wire()], ids=["", "fp8"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_gradient_is_the_transpose_and_not_rounded_to_8_bits(dtype, wire_scaling, rng):
+def test_gradient_is_the_transpose_and_not_rounded_to_8_bits(dtype, wire, rng):
     """Which row came from which token is found by sending numbers the same way."""
-    problem = Problem(2, 4, 9, 2, 8, 128, wire_scaling=wire_scaling)
+    problem = Problem(2, 4, 9, 2, 8, 128, wire=wire)
     plain = Problem(2, 4, 9, 2, 8, 128)
     ids = random_ids(problem, rng)
     slots = problem.dp * problem.ep * problem.ep * problem.slab_and_rounds[0]

@@ -1,21 +1,17 @@
-"""Sizes, drops and slots of an exchange against plain Python."""
+"""Sizes and slots of an exchange against plain Python."""
 
-import collections
 import functools
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from sharding.capacity import expert_capacity
 from sharding.exchange_plan import (
-    count_dropped,
-    expert_capacity,
-    limit_to_capacity,
     local_experts,
     plan_arrival,
     plan_departure,
@@ -49,44 +45,6 @@ def test_local_experts(num_experts, ep, local):
 def test_ep_that_does_not_divide_the_experts(num_experts, ep, message):
     with pytest.raises(ValueError, match=message):
         local_experts(num_experts, ep)
-
-
-@pytest.mark.parametrize(
-    ("num_tokens", "top_k", "num_experts", "factor", "rows"),
-    [(16, 2, 8, 1.0, 4), (16, 2, 8, 1.25, 5), (15, 2, 8, 1.0, 4), (16, 2, 8, 100.0, 400), (1, 1, 256, 1.0, 1)],
-)
-def test_expert_capacity(num_tokens, top_k, num_experts, factor, rows):
-    assert expert_capacity(num_tokens, top_k, num_experts, factor) == rows
-
-
-def keep_within(ids, capacity):
-    """First choices before second ones, earlier tokens before later ones."""
-    kept, taken = np.full_like(ids, -1), collections.Counter()
-    for k in range(ids.shape[1]):
-        for token in range(ids.shape[0]):
-            expert = ids[token, k]
-            if expert >= 0 and taken[expert] < capacity:
-                taken[expert] += 1
-                kept[token, k] = expert
-    return kept
-
-
-limited = jax.jit(limit_to_capacity, static_argnums=(1, 2))
-dropped = jax.jit(count_dropped, static_argnums=2)
-
-
-@given(ids=ids_of_tokens, capacity=st.sampled_from([1, 2, 4, 100]))
-def test_limit_to_capacity(ids, capacity):
-    kept = limited(ids, NUM_EXPERTS, capacity)
-    expected = keep_within(ids, capacity)
-    np.testing.assert_array_equal(kept, expected)
-    lost = [int(((ids == e) & (expected != e)).sum()) for e in range(NUM_EXPERTS)]
-    assert dropped(ids, kept, NUM_EXPERTS).tolist() == lost
-
-
-def test_first_choices_have_precedence():
-    ids = jnp.array([[1, 0], [0, 1], [2, 0]], jnp.int32)
-    assert limit_to_capacity(ids, 3, 1).tolist() == [[1, -1], [0, -1], [2, -1]]
 
 
 @given(**sizes, factor=st.none() | st.floats(0.1, 4))

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from pallas_kernels.quantize import dequantize, quantize
 from sharding.expert_parallel import Transport, expert_parallel
+from sharding.partition import Axes
+from sharding.wire import Wire
 from tests.helpers import LIMIT, normal, relative_error, same_bits
 from tests.sharding.exchanges import Problem, apply_experts, random_ids, scale_by_expert
 
@@ -56,7 +58,7 @@ def test_values_equal_numpy(seed, data, problem):
 @given(seed=st.integers(0, 2**32 - 1), used=st.none() | st.lists(st.integers(0, 3), min_size=1, max_size=2))
 def test_capacity_drops_and_counts(seed, used, factor, problem):
     """Chip by chip: an expert takes ⌈factor · T·K / E⌉ rows, first choices first; the rest adds nothing."""
-    problem = dataclasses.replace(problem, capacity_factor=factor)
+    problem = dataclasses.replace(problem, capacity_factor=factor, capacity_of="chip")
     x, weights, ids, factors = inputs(problem, np.random.default_rng(seed), used=used)
     y, dropped = apply_experts(problem)(x, weights, ids, factors)
 
@@ -77,6 +79,21 @@ def test_capacity_drops_and_counts(seed, used, factor, problem):
     np.testing.assert_array_equal(y, expected_sum(x, weights, kept, factors))
 
 
+@pytest.mark.parametrize("factor", [0.5, 1.0, 1.5])
+@given(seed=st.integers(0, 2**32 - 1), used=st.none() | st.lists(st.integers(0, 3), min_size=1, max_size=2))
+def test_a_capacity_of_the_batch_drops_alike_on_any_number_of_chips(seed, used, factor):
+    """144 tokens on one chip, on eight, and on twice four: the same sum, the same drops."""
+    problems = [Problem(dp, ep, 144 // dp // ep, 2, 8, capacity_factor=factor) for dp, ep in ((1, 1), (1, 8), (2, 4))]
+    args = inputs(problems[0], np.random.default_rng(seed), used=used)
+    (y, dropped), *others = [apply_experts(problem)(*args) for problem in problems]
+    capacity = int(np.ceil(factor * 144 * 2 / 8))
+    chosen = np.bincount(args[2][args[2] >= 0], minlength=8)
+    np.testing.assert_array_equal(dropped.sum(0), np.maximum(chosen - capacity, 0))
+    for other_y, other_dropped in others:
+        np.testing.assert_array_equal(other_y, y)
+        np.testing.assert_array_equal(other_dropped.sum(0), dropped.sum(0))
+
+
 def test_repeated_experts_within_a_token_are_not_lost():
     """A router picks distinct experts; whoever does not gets the expert as often as asked for."""
     ids = np.repeat(np.arange(EP8.all_tokens, dtype=np.int32)[:, None] % 3, 2, axis=1)
@@ -85,7 +102,7 @@ def test_repeated_experts_within_a_token_are_not_lost():
     y, dropped = apply_experts(EP8)(x, weights, ids, factors)
     np.testing.assert_array_equal(y, expected_sum(x, weights, ids, factors))
     assert not dropped.any()
-    capped = dataclasses.replace(EP8, capacity_factor=1.0)
+    capped = dataclasses.replace(EP8, capacity_factor=1.0, capacity_of="chip")
     _, dropped = apply_experts(capped)(x, weights, ids, factors)
     # An expert takes 6 of the 16 assignments that each chip has for it.
     assert dropped.tolist() == [[10, 10, 10, 0, 0, 0, 0, 0]] * 8
@@ -114,7 +131,7 @@ def test_gradients_equal_those_of_the_plain_sum(problem, rng):
 
 @pytest.mark.parametrize("problem", [EP2, EP8], ids=str)
 def test_rows_that_travel_in_fp8_are_rounded_once(problem, rng):
-    problem = dataclasses.replace(problem, hidden=128, wire_scaling="1x128")
+    problem = dataclasses.replace(problem, hidden=128, wire=Wire())
     _, weights, ids, factors = inputs(problem, rng)
     x = normal(rng, problem.all_tokens, 128)
     y, _ = apply_experts(problem)(x, weights, ids, factors)
@@ -143,16 +160,33 @@ def test_two_runs_give_the_same_bits(problem, rng):
 
 def test_without_a_mesh(rng):
     x, weights, ids, factors = inputs(ONE_CHIP, rng)
-    y, dropped = run_alone(x, weights, ids, factors, Transport())
+    y = run_alone(x, weights, ids, factors, Transport())
     np.testing.assert_array_equal(y, expected_sum(x, weights, ids, factors))
-    assert dropped.tolist() == [0] * 4
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_sum_comes_in_the_dtype_that_is_asked_for(dtype, rng):
+    args = map(jnp.asarray, inputs(EP2, rng))
+    plain = {"num_experts": 4, "transport": Transport(), "preferred_element_type": dtype}
+    x, weights, ids, factors = args
+    assert expert_parallel(x, weights, ids, scale_by_expert, factors, **plain).dtype == jnp.dtype(dtype)
+
+
+def test_rows_in_8_bits_do_not_travel_as_they_are(rng):
+    x, weights, ids, factors = map(jnp.asarray, inputs(ONE_CHIP, rng))
+    with pytest.raises(ValueError, match=r"x must be an array when experts are split.*transport\.wire"):
+        run_alone(quantize(x, scaling="per_row"), weights, ids, factors, over(2))
 
 
 def test_ep_that_does_not_divide_the_experts(rng):
     with pytest.raises(ValueError, match="num_experts=4 is not divisible by ep=3; choose ep among 1, 2, 4"):
-        run_alone(*inputs(ONE_CHIP, rng), Transport("expert", 3))
+        run_alone(*inputs(ONE_CHIP, rng), over(3))
+
+
+def over(ep: int) -> Transport:
+    return Transport(Axes(expert=("expert",), tokens=("expert",), sizes=(("expert", ep),)))
 
 
 def run_alone(x, weights, ids, factors, transport):
-    x, weights, ids, factors = map(jnp.asarray, (x, weights, ids, factors))
+    x, weights, ids, factors = jax.tree.map(jnp.asarray, (x, weights, ids, factors))
     return expert_parallel(x, weights, ids, scale_by_expert, factors, num_experts=4, transport=transport)

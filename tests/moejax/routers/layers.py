@@ -1,52 +1,69 @@
 """Small layers of every router, with parameters that are random throughout, and what the reference wants of them."""
 
-import dataclasses
 import functools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from moejax import ROUTERS, MoEConfig
+from moejax import ROUTERS, MoE, MoEConfig
+from moejax.routers.noisy_top_k import noise_of_tokens
+from sharding.tokens import Tokens
 from tests.helpers import float64, normal
 from tests.moejax.routers.reference import Setting
 
 BATCH, LENGTH, EXPERTS = 2, 5, 8
-WEIGHTS = {"load_balance": 0.7, "sequence_balance": 0.6, "z": 0.5}
 CONFIG = MoEConfig(
     hidden_size=16,
     intermediate_size=8,
     num_experts=EXPERTS,
     top_k=2,
     shared_intermediate_size=8,
-    load_balance_loss=WEIGHTS["load_balance"],
-    sequence_balance_loss=WEIGHTS["sequence_balance"],
-    z_loss=WEIGHTS["z"],
+    shared_gate=True,
     dtype=jnp.float32,
 )
-OF_TOKENS = dataclasses.replace(CONFIG, sequence_balance_loss=0.0)
-"""For routers that would add the loss of sequences to their own."""
+WEIGHTS = {
+    "load_balance": 0.7,
+    "importance": 0.8,
+    "load": 0.4,
+    "specialization": 0.9,
+    "sequence_balance": 0.6,
+    "z": 0.5,
+}
+OF_SCORES = ("load_balance", "sequence_balance", "z")
+LOSSES = {
+    "softmax": OF_SCORES,
+    "noisy_top_k": ("importance", "load", "sequence_balance", "z"),
+    "switch": OF_SCORES,
+    "loss_free": OF_SCORES,
+    "group_limited": OF_SCORES,
+    "expert_choice": ("z",),
+    "soft_moe": (),
+    "chain_of_experts": OF_SCORES,
+    "hash": (),
+    "specialized": ("specialization", "sequence_balance", "z"),
+}
+"""All that each router has."""
+OWN_SETTINGS = {"hash": {"vocabulary": 64}, "soft_moe": {"slots_per_expert": 2}}
 
 IDS = jnp.array([[3, 5, 3, 70, 9], [-1, 5, 12, 1, 1]], jnp.int32)
 """Ids of tokens, one of them padding, one past the hash table."""
 
 
-def new_layer(name: str, rng: np.random.Generator | None = None, **settings):
+def config_of(name: str, config: MoEConfig = CONFIG) -> MoEConfig:
+    """With all losses of the router, and biases where it has them."""
+    settings = {f"{loss}_loss": WEIGHTS[loss] for loss in LOSSES[name]} | OWN_SETTINGS.get(name, {"router_bias": True})
+    return ROUTERS[name](config, **settings)
+
+
+def new_layer(name: str, rng: np.random.Generator | None = None, config: MoEConfig = CONFIG) -> MoE:
     """The layer; with `rng`, all that is zero at first is random too."""
-    if name == "hash":
-        settings.setdefault("vocabulary", 64)
-    if name == "soft_moe":
-        settings.setdefault("slots_per_expert", 2)
-    config = settings.pop("config", CONFIG if name in ("loss_free", "group_limited") else OF_TOKENS)
-    layer = ROUTERS[name](config, rngs=nnx.Rngs(params=0, router=1), **settings)
+    layer = MoE(config_of(name, config), rngs=nnx.Rngs(params=0, router=1))
     if rng is not None:
-        for path in ("gate", "noise_gate"):
-            if hasattr(layer.router, path):
-                kernel = getattr(layer.router, path).kernel
-                kernel[...] = jnp.asarray(0.5 * rng.standard_normal(kernel.shape), jnp.float32)
-        if hasattr(layer.router, "bias"):
-            layer.router.bias[...] = jnp.asarray(0.2 * rng.standard_normal(EXPERTS), jnp.float32)
+        for part, scale in {"kernel": 0.5, "noise_kernel": 0.5, "bias": 0.2, "correction_bias": 0.2}.items():
+            if hasattr(layer.router, part):
+                shape = layer.router[part].shape
+                layer.router[part][...] = jnp.asarray(scale * rng.standard_normal(shape), jnp.float32)
     return layer
 
 
@@ -65,7 +82,7 @@ def setting_of(name: str, layer) -> Setting:
     noise = None
     if name == "noisy_top_k":
         key = nnx.clone(layer.noise)()
-        noise = float64(jax.random.normal(key, (BATCH * LENGTH, EXPERTS), jnp.float32))
+        noise = float64(noise_of_tokens(key, Tokens.on_one_chip(BATCH * LENGTH), EXPERTS))
     return Setting(
         top_k=CONFIG.top_k,
         sequence_length=LENGTH,
@@ -78,8 +95,8 @@ def setting_of(name: str, layer) -> Setting:
 
 
 @nnx.jit
-def inference(layer, x, ids=None):
-    return layer(x, token_ids=ids)
+def inference(layer, x, ids=None, mask=None, topk_ids=None):
+    return layer(x, token_ids=ids, mask=mask, topk_ids=topk_ids, train=False)
 
 
 @nnx.jit

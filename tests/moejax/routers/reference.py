@@ -36,12 +36,11 @@ def silu(z):
 
 
 def mlp(x, gate_up, down):
-    gate, up = np.split(x @ gate_up, 2, axis=-1)
-    return (silu(gate) * up) @ down
+    return (silu(x @ gate_up[:, 0]) * (x @ gate_up[:, 1])) @ down
 
 
 def shared(p, x):
-    return mlp(x, p["shared_gate_up"], p["shared_down"])
+    return sigmoid_of(x @ p["shared_gate"]) * mlp(x, p["shared_gate_up"], p["shared_down"])
 
 
 def apply(p, x, weight):
@@ -72,6 +71,17 @@ def switch_loss(chosen, p, k):
     return chosen.shape[1] * np.sum(chosen.mean(0) / k * p.mean(0))
 
 
+def logits_of(p, x):
+    return x @ p["router.kernel"] + p["router.bias"]
+
+
+def sequence_loss(chosen, scores, s, k):
+    """The Switch loss of each sequence by itself, with scores that sum to 1."""
+    length, shares = s.sequence_length, normalised(scores)
+    starts = range(0, len(chosen), length)
+    return np.mean([switch_loss(chosen[i : i + length], shares[i : i + length], k) for i in starts])
+
+
 def z_loss_of(logits):
     return np.mean(np.log(np.exp(logits).sum(1)) ** 2)
 
@@ -81,19 +91,23 @@ def cv_squared(v):
 
 
 def softmax(p, x, s):
-    logits = x @ p["router.gate.kernel"]
+    logits = logits_of(p, x)
     scores = softmax_of(logits)
     chosen = chosen_by(best(scores, s.top_k), scores.shape[1])
-    losses = {
-        "load_balance": s.weights["load_balance"] * switch_loss(chosen, scores, s.top_k),
+    return apply(p, x, normalised(scores * chosen)), losses_of_scores(chosen, scores, logits, s, s.top_k)
+
+
+def losses_of_scores(chosen, scores, logits, s, k):
+    return {
+        "load_balance": s.weights["load_balance"] * switch_loss(chosen, normalised(scores), k),
+        "sequence_balance": s.weights["sequence_balance"] * sequence_loss(chosen, scores, s, k),
         "z": s.weights["z"] * z_loss_of(logits),
     }
-    return apply(p, x, normalised(scores * chosen)), losses
 
 
 def noisy_top_k(p, x, s):
-    clean = x @ p["router.gate.kernel"]
-    deviation = np.log1p(np.exp(x @ p["router.noise_gate.kernel"]))
+    clean = logits_of(p, x)
+    deviation = np.log1p(np.exp(x @ p["router.noise_kernel"]))
     noisy = clean + s.noise * deviation
     chosen = chosen_by(best(noisy, s.top_k), noisy.shape[1])
     gates = np.where(chosen, softmax_of(np.where(chosen, noisy, -np.inf)), 0)
@@ -102,29 +116,26 @@ def noisy_top_k(p, x, s):
         kth_excluding = np.sort(np.delete(noisy[t], e))[-s.top_k]
         probability[t, e] = 0.5 * (1 + math.erf((clean[t, e] - kth_excluding) / deviation[t, e] / math.sqrt(2)))
     losses = {
-        "importance": s.weights["load_balance"] * cv_squared(gates.sum(0)),
-        "load": s.weights["load_balance"] * cv_squared(probability.sum(0)),
+        "importance": s.weights["importance"] * cv_squared(gates.sum(0)),
+        "load": s.weights["load"] * cv_squared(probability.sum(0)),
+        "sequence_balance": s.weights["sequence_balance"] * sequence_loss(chosen, softmax_of(clean), s, s.top_k),
         "z": s.weights["z"] * z_loss_of(clean),
     }
     return apply(p, x, gates), losses
 
 
 def switch(p, x, s):
-    logits = x @ p["router.gate.kernel"]
+    logits = logits_of(p, x)
     scores = softmax_of(logits)
     chosen = chosen_by(best(scores, 1), scores.shape[1])
-    losses = {
-        "load_balance": s.weights["load_balance"] * switch_loss(chosen, scores, 1),
-        "z": s.weights["z"] * z_loss_of(logits),
-    }
     has_room = chosen & (np.cumsum(chosen, axis=0) <= s.capacity)
-    return apply(p, x, scores * has_room), losses
+    return apply(p, x, scores * has_room), losses_of_scores(chosen, scores, logits, s, 1)
 
 
 def loss_free(p, x, s):
-    logits = x @ p["router.gate.kernel"]
+    logits = logits_of(p, x)
     scores = sigmoid_of(logits)
-    ranking = scores + p["router.bias"]
+    ranking = scores + p["router.correction_bias"]
     num_groups, topk_groups = s.groups
     size = scores.shape[1] // num_groups
     for row in ranking:
@@ -132,20 +143,11 @@ def loss_free(p, x, s):
         for g in np.argsort(worth)[: num_groups - topk_groups]:
             row[g * size : (g + 1) * size] = -np.inf
     chosen = chosen_by(best(ranking, s.top_k), scores.shape[1])
-    p_normal = normalised(scores)
-    length = s.sequence_length
-    per_sequence = [
-        switch_loss(chosen[i : i + length], p_normal[i : i + length], s.top_k) for i in range(0, len(x), length)
-    ]
-    losses = {
-        "sequence_balance": s.weights["sequence_balance"] * np.mean(per_sequence),
-        "z": s.weights["z"] * z_loss_of(logits),
-    }
-    return apply(p, x, normalised(scores * chosen)), losses
+    return apply(p, x, normalised(scores * chosen)), losses_of_scores(chosen, scores, logits, s, s.top_k)
 
 
 def expert_choice(p, x, s):
-    logits = x @ p["router.gate.kernel"]
+    logits = logits_of(p, x)
     scores = softmax_of(logits)
     taken = chosen_by(best(scores.T, s.capacity), len(x)).T
     return apply(p, x, scores * taken), {"z": s.weights["z"] * z_loss_of(logits)}
@@ -167,13 +169,13 @@ def soft_moe(p, x, s):
 
 
 def chain_of_experts(p, x, s):
-    kernels = [p["router.gate.kernel"], *(p[f"later_routers.{i}.gate.kernel"] for i in range(s.passes - 1))]
-    total = {"load_balance": 0.0, "z": 0.0}
-    for kernel in kernels:
-        y, losses = softmax(p | {"router.gate.kernel": kernel}, x, dataclasses.replace(s, top_k=s.top_k // s.passes))
+    of_passes = []
+    for number in range(s.passes):
+        own = {f"router.{part}": p[f"router.{part}"][number] for part in ("kernel", "bias")}
+        y, losses = softmax(p | own, x, dataclasses.replace(s, top_k=s.top_k // s.passes))
         x = x + y
-        total = {name: total[name] + loss / s.passes for name, loss in losses.items()}
-    return x, total
+        of_passes.append(losses)
+    return x, {name: np.mean([losses[name] for losses in of_passes]) for name in of_passes[0]}
 
 
 def hash_routing(p, x, s):
@@ -187,7 +189,7 @@ def hash_routing(p, x, s):
 
 def specialized(p, x, s):
     common = x + silu(x @ p["router.common_in"]) @ p["router.common_out"]
-    logits = common @ p["router.gate.kernel"]
+    logits = logits_of(p, common)
     scores = softmax_of(logits)
     chosen = chosen_by(best(scores, s.top_k), scores.shape[1])
 
@@ -196,7 +198,8 @@ def specialized(p, x, s):
 
     information = entropy(scores.mean(0)) - entropy(scores).mean()
     losses = {
-        "specialization": s.weights["load_balance"] * (1 - information / np.log(scores.shape[1])),
+        "specialization": s.weights["specialization"] * (1 - information / np.log(scores.shape[1])),
+        "sequence_balance": s.weights["sequence_balance"] * sequence_loss(chosen, scores, s, s.top_k),
         "z": s.weights["z"] * z_loss_of(logits),
     }
     return apply(p, x, normalised(scores * chosen)), losses

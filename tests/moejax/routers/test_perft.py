@@ -9,14 +9,18 @@ import optax
 import pytest
 from flax import nnx
 
-from moejax import ROUTERS, MoE, MoEConfig, Perft, make_mesh, perft_mask
-from moejax.routers import AdapterParam
+from moejax import ROUTERS, AdapterParam, MoE, MoEConfig, Perft, TopKRouter, make_mesh, perft_mask
 from tests.helpers import LIMIT, float64, normal, raises_saying, relative_error, same_bits
 from tests.moejax.routers.layers import arrays_of, by_path
 from tests.moejax.routers.reference import best, chosen_by, silu, softmax_of, switch_loss
 
 CONFIG = MoEConfig(
-    hidden_size=16, intermediate_size=8, num_experts=8, top_k=2, load_balance_loss=0.01, dtype=jnp.float32
+    hidden_size=16,
+    intermediate_size=8,
+    num_experts=8,
+    top_k=2,
+    router=TopKRouter(load_balance_loss=0.01),
+    dtype=jnp.float32,
 )
 ADAPTERS = {"num_adapters": 6, "width": 4, "top_k": 2}
 PARTS = ("gate", "down", "up")
@@ -96,13 +100,13 @@ def test_values_and_gradients_equal_numpy(activation, rng):
 
 @pytest.mark.parametrize("name", ["noisy_top_k", "hash", None])
 def test_training_begins_with_the_frozen_layer(name, rng):
-    base = MoE(CONFIG, rngs=nnx.Rngs(0)) if name is None else ROUTERS[name](CONFIG, rngs=nnx.Rngs(0))
+    base = MoE(CONFIG if name is None else ROUTERS[name](CONFIG), rngs=nnx.Rngs(0))
     layer = Perft(base, **ADAPTERS, rngs=nnx.Rngs(3))
     x, ids = normal(rng, 12, 16), jnp.arange(12)
     y, aux = nnx.jit(lambda layer, x: layer(x, token_ids=ids, train=True))(layer, x)
-    base_y, base_aux = nnx.jit(lambda base, x: base(x) if name is None else base(x, token_ids=ids))(base, x)
+    base_y, base_aux = nnx.jit(lambda base, x: base(x, token_ids=ids, train=False))(base, x)
     assert same_bits(y, base_y)
-    assert same_bits(aux.load, base_aux.load)
+    assert same_bits((aux.load, aux.topk_ids), (base_aux.load, base_aux.topk_ids))
     assert layer.causal
 
 
@@ -116,6 +120,29 @@ def test_no_gradient_reaches_the_base_and_one_passes_through_it(rng):
     expected = without_losses(base, x)
     assert relative_error(of_x, expected) < LIMIT["float32"]  # adapters add nothing yet
     assert of_layer["up"][...].any()
+
+
+@pytest.mark.parametrize("ep", [1, 4])
+def test_masked_positions_hold_no_token(ep, rng):
+    x, up = normal(rng, 2, 5, 16), normal(rng, *(6, 4, 16))
+    layer = Perft(MoE(CONFIG, rngs=nnx.Rngs(0), mesh=make_mesh(4) if ep > 1 else None), **ADAPTERS, rngs=nnx.Rngs(3))
+    layer.up[...] = up
+    masked = nnx.jit(lambda layer, x, mask: (layer(x, mask=mask), layer.adapter_load(x, mask=mask)))
+    mask = jnp.array([[True] * 5, [False] * 5])
+    (y, aux), load = masked(layer, x.at[1].set(jnp.nan), mask)
+    alone_y, alone = call(layer, x[:1])
+    assert relative_error(y[:1], alone_y) < LIMIT["float32"]
+    assert not y[1].any()
+    np.testing.assert_allclose(aux.loss, alone.loss, rtol=1e-5)
+    assert int(load.tokens_per_expert.sum()) == 10
+    assert int(load.unrouted) == 0
+
+
+def test_choices_of_the_base_layer_can_be_made_again(rng):
+    layer, x = adapted(MoE(CONFIG, rngs=nnx.Rngs(0)), rng), normal(rng, 12, 16)
+    _, aux = call(layer, x)
+    again = nnx.jit(lambda layer, x: layer(x, topk_ids=aux.topk_ids))
+    assert same_bits(again(layer, -x)[1].topk_ids, aux.topk_ids)
 
 
 def masked(model):

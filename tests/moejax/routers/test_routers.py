@@ -38,7 +38,7 @@ def test_output_and_losses_equal_the_reference(name):
 def test_gradients_equal_differences_of_the_reference(name, rng):
     """Along a random direction in each parameter, the gate's among them, and in x."""
     arrays, setting, x, target, _, _, gradients = case(name)
-    assert not {"router.bias", "router.table"} & set(gradients)
+    assert not {"router.correction_bias", "router.table"} & set(gradients)
 
     def loss(changed: dict):
         values = arrays | {"x": float64(x)} | changed
@@ -96,6 +96,51 @@ def test_causal_is_what_the_layer_says(name):
     changed, _ = inference(layer, later, IDS)
     assert layer.causal == (name not in ("expert_choice", "soft_moe"))
     assert (relative_error(changed[0, :3], y[0, :3]) < 1e-6) == layer.causal
+
+
+@every_router
+def test_a_sequence_that_is_masked_is_as_none(name):
+    """It takes no expert, no capacity and no slot, is in no loss and no load, and may be NaN."""
+    layer = new_layer(name, np.random.default_rng(0))
+    _, _, x, *_ = case(name)
+    mask = jnp.array([[True] * LENGTH, [False] * LENGTH])
+    y, aux = inference(layer, x.at[1, 2].set(jnp.nan), IDS, mask)
+    alone_y, alone = inference(layer, x[:1], IDS[:1])
+    assert relative_error(y[:1], alone_y) < LIMIT["float32"]
+    assert not y[1].any()
+    assert same_bits(aux.load, alone.load)
+    assert same_bits(aux.topk_ids[:1], alone.topk_ids)
+    assert (aux.topk_ids[1] == -1).all()
+    assert set(aux.losses) == set(alone.losses)
+    for loss_name, loss in alone.losses.items():
+        np.testing.assert_allclose(aux.losses[loss_name], loss, rtol=1e-5, err_msg=loss_name)
+
+
+@pytest.mark.parametrize("name", sorted(set(ROUTERS) - {"expert_choice", "soft_moe", "hash"}))
+def test_choices_of_an_earlier_call_can_be_made_again(name):
+    """Those of training, noise among them; weights are of the later call."""
+    layer = new_layer(name, np.random.default_rng(0))
+    _, _, x, _, y, aux, _ = case(name)
+    again_y, again = inference(layer, x, IDS, None, aux.topk_ids)
+    assert same_bits(again.topk_ids, aux.topk_ids)
+    if name != "noisy_top_k":
+        assert relative_error(again_y, y) < LIMIT["float32"]
+        assert relative_error(again.topk_weights, aux.topk_weights) < LIMIT["float32"]
+    _, other = inference(layer, -x, IDS, None, aux.topk_ids)
+    assert same_bits(other.topk_ids, aux.topk_ids)
+    if name != "chain_of_experts":  # whose one expert a pass weighs 1
+        assert not np.allclose(other.topk_weights, aux.topk_weights, rtol=1e-2)
+    _, free = inference(layer, x, IDS, None, jnp.full_like(aux.topk_ids, -1))
+    assert same_bits(free.topk_ids, inference(layer, x, IDS)[1].topk_ids)
+
+
+@pytest.mark.parametrize("name", ["expert_choice", "soft_moe", "hash"])
+def test_choices_cannot_be_given_where_tokens_make_none(name):
+    layer = new_layer(name)
+    _, _, x, *_, aux, _ = case(name)
+    kind = type(layer.config.router).__name__
+    with pytest.raises(ValueError, match=f"topk_ids cannot be given to a layer with {kind}"):
+        layer(x, token_ids=IDS, topk_ids=aux.topk_ids)
 
 
 @every_router

@@ -1,4 +1,4 @@
-"""What the factories set, the state that no gradient trains, and calls that do not fit."""
+"""What the strategies set, the state that no gradient trains, and calls that do not fit."""
 
 import dataclasses
 
@@ -8,11 +8,22 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moejax import ROUTERS, MoEAux, MoEConfig, RoutedMoE, Router, RouterState
+from moejax import ROUTERS, MoE, MoEAux, MoEConfig, Router, RouterState, Routing, TopKRouter, make_mesh, with_changes
 from moejax.losses import LoadStats
-from moejax.routers.group_limited import default_groups
+from moejax.routers import (
+    ChainRouter,
+    Decision,
+    ExpertChoiceRouter,
+    HashRouter,
+    NoisyTopKRouter,
+    SoftRouter,
+    SpecializedRouter,
+)
 from moejax.routers.hash import hash_table
-from tests.helpers import normal, raises_saying, same_bits
+from moejax.routers.noisy_top_k import noise_of_tokens
+from moejax.routers.strategies import default_groups
+from sharding.tokens import Tokens
+from tests.helpers import LIMIT, normal, raises_saying, relative_error, same_bits
 from tests.moejax.routers.layers import inference, new_layer
 
 CONFIG = MoEConfig(hidden_size=16, intermediate_size=8, num_experts=8, top_k=2, dtype=jnp.float32)
@@ -21,36 +32,68 @@ CONFIG = MoEConfig(hidden_size=16, intermediate_size=8, num_experts=8, top_k=2, 
 training = nnx.jit(lambda layer, x: layer(x, train=True))
 
 
-def layer_of(name, rngs=None, **changes):
-    return ROUTERS[name](dataclasses.replace(CONFIG, **changes), rngs=rngs or nnx.Rngs(0))
+def config_of(name, settings=(), **changes) -> MoEConfig:
+    return ROUTERS[name](with_changes(CONFIG, **changes), **dict(settings))
 
 
-@pytest.mark.parametrize(
-    ("name", "settings"),
-    [
-        ("softmax", {"load_balance_loss": 0.01, "scoring": "softmax", "capacity_factor": None}),
-        ("noisy_top_k", {"load_balance_loss": 0.1, "normalize_topk": True}),
-        ("switch", {"load_balance_loss": 0.01, "capacity_factor": 1.25, "top_k": 1, "normalize_topk": False}),
-        ("loss_free", {"load_balance_loss": 0.0, "sequence_balance_loss": 1e-4, "scoring": "sigmoid"}),
-        ("group_limited", {"sequence_balance_loss": 1e-4, "num_groups": 4, "topk_groups": 2}),
-        ("expert_choice", {"load_balance_loss": 0.0, "capacity_factor": None}),
-        ("chain_of_experts", {"load_balance_loss": 0.01, "top_k": 1}),
-        ("specialized", {"load_balance_loss": 0.01}),
-    ],
-)
-def test_defaults(name, settings):
-    """From a configuration made for another router."""
-    config = layer_of(name, scoring="sigmoid", correction_bias=True).config
-    assert {key: getattr(config, key) for key in settings} == settings
+def layer_of(name, settings=(), rngs=None, **changes) -> MoE:
+    return MoE(config_of(name, settings, **changes), rngs=rngs or nnx.Rngs(0))
+
+
+DEFAULTS = {
+    "softmax": TopKRouter(load_balance_loss=0.01),
+    "noisy_top_k": NoisyTopKRouter(importance_loss=0.1, load_loss=0.1),
+    "switch": TopKRouter(load_balance_loss=0.01, normalize_topk=False),
+    "loss_free": TopKRouter(scoring="sigmoid", correction_bias=True, sequence_balance_loss=1e-4),
+    "group_limited": TopKRouter(
+        scoring="sigmoid", correction_bias=True, sequence_balance_loss=1e-4, num_groups=4, topk_groups=2
+    ),
+    "expert_choice": ExpertChoiceRouter(capacity_factor=1.0),
+    "soft_moe": SoftRouter(),
+    "chain_of_experts": ChainRouter(passes=2, each=TopKRouter(load_balance_loss=0.01)),
+    "hash": HashRouter(),
+    "specialized": SpecializedRouter(specialization_loss=0.01),
+}
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_defaults(name):
+    """From a configuration made for another router, of which nothing is left."""
+    config = config_of(name, scoring="sqrt_softplus", correction_bias=True, z_loss=0.3, group_score_k=1)
+    assert config.router == DEFAULTS[name]
+    top_k = {"switch": 1, "chain_of_experts": 1}.get(name, 2)
+    expected = dataclasses.replace(CONFIG, top_k=top_k, capacity_factor=1.25 if name == "switch" else None)
+    assert dataclasses.replace(config, router=CONFIG.router) == expected
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_the_scale_of_weights_and_the_bias_of_a_gate_are_kept(name):
+    router = config_of(name, router_bias=True, routed_scaling_factor=2.5).router
+    router = router.each if isinstance(router, ChainRouter) else router
+    assert getattr(router, "routed_scaling_factor", 2.5) == 2.5
+    assert getattr(router, "router_bias", True)
 
 
 def test_what_the_configuration_sets_comes_first():
-    assert layer_of("softmax", load_balance_loss=0.3).config.load_balance_loss == 0.3
-    assert layer_of("switch", capacity_factor=2.0).config.capacity_factor == 2.0
-    assert layer_of("loss_free", sequence_balance_loss=0.2).config.sequence_balance_loss == 0.2
-    assert layer_of("expert_choice", capacity_factor=2.0).router.capacity_factor == 2.0
-    grouped = layer_of("group_limited", num_groups=2, topk_groups=1).config
+    assert config_of("switch", capacity_factor=2.0).capacity_factor == 2.0
+    assert config_of("expert_choice", capacity_factor=2.0).router.capacity_factor == 2.0
+    assert config_of("expert_choice", capacity_factor=2.0).capacity_factor is None
+    assert not config_of("softmax", normalize_topk=False).router.normalize_topk
+    grouped = config_of("group_limited", num_groups=2, topk_groups=1).router
     assert (grouped.num_groups, grouped.topk_groups) == (2, 1)
+
+
+def test_settings_come_before_all_else():
+    assert config_of("softmax", {"load_balance_loss": 0.3}).router.load_balance_loss == 0.3
+    assert config_of("softmax", {"normalize_topk": True}, normalize_topk=False).router.normalize_topk
+    assert config_of("loss_free", {"sequence_balance_loss": 0.2}).router.sequence_balance_loss == 0.2
+    assert config_of("expert_choice", {"capacity_factor": 3.0}, capacity_factor=2.0).router.capacity_factor == 3.0
+    grouped = config_of("group_limited", {"num_groups": 2, "topk_groups": 1}, num_groups=4, topk_groups=3).router
+    assert (grouped.num_groups, grouped.topk_groups) == (2, 1)
+    chained = config_of("chain_of_experts", {"passes": 4, "z_loss": 0.5}, top_k=8)
+    assert (chained.router.passes, chained.router.each.z_loss, chained.top_k) == (4, 0.5, 2)
+    with pytest.raises(TypeError, match="slots"):
+        config_of("softmax", {"slots_per_expert": 2})
 
 
 @pytest.mark.parametrize(
@@ -62,26 +105,34 @@ def test_default_groups(experts, top_k, groups):
 
 def test_experts_that_make_no_groups():
     with raises_saying(ValueError, "num_experts=7 does not divide into 8, 4 or 2 groups", "set num_groups"):
-        layer_of("group_limited", num_experts=7)
+        config_of("group_limited", num_experts=7)
 
 
 def aux_with(load) -> MoEAux:
-    return MoEAux({}, LoadStats(jnp.asarray(load, jnp.int32), jnp.zeros(8, jnp.int32)))
+    nothing = jnp.zeros((0, 2))
+    return MoEAux({}, LoadStats(jnp.asarray(load, jnp.int32), jnp.zeros(8, jnp.int32)), nothing.astype(int), nothing)
 
 
 @pytest.mark.parametrize("name", ["loss_free", "group_limited"])
 def test_update_moves_the_bias_against_the_load(name):
-    layer = ROUTERS[name](CONFIG, rngs=nnx.Rngs(0), update_rate=0.25)
-    assert isinstance(layer.router.bias, RouterState)
+    layer = layer_of(name, {"update_rate": 0.25})
+    assert isinstance(layer.router["correction_bias"], RouterState)
     nnx.jit(lambda layer, aux: layer.update(aux))(layer, aux_with([6, 0, 3, 3, 3, 4, 2, 3]))
-    np.testing.assert_array_equal(layer.router.bias[...], [-0.25, 0.25, 0, 0, 0, -0.25, 0.25, 0])
+    np.testing.assert_array_equal(layer.router["correction_bias"][...], [-0.25, 0.25, 0, 0, 0, -0.25, 0.25, 0])
+
+
+def test_update_moves_the_biases_of_all_passes():
+    layer = layer_of("chain_of_experts", {"correction_bias": True, "update_rate": 0.5})
+    layer.update(aux_with([6, 0, 3, 3, 3, 4, 2, 3]))
+    moved = [-0.5, 0.5, 0, 0, 0, -0.5, 0.5, 0]
+    np.testing.assert_array_equal(layer.router["correction_bias"][...], [moved, moved])
 
 
 def test_updates_balance_a_lopsided_router(rng):
     """All tokens prefer expert 0 by far; steps of the bias alone spread them."""
-    layer = ROUTERS["loss_free"](CONFIG, rngs=nnx.Rngs(0), update_rate=0.02)
+    layer = layer_of("loss_free", {"update_rate": 0.02})
     x = normal(rng, 64, 16).at[:, 0].set(4.0)
-    layer.router.gate.kernel[0, 0] = 2.0
+    layer.router["kernel"][0, 0] = 2.0
 
     @nnx.jit
     def step(layer, x):
@@ -102,13 +153,48 @@ def test_update_changes_nothing_elsewhere(name):
 
 
 def test_noise_only_while_training(rng):
-    layer = layer_of("noisy_top_k", nnx.Rngs(params=0, router=1))
-    layer.router.gate.kernel[...] = normal(rng, 16, 8)
+    layer = layer_of("noisy_top_k", rngs=nnx.Rngs(params=0, router=1))
+    layer.router["kernel"][...] = normal(rng, 16, 8)
     x = normal(rng, 32, 16)
     outputs = [np.asarray(call(layer, x)[0]) for call in (inference, inference, training, training)]
     np.testing.assert_array_equal(outputs[0], outputs[1])
     assert not np.array_equal(outputs[0], outputs[2])
     assert not np.array_equal(outputs[2], outputs[3])
+
+
+def test_whether_it_is_training_can_be_a_state_of_the_layer(rng):
+    layer = layer_of("noisy_top_k", rngs=nnx.Rngs(params=0, router=1))
+    layer.router["kernel"][...] = normal(rng, 16, 8)
+    x, call = normal(rng, 32, 16), nnx.jit(lambda layer, x: layer(x)[0])
+    quiet = inference(layer, x)[0]
+    assert not np.array_equal(call(layer, x), quiet)
+    layer.eval()
+    np.testing.assert_array_equal(call(layer, x), quiet)
+    layer.train()
+    assert not np.array_equal(call(layer, x), quiet)
+    silent = layer_of("noisy_top_k").config
+    assert MoE(silent, rngs=nnx.Rngs(0), deterministic=True).deterministic
+
+
+def test_a_noisy_layer_without_random_numbers(rng):
+    config = config_of("noisy_top_k")
+    layer = MoE.from_params(MoE(config, rngs=nnx.Rngs(0)).params(), config)
+    inference(layer, normal(rng, 4, 16))
+    with raises_saying(ValueError, "a layer with a noisy router needs rngs to train", "nnx.Rngs(router=0"):
+        layer(normal(rng, 4, 16), train=True)
+
+
+def test_noise_is_standard_normal_and_goes_by_the_place_of_a_token():
+    key = jax.random.key(7)
+    noise = np.asarray(noise_of_tokens(key, Tokens.on_one_chip(4000), 8))
+    assert abs(noise.mean()) < 0.03
+    assert abs(noise.std() - 1) < 0.03
+    assert np.abs(np.corrcoef(noise.T) - np.eye(8)).max() < 0.1
+    assert np.unique(noise).size > 0.99 * noise.size
+    places = jnp.array([17, 3999, 0])
+    some = noise_of_tokens(key, Tokens(places, total=4000, sequence_length=4000), 8)
+    np.testing.assert_array_equal(some, noise[np.asarray(places)])
+    assert not np.array_equal(noise_of_tokens(jax.random.key(8), Tokens.on_one_chip(3), 8), noise[:3])
 
 
 def test_noise_with_all_experts_chosen(rng):
@@ -121,7 +207,7 @@ def test_noise_with_all_experts_chosen(rng):
 def test_switch_counts_what_it_drops(rng):
     layer = layer_of("switch")
     x = normal(rng, 32, 16).at[:, 0].set(8.0)
-    layer.router.gate.kernel[...] = jnp.zeros((16, 8)).at[0, 3].set(1.0)
+    layer.router["kernel"][...] = jnp.zeros((16, 8)).at[0, 3].set(1.0)
     y, aux = inference(layer, x)
     np.testing.assert_array_equal(aux.load.tokens_per_expert, [0, 0, 0, 32, 0, 0, 0, 0])
     np.testing.assert_array_equal(aux.load.dropped_per_expert, [0, 0, 0, 32 - 5, 0, 0, 0, 0])
@@ -164,7 +250,7 @@ def test_hash_table_is_balanced_and_distinct(experts, top_k):
 
 
 def test_hash_routing_of_padding(rng):
-    layer = ROUTERS["hash"](CONFIG, rngs=nnx.Rngs(0), vocabulary=64)
+    layer = layer_of("hash", {"vocabulary": 64})
     x = normal(rng, 4, 16)
     y, aux = inference(layer, x, jnp.array([1, -1, 2, -7]))
     np.testing.assert_array_equal(np.asarray(y).any(1), [True, False, True, False])
@@ -189,22 +275,33 @@ def test_token_ids_that_do_not_fit(token_ids, parts, rng):
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
-        ("hash", {"vocabulary": 0}, "vocabulary must be at least 1, got 0"),
-        ("loss_free", {"update_rate": 0.0}, "update_rate must be positive, got 0.0"),
-        ("soft_moe", {"slots_per_expert": 0}, "slots_per_expert must be at least 1, got 0"),
+        ("hash", {"vocabulary": 0}, "vocabulary must be a whole number of at least 1, got 0"),
+        ("hash", {"seed": -1}, "seed must be a whole number of at least 0, got -1"),
+        ("loss_free", {"update_rate": 0.0}, "update_rate must be positive and finite, got 0.0"),
+        ("soft_moe", {"slots_per_expert": 0}, "slots_per_expert must be a whole number of at least 1, got 0"),
         ("chain_of_experts", {"passes": 0}, "passes must be at least 1, got 0"),
-        ("specialized", {"common_width": 0}, "common_width must be at least 1, got 0"),
+        (
+            "chain_of_experts",
+            {"scoring": "tanh"},
+            "scoring must be 'softmax' or 'sigmoid' or 'sqrt_softplus', got 'tanh'",
+        ),
+        ("specialized", {"common_width": 0}, "common_width must be a whole number of at least 1, got 0"),
+        ("specialized", {"specialization_loss": -1}, "specialization_loss must be at least 0, got -1"),
+        ("noisy_top_k", {"importance_loss": -1}, "importance_loss must be at least 0, got -1"),
+        ("noisy_top_k", {"load_loss": float("nan")}, "load_loss must be at least 0, got nan"),
+        ("expert_choice", {"capacity_factor": 0}, "capacity_factor must be positive and finite, got 0"),
+        ("expert_choice", {"routed_scaling_factor": float("inf")}, "routed_scaling_factor must be finite, got inf"),
     ],
 )
 def test_settings_that_make_no_sense(name, settings, message):
     with raises_saying(ValueError, message):
-        ROUTERS[name](CONFIG, rngs=nnx.Rngs(0), **settings)
+        config_of(name, settings)
 
 
 @pytest.mark.parametrize("name", ["expert_choice", "soft_moe"])
 def test_scaled_inputs_are_refused_where_tokens_have_no_one_weight(name):
-    with raises_saying(ValueError, "scale_inputs must be False for the router", name):
-        layer_of(name, top_k=1, scale_inputs=True)
+    with raises_saying(ValueError, "scale_inputs must be False with", type(DEFAULTS[name]).__name__, "got True"):
+        config_of(name, top_k=1, scale_inputs=True)
 
 
 @pytest.mark.parametrize("shape", [(16,), (2, 3, 4, 16)])
@@ -218,13 +315,46 @@ def test_any_leading_dimensions(name, shape, rng):
 
 
 def test_soft_moe_has_as_many_slots_as_256_tokens_have_choices():
-    assert layer_of("soft_moe").router.slots_per_expert == 64
-    assert layer_of("soft_moe", capacity_factor=0.5).router.slots_per_expert == 32
+    assert layer_of("soft_moe").router["phi"].shape == (16, 8, 64)
+    assert layer_of("soft_moe", top_k=1).router["phi"].shape == (16, 8, 32)
+    assert layer_of("soft_moe", {"slots_per_expert": 3}).router["phi"].shape == (16, 8, 3)
+
+
+class InTurn(Router):
+    """A router of one's own: the experts in turn, by the place of the token in the batch."""
+
+    def table(self, config):
+        return {}
+
+    def route(self, x, params, config, tokens, given):
+        ids = (tokens.index[:, None] + jnp.arange(config.top_k)) % config.num_experts
+        nothing = jnp.zeros((x.shape[0], config.num_experts))
+        return Decision(Routing(ids, jnp.full(ids.shape, 0.5), nothing, nothing), {"size": tokens.sum((x**2).sum())})
+
+
+def test_a_router_of_ones_own(rng):
+    config, x = dataclasses.replace(CONFIG, router=InTurn()), normal(rng, 3, 7, 16)
+    layer = MoE(config, rngs=nnx.Rngs(0))
+    y, aux = inference(layer, x)
+    np.testing.assert_array_equal(aux.topk_ids.reshape(21, 2)[:, 0], np.arange(21) % 8)
+    np.testing.assert_allclose(aux.loss, (x**2).sum(), rtol=1e-5)
+    with jax.set_mesh(make_mesh(ep=4, dp=2)):
+        mesh_y, mesh_aux = inference(MoE(config, rngs=nnx.Rngs(0)), x)
+    assert relative_error(mesh_y, y) < LIMIT["float32"]
+    assert same_bits(mesh_aux.topk_ids, aux.topk_ids)
+    np.testing.assert_allclose(mesh_aux.loss, aux.loss, rtol=1e-5)
 
 
 def test_a_router_without_a_rule_says_what_is_missing(rng):
     class Empty(Router):
         pass
 
-    with raises_saying(NotImplementedError, "Empty must define __call__(x, batch) -> Decision"):
-        RoutedMoE(CONFIG, Empty(CONFIG), rngs=nnx.Rngs(0))(normal(rng, 4, 16))
+    class WithoutRule(Router):
+        def table(self, config):
+            return {}
+
+    with raises_saying(NotImplementedError, "Empty must define table(config) -> dict[str, Param]"):
+        MoE(dataclasses.replace(CONFIG, router=Empty()), rngs=nnx.Rngs(0))
+    layer = MoE(dataclasses.replace(CONFIG, router=WithoutRule()), rngs=nnx.Rngs(0))
+    with raises_saying(NotImplementedError, "WithoutRule must define route(x, params, config, tokens, given)"):
+        layer(normal(rng, 4, 16))
