@@ -32,7 +32,7 @@ def announce(departure: Plan, experts: jax.Array, num_local_experts: int, axis: 
     return ExchangePlan(departure, plan_arrival(_all_to_all(experts, axis), num_local_experts))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
 def send_rows(x: jax.Array, plan: ExchangePlan, axis: str, wire_scaling: Scaling | None, backend: str) -> jax.Array:
     """Brings every token's row to the ranks of its experts.
 
@@ -50,23 +50,22 @@ def send_rows(x: jax.Array, plan: ExchangePlan, axis: str, wire_scaling: Scaling
       [ep·S, H] in the dtype of `x`, sorted by local expert; rows past plan.arrival.group_sizes are zeros.
     """
     payload = x if wire_scaling is None else quantize(x, WIRE_DTYPE, scaling=wire_scaling)
-    slots = dispatch(payload, plan.departure, backend=backend)
-    arrived = jax.tree.map(lambda leaf: _all_to_all(leaf, axis), slots)
-    rows = dispatch(arrived, plan.arrival, backend=backend)
+    rows = _sent(payload, plan, axis, backend)
     return dequantize(rows, x.dtype) if isinstance(rows, QTensor) else rows
 
 
-def _send_rows_fwd(x, plan, axis, wire_scaling, backend):
-    return send_rows(x, plan, axis, wire_scaling, backend), plan
+@send_rows.defjvp
+def _send_rows_jvp(axis, wire_scaling, backend, primals, tangents):
+    x, plan = primals
+    dx, _ = tangents
+    return send_rows(x, plan, axis, wire_scaling, backend), _sent(dx, plan, axis, backend)
 
 
-def _send_rows_bwd(axis, wire_scaling, backend, plan, drows):
-    del wire_scaling
-    slots = return_rows(drows, plan, axis, backend)
-    return combine(slots, plan.departure, backend=backend), None
-
-
-send_rows.defvjp(_send_rows_fwd, _send_rows_bwd)
+def _sent[Rows: jax.Array | QTensor](x: Rows, plan: ExchangePlan, axis: str, backend: str) -> Rows:
+    """The rows as they are. Their gradient travels as `return_rows` has it, and is summed as `combine` does."""
+    slots = dispatch(x, plan.departure, backend=backend)
+    arrived = jax.tree.map(lambda leaf: _all_to_all(leaf, axis), slots)
+    return dispatch(arrived, plan.arrival, backend=backend)
 
 
 def return_rows(rows: jax.Array, plan: ExchangePlan, axis: str, backend: str) -> jax.Array:

@@ -21,7 +21,7 @@ def test_three_parts_of_a_weight_are_all_of_it(rng):
 
 def test_gradients(rng):
     x, kernel, dlogits = normal(rng, 20, 64, dtype="bfloat16"), normal(rng, 64, 8), normal(rng, 20, 8)
-    dx, dkernel = jax.jit(lambda *operands: jax.vjp(_in_bfloat16, *operands)[1](dlogits))(x, kernel)
+    dx, dkernel = jax.jit(lambda *operands: jax.vjp(router_logits, *operands)[1](dlogits))(x, kernel)
     assert (dx.dtype, dkernel.dtype) == (jnp.bfloat16, jnp.float32)
     assert relative_error(dx, float64(dlogits) @ float64(kernel).T) < LIMIT["bfloat16"]
     assert relative_error(dkernel, float64(x).T @ float64(dlogits)) < LIMIT["float32"]
