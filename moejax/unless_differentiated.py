@@ -32,7 +32,8 @@ def jvp_of_moving(function: Callable[..., Any], primals: Any, tangents: Any) -> 
 
     To JAX they would be numbers like others, and the derivatives for them would be computed.
     """
-    leaves, structure = jax.tree.flatten(primals)
+    leaves = jax.tree.leaves(primals)
+    structure: Any = jax.tree.structure(primals)
     directions = structure.flatten_up_to(tangents)
     moving = [i for i, direction in enumerate(directions) if not isinstance(direction, SymbolicZero)]
 

@@ -104,7 +104,7 @@ class Operator:
         self._primitive = core.Primitive(function)
         self._primitive.multiple_results = True
         # What was traced is traced again when it is lowered, and made low then.
-        self._primitive.is_high = lambda *_, **__: False
+        self._primitive.is_high = lambda *_, **__: False  # type: ignore[method-assign]
         self._primitive.def_impl(functools.partial(xla.apply_primitive, self._primitive))
         self._primitive.def_effectful_abstract_eval(lambda *_, jaxpr, **__: (jaxpr.out_avals, jaxpr.effects))
         batching.primitive_batchers[self._primitive] = self._batch
@@ -164,7 +164,8 @@ class Operator:
         del jaxpr
         with call.overrides.again():
             out, tangent = rule(call.backend, call.operands(primals), call.operands(tangents))
-        results, structure = jax.tree.flatten(out)
+        results = jax.tree.leaves(out)
+        structure: Any = jax.tree.structure(out)
         return results, [_instantiated(t, x) for t, x in zip(structure.flatten_up_to(tangent), results, strict=True)]
 
     def _linear_jvp(self, names: Sequence[str], backend: str, operands: Operands, tangents: Operands):

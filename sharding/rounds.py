@@ -119,7 +119,7 @@ def _transpose(cotangents, count, *arrays, function, jaxpr):
     asked = [i for i, x in enumerate(moved) if ad.is_undefined_primal(x)]
     pull = _Cotangents(function.of, tuple(function.moving[i] for i in asked), len(cotangents))
     found = _sums(pull, count, [*values, *map(ad.instantiate_zeros, cotangents)])
-    result = [None] * (1 + len(arrays))
+    result: list[Any] = [None] * (1 + len(arrays))
     for i, total in zip(asked, found, strict=True):
         result[1 + len(values) + i] = total.astype(moved[i].aval.dtype)
     return result
@@ -145,7 +145,8 @@ def _evaluate(*arrays: jax.Array, function: Any, jaxpr: Any) -> list[jax.Array]:
 
 _sums_p = core.Primitive("sum_over_rounds")
 _sums_p.multiple_results = True
-_sums_p.is_high = lambda *_, **__: False  # what was traced is traced again when it is lowered, and made low then
+# What was traced is traced again when it is lowered, and made low then.
+_sums_p.is_high = lambda *_, **__: False  # type: ignore[method-assign]
 _sums_p.def_impl(functools.partial(xla.apply_primitive, _sums_p))
 _sums_p.def_effectful_abstract_eval(lambda *_, jaxpr, **__: (jaxpr.out_avals, jaxpr.effects))
 mlir.register_lowering(_sums_p, mlir.lower_fun(_evaluate))
