@@ -5,24 +5,36 @@ need not pay for that: products of BF16 numbers are exact in the float32 accumul
 of three BF16 numbers, to the last bit but one.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.target import target_platform
+from moejax.unless_differentiated import jvp_of_moving
 
 
 def router_logits(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """The product x [T, H] · kernel [H, E] -> float32 [T, E], with the precision of float32 operands."""
-    if x.dtype == jnp.bfloat16 and target_platform() == "gpu":
-        return _in_bfloat16(x, kernel)
-    return _in_float32(x, kernel)
+    return _of_bfloat16(x, kernel) if x.dtype == jnp.bfloat16 else _in_float32(x, kernel)
+
+
+@jax.custom_jvp
+def _of_bfloat16(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """The product as it is fastest where it runs. Its derivatives are those of `_in_float32`."""
+    return jax.lax.platform_dependent(x, kernel, cuda=_in_bfloat16, default=_in_float32)
+
+
+@functools.partial(_of_bfloat16.defjvp, symbolic_zeros=True)
+def _jvp(operands, tangents):
+    # Keeps the operands as they are, not in float32.
+    in_float32 = jax.checkpoint(_in_float32, prevent_cse=False)
+    return _of_bfloat16(*operands), jvp_of_moving(in_float32, operands, tangents)[1]
 
 
 def _in_float32(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return jnp.dot(x.astype(jnp.float32), kernel.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
 
 
-@jax.custom_vjp
 def _in_bfloat16(x: jax.Array, kernel: jax.Array) -> jax.Array:
     if kernel.dtype == jnp.bfloat16:
         return jnp.dot(x, kernel, preferred_element_type=jnp.float32)
@@ -35,14 +47,3 @@ def _in_bfloat16(x: jax.Array, kernel: jax.Array) -> jax.Array:
     products = jnp.dot(x, jnp.concatenate(parts, axis=1), preferred_element_type=jnp.float32)
     large, middle, small = jnp.split(products, 3, axis=1)
     return large + (middle + small)
-
-
-def _forward(x, kernel):
-    return _in_bfloat16(x, kernel), (x, kernel)
-
-
-def _backward(operands, dlogits):
-    return jax.vjp(_in_float32, *operands)[1](dlogits)
-
-
-_in_bfloat16.defvjp(_forward, _backward)

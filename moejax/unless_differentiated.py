@@ -5,9 +5,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.custom_derivatives import SymbolicZero
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def unless_differentiated(fast: Callable[..., Any], differentiable: Callable[..., Any], *args: Any) -> Any:
     """fast(*args), or differentiable(*args) inside `jax.grad` and its kin: for what serving can do and training cannot.
 
@@ -20,14 +21,26 @@ def unless_differentiated(fast: Callable[..., Any], differentiable: Callable[...
     return fast(*args)
 
 
-def _forward(fast, differentiable, *args):
+@functools.partial(unless_differentiated.defjvp, symbolic_zeros=True)
+def _jvp(fast, differentiable, primals, tangents):
     del fast
-    return jax.vjp(differentiable, *args)
+    return jvp_of_moving(differentiable, primals, tangents)
 
 
-def _backward(fast, differentiable, pull, cotangents):
-    del fast, differentiable
-    return pull(cotangents)
+def jvp_of_moving(function: Callable[..., Any], primals: Any, tangents: Any) -> tuple[Any, Any]:
+    """`jax.jvp(function, primals, tangents)` of tangents some of which are `SymbolicZero`.
 
+    To JAX they would be numbers like others, and the derivatives for them would be computed.
+    """
+    leaves = jax.tree.leaves(primals)
+    structure: Any = jax.tree.structure(primals)
+    directions = structure.flatten_up_to(tangents)
+    moving = [i for i, direction in enumerate(directions) if not isinstance(direction, SymbolicZero)]
 
-unless_differentiated.defvjp(_forward, _backward)
+    def of_moving(*values: jax.Array) -> Any:
+        merged = list(leaves)
+        for i, value in zip(moving, values, strict=True):
+            merged[i] = value
+        return function(*jax.tree.unflatten(structure, merged))
+
+    return jax.jvp(of_moving, [leaves[i] for i in moving], [directions[i] for i in moving])

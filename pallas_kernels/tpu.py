@@ -1,5 +1,7 @@
 """The TPU that kernels are compiled for, and what its cores can do."""
 
+import contextlib
+
 import jax
 
 from pallas_kernels.backend import Unsupported
@@ -31,3 +33,17 @@ def tpu_chip() -> Chip:
 def cores_of_a_device(chip: Chip) -> int:
     """TensorCores that act as one JAX device: both of a v5p, one of the others (a v7x is two devices)."""
     return chip.cores if chip.name == "v5p" else 1
+
+
+def as_on_a_tpu() -> contextlib.AbstractContextManager[object]:
+    """A context that tells Pallas, which asks the mesh, what TPU it lowers for where there is none at hand."""
+    mesh = jax.sharding.get_abstract_mesh()
+    told = mesh.abstract_device
+    if jax.devices()[0].platform == "tpu" or (told is not None and told.platform == "tpu"):
+        return contextlib.nullcontext()
+    target = target_chip()
+    chip = target if target is not None and target.kind == "tpu" else get_chip(ASSUMED)
+    device = jax.sharding.AbstractDevice(
+        device_kind=chip.device_kinds[0], num_cores=cores_of_a_device(chip), platform="tpu"
+    )
+    return jax.sharding.use_abstract_mesh(mesh.update(abstract_device=device))

@@ -14,7 +14,7 @@ from pallas_kernels.dispatch import dispatch
 from pallas_kernels.plan import Plan
 from pallas_kernels.quantize import QTensor, dequantize
 from sharding.exchange_plan import ExchangePlan, plan_arrival
-from sharding.tensor_parallel import gather_columns, sum_columns, to_columns, to_tokens
+from sharding.tensor_parallel import gather_columns, sum_columns, to_columns
 from sharding.wire import Wire, as_bytes
 
 
@@ -47,7 +47,7 @@ def announce(departure: Plan, experts: jax.Array, num_local_experts: int, axis: 
     return ExchangePlan(departure, plan_arrival(_all_to_all(experts, axis), num_local_experts))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def send_rows(x: jax.Array, plan: ExchangePlan, route: Route) -> jax.Array:
     """Brings every token's row to the ranks of its experts.
 
@@ -62,28 +62,25 @@ def send_rows(x: jax.Array, plan: ExchangePlan, route: Route) -> jax.Array:
     Returns:
       [ep·S, H] in the dtype of `x`, sorted by local expert; rows past plan.arrival.group_sizes are zeros.
     """
-    payload = x if route.wire is None else route.wire.load(x)
-    if route.tensor:
-        payload = to_columns(payload, route.tensor)
-    slots = dispatch(payload, plan.departure, backend=route.backend)
-    arrived = jax.tree.map(lambda leaf: _all_to_all(leaf, route.axis), slots)
-    rows = dispatch(arrived, plan.arrival, backend=route.backend)
-    if route.tensor:
-        rows = gather_columns(rows, route.tensor)
+    rows = _sent(x if route.wire is None else route.wire.load(x), plan, route)
     return dequantize(rows, x.dtype) if isinstance(rows, QTensor) else rows
 
 
-def _send_rows_fwd(x, plan, route):
-    return send_rows(x, plan, route), plan
+@send_rows.defjvp
+def _send_rows_jvp(route, primals, tangents):
+    x, plan = primals
+    dx, _ = tangents
+    return send_rows(x, plan, route), _sent(dx, plan, route)
 
 
-def _send_rows_bwd(route, plan, drows):
-    slots = return_rows(drows, plan, route)
-    dx = combine(slots, plan.departure, backend=route.backend)
-    return to_tokens(dx, route.tensor) if route.tensor else dx, None
-
-
-send_rows.defvjp(_send_rows_fwd, _send_rows_bwd)
+def _sent[Rows: jax.Array | QTensor](x: Rows, plan: ExchangePlan, route: Route) -> Rows:
+    """The rows as they are. Their gradient travels as `return_rows` has it, and is summed as `combine` does."""
+    if route.tensor:
+        x = to_columns(x, route.tensor)
+    slots = dispatch(x, plan.departure, backend=route.backend)
+    arrived = jax.tree.map(lambda leaf: _all_to_all(leaf, route.axis), slots)
+    rows = dispatch(arrived, plan.arrival, backend=route.backend)
+    return gather_columns(rows, route.tensor) if route.tensor else rows
 
 
 def return_rows(rows: jax.Array, plan: ExchangePlan, route: Route) -> jax.Array:

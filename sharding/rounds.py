@@ -1,24 +1,29 @@
-"""A sum over a number of rounds that only the data tell, with a gradient.
+"""A sum over a number of rounds that only the data tell, with derivatives.
 
-A `lax.fori_loop` over a traced number of rounds cannot be differentiated: the number of residuals is unknown. Here the
-backward pass runs the same rounds again, each forward and back, so that nothing of a round outlives it and memory is
-that of one round.
+A `lax.fori_loop` over a traced number of rounds cannot be differentiated in reverse: the number of residuals is
+unknown. Here a sum is one primitive, and its derivatives are sums over the same rounds: of the tangents of each round,
+and, transposed, of the cotangents of each, which is run forward again for that. So nothing of a round outlives it,
+memory is that of one round, and derivatives of every order are there.
 """
 
+import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.extend import core
+from jax.interpreters import ad, batching, mlir, xla
 
 from pallas_kernels.varying import vary_over, varying_axes
 
 Round = Callable[[jax.Array, Any, Any], jax.Array]
 
+_Arrays = Sequence[jax.Array]
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+
 def sum_over_rounds(function: Round, count: jax.Array, constants: Any, args: Any) -> jax.Array:
     """Σ function(r, constants, args) for r = 0 … count − 1, added in that order.
 
@@ -28,44 +33,126 @@ def sum_over_rounds(function: Round, count: jax.Array, constants: Any, args: Any
       constants: pytree of arrays that take no gradient.
       args: pytree of arrays; those of 16 bits or more in floating point take a gradient, the others are constants.
     """
-    total = jax.eval_shape(function, 0, constants, args)
-
-    def body(index: jax.Array, so_far: jax.Array) -> jax.Array:
-        return so_far + function(index, constants, args)
-
-    zeros = vary_over(jnp.zeros(total.shape, total.dtype), varying_axes((constants, args)))
-    return lax.fori_loop(0, count, body, zeros)
+    args = jax.tree.map(lambda leaf: leaf if _takes_gradient(leaf) else lax.stop_gradient(leaf), args)
+    leaves, structure = jax.tree.flatten((lax.stop_gradient(constants), args))
+    (total,) = _sums(_Round(function, structure), jnp.asarray(count), leaves)
+    return total
 
 
-def _forward(function, count, constants, args):
-    return sum_over_rounds(function, count, constants, args), (count, constants, args)
+@dataclasses.dataclass(frozen=True)
+class _Round:
+    """`function` of arrays that are not in a tree, with one result."""
+
+    function: Round
+    structure: Any
+
+    def __call__(self, index: jax.Array, *leaves: jax.Array) -> list[jax.Array]:
+        return [self.function(index, *jax.tree.unflatten(self.structure, leaves))]
 
 
-def _backward(function, residuals, dout):
-    count, constants, args = residuals
-    leaves, structure = jax.tree.flatten(args)
-    trained = [i for i, leaf in enumerate(leaves) if _takes_gradient(leaf)]
+@dataclasses.dataclass(frozen=True)
+class _Tangents:
+    """The tangents of a round's results: of its arrays, then the tangents of those that are `moving`."""
 
-    def one_round(index: jax.Array, values: list[jax.Array]) -> jax.Array:
-        merged = list(leaves)
-        for i, value in zip(trained, values, strict=True):
-            merged[i] = value
-        return function(index, constants, jax.tree.unflatten(structure, merged))
+    of: Callable[..., list[jax.Array]]
+    moving: tuple[int, ...]
+
+    def __call__(self, index: jax.Array, *arrays: jax.Array) -> list[jax.Array]:
+        values, tangents = arrays[: -len(self.moving)], arrays[-len(self.moving) :]
+        moved = [values[i] for i in self.moving]
+        return jax.jvp(functools.partial(_with, self.of, index, values, self.moving), moved, list(tangents))[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Cotangents:
+    """The cotangents, in float32, of the arrays of a round that are `moving`: of its arrays, then of its results."""
+
+    of: Callable[..., list[jax.Array]]
+    moving: tuple[int, ...]
+    results: int
+
+    def __call__(self, index: jax.Array, *arrays: jax.Array) -> list[jax.Array]:
+        values, cotangents = arrays[: -self.results], arrays[-self.results :]
+        moved = [values[i] for i in self.moving]
+        _, pullback = jax.vjp(functools.partial(_with, self.of, index, values, self.moving), *moved)
+        return [gradient.astype(jnp.float32) for gradient in pullback(list(cotangents))]
+
+
+def _with(function: Callable[..., Any], index: jax.Array, values: _Arrays, places: Sequence[int], *moved: jax.Array):
+    """function(index, *values), with others at some places."""
+    merged = list(values)
+    for place, value in zip(places, moved, strict=True):
+        merged[place] = value
+    return function(index, *merged)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _loop(function: Callable[..., list[jax.Array]], count: jax.Array, *arrays: jax.Array) -> list[jax.Array]:
+    axes = varying_axes(arrays)
 
     def body(index: jax.Array, so_far: list[jax.Array]) -> list[jax.Array]:
-        _, pullback = jax.vjp(functools.partial(one_round, index), [leaves[i] for i in trained])
-        (gradients,) = pullback(dout)
-        return [total + g.astype(jnp.float32) for total, g in zip(so_far, gradients, strict=True)]
+        return [total + vary_over(x, axes) for total, x in zip(so_far, function(index, *arrays), strict=True)]
 
-    zeros = [vary_over(jnp.zeros(leaves[i].shape, jnp.float32), varying_axes(leaves[i])) for i in trained]
-    totals = lax.fori_loop(0, count, body, zeros)
-    gradients = [None] * len(leaves)
-    for i, total in zip(trained, totals, strict=True):
-        gradients[i] = total.astype(leaves[i].dtype)
-    return None, None, jax.tree.unflatten(structure, gradients)
+    shapes = jax.eval_shape(function, 0, *arrays)
+    return lax.fori_loop(0, count, body, [vary_over(jnp.zeros(x.shape, x.dtype), axes) for x in shapes])
 
 
-sum_over_rounds.defvjp(_forward, _backward)
+def _sums(function: Callable[..., list[jax.Array]], count: jax.Array, arrays: _Arrays) -> list[jax.Array]:
+    """Σ function(r, *arrays) of each of its results."""
+    traced = _loop.trace(function, count, *arrays)
+    return _sums_p.bind(count, *arrays, function=function, jaxpr=traced.jaxpr)
+
+
+def _jvp(primals, tangents, *, function, jaxpr):
+    count, *arrays = primals
+    results = _sums_p.bind(count, *arrays, function=function, jaxpr=jaxpr)
+    moving = tuple(i for i, tangent in enumerate(tangents[1:]) if not isinstance(tangent, ad.Zero))
+    moved = [tangents[1 + i] for i in moving]
+    return results, _sums(_Tangents(function, moving), count, [*arrays, *moved])
+
+
+def _transpose(cotangents, count, *arrays, function, jaxpr):
+    """Only tangents are linear, and so only they are transposed."""
+    del jaxpr
+    assert isinstance(function, _Tangents), function
+    values, moved = arrays[: -len(function.moving)], arrays[-len(function.moving) :]
+    asked = [i for i, x in enumerate(moved) if ad.is_undefined_primal(x)]
+    pull = _Cotangents(function.of, tuple(function.moving[i] for i in asked), len(cotangents))
+    found = _sums(pull, count, [*values, *map(ad.instantiate_zeros, cotangents)])
+    result: list[Any] = [None] * (1 + len(arrays))
+    for i, total in zip(asked, found, strict=True):
+        result[1 + len(values) + i] = total.astype(moved[i].aval.dtype)
+    return result
+
+
+def _batch(arrays, dims, *, function, jaxpr):
+    del jaxpr
+    mapped = [jnp.moveaxis(x, d, 0) for x, d in zip(arrays, dims, strict=True) if d is not None]
+
+    def one(slices: list[jax.Array]) -> list[jax.Array]:
+        rest = iter(slices)
+        count, *whole = [x if d is None else next(rest) for x, d in zip(arrays, dims, strict=True)]
+        return _sums(function, count, whole)
+
+    results = lax.map(one, mapped)
+    return results, [0] * len(results)
+
+
+def _evaluate(*arrays: jax.Array, function: Any, jaxpr: Any) -> list[jax.Array]:
+    del function
+    return core.jaxpr_as_fun(jaxpr)(*arrays)
+
+
+_sums_p = core.Primitive("sum_over_rounds")
+_sums_p.multiple_results = True
+# What was traced is traced again when it is lowered, and made low then.
+_sums_p.is_high = lambda *_, **__: False  # type: ignore[method-assign]
+_sums_p.def_impl(functools.partial(xla.apply_primitive, _sums_p))
+_sums_p.def_effectful_abstract_eval(lambda *_, jaxpr, **__: (jaxpr.out_avals, jaxpr.effects))
+mlir.register_lowering(_sums_p, mlir.lower_fun(_evaluate))
+ad.primitive_jvps[_sums_p] = _jvp
+ad.primitive_transposes[_sums_p] = _transpose
+batching.primitive_batchers[_sums_p] = _batch
 
 
 def _takes_gradient(leaf: jax.Array) -> bool:

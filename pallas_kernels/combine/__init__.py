@@ -3,14 +3,11 @@
 rows [R, H], weights [T, K] -> [T, H]      out[t] = Σ_k weights[t, k] · rows[plan.inverse[t, k]]
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.backend import run
+from pallas_kernels.moved_rows import combined
 from pallas_kernels.plan import Plan
-from pallas_kernels.varying import vary_alike
 
 
 def combine(
@@ -50,29 +47,7 @@ def combine(
             f"weights must have the plan's shape [T, K] = {list(plan.inverse.shape)}, got {list(weights.shape)}"
         )
     out_dtype = rows.dtype if preferred_element_type is None else jnp.dtype(preferred_element_type)
-    return _combine(backend, out_dtype, *vary_alike((rows, plan, weights)))
+    return combined(backend, rows=rows, plan=plan, weights=weights, out_dtype=out_dtype)
 
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _combine(backend, out_dtype, rows, plan, weights):
-    return run("combine", "combine", backend, rows, plan, weights, out_dtype=out_dtype)
-
-
-def _combine_fwd(backend, out_dtype, rows, plan, weights):
-    return _combine(backend, out_dtype, rows, plan, weights), (rows, plan, weights)
-
-
-def _combine_bwd(backend, _out_dtype, residuals, dout):
-    rows, plan, weights = residuals
-    if weights.size == 0:
-        return jnp.zeros_like(rows), None, jnp.zeros_like(weights)
-    row_weights = weights.astype(jnp.float32).reshape(-1)[jnp.maximum(plan.order, 0)]
-    row_weights = jnp.where(plan.order >= 0, row_weights, 0)
-    drows = run("dispatch", "dispatch", backend, dout, plan).astype(jnp.float32) * row_weights[:, None]
-    dweights = run("combine", "combine_dweights", backend, rows, plan, dout)
-    return drows.astype(rows.dtype), None, dweights.astype(weights.dtype)
-
-
-_combine.defvjp(_combine_fwd, _combine_bwd)
 
 __all__ = ["combine"]

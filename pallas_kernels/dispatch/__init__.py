@@ -3,15 +3,11 @@
 x [T, H], plan of [T, K] assignments into R rows -> [R, H]      row r = x[plan.order[r] // K]
 """
 
-import functools
-
 import jax
-import jax.numpy as jnp
 
-from pallas_kernels.backend import run
+from pallas_kernels.moved_rows import dispatched
 from pallas_kernels.plan import Plan
 from pallas_kernels.quantize import QTensor, check_qtensor
-from pallas_kernels.varying import vary_alike
 
 
 def dispatch[Rows: jax.Array | QTensor](x: Rows, plan: Plan, *, backend: str = "auto") -> Rows:
@@ -40,24 +36,8 @@ def dispatch[Rows: jax.Array | QTensor](x: Rows, plan: Plan, *, backend: str = "
                 f"x: rows that travel need scales of their own, got scale {list(x.scale.shape)} for {num_tokens} rows; "
                 "quantize with scaling '1x128' or 'per_row'"
             )
-        return run("dispatch", "dispatch", backend, jax.lax.stop_gradient(x), plan)
-    return _dispatch(backend, *vary_alike((x, plan)))
+        x = jax.lax.stop_gradient(x)
+    return dispatched(backend, x=x, plan=plan)
 
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _dispatch(backend, x, plan):
-    return run("dispatch", "dispatch", backend, x, plan)
-
-
-def _dispatch_fwd(backend, x, plan):
-    return _dispatch(backend, x, plan), plan
-
-
-def _dispatch_bwd(backend, plan, drows):
-    ones = jnp.ones(plan.inverse.shape, jnp.float32)
-    return run("combine", "combine", backend, drows, plan, ones, out_dtype=drows.dtype), None
-
-
-_dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
 
 __all__ = ["dispatch"]

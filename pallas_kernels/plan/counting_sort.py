@@ -13,8 +13,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.backend import run
 from pallas_kernels.plan.ids import as_ids
+from pallas_kernels.primitive import Operator
+
+_counting_sort = Operator("plan", "counting_sort")
 
 
 class Sorted(NamedTuple):
@@ -50,4 +52,4 @@ def counting_sort(keys: jax.Array, num_groups: int, *, backend: str = "auto") ->
     if num_groups < 1:
         raise ValueError(f"num_groups must be at least 1, got {num_groups}")
     keys = keys if keys.dtype == jnp.int32 else as_ids(keys, num_groups)
-    return Sorted(*run("plan", "counting_sort", backend, keys, num_groups))
+    return Sorted(*_counting_sort(backend, keys=keys, num_groups=num_groups))

@@ -3,14 +3,13 @@
 scores [T, E] -> ids [T, K], best first, and weights [T, K]; among equal scores the lower number wins.
 """
 
-import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.backend import run
 from pallas_kernels.concrete import is_less
+from pallas_kernels.primitive import Operands, Operator, zero_tangent
 from pallas_kernels.top_k.reference import weights_at
 
 
@@ -42,7 +41,7 @@ def top_k(scores: jax.Array, k: int, *, normalize: bool = False, backend: str = 
       ValueError: `scores` is not a floating-point matrix, or `k` is out of range.
     """
     _check(scores, k)
-    return TopK(*_top_k(k, normalize, backend, scores))
+    return TopK(*_top_k(backend, scores=scores, k=k, normalize=normalize))
 
 
 def top_k_ids(scores: jax.Array, k: int, *, backend: str = "auto") -> jax.Array:
@@ -60,26 +59,21 @@ def top_k_ids(scores: jax.Array, k: int, *, backend: str = "auto") -> jax.Array:
       ValueError: `scores` is not a floating-point matrix, or `k` is out of range.
     """
     _check(scores, k)
-    return run("top_k", "top_k_ids", backend, jax.lax.stop_gradient(scores), k)
+    return _top_k_ids(backend, scores=jax.lax.stop_gradient(scores), k=k)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _top_k(k: int, normalize: bool, backend: str, scores: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return run("top_k", "top_k", backend, scores, k, normalize=normalize)
+def _top_k_jvp(backend: str, operands: Operands, tangents: Operands) -> tuple[Any, Any]:
+    weights, ids = _top_k(backend, **operands)
+
+    def chosen(scores: jax.Array) -> jax.Array:
+        return weights_at(scores, ids, normalize=operands["normalize"])
+
+    _, dweights = jax.jvp(chosen, (operands["scores"],), (tangents["scores"],))
+    return (weights, ids), (dweights, zero_tangent(ids))
 
 
-def _top_k_fwd(k, normalize, backend, scores):
-    weights, ids = _top_k(k, normalize, backend, scores)
-    return (weights, ids), (scores, ids)
-
-
-def _top_k_bwd(k, normalize, backend, residuals, cotangents):
-    del k, backend
-    scores, ids = residuals
-    return jax.vjp(lambda scores: weights_at(scores, ids, normalize=normalize), scores)[1](cotangents[0])
-
-
-_top_k.defvjp(_top_k_fwd, _top_k_bwd)
+_top_k = Operator("top_k", "top_k", jvp=_top_k_jvp)
+_top_k_ids = Operator("top_k", "top_k_ids")
 
 
 def _check(scores: jax.Array, k: int) -> None:

@@ -61,9 +61,7 @@ def test_real_tokens_fare_as_without_padding(ep, dtype, capacity_factor, rng):
     padded_x, mask = padded(rng, x)
     padded_direction = jnp.zeros(padded_x.shape).at[mask].set(direction.reshape(-1, 32).astype(jnp.float32))
     (_, (y, aux)), (dx, dparams) = run(x, params, direction.astype(jnp.float32), None, config=config, ep=1)
-    (_, (z, padded_aux)), (dz, padded_dparams) = run(
-        padded_x, params, padded_direction, mask, config=config, ep=ep
-    )
+    (_, (z, padded_aux)), (dz, padded_dparams) = run(padded_x, params, padded_direction, mask, config=config, ep=ep)
 
     of_real = np.asarray(mask).reshape(-1)
     assert same_bits(padded_aux.topk_ids.reshape(-1, 2)[of_real], aux.topk_ids.reshape(-1, 2))

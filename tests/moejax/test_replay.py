@@ -26,7 +26,10 @@ def test_every_router_replays_or_refuses():
 @pytest.mark.parametrize("name", REPLAYING)
 def test_the_same_choices_give_the_same_result(name, ep, rng):
     layer = MoE(
-        ROUTERS[name](CONFIG), rngs=nnx.Rngs(params=0, router=1), mesh=make_mesh(ep) if ep > 1 else None, deterministic=True
+        ROUTERS[name](CONFIG),
+        rngs=nnx.Rngs(params=0, router=1),
+        mesh=make_mesh(ep) if ep > 1 else None,
+        deterministic=True,
     )
     x = normal(rng, 2, 6, 32)
     y, aux = layer(x)

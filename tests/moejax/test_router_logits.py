@@ -21,7 +21,22 @@ def test_three_parts_of_a_weight_are_all_of_it(rng):
 
 def test_gradients(rng):
     x, kernel, dlogits = normal(rng, 20, 64, dtype="bfloat16"), normal(rng, 64, 8), normal(rng, 20, 8)
-    dx, dkernel = jax.jit(lambda *operands: jax.vjp(_in_bfloat16, *operands)[1](dlogits))(x, kernel)
+    dx, dkernel = jax.jit(lambda *operands: jax.vjp(router_logits, *operands)[1](dlogits))(x, kernel)
     assert (dx.dtype, dkernel.dtype) == (jnp.bfloat16, jnp.float32)
     assert relative_error(dx, float64(dlogits) @ float64(kernel).T) < LIMIT["bfloat16"]
     assert relative_error(dkernel, float64(x).T @ float64(dlogits)) < LIMIT["float32"]
+
+
+def test_forward_mode_and_the_product_of_each_platform(rng):
+    x, kernel = normal(rng, 20, 64, dtype="bfloat16"), normal(rng, 64, 8)
+    dx, dkernel = normal(rng, 20, 64, dtype="bfloat16"), normal(rng, 64, 8)
+    _, dlogits = jax.jvp(router_logits, (x, kernel), (dx, dkernel))
+    expected = float64(dx) @ float64(kernel) + float64(x) @ float64(dkernel)
+    assert relative_error(dlogits, expected) < LIMIT["float32"]
+
+    def products(platform: str) -> str:
+        text = jax.jit(router_logits).trace(x, kernel).lower(lowering_platforms=(platform,)).as_text()
+        return next(line for line in text.splitlines() if "dot_general" in line)
+
+    assert "tensor<64x24xbf16>" in products("cuda")  # the three parts of each weight
+    assert "tensor<64x8xf32>" in products("cpu")

@@ -37,3 +37,23 @@ def test_the_other_one_and_its_gradients_elsewhere():
 def test_fast_again_in_what_is_only_recomputed():
     y, _ = jax.jit(jax.checkpoint(lambda *args: unless_differentiated(fast, differentiable, *args)))(*ARGUMENTS)
     np.testing.assert_array_equal(y, [5.0, -6.0])
+
+
+def test_forward_mode_and_second_derivatives():
+    def of(x, table):
+        return unless_differentiated(fast, differentiable, x, table, ARGUMENTS[2])[0]
+
+    moved = jnp.array([1.0, -1.0]), jnp.array([0.5, 0.0, 2.0])
+    y, dy = jax.jit(lambda *args: jax.jvp(of, args, moved))(*ARGUMENTS[:2])
+    np.testing.assert_array_equal(y, [6.25, -7.5])
+    np.testing.assert_array_equal(dy, [1.0 * 5.0 + 1.25 * 2.0, -1.0 * 3.0 - 2.5 * 0.5])
+    mixed = jax.jacfwd(jax.grad(lambda *args: of(*args).sum(), 0), 1)(*ARGUMENTS[:2])
+    np.testing.assert_array_equal(mixed, [[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]])
+
+
+def test_what_does_not_move_has_no_derivatives():
+    def loss(x):
+        return unless_differentiated(fast, differentiable, x, *ARGUMENTS[1:])[0].sum()
+
+    # Of the table, an addition to one of its places would be.
+    assert "scatter" not in str(jax.make_jaxpr(jax.grad(loss))(ARGUMENTS[0]))

@@ -52,6 +52,34 @@ def test_values_and_gradients(count, rng):
         assert relative_error(gradient, reference) < limit
 
 
+@pytest.mark.parametrize("count", [0, 3])
+def test_forward_mode_and_second_derivatives(count, rng):
+    constants, args = make_args(rng)
+    trained = args["x"].astype(jnp.float32), args["weights"][0]
+    direction, along = normal(rng, 3, 2), (normal(rng, 3, 5), normal(rng, 5, 2))
+
+    def hvps(function):
+        of = loss(lambda *args: jnp.sin(function(*args)), direction)
+        gradient = jax.grad(lambda *trained: of(*trained, count, constants, args), argnums=(0, 1))
+        turned = jax.grad(lambda *x: sum((g * d).sum() for g, d in zip(gradient(*x), along, strict=True)), (0, 1))
+        return (
+            jax.jvp(lambda *trained: of(*trained, count, constants, args), trained, along),
+            jax.jvp(gradient, trained, along)[1],
+            turned(*trained),
+        )
+
+    got, expected = jax.jit(lambda: hvps(in_rounds))(), hvps(unrolled)
+    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        assert relative_error(one, other) < 1e-5
+
+
+def test_mapped_over_numbers_of_rounds(rng):
+    constants, args = make_args(rng)
+    counts = jnp.arange(MOST + 1)
+    got = jax.jit(jax.vmap(lambda count: in_rounds(count, constants, args)))(counts)
+    assert relative_error(got, jnp.stack([unrolled(count, constants, args) for count in range(MOST + 1)])) < 1e-6
+
+
 def test_gradients_are_added_in_float32(rng):
     """In BF16, 256 + 1 is 256 again, however often 1 is added."""
     x = jnp.ones((), jnp.bfloat16)

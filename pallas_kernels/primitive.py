@@ -1,0 +1,235 @@
+"""An operator as a JAX primitive: an implementation for each platform, and rules for its derivatives.
+
+JAX traces a program before it knows where it will run. A call of an operator is therefore one equation of the traced
+program, and `backend="auto"` takes its implementation when the equation is lowered: of the platform that is lowered
+for, be it that of the arrays, of a mesh, or of `jax.export(..., platforms=["tpu"])`. Meanwhile the reference, traced,
+says what comes out. Where the caller names a backend or a target, it is that implementation that is traced, at once, so
+that what it refuses is an error where it is called.
+
+Derivatives are again operators. The rule of a derivative takes operands and tangents by name and says what comes out
+and its tangent; in terms of operators that are linear in the tangent, which have a second rule, of their transposes.
+So reverse mode keeps the operands of those operators and nothing else, and derivatives of every order are there.
+
+    tripled = Operator("triple", "triple", jvp=..., transpose=...)    # pallas_kernels/triple/reference.py: triple(x, n)
+    tripled("auto", x=x, n=3)
+
+Called with arrays outside of `jax.jit`, an operator is compiled once for shapes and settings that are alike.
+"""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core
+from jax.interpreters import ad, batching, mlir, xla
+
+from pallas_kernels.backend import check_backend, run
+from pallas_kernels.override import Overrides, overrides
+from pallas_kernels.target import lowering_for, named_platform
+from pallas_kernels.tpu import as_on_a_tpu
+from pallas_kernels.varying import vary_alike
+
+Operands = dict[str, Any]
+"""What an operator is called with, by name: pytrees of arrays, and what is fixed at trace time."""
+
+_PLATFORMS: Mapping[str, str] = {"tpu": "tpu", "cuda": "gpu"}
+"""The platforms, as JAX names them when it lowers, that have kernels, and as `target_platform` names them."""
+
+
+class _Array:
+    """Stands for an array among what is fixed at trace time."""
+
+    def __repr__(self) -> str:
+        return "array"
+
+
+_ARRAY = _Array()
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """What is fixed at trace time of one call of an operator.
+
+    Attributes:
+      backend: as the caller names it.
+      structure: of the operands.
+      leaves: of the operands, `_ARRAY` for each array.
+      overrides: with which it was called.
+      is_settled: whether the implementation is the same on all platforms.
+    """
+
+    backend: str
+    structure: Any
+    leaves: tuple[Any, ...]
+    overrides: Overrides
+    is_settled: bool
+
+    def operands(self, arrays: Sequence[Any]) -> Operands:
+        """The operands, with `arrays` (or what stands for them) in their places."""
+        rest = iter(arrays)
+        return jax.tree.unflatten(self.structure, [next(rest) if x is _ARRAY else x for x in self.leaves])
+
+
+class Operator:
+    """One function of an operator's implementations, to be called with a backend and operands by name.
+
+    Args:
+      operator: the package below `pallas_kernels`.
+      function: its function, of that name in each of its implementations.
+      linear_in: names of operands, arrays, in each of which the operator is linear while the others stay: all that
+        need be said of its tangents.
+      jvp: (backend, operands, tangents) -> (result, its tangent), where that does not say it. Tangents have the
+        structure of the operands, or are `ad.Zero`.
+      transpose: (backend, cotangent, operands) -> the cotangents of those operands that are asked for, by name.
+      hidden: names of operands that only the rules see.
+    """
+
+    def __init__(
+        self,
+        operator: str,
+        function: str,
+        *,
+        linear_in: tuple[str, ...] = (),
+        jvp: Callable[[str, Operands, Operands], tuple[Any, Any]] | None = None,
+        transpose: Callable[[str, Any, Operands], Operands] | None = None,
+        hidden: frozenset[str] = frozenset(),
+    ):
+        self._operator, self._function, self._hidden = operator, function, hidden
+        self._traced = jax.jit(self._run, static_argnums=0)
+        self._primitive = core.Primitive(function)
+        self._primitive.multiple_results = True
+        # What was traced is traced again when it is lowered, and made low then.
+        self._primitive.is_high = lambda *_, **__: False  # type: ignore[method-assign]
+        self._primitive.def_impl(functools.partial(xla.apply_primitive, self._primitive))
+        self._primitive.def_effectful_abstract_eval(lambda *_, jaxpr, **__: (jaxpr.out_avals, jaxpr.effects))
+        batching.primitive_batchers[self._primitive] = self._batch
+        mlir.register_lowering(self._primitive, mlir.lower_fun(_evaluate))
+        for name, platform in _PLATFORMS.items():
+            mlir.register_lowering(self._primitive, functools.partial(self._lower, platform), platform=name)
+        if linear_in:
+            jvp = functools.partial(self._linear_jvp, linear_in)
+        if jvp is not None:
+            ad.primitive_jvps[self._primitive] = functools.partial(self._jvp, jvp)
+        if transpose is not None:
+            ad.primitive_transposes[self._primitive] = functools.partial(self._transpose, transpose)
+
+    def __call__(self, backend: str, **operands: Any) -> Any:
+        """Calls the operator.
+
+        Raises:
+          ValueError: `backend` is not a name of a backend.
+          Unsupported: the named backend, or a target's, cannot do what it was asked.
+        """
+        check_backend(backend)
+        leaves, structure = jax.tree.flatten(operands)
+        is_array = [isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves]
+        fixed = tuple(_ARRAY if array else leaf for leaf, array in zip(leaves, is_array, strict=True))
+        call = Call(backend, structure, fixed, overrides(), backend != "auto" or named_platform() is not None)
+        return self._bind(call, [leaf for leaf, array in zip(leaves, is_array, strict=True) if array])
+
+    def _bind(self, call: Call, arrays: Sequence[jax.Array]) -> Any:
+        arrays = vary_alike(list(arrays))
+        traced = self._traced.trace(call, *arrays)
+        results = self._primitive.bind(*arrays, call=call, jaxpr=traced.jaxpr)
+        return jax.tree.unflatten(jax.tree.structure(traced.out_info), results)
+
+    def _run(self, call: Call, *arrays: jax.Array) -> Any:
+        """The implementation, where the call is settled, else the reference."""
+        return self._implementation(call if call.is_settled else dataclasses.replace(call, backend="xla"), arrays)
+
+    def _implementation(self, call: Call, arrays: Sequence[jax.Array]) -> Any:
+        operands = {name: x for name, x in call.operands(arrays).items() if name not in self._hidden}
+        return run(self._operator, self._function, call.backend, **operands)
+
+    def _lower(self, platform: str, ctx: Any, *values: Any, call: Call, jaxpr: Any) -> Any:
+        """The lowering rule of a platform that has kernels."""
+        if call.is_settled:
+            return mlir.lower_fun(_evaluate)(ctx, *values, call=call, jaxpr=jaxpr)
+
+        def implementation(*arrays: jax.Array) -> list[jax.Array]:
+            with call.overrides.again(), lowering_for(platform):
+                return jax.tree.leaves(self._implementation(call, arrays))
+
+        with as_on_a_tpu() if platform == "tpu" else contextlib.nullcontext():
+            return mlir.lower_fun(implementation)(
+                ctx.replace(avals_in=[_on_this_mesh(x) for x in ctx.avals_in]), *values
+            )
+
+    def _jvp(self, rule, primals, tangents, *, call: Call, jaxpr: Any):
+        del jaxpr
+        with call.overrides.again():
+            out, tangent = rule(call.backend, call.operands(primals), call.operands(tangents))
+        results = jax.tree.leaves(out)
+        structure: Any = jax.tree.structure(out)
+        return results, [_instantiated(t, x) for t, x in zip(structure.flatten_up_to(tangent), results, strict=True)]
+
+    def _linear_jvp(self, names: Sequence[str], backend: str, operands: Operands, tangents: Operands):
+        terms = [self(backend, **operands | {n: tangents[n]}) for n in names if not is_zero(tangents[n])]
+        result = self(backend, **operands)
+        return result, sum(terms[1:], start=terms[0]) if terms else zero_tangent(result)
+
+    def _transpose(self, rule, cotangents, *arrays, call: Call, jaxpr: Any):
+        del jaxpr
+        (cotangent,) = cotangents
+        operands = call.operands(arrays)
+        if isinstance(cotangent, ad.Zero):
+            return [ad.Zero(x.aval) if ad.is_undefined_primal(x) else None for x in arrays]
+        with call.overrides.again():
+            found = rule(call.backend, cotangent, operands)
+        places = call.operands(range(len(arrays)))
+        result = [None] * len(arrays)
+        for name, value in found.items():
+            result[places[name]] = value
+        return result
+
+    def _batch(self, arrays, dims, *, call: Call, jaxpr: Any):
+        """One after the other: kernels fill a chip, and the loops of references are as long as the longest of them."""
+        del jaxpr
+        mapped = [jnp.moveaxis(x, d, 0) for x, d in zip(arrays, dims, strict=True) if d is not None]
+
+        def one(slices: list[jax.Array]) -> list[jax.Array]:
+            rest = iter(slices)
+            whole = [x if d is None else next(rest) for x, d in zip(arrays, dims, strict=True)]
+            with call.overrides.again():
+                return jax.tree.leaves(self._bind(call, whole))
+
+        results = jax.lax.map(one, mapped)
+        return results, [0] * len(results)
+
+
+def is_zero(tangent: Any) -> bool:
+    """Whether a tangent is known to be zero, or is of what has none."""
+    return tangent is None or isinstance(tangent, ad.Zero)
+
+
+def is_asked_for(operand: Any) -> bool:
+    """Whether the rule of a transpose is asked for the cotangent of `operand`."""
+    return ad.is_undefined_primal(operand)
+
+
+def zero_tangent(of: jax.Array) -> ad.Zero:
+    """The tangent of `of` that is zero."""
+    return ad.Zero(jax.typeof(of).to_tangent_aval())
+
+
+def _instantiated(tangent: Any, result: jax.Array) -> Any:
+    return zero_tangent(result) if is_zero(tangent) else tangent
+
+
+def _evaluate(*arrays: jax.Array, call: Call, jaxpr: Any) -> list[jax.Array]:
+    """What was traced."""
+    del call
+    return core.jaxpr_as_fun(jaxpr)(*arrays)
+
+
+def _on_this_mesh(aval: Any) -> Any:
+    """The type of an array, its mesh, if it has one, the one that is lowered for."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if aval.sharding.mesh.empty or aval.sharding.mesh == mesh:
+        return aval
+    return aval.update(sharding=aval.sharding.update(mesh=mesh))
