@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 from typing import Any, Self
 
 import jax
@@ -38,6 +39,9 @@ class RouterParams(nnx.Module):
 
     def __getitem__(self, name: str) -> nnx.Variable[Any]:
         return getattr(self, name)
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name, value in vars(self).items() if isinstance(value, nnx.Variable))
 
 
 class MoE(nnx.Module):

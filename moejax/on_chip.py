@@ -87,7 +87,7 @@ class PerToken:
 def layer_on_chip(
     per_token: PerToken, held: Held, tokens: Tokens, axes: Axes, settings: Settings
 ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], Any]:
-    """Router and experts on this chip's tokens: (y, topk_ids, topk_weights) [T, …], and (losses, load) of all chips."""
+    """Router and experts on this chip's tokens: y, topk_ids and topk_weights [T, …]; and losses and load of all chips."""
     config = settings.config
     x = tokens.keep(per_token.x.astype(config.dtype))
     params = gathered(held.params, settings, axes)
@@ -128,7 +128,7 @@ def gathered(params: MoEParams, settings: Settings, axes: Axes) -> MoEParams:
     def gather_matrices(x: jax.Array, dimension: int, has_halves: bool) -> jax.Array:
         if not has_halves:
             return gather(x, dimension)
-        # Joined, as the kernels want gate and up: with four dimensions, a TPU would add up whole gradients and cut them.
+        # Joined, as kernels want gate and up: in four dimensions a TPU would add up whole gradients, and cut them then.
         halves, width = x.shape[-2:]
         joined = gather(x.reshape(*x.shape[:-2], -1), dimension)
         return joined.reshape(*joined.shape[:-1], halves, width)

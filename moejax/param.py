@@ -31,7 +31,7 @@ class Param:
     @property
     def has_halves(self) -> bool:
         """Whether these are gate and up, [..., H, 2, I]."""
-        return self.kind == "kernel" and self.axes[-2] is None
+        return self.axes[-2:] == (None, "mlp")
 
     def k_major(self, entries: tuple[Any, ...]) -> tuple[Any, ...]:
         """A tuple with an entry for each dimension in the order of 8-bit weights, what is summed over last.

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec
 
 from moejax.config import MoEConfig
 from moejax.param import Param
-from pallas_kernels.quantize import Operand, QTensor, quantize
+from pallas_kernels.quantize import Operand, QTensor, block_shape, quantize
 from sharding.partition import Axes
 
 
@@ -158,9 +158,13 @@ def quantize_params(params: MoEParams, config: MoEConfig) -> MoEParams:
     def to_8_bits(weights: Operand | None, row: Param | None) -> Any:
         if weights is None or isinstance(weights, QTensor) or row is None:
             return weights
-        if row.has_halves:
-            weights = jnp.moveaxis(weights, -2, -3)
-        return quantize(weights, q.dtype, scaling=q.rhs_scaling).mT
+        if not row.has_halves:
+            return quantize(weights, q.dtype, scaling=q.rhs_scaling).mT
+        if block_shape(q.rhs_scaling) == (None, None):  # one scale for both
+            joined = quantize(weights.reshape(*weights.shape[:-2], -1), q.dtype, scaling=q.rhs_scaling)
+            values = jnp.moveaxis(joined.values.reshape(weights.shape), -2, -3)
+            return QTensor(values.mT, joined.scale[..., None])
+        return quantize(jnp.moveaxis(weights, -2, -3), q.dtype, scaling=q.rhs_scaling).mT
 
     table = param_table(config)
     return dataclasses.replace(
@@ -174,7 +178,7 @@ def flat_halves(gate_up: Operand) -> Operand:
         return gate_up.reshape(*gate_up.shape[:-2], -1)
     *batch, halves, width, depth = gate_up.shape
     scale = gate_up.scale
-    if scale.shape[-2:] == (1, 1):  # one scale for each of the two: as channels the kernels know it
+    if scale.shape[-3:] == (halves, 1, 1):  # one scale for each of the two: as channels the kernels know it
         scale = jnp.broadcast_to(scale, (*scale.shape[:-2], width, scale.shape[-1]))
     return QTensor(
         gate_up.values.reshape(*batch, halves * width, depth),

@@ -60,8 +60,11 @@ def dense_moe(
         values = values.astype(jnp.float32)
         return values if q is None else _rounded(values, q.dtype, q.rhs_scaling)
 
-    def halves(values: Operand) -> Operand:  # gate and up first, each a matrix
-        return values if isinstance(values, QTensor) else jnp.moveaxis(values, -2, -3)
+    def halves(gate_up: Operand) -> jax.Array:  # gate and up first, each a matrix; rounded as one
+        if isinstance(gate_up, QTensor):
+            return weights(gate_up)
+        joined = weights(gate_up.reshape(*gate_up.shape[:-2], -1))
+        return jnp.moveaxis(joined.reshape(gate_up.shape), -2, -3)
 
     def mlp(
         values: jax.Array,
@@ -71,7 +74,7 @@ def dense_moe(
         down_bias: jax.Array | None = None,
         activation: tuple[Activation, float | None] = (config.activation, config.activation_limit),
     ) -> jax.Array:
-        both = jnp.einsum("th,jhi->jti", rows(values), weights(halves(gate_up)), precision=_FULL)
+        both = jnp.einsum("th,jhi->jti", rows(values), halves(gate_up), precision=_FULL)
         if gate_up_bias is not None:
             both += gate_up_bias[:, None]
         h = gated(both[0], both[1], *activation)

@@ -37,11 +37,26 @@ def expert_capacity(num_tokens: Any, top_k: int, num_experts: int, capacity_fact
     factor = max(min(factor, Fraction(num_experts)), Fraction(1, _DENOMINATOR))
     if not isinstance(num_tokens, jax.Array):
         return max(1, math.ceil(factor * num_tokens * top_k / num_experts))
-    # In two parts, so that no product leaves 32 bits.
+    # In parts, so that no product leaves 32 bits: T·K = whole · unit + rest.
     unit = factor.denominator * num_experts
     whole, rest = jnp.divmod(num_tokens * top_k, unit)
-    rest = (rest.astype(jnp.uint32) * jnp.uint32(factor.numerator) + jnp.uint32(unit - 1)) // jnp.uint32(unit)
-    return jnp.maximum(whole * factor.numerator + rest.astype(jnp.int32), 1)
+    return jnp.maximum(whole * factor.numerator + _ceil_of_product(rest, factor.numerator, unit), 1)
+
+
+def _ceil_of_product(a: jax.Array, b: int, divisor: int) -> jax.Array:
+    """⌈a · b / divisor⌉ for 0 ≤ a < divisor < 2³⁰, int32, by doubling from the first bit of `b` on."""
+    quotient = remainder = jnp.zeros((), jnp.int32)
+    for bit in bin(b)[2:]:
+        quotient, remainder = 2 * quotient, 2 * remainder
+        quotient, remainder = _carried(quotient, remainder, divisor)
+        if bit == "1":
+            quotient, remainder = _carried(quotient, remainder + a, divisor)
+    return quotient + (remainder > 0)
+
+
+def _carried(quotient: jax.Array, remainder: jax.Array, divisor: int) -> tuple[jax.Array, jax.Array]:
+    carry = (remainder >= divisor).astype(jnp.int32)
+    return quotient + carry, remainder - carry * divisor
 
 
 def limit_to_capacity(
@@ -69,7 +84,7 @@ def limit_to_capacity(
         capacity = expert_capacity(tokens.count, top_k, num_experts, capacity_factor)
         most = expert_capacity(tokens.total, top_k, num_experts, capacity_factor)
         rank = _rank_in_batch(topk_ids, num_experts, tokens)
-    return jnp.where(rank < capacity, topk_ids, -1), min(most, num_tokens)
+    return jnp.where(rank < capacity, topk_ids, -1), min(most, num_tokens * top_k)
 
 
 def count_dropped(topk_ids: jax.Array, kept_ids: jax.Array, num_experts: int) -> jax.Array:

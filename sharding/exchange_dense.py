@@ -75,12 +75,13 @@ def _send_rows_jvp(route, primals, tangents):
 
 def _sent[Rows: jax.Array | QTensor](x: Rows, plan: ExchangePlan, route: Route) -> Rows:
     """The rows as they are. Their gradient travels as `return_rows` has it, and is summed as `combine` does."""
+    has_row_scales = isinstance(x, QTensor) and x.scale.shape[1] == 1
     if route.tensor:
         x = to_columns(x, route.tensor)
     slots = dispatch(x, plan.departure, backend=route.backend)
     arrived = jax.tree.map(lambda leaf: _all_to_all(leaf, route.axis), slots)
     rows = dispatch(arrived, plan.arrival, backend=route.backend)
-    return gather_columns(rows, route.tensor) if route.tensor else rows
+    return gather_columns(rows, route.tensor, has_row_scales=has_row_scales) if route.tensor else rows
 
 
 def return_rows(rows: jax.Array, plan: ExchangePlan, route: Route) -> jax.Array:

@@ -65,9 +65,6 @@ class Partition:
         """The partition that flax's logical axis rules describe: pairs of a logical axis and mesh axes.
 
         Logical axes that the layer has not are passed over; those that have no rule are not split.
-
-        Raises:
-          ValueError: a mesh axis is given to two of the axes that parameters name.
         """
         found: dict[str, tuple[str, ...]] = {}
         for name, axes in rules:

@@ -96,6 +96,8 @@ def per_chip(
     )
     of_tokens, rest = run(arrays, place(params, mesh, specs))
     if padding:
+        if has_explicit_axes(mesh):
+            of_tokens = place(of_tokens, mesh, jax.tree.map(lambda _: PartitionSpec(), of_tokens))
         of_tokens = jax.tree.map(lambda leaf: leaf[: leaf.shape[0] - padding], of_tokens)
     of_tokens = _reshaped(of_tokens, len(shape), leading)
     if has_explicit_axes(mesh):

@@ -16,11 +16,13 @@ Where rows also travel between groups, they do so in columns, H / tp on each chi
 Sums are made in float32 of terms that travel in the dtype that they are given in.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.quantize import Operand
+from pallas_kernels.quantize import Operand, QTensor
 from sharding.wire import as_bytes
 
 Axes = tuple[str, ...]
@@ -52,9 +54,11 @@ def to_tokens(columns: jax.Array, axes: Axes) -> jax.Array:
     return lax.all_to_all(columns, axes, 0, 1, tiled=True)
 
 
-def gather_columns[Rows: Operand](columns: Rows, axes: Axes) -> Rows:
-    """[R, H / tp] of each chip -> [R, H] on all of them."""
-    return jax.tree.map(lambda leaf: leaf if leaf.shape[1] == 1 else _gather(leaf, axes, 1), columns)
+def gather_columns[Rows: Operand](columns: Rows, axes: Axes, *, has_row_scales: bool = False) -> Rows:
+    """[R, H / tp] of each chip -> [R, H] on all of them; `has_row_scales` if a scale is one of a whole row."""
+    if isinstance(columns, QTensor) and has_row_scales:
+        return dataclasses.replace(columns, values=_gather(columns.values, axes, 1))
+    return jax.tree.map(lambda leaf: _gather(leaf, axes, 1), columns)
 
 
 def sum_columns(partial: jax.Array, axes: Axes) -> jax.Array:
