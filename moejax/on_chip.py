@@ -87,7 +87,7 @@ class PerToken:
 def layer_on_chip(
     per_token: PerToken, held: Held, tokens: Tokens, axes: Axes, settings: Settings
 ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], Any]:
-    """Router and experts on this chip's tokens: y, topk_ids and topk_weights [T, …]; and losses and load of all chips."""
+    """Router and experts on this chip's tokens: y, topk_ids, topk_weights [T, …]; and losses and load of all chips."""
     config = settings.config
     x = tokens.keep(per_token.x.astype(config.dtype))
     params = gathered(held.params, settings, axes)
