@@ -7,9 +7,9 @@ An operator is a folder; each of its implementations is a module in it, found by
     "pallas_gpu"  gpu.py         Pallas kernels for NVIDIA GPUs
 
 "auto" takes the kernels of the platform that is lowered for (see `primitive`; of the chip named by `target.targeting`,
-if one is) and falls through to "xla" where they raise `Unsupported`, and says so once. A backend that the caller names never falls through: what its
-kernels cannot do is an error. But an operator that has no kernels for the named platform at all (top-k and plan on a
-TPU) is XLA's there, so that one name serves a whole layer.
+if one is) and falls through to "xla" where they raise `Unsupported`, and says so once. A backend that the caller names
+never falls through: what its kernels cannot do is an error. But an operator that has no kernels for the named platform
+at all (top-k and plan on a TPU) is XLA's there, so that one name serves a whole layer.
 """
 
 import functools
