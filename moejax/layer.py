@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Iterator
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import jax
 from flax import nnx
@@ -36,6 +36,10 @@ class RouterParams(nnx.Module):
     def __init__(self, variables: dict[str, nnx.Variable[Any]]):
         for name, variable in variables.items():
             setattr(self, name, variable)
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> nnx.Variable[Any]: ...
 
     def __getitem__(self, name: str) -> nnx.Variable[Any]:
         return getattr(self, name)

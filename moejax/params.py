@@ -134,13 +134,13 @@ def _check_one(name: str, value: Any, row: Param | None) -> None:
             want = "None (the configuration has none)" if row is None else list(row.shape)
             raise ValueError(f"{name} must be {want}, got {None if value is None else list(value.shape)}")
         return
+    if isinstance(value, QTensor) and row.kind != "kernel":
+        raise ValueError(f"{name} must be an array: only the matrices of experts are held in 8 bits")
     shape = row.k_major(row.shape) if isinstance(value, QTensor) else row.shape
     if tuple(value.shape) != shape:
         raise ValueError(f"{name} must be {list(shape)}, got {list(value.shape)}{_hint(value, row, shape)}")
-    if isinstance(value, QTensor):
-        if row.kind != "kernel":
-            raise ValueError(f"{name} must be an array: only the matrices of experts are held in 8 bits")
-    elif row.init is None and not (jnp.issubdtype(value.dtype, jnp.floating) and value.dtype.itemsize >= 2):
+    is_float = jnp.issubdtype(value.dtype, jnp.floating) and value.dtype.itemsize >= 2
+    if not isinstance(value, QTensor) and row.init is None and not is_float:
         raise ValueError(f"{name} must be BF16, FP16 or float32, or a QTensor for 8 bits, got {value.dtype}")
 
 
