@@ -151,7 +151,7 @@ def _check(x, w1: Operand, w2: Operand, topk_weights, topk_ids, b1, b2, layout: 
     rows, columns = (1, 2) if layout == "out_in" else (2, 1)
     if w1.ndim != 3 or w1.shape[rows] % 2 or w1.shape[columns] != x.shape[1]:
         wanted = "[E, 2I, H]" if layout == "out_in" else "[E, H, 2I]"
-        raise ValueError(f"w1 must be {wanted} (layout {layout!r}) with H = {x.shape[1]}, got {list(w1.shape)}")
+        raise ValueError(f"w1 must be {wanted} with H = {x.shape[1]} in layout {layout!r}, got {list(w1.shape)}")
     experts, width, hidden = w1.shape[0], w1.shape[rows] // 2, x.shape[1]
     w2_layout = (
         ((experts, hidden, width), "[E, H, I]") if layout == "out_in" else ((experts, width, hidden), "[E, I, H]")

@@ -1,7 +1,7 @@
 """Initial values of parameters, of which each chip makes its own share, outside jit too.
 
-Every expert has a key of its own, so that its values are the same on every mesh, and experts are made one after the
-other, so that no more than one of them lies in memory beside the result.
+Every expert has a key of its own, so that its values are the same on every mesh, to rounding, and experts are made one
+after the other, so that no more than one of them lies in memory beside the result.
 """
 
 import functools
