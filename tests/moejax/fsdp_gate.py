@@ -43,12 +43,13 @@ def work(job: dict) -> dict:
     found = COLLECTIVE.findall(compiled.as_text())
     arrays = [(kind, f"{dtype}[{sizes}]") for result, kind in found for dtype, sizes in ARRAY.findall(result)]
     summed = [shape for kind, shape in arrays if kind == "all-reduce"]
-    width = CONFIG.intermediate_size // axes.tp
+    hidden, width = CONFIG.hidden_size, CONFIG.intermediate_size // axes.tp
+    whole = [[hidden, 2, width], [hidden, 2 * width], [width, hidden]]
     return {
         "collectives": arrays,
-        "router": [f"f32[{CONFIG.hidden_size},{CONFIG.num_experts}]", f"f32[{2 * 128 // 2},2]", "f32[256,2]"],
+        "router": [f"f32[{CONFIG.hidden_size},{CONFIG.num_experts}]", "f32[256,2]"],
         "summed": [[int(size) for size in shape.split("[")[1][:-1].split(",") if size] for shape in summed],
-        "smallest whole matrix": CONFIG.hidden_size * width,
+        "whole": [shape for matrix in whole for shape in (matrix, [CONFIG.num_experts // axes.ep, *matrix])],
     }
 
 
