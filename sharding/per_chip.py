@@ -19,6 +19,7 @@ from pallas_kernels.target import target_chip
 from pallas_kernels.varying import varying_axes
 from sharding.mesh import AnyMesh, free_axes, has_explicit_axes, place, spec_in
 from sharding.partition import ONE_CHIP, Axes, one_or_all
+from sharding.rounds import takes_gradient
 from sharding.tokens import Tokens
 
 
@@ -265,7 +266,7 @@ def _in_one_piece(on_chip: Any, sharded: Any, by_token: PartitionSpec, specs: An
 
     def backward(operands, cotangents):
         leaves, structure = jax.tree.flatten(operands)
-        trained = [i for i, leaf in enumerate(leaves) if _takes_gradient(leaf)]
+        trained = [i for i, leaf in enumerate(leaves) if takes_gradient(leaf)]
         specs_of = jax.tree.leaves(_prefix(in_specs, operands), is_leaf=_is_spec)
 
         def both(leaves, cotangents):
@@ -309,7 +310,3 @@ def _floating(tree: Any) -> list[Any]:
 
 def _has_tangent(leaf: Any) -> bool:
     return leaf.dtype != jax.dtypes.float0 and jnp.issubdtype(leaf.dtype, jnp.floating)
-
-
-def _takes_gradient(leaf: jax.Array) -> bool:
-    return jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.dtype.itemsize >= 2

@@ -33,7 +33,7 @@ def sum_over_rounds(function: Round, count: jax.Array, constants: Any, args: Any
       constants: pytree of arrays that take no gradient.
       args: pytree of arrays; those of 16 bits or more in floating point take a gradient, the others are constants.
     """
-    args = jax.tree.map(lambda leaf: leaf if _takes_gradient(leaf) else lax.stop_gradient(leaf), args)
+    args = jax.tree.map(lambda leaf: leaf if takes_gradient(leaf) else lax.stop_gradient(leaf), args)
     leaves, structure = jax.tree.flatten((lax.stop_gradient(constants), args))
     (total,) = _sums(_Round(function, structure), jnp.asarray(count), leaves)
     return total
@@ -155,5 +155,6 @@ ad.primitive_transposes[_sums_p] = _transpose
 batching.primitive_batchers[_sums_p] = _batch
 
 
-def _takes_gradient(leaf: jax.Array) -> bool:
+def takes_gradient(leaf: jax.Array) -> bool:
+    """Whether `leaf` is trained: floating point of 16 bits or more, as 8-bit values are constants."""
     return jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.dtype.itemsize >= 2
