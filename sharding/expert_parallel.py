@@ -5,11 +5,13 @@ Shapes on one chip: T tokens, K choices each, E experts of which L = E / ep are 
     plan -> send rows -> experts (two grouped matmuls) -> return rows -> combine
 
 On one chip sending and returning vanish into the gather before the experts and the sum after them. Over several, all
-of it goes in rounds (see `sharding.exchange_plan`), whose buffers are sized for a load twice the balanced one. Chips
-that share the width of each expert (tp of them) work on the rows of all their tokens (see `sharding.tensor_parallel`).
+but the sum goes in rounds (see `sharding.exchange_plan`), whose buffers are sized for a load twice the balanced one.
+Chips that share the width of each expert (tp of them) work on the rows of all their tokens (see
+`sharding.tensor_parallel`).
 """
 
 import dataclasses
+import functools
 from typing import Any, Protocol
 
 import jax
@@ -17,7 +19,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.combine import combine
 from pallas_kernels.dispatch import dispatch
-from pallas_kernels.plan import make_plan
+from pallas_kernels.plan import Plan, each_choice, make_plan, unsorted_plan
 from pallas_kernels.quantize import Operand, QTensor
 from sharding.exchange_dense import Route, announce, return_rows, send_rows
 from sharding.exchange_plan import local_experts, plan_departure, plan_destinations, slab_size
@@ -99,27 +101,71 @@ def expert_parallel(
     choices = _choices_per_chip(num_tokens * top_k, transport)
     slab, max_rounds = slab_size(num_tokens, top_k, num_local, axes.ep, max_rows, choices=choices)
     route = Route(axes.expert, axes.mlp if axes.tp > 1 else (), transport.wire, backend)
-
-    def one_round(index: jax.Array | int, constants: Any, args: Any) -> jax.Array:
-        ids, destinations, by_rank = constants
-        x, topk_weights, params = args
-        departure, for_experts = plan_departure(ids, destinations, by_rank, num_local, slab, index)
-        exchange = announce(departure, for_experts, num_local, axes.expert)
-        arrived = send_rows(x, exchange, route)
-        rows = return_rows(experts(params, arrived, exchange.arrival.group_sizes), exchange, route)
-        return combine(rows, departure, topk_weights, preferred_element_type=jnp.float32, backend=backend)
-
+    one = _Round(experts, route, num_local, slab)
     destinations, by_rank = plan_destinations(topk_ids, num_local, axes.ep)
     constants, args = (topk_ids, destinations, by_rank), (x, topk_weights, params)
     if max_rounds == 1:
-        y = one_round(0, constants, args)
+        y = one.sum(0, constants, args)
     else:
         everywhere = tuple(dict.fromkeys((*axes.tokens, *axes.expert, *axes.mlp)))
         rounds = jax.lax.pmax(-(-by_rank.group_sizes.max() // slab), everywhere)
-        y = sum_over_rounds(one_round, rounds, constants, args)
+        y = _sum_of_rounds(one, rounds, constants, args)
     if route.tensor:
         y = to_tokens(y.astype(x.dtype), route.tensor)
     return y.astype(preferred_element_type)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Round:
+    """One round of the exchange, of (ids, destinations, plan by rank) and (x, weights, parameters)."""
+
+    experts: Experts
+    route: Route
+    num_local_experts: int
+    slab: int
+
+    def sum(self, index: jax.Array | int, constants: Any, args: Any) -> jax.Array:
+        """[T, H] float32: the weighted sum of the choices that travel in this round."""
+        _, topk_weights, _ = args
+        rows, departure = self._returned(index, constants, args)
+        return combine(rows, departure, topk_weights, preferred_element_type=jnp.float32, backend=self.route.backend)
+
+    def rows(self, index: jax.Array | int, constants: Any, args: Any) -> jax.Array:
+        """[T·K, H]: what the experts made of each choice that travels in this round, zeros for the others."""
+        rows, departure = self._returned(index, constants, args)
+        return combine(rows, each_choice(departure), backend=self.route.backend)
+
+    def _returned(self, index: jax.Array | int, constants: Any, args: Any) -> tuple[jax.Array, Plan]:
+        """The experts' rows in the slots in which the choices left, and the plan of these slots."""
+        x, _, params = args
+        departure, for_experts = plan_departure(*constants, self.num_local_experts, self.slab, index)
+        exchange = announce(departure, for_experts, self.num_local_experts, self.route.axis)
+        arrived = send_rows(x, exchange, self.route)
+        made = self.experts(params, arrived, exchange.arrival.group_sizes)
+        return return_rows(made, exchange, self.route), departure
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _sum_of_rounds(one: _Round, rounds: jax.Array, constants: Any, args: Any) -> jax.Array:
+    """[T, H] float32: the weighted sum of all choices, in the order of k whatever round each travels in.
+
+    So its bits do not tell how large the slabs were, as these follow from how many tokens there are, masked or not.
+    Its derivatives are those of the sum of each round's sum, which leave no rows behind.
+    """
+    ids, _, _ = constants
+    _, topk_weights, _ = args
+    rows = sum_over_rounds(one.rows, rounds, constants, args)
+    return combine(
+        rows, unsorted_plan(ids), topk_weights, preferred_element_type=jnp.float32, backend=one.route.backend
+    )
+
+
+@_sum_of_rounds.defjvp
+def _sum_of_rounds_jvp(one: _Round, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    rounds, constants, args = primals
+    _, _, dargs = tangents
+    _, dy = jax.jvp(functools.partial(sum_over_rounds, one.sum, rounds, constants), (args,), (dargs,))
+    return _sum_of_rounds(one, rounds, constants, args), dy
 
 
 def _without_exchange(

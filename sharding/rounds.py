@@ -28,7 +28,7 @@ def sum_over_rounds(function: Round, count: jax.Array, constants: Any, args: Any
     """Σ function(r, constants, args) for r = 0 … count − 1, added in that order.
 
     Args:
-      function: one round; closes over nothing that is traced. Its results are float32 arrays of one shape.
+      function: one round; closes over nothing that is traced. Its results are of one shape and dtype.
       count: int32 [], traced. Chips that talk to each other in a round must agree on it.
       constants: pytree of arrays that take no gradient.
       args: pytree of arrays; those of 16 bits or more in floating point take a gradient, the others are constants.

@@ -114,4 +114,21 @@ def take_slots(plan: Plan, topk_ids: jax.Array, slots: int, begin: jax.Array | i
     return Plan(order, inverse, group_sizes, offsets, plan.dropped)
 
 
-__all__ = ["Plan", "as_ids", "in_int32", "make_plan", "take_slots"]
+def each_choice(plan: Plan) -> Plan:
+    """The same rows for the same assignments, each taken for a token of its own: inverse [T·K, 1]."""
+    return dataclasses.replace(plan, inverse=plan.inverse.reshape(-1, 1))
+
+
+def unsorted_plan(topk_ids: jax.Array) -> Plan:
+    """The plan in which every assignment is a group of its own, with one row, or none where its id is negative.
+
+    Args:
+      topk_ids: int32 [T, K].
+    """
+    is_made = topk_ids.reshape(-1) >= 0
+    numbers = jnp.arange(topk_ids.size, dtype=jnp.int32)
+    order = jnp.where(is_made, numbers, -1)
+    return Plan(order, order.reshape(topk_ids.shape), is_made.astype(jnp.int32), numbers, jnp.zeros((), jnp.int32))
+
+
+__all__ = ["Plan", "as_ids", "each_choice", "in_int32", "make_plan", "take_slots", "unsorted_plan"]

@@ -151,6 +151,18 @@ def test_rows_of_the_mesh_that_need_different_numbers_of_rounds(rng):
     np.testing.assert_array_equal(y, expected_sum(x, weights, ids, factors))
 
 
+@pytest.mark.parametrize("used", [None, [5], [2, 3]], ids=["all", "one", "two"])
+def test_bits_do_not_tell_how_many_rounds_there_were(used, rng):
+    """Each token's choices are added in their order on every mesh, whichever travels first."""
+    problems = [Problem(dp, ep, 144 // dp // ep, 5, 8) for dp, ep in ((1, 1), (1, 2), (1, 8), (2, 4))]
+    assert [problem.slab_and_rounds[1] for problem in problems[1:]] == [1, 4, 1]
+    _, _, ids, _ = inputs(problems[0], rng, used=used)
+    x, weights, factors = normal(rng, 144, problems[0].hidden), normal(rng, *ids.shape), normal(rng, 8)
+    sums = [np.asarray(apply_experts(problem)(x, weights, ids, factors)[0]) for problem in problems]
+    for other in sums[1:]:
+        assert same_bits(other, sums[0])
+
+
 @every_problem
 def test_two_runs_give_the_same_bits(problem, rng):
     _, weights, ids, factors = inputs(problem, rng, used=[0, 1])
