@@ -137,8 +137,9 @@ class _Round:
 
     def _returned(self, index: jax.Array | int, constants: Any, args: Any) -> tuple[jax.Array, Plan]:
         """The experts' rows in the slots in which the choices left, and the plan of these slots."""
+        ids, destinations, by_rank = constants
         x, _, params = args
-        departure, for_experts = plan_departure(*constants, self.num_local_experts, self.slab, index)
+        departure, for_experts = plan_departure(ids, destinations, by_rank, self.num_local_experts, self.slab, index)
         exchange = announce(departure, for_experts, self.num_local_experts, self.route.axis)
         arrived = send_rows(x, exchange, self.route)
         made = self.experts(params, arrived, exchange.arrival.group_sizes)
