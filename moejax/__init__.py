@@ -5,8 +5,9 @@ from moejax.siblings import check_siblings
 
 check_siblings()
 
+from moejax.aux_output import MoEAux
 from moejax.config import MoEConfig
-from moejax.functional import MoEAux, moe, moe_experts
+from moejax.functional import moe, moe_experts
 from moejax.fused import fused_experts
 from moejax.layer import MoE, QuantizedParam, RouterState
 from moejax.losses import LoadStats

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from flax.core import spmd
 from jax.sharding import PartitionSpec
 
+from moejax.aux_output import MoEAux
 from moejax.config import MoEConfig
-from moejax.losses import LoadStats
 from moejax.on_chip import Held, PerToken, Settings, experts_on_chip, layer_on_chip, whole_scales
 from moejax.params import MoEParams, check_expert_params, check_params, param_specs, param_table
 from pallas_kernels.concrete import is_known, nan_rows
@@ -25,29 +25,6 @@ from sharding.exchange_plan import local_experts
 from sharding.mesh import AnyMesh, mesh_here
 from sharding.partition import Axes, Partition, one_or_all
 from sharding.per_chip import per_chip
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class MoEAux:
-    """What a layer says beside its output.
-
-    Attributes:
-      losses: the router losses of the configuration, weighted, float32 []; add `loss` to the training loss.
-      load: how the tokens fell on the experts, and how many were dropped.
-      topk_ids: int32 [..., K], the choices; −1 where none was made. Give them to a later call to route alike.
-      topk_weights: float32 [..., K], what they weigh.
-    """
-
-    losses: dict[str, jax.Array]
-    load: LoadStats
-    topk_ids: jax.Array
-    topk_weights: jax.Array
-
-    @property
-    def loss(self) -> jax.Array:
-        """float32 []: the sum of all router losses."""
-        return sum(self.losses.values(), start=jnp.zeros((), jnp.float32))
 
 
 def moe(

@@ -9,8 +9,9 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
+from moejax.aux_output import MoEAux
 from moejax.config import MoEConfig
-from moejax.functional import MoEAux, axes_on, moe
+from moejax.functional import axes_on, moe
 from moejax.initial import Initializer, initial
 from moejax.param import Param
 from moejax.params import MoEParams, check_params, operand_spec, param_table, quantize_params

@@ -8,7 +8,6 @@ The small experts are of low rank (no activation, as LoRA) or bottlenecks (silu)
 training begins with the frozen layer's output.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -19,8 +18,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
+from moejax.aux_output import MoEAux
 from moejax.config import MoEConfig
-from moejax.functional import MoEAux, check_input, partition_here
+from moejax.functional import check_input, partition_here
 from moejax.initial import initial
 from moejax.layer import MoE
 from moejax.losses import LoadStats
@@ -153,7 +153,7 @@ class Perft(nnx.Module):
         y, aux = frozen(x, mask=mask, token_ids=token_ids, topk_ids=topk_ids, train=False)
         adapted, (losses, _) = self._adapters(x, mask)
         losses = {f"adapter_{name}": loss for name, loss in losses.items()}
-        return y + adapted, dataclasses.replace(aux, losses=losses)
+        return y + adapted, MoEAux(losses, aux.load, aux.topk_ids, aux.topk_weights)
 
     def adapter_load(self, x: jax.Array, *, mask: jax.Array | None = None) -> LoadStats:
         """How the tokens x [..., H] fall on the N adapters."""

@@ -114,7 +114,7 @@ def _locate(index: jax.Array, blocks: _Blocks) -> tuple[jax.Array, jax.Array, ja
 
     A block that would reach past the end of the buffer starts earlier; the mask leaves out what is not its own.
     """
-    group = jnp.searchsorted(blocks.last, index, side="right")
+    group = (blocks.last <= index).sum(dtype=jnp.int32)
     begin = blocks.starts[group] + (index - blocks.first[group]) * blocks.block_m
     first_row = jnp.clip(begin, 0, blocks.num_rows - blocks.block_m)
     row = first_row + jnp.arange(blocks.block_m)

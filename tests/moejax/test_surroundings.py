@@ -215,3 +215,30 @@ def test_weights_of_other_types_are_refused(dtype, params, rng):
     wrong = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
     with pytest.raises(ValueError, match=f"params.gate_up must be BF16, FP16 or float32, or a QTensor.*{dtype}"):
         moe(normal(rng, 4, 32), wrong, CONFIG)
+
+
+def test_tables_of_modules():
+    """`nnx.tabulate` shows the layer, and a model that gives out what its layers say."""
+
+    class Model(nnx.Module):
+        def __init__(self):
+            self.layer = MoE(CONFIG, rngs=nnx.Rngs(0))
+
+        def __call__(self, x):
+            y, aux = self.layer(x)
+            return y, [aux]
+
+    text = nnx.tabulate(Model(), jnp.ones((2, 4, 32)), console_kwargs={"width": 200})
+    experts, router = 8 * 3 * 32 * 16, 32 * 8
+    for shown in ("load_balance", "tokens_per_expert", "topk_ids", f"Total Parameters: {experts + router:,}"):
+        assert shown in text.replace("\x1b[0m", ""), shown
+
+
+def test_what_a_layer_says_is_a_tree_and_a_dict(params, rng):
+    _, aux = moe(normal(rng, 4, 32), params, CONFIG)
+    assert same_bits(jax.tree.map(jnp.asarray, aux), aux)
+    assert list(aux) == ["losses", "load", "topk_ids", "topk_weights"]
+    assert aux["topk_ids"] is aux.topk_ids
+    assert "load.dropped_per_expert" in jax.tree_util.keystr(
+        jax.tree_util.tree_flatten_with_path(aux)[0][3][0], simple=True, separator="."
+    )
