@@ -17,10 +17,11 @@ from moejax.unless_differentiated import unless_differentiated
 from pallas_kernels.quantize import Operand, QTensor, block_shape, quantize
 from sharding.capacity import count_dropped, limit_to_capacity
 from sharding.expert_parallel import Transport, expert_parallel
+from sharding.gather import gather
 from sharding.partition import Axes
 from sharding.tensor_parallel import gather_tokens, sum_tokens
 from sharding.tokens import Tokens
-from sharding.wire import Wire, as_bytes
+from sharding.wire import Wire
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,15 +123,12 @@ def gathered(params: MoEParams, settings: Settings, axes: Axes) -> MoEParams:
     if axes.size(axes.embed) == 1:
         return params
 
-    def gather(x: jax.Array, dimension: int) -> jax.Array:
-        return as_bytes(lambda x: jax.lax.all_gather(x, axes.embed, axis=dimension, tiled=True), x)
-
     def gather_matrices(x: jax.Array, dimension: int, has_halves: bool) -> jax.Array:
         if not has_halves:
-            return gather(x, dimension)
+            return gather(x, axes.embed, dimension)
         # Joined, as kernels want gate and up: in four dimensions a TPU would add up whole gradients, and cut them then.
         halves, width = x.shape[-2:]
-        joined = gather(x.reshape(*x.shape[:-2], -1), dimension)
+        joined = gather(x.reshape(*x.shape[:-2], -1), axes.embed, dimension)
         return joined.reshape(*joined.shape[:-1], halves, width)
 
     def whole(row: Param | None, value: Any, has_whole_scale: bool = False) -> Any:
@@ -141,10 +139,10 @@ def gathered(params: MoEParams, settings: Settings, axes: Axes) -> MoEParams:
             return value
         dimension = logical.index("embed")
         if isinstance(value, QTensor):
-            scale = value.scale if has_whole_scale else gather(value.scale, dimension)
-            return QTensor(gather(value.values, dimension), scale)
+            scale = value.scale if has_whole_scale else gather(value.scale, axes.embed, dimension)
+            return QTensor(gather(value.values, axes.embed, dimension), scale)
         if row.kind != "kernel":
-            return gather(value, dimension)
+            return gather(value, axes.embed, dimension)
         return gather_matrices(value.astype(settings.config.dtype), dimension, row.has_halves)
 
     table = param_table(settings.config)

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.quantize import Operand, QTensor
+from sharding.gather import gather
 from sharding.wire import as_bytes
 
 Axes = tuple[str, ...]
@@ -30,7 +31,7 @@ Axes = tuple[str, ...]
 
 def gather_tokens[Rows: Operand](rows: Rows, axes: Axes) -> Rows:
     """[T, …] of each chip -> [tp·T, …] on all of them, in the order of the chips."""
-    return jax.tree.map(lambda leaf: _gather(leaf, axes, 0), rows)
+    return jax.tree.map(lambda leaf: gather(leaf, axes, 0), rows)
 
 
 def sum_tokens(partial: jax.Array, axes: Axes) -> jax.Array:
@@ -43,7 +44,7 @@ def to_columns[Rows: Operand](rows: Rows, axes: Axes) -> Rows:
 
     def move(leaf: jax.Array) -> jax.Array:
         if leaf.shape[1] == 1:  # the scale of a whole row
-            return _gather(leaf, axes, 0)
+            return gather(leaf, axes, 0)
         return as_bytes(lambda x: lax.all_to_all(x, axes, 1, 0, tiled=True), leaf)
 
     return jax.tree.map(move, rows)
@@ -57,17 +58,13 @@ def to_tokens(columns: jax.Array, axes: Axes) -> jax.Array:
 def gather_columns[Rows: Operand](columns: Rows, axes: Axes, *, has_row_scales: bool = False) -> Rows:
     """[R, H / tp] of each chip -> [R, H] on all of them; `has_row_scales` if a scale is one of a whole row."""
     if isinstance(columns, QTensor) and has_row_scales:
-        return dataclasses.replace(columns, values=_gather(columns.values, axes, 1))
-    return jax.tree.map(lambda leaf: _gather(leaf, axes, 1), columns)
+        return dataclasses.replace(columns, values=gather(columns.values, axes, 1))
+    return jax.tree.map(lambda leaf: gather(leaf, axes, 1), columns)
 
 
 def sum_columns(partial: jax.Array, axes: Axes) -> jax.Array:
     """Partial sums [R, H] -> float32 [R, H / tp], the whole sums of this chip's columns."""
     return _sum(lax.all_to_all(partial, axes, 1, 0, tiled=True), axes)
-
-
-def _gather(x: jax.Array, axes: Axes, axis: int) -> jax.Array:
-    return as_bytes(lambda x: lax.all_gather(x, axes, axis=axis, tiled=True), x)
 
 
 def _sum(terms: jax.Array, axes: Axes) -> jax.Array:

@@ -16,25 +16,25 @@ from moejax.params import map_table
 from pallas_kernels.chips import get_chip
 from pallas_kernels.target import targeting
 
-CONFIG = MoEConfig(1024, 512, 8, 2, 512, router=TopKRouter(load_balance_loss=0.01))
 COLLECTIVE = re.compile(r"= (.*?) (all-gather|all-reduce|reduce-scatter)(?:-start)?\(")
 ARRAY = re.compile(r"\b([a-z]+[0-9]+)\[([0-9,]*)\]")
 
 
 def work(job: dict) -> dict:
+    config = MoEConfig(job["hidden_size"], 512, 8, 2, 512, router=TopKRouter(load_balance_loss=0.01))
     devices = topologies.get_topology_desc(platform="tpu", topology_name=job["topology"]).devices
     names, sizes = tuple(job["mesh"]), tuple(job["mesh"].values())
     mesh = Mesh(np.array(devices).reshape(sizes), names, axis_types=(AxisType.Auto,) * len(names))
-    axes = axes_on(mesh, None, CONFIG)
+    axes = axes_on(mesh, None, config)
 
     def array(shape, dtype, spec):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
 
-    params = map_table(lambda row: array(row.shape, jnp.float32, axes.spec(row.axes)), CONFIG)
-    x = array((8, 128, CONFIG.hidden_size), jnp.bfloat16, P(names))
+    params = map_table(lambda row: array(row.shape, jnp.float32, axes.spec(row.axes)), config)
+    x = array((8, 128, config.hidden_size), jnp.bfloat16, P(names))
 
     def loss(x, params):
-        y, aux = moe(x, params, CONFIG, mesh=mesh)
+        y, aux = moe(x, params, config, mesh=mesh)
         return jnp.square(y.astype(jnp.float32)).mean() + aux.loss
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, (x, params))
@@ -43,13 +43,13 @@ def work(job: dict) -> dict:
     found = COLLECTIVE.findall(compiled.as_text())
     arrays = [(kind, f"{dtype}[{sizes}]") for result, kind in found for dtype, sizes in ARRAY.findall(result)]
     summed = [shape for kind, shape in arrays if kind == "all-reduce"]
-    hidden, width = CONFIG.hidden_size, CONFIG.intermediate_size // axes.tp
+    hidden, width = config.hidden_size, config.intermediate_size // axes.tp
     whole = [[hidden, 2, width], [hidden, 2 * width], [width, hidden]]
     return {
         "collectives": arrays,
-        "router": [f"f32[{CONFIG.hidden_size},{CONFIG.num_experts}]", "f32[256,2]"],
+        "router": [f"f32[{config.hidden_size},{config.num_experts}]", "f32[256,2]"],
         "summed": [[int(size) for size in shape.split("[")[1][:-1].split(",") if size] for shape in summed],
-        "whole": [shape for matrix in whole for shape in (matrix, [CONFIG.num_experts // axes.ep, *matrix])],
+        "whole": [shape for matrix in whole for shape in (matrix, [config.num_experts // axes.ep, *matrix])],
     }
 
 
