@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from pallas_kernels.activations import Activation
 from pallas_kernels.grouped_matmul.checks import check_gate_up, check_operands
 from pallas_kernels.grouped_matmul.gradients import activated, factors, multiplied
-from pallas_kernels.grouped_matmul.group_sizes import within_rows
+from pallas_kernels.grouped_matmul.group_sizes import as_group_sizes
 from pallas_kernels.quantize import Operand, QDtype, QTensor, Quantization, Scaling, check_qdtype, scale_shape
 
 _RESULT_SCALING: Scaling = "1x128"
@@ -59,7 +59,7 @@ def grouped_matmul(
       Unsupported: a named backend cannot do this.
     """
     check_operands(lhs, rhs, group_sizes, bias, group_offset, transpose_rhs)
-    group_sizes = within_rows(group_sizes, lhs.shape[0])
+    group_sizes = as_group_sizes(group_sizes, lhs.shape[0])
     offset = jnp.asarray(group_offset, jnp.int32)
     operands = factors(lhs, rhs, group_sizes, offset, transpose_rhs=transpose_rhs, quantization=quantization)
     return multiplied(backend, **operands, bias=bias, out_dtype=_result_dtype(lhs, preferred_element_type))
@@ -104,7 +104,7 @@ def grouped_gate_up(
       Unsupported: a named backend cannot do this.
     """
     check_gate_up(lhs, rhs, group_sizes, bias, group_offset, transpose_rhs, activation, activation_limit)
-    group_sizes = within_rows(group_sizes, lhs.shape[0])
+    group_sizes = as_group_sizes(group_sizes, lhs.shape[0])
     offset = jnp.asarray(group_offset, jnp.int32)
     operands = factors(lhs, rhs, group_sizes, offset, transpose_rhs=transpose_rhs, quantization=quantization)
     return activated(
@@ -154,7 +154,7 @@ def grouped_gate_up_in_8_bits(
       Unsupported: a named backend cannot do this.
     """
     check_gate_up(lhs, rhs, group_sizes, bias, group_offset, transpose_rhs, activation, activation_limit)
-    group_sizes = within_rows(group_sizes, lhs.shape[0])
+    group_sizes = as_group_sizes(group_sizes, lhs.shape[0])
     scale_shape((lhs.shape[0], rhs.shape[1 if transpose_rhs else 2] // 2), _RESULT_SCALING)
     lhs, rhs, bias = jax.lax.stop_gradient((lhs, rhs, bias))
     offset = jnp.asarray(group_offset, jnp.int32)

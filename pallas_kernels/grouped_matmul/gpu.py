@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from pallas_kernels.activations import Activation
 from pallas_kernels.backend import Unsupported
 from pallas_kernels.grouped_matmul import hopper_drhs, tiling
+from pallas_kernels.grouped_matmul.group_sizes import bounds
 from pallas_kernels.grouped_matmul.hopper import grouped_product
 from pallas_kernels.grouped_matmul.hopper_problem import SCALE_BLOCK, Epilogue, Inputs, Stage
 from pallas_kernels.hopper import hopper_chip
@@ -90,9 +91,9 @@ def grouped_matmul_drhs(
     require_multiple("N", columns, 64)
     if num_rows == 0:
         return jnp.zeros((num_groups, depth, columns), out_dtype)
-    sizes = jnp.maximum(group_sizes.astype(jnp.int32), 0)
-    ends = jax.lax.dynamic_slice_in_dim(jnp.cumsum(sizes, dtype=jnp.int32), group_offset, num_groups)
-    begins = ends - jax.lax.dynamic_slice_in_dim(sizes, group_offset, num_groups)
+    begins, ends = (
+        jax.lax.dynamic_slice_in_dim(rows, group_offset, num_groups) for rows in bounds(group_sizes, num_rows)
+    )
     padding = ((0, -num_rows % hopper_drhs.ROW_ALIGNMENT), (0, 0))
     return hopper_drhs.grouped_drhs(
         jnp.pad(left, padding),
@@ -130,7 +131,7 @@ def _product(lhs, rhs, group_sizes, bias, group_offset, k_major: bool, epilogue:
     )
     out = grouped_product(
         Inputs(
-            group_sizes.astype(jnp.int32),
+            group_sizes,
             jnp.reshape(jnp.asarray(group_offset, jnp.int32), (1,)),
             lhs_values,
             rhs_values,

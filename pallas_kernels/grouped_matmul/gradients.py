@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.activations import Activation, gated_halves
+from pallas_kernels.grouped_matmul.group_sizes import bounds
 from pallas_kernels.primitive import Operands, Operator, is_asked_for, is_zero, zero_tangent
 from pallas_kernels.quantize import Operand, QTensor, Quantization, block_shape, quantize
 
@@ -100,10 +101,10 @@ def rounded_rows(
     """Rows [M, K] in 8 bits. Those that no group of the window owns do not enter a scale that rows share."""
     x = jax.lax.stop_gradient(x)
     if block_shape(scaling)[0] != 1:
-        ends = jnp.cumsum(group_sizes, dtype=jnp.int32)
-        begin = jnp.where(group_offset > 0, ends[group_offset - 1], 0)
+        begins, ends = bounds(group_sizes, x.shape[0])
         row = jnp.arange(x.shape[0])
-        x = jnp.where(((row >= begin) & (row < ends[group_offset + num_groups - 1]))[:, None], x, 0)
+        is_owned = (row >= begins[group_offset]) & (row < ends[group_offset + num_groups - 1])
+        x = jnp.where(is_owned[:, None], x, 0)
     return quantize(x, dtype, scaling=scaling)
 
 

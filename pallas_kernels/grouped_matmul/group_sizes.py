@@ -1,8 +1,8 @@
-"""Group sizes as every backend gets them: not negative, and of no more rows than there are.
+"""Group sizes as every backend reads them: a negative one is 0, and groups end at row M, whatever they claim.
 
-A negative size counts as 0, and where the sizes sum to more than M, groups end at row M:
+    M = 8, group_sizes = [3, -1, 4, 2**31 - 1, 5] -> rows [0, 3), [3, 3), [3, 7), [7, 8), [8, 8)
 
-    M = 8, group_sizes = [3, -1, 4, 2**31 - 1, 5] -> [3, 0, 4, 1, 0]
+Kernels that go through the sizes one by one anyway do that as they go; the others ask `bounds`.
 """
 
 import jax
@@ -17,27 +17,43 @@ from pallas_kernels.debug import are_checked
 _MOST = np.iinfo(np.int32).max
 
 
-def within_rows(group_sizes: jax.Array, num_rows: int) -> jax.Array:
-    """The sizes of groups within M = `num_rows` rows, int32 [E]; see the module's page.
+def as_group_sizes(group_sizes: jax.Array, num_rows: int) -> jax.Array:
+    """The sizes of groups of M = `num_rows` rows as operators take them, int32 [E]: what is too large stays so.
 
-    Inside of `pallas_kernels.debug.debug_checks` sizes that this changes are an error when the program runs.
+    Inside of `pallas_kernels.debug.debug_checks` sizes that are negative or too large are an error when the program
+    runs.
     """
     if is_known(group_sizes) and not is_symbolic(num_rows):  # and found right when they were checked
         return jnp.asarray(group_sizes, jnp.int32)
-    if group_sizes.dtype.itemsize >= 4:
-        group_sizes = jnp.minimum(group_sizes, _MOST)  # unsigned and wide ones may not fit int32
+    if group_sizes.dtype.itemsize > 4 or group_sizes.dtype == jnp.uint32:
+        group_sizes = jnp.minimum(group_sizes, _MOST)
     group_sizes = group_sizes.astype(jnp.int32)
+    if are_checked():
+        _check(group_sizes, num_rows)
+    return group_sizes
+
+
+def bounds(group_sizes: jax.Array, num_rows: int) -> tuple[jax.Array, jax.Array]:
+    """The first row of each group, and the row after its last, int32 [E] both; see the module's page.
+
+    Args:
+      group_sizes: int32 [E], of any values.
+      num_rows: M.
+    """
+    sums, is_past = _sums(group_sizes, num_rows)
+    ends = jnp.where(is_past, jnp.asarray(num_rows, jnp.int32), sums.astype(jnp.int32))
+    return jnp.concatenate([jnp.zeros(1, jnp.int32), ends[:-1]]), ends
+
+
+def _sums(group_sizes: jax.Array, num_rows: int) -> tuple[jax.Array, jax.Array]:
+    """The sum of each size and those before it, uint32 [E]; and where it is more than M, and so may be any number."""
     rows = jnp.asarray(num_rows, jnp.int32)
-    sizes = jnp.clip(group_sizes, 0, rows)
     # Neither addend is more than 2³¹ − 1, so the first sum past M has not wrapped round; what follows is past it too.
-    sums = jnp.cumsum(sizes, dtype=jnp.uint32)
+    sums = jnp.cumsum(jnp.clip(group_sizes, 0, rows), dtype=jnp.uint32)
     is_past = sums > rows.astype(jnp.uint32)
     if not _fits(group_sizes.shape[0], num_rows):
         is_past = lax.cummax(is_past.astype(jnp.int32)) > 0
-    if are_checked():
-        _check(group_sizes, is_past, rows)
-    ends = jnp.where(is_past, rows, sums.astype(jnp.int32))
-    return jnp.diff(ends, prepend=jnp.zeros(1, jnp.int32))
+    return sums, is_past
 
 
 def _fits(num_groups: int, num_rows: int) -> bool:
@@ -45,13 +61,14 @@ def _fits(num_groups: int, num_rows: int) -> bool:
     return not is_symbolic(num_groups, num_rows) and num_groups * num_rows < 1 << 32
 
 
-def _check(group_sizes: jax.Array, is_past: jax.Array, rows: jax.Array) -> None:
-    is_wrong = (group_sizes < 0) | (group_sizes > rows) | is_past
+def _check(group_sizes: jax.Array, num_rows: int) -> None:
+    _, is_past = _sums(group_sizes, num_rows)
+    is_wrong = (group_sizes < 0) | (group_sizes > num_rows) | is_past
     group = jnp.argmax(is_wrong)
     checkify.check(
         jnp.logical_not(is_wrong.any()),
         "group_sizes[{group}] = {size}: sizes must be at least 0 and sum to at most M = {rows}, the rows of lhs",
         group=group,
         size=group_sizes[group],
-        rows=rows,
+        rows=jnp.asarray(num_rows, jnp.int32),
     )

@@ -90,8 +90,9 @@ class Walk:
         loaded = [sizes_ref[jnp.minimum(group + i, self.num_groups - 1)] for i in range(_CHUNK)]
         row_end, tile_end, sizes = row, tile, []
         for i, size in enumerate(loaded):
-            unowned = jnp.where(group + i == self.num_groups, self.num_rows - row_end, 0)
-            sizes.append(jnp.where(group + i < self.num_groups, jnp.maximum(size, 0), unowned))
+            left = self.num_rows - row_end
+            unowned = jnp.where(group + i == self.num_groups, left, 0)
+            sizes.append(jnp.where(group + i < self.num_groups, jnp.clip(size, 0, left), unowned))
             row_end, tile_end = row_end + sizes[-1], tile_end + self._row_tiles(sizes[-1]) * self.column_tiles
         return _Cursor(group, row, tile, row_end, tile_end, tuple(sizes))
 

@@ -13,6 +13,7 @@ from jax import lax
 
 from pallas_kernels.activations import Activation, gated_halves
 from pallas_kernels.concrete import is_symbolic
+from pallas_kernels.grouped_matmul.group_sizes import bounds
 from pallas_kernels.quantize import Operand, QTensor, dequantize, quantize
 from pallas_kernels.varying import vary_over, varying_axes
 
@@ -95,14 +96,13 @@ class _Blocks:
     """Where the row blocks of a window of groups lie. Built inside the traced function, of traced arrays."""
 
     def __init__(self, group_sizes: jax.Array, num_groups: int, group_offset: jax.Array | int, num_rows: int):
-        sizes = jnp.maximum(group_sizes.astype(jnp.int32), 0)
-        starts = jnp.cumsum(sizes) - sizes
+        starts, ends = bounds(group_sizes, num_rows)
         # Of rows that could be fewer than a block, the result gets a block more, and `_slice_array` repeats the last.
         self.padding = _BLOCK_M if is_symbolic(num_rows) else 0
         self.block_m = self.padding or min(_BLOCK_M, max(num_rows, 1))
         self.num_rows = num_rows + self.padding
         self.starts = lax.dynamic_slice_in_dim(starts, group_offset, num_groups)
-        self.ends = self.starts + lax.dynamic_slice_in_dim(sizes, group_offset, num_groups)
+        self.ends = lax.dynamic_slice_in_dim(ends, group_offset, num_groups)
         per_group = -(-(self.ends - self.starts) // self.block_m)
         self.last = jnp.cumsum(per_group)
         self.first = self.last - per_group

@@ -113,7 +113,7 @@ def grouped_matmul_drhs(
     return tpu_drhs.grouped_drhs(
         left.astype(multiply),
         right.astype(multiply),
-        group_sizes.astype(jnp.int32),
+        group_sizes,
         jnp.asarray(group_offset, jnp.int32),
         num_groups,
         out,
@@ -183,7 +183,7 @@ def _product(
     model = grouped_gate_up_cost if activation else grouped_matmul_cost
     cost = model(num_rows, depth, columns, min(num_groups, num_rows), **dtypes)
     out = grouped_product(
-        group_sizes.astype(jnp.int32),
+        group_sizes,
         jnp.reshape(jnp.asarray(group_offset, jnp.int32), (1,)),
         Inputs(
             _strips(left, sublanes),

@@ -21,6 +21,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.backend import Unsupported
 from pallas_kernels.chips import MIB, Chip
+from pallas_kernels.grouped_matmul.group_sizes import bounds
 from pallas_kernels.varying import result_varying_as
 
 
@@ -212,9 +213,7 @@ class _Visits:
     def of(
         cls, group_sizes: jax.Array, group_offset: jax.Array, num_groups: int, num_rows: int, block_m: int
     ) -> "_Visits":
-        sizes = jnp.maximum(group_sizes, 0)
-        ends = jnp.minimum(jnp.cumsum(sizes, dtype=jnp.int32), num_rows)
-        begins = jnp.concatenate([jnp.zeros(1, jnp.int32), ends[:-1]])
+        begins, ends = bounds(group_sizes, num_rows)
         begin = lax.dynamic_slice_in_dim(begins, group_offset, num_groups)
         end = lax.dynamic_slice_in_dim(ends, group_offset, num_groups)
         blocks = pl.cdiv(num_rows, block_m)

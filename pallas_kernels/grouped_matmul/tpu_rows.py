@@ -42,7 +42,7 @@ class Groups:
 
         def visit(group, state):
             row, count, tiles = state
-            end = jnp.minimum(row + jnp.maximum(group_sizes[group], 0), num_rows)
+            end = row + jnp.clip(group_sizes[group], 0, num_rows - row)
             mine = (group >= first) & (end > row)
 
             @pl.when(mine)

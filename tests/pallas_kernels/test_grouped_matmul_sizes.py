@@ -1,5 +1,7 @@
 """Group sizes that are negative, or of more rows than there are: one answer, whichever backend gives it."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ from jax.sharding import PartitionSpec
 
 from pallas_kernels.debug import debug_checks
 from pallas_kernels.grouped_matmul import grouped_gate_up, grouped_gate_up_in_8_bits, grouped_matmul
-from pallas_kernels.grouped_matmul.group_sizes import within_rows
+from pallas_kernels.grouped_matmul.group_sizes import as_group_sizes, bounds
 from pallas_kernels.quantize import Quantization, dequantize
 from sharding.mesh import EXPERT_AXIS, make_mesh
 from tests.helpers import LIMIT, normal, raises_saying, relative_error, same_bits
@@ -81,11 +83,22 @@ def test_a_result_in_8_bits(backend, rng, sizes, rows):
     assert not np.asarray(out)[sum(rows) :].any()
 
 
+@functools.partial(jax.jit, static_argnums=1)
+def rows_of(sizes, num_rows):
+    """Where groups begin and end."""
+    return bounds(as_group_sizes(sizes, num_rows), num_rows)
+
+
+def check_rows(sizes, num_rows, ends):
+    begin, end = rows_of(sizes, num_rows)
+    assert begin.dtype == end.dtype == jnp.int32
+    assert end.tolist() == list(ends)
+    assert begin.tolist() == [0, *ends[:-1]]
+
+
 @sizes_and_rows
-def test_the_sizes_themselves(sizes, rows):
-    out = jax.jit(lambda sizes: within_rows(sizes, M))(jnp.array(sizes, jnp.int32))
-    assert out.dtype == jnp.int32
-    assert out.tolist() == rows
+def test_the_rows_themselves(sizes, rows):
+    check_rows(jnp.array(sizes, jnp.int32), M, np.cumsum(rows))
 
 
 @pytest.mark.parametrize("num_rows", [0, 1, (1 << 30) + 1, MOST])
@@ -93,8 +106,7 @@ def test_the_sizes_themselves(sizes, rows):
 def test_sums_do_not_wrap_round(rng, num_rows, num_groups):
     sizes = rng.choice([0, 1, -1, 1 << 29, (1 << 31) - 2, MOST, LEAST], num_groups)
     ends = np.minimum(np.cumsum(np.maximum(sizes, 0), dtype=np.int64), num_rows)
-    out = jax.jit(lambda sizes: within_rows(sizes, num_rows))(jnp.asarray(sizes, jnp.int32))
-    assert out.tolist() == np.diff(ends, prepend=0).tolist()
+    check_rows(jnp.asarray(sizes, jnp.int32), num_rows, ends)
 
 
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint16", "uint32", "int64", "uint64"])
@@ -104,9 +116,7 @@ def test_other_integers(dtype, num_rows):
     sizes = [1, int(info.min), 3, int(info.max), 2]
     ends = np.minimum(np.cumsum(np.array([max(size, 0) for size in sizes], object)), num_rows)
     with jax.enable_x64(True):
-        out = jax.jit(lambda sizes: within_rows(sizes, num_rows))(jnp.array(sizes, dtype))
-    assert out.dtype == jnp.int32
-    assert out.tolist() == np.diff(ends, prepend=0).tolist()
+        check_rows(jnp.array(sizes, dtype), num_rows, ends)
 
 
 def test_a_sum_that_wraps_round_in_its_dtype_is_too_large():
@@ -149,13 +159,13 @@ def test_debug_checks_of_gradients():
 
 def test_debug_checks_can_be_turned_off_again():
     with debug_checks(), debug_checks(False):
-        out = jax.jit(lambda sizes: within_rows(sizes, M))(jnp.array(SIZES["negative"][0]))
-    assert out.tolist() == SIZES["negative"][1]
+        out = jax.jit(lambda sizes: as_group_sizes(sizes, M))(jnp.array(SIZES["negative"][0]))
+    assert out.tolist() == SIZES["negative"][0]
 
 
 def test_debug_checks_need_checkify():
     with debug_checks(), raises_saying(ValueError, "checkify"):
-        jax.jit(lambda sizes: within_rows(sizes, M))(jnp.zeros(G, int))
+        jax.jit(lambda sizes: as_group_sizes(sizes, M))(jnp.zeros(G, int))
 
 
 def test_across_a_mesh(rng):
