@@ -18,7 +18,7 @@ SHELL := /bin/sh
 .SHELLFLAGS := -euc
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help setup decode test lint format test-gpu bench-gpu aot clean base tools compiler cuda
+.PHONY: help setup decode test test-all lint format test-gpu bench-gpu aot clean base tools compiler cuda
 
 RUN := .venv/bin/python
 GPU_PYTHON ?= python3
@@ -41,8 +41,11 @@ setup: cuda  ## make .venv with moejax and all that `make test` needs
 decode: base  ## run the main job: decode over 32 expert-parallel chips, timed and modelled
 	$(RUN) -m bench.decode --ep 32 $(ARGS)
 
-test: lint cuda  ## lint, check types, run the tests
-	$(RUN) -m pytest -n 2 --dist loadgroup $(TEST_ARGS)
+test: lint cuda  ## lint, check types, run the tests: of each kind of check some cases
+	$(RUN) -m pytest -n 2 --dist loadgroup --durations=20 --durations-min=5 -m 'not slow' $(TEST_ARGS)
+
+test-all: override TEST_ARGS := -m '' $(TEST_ARGS)
+test-all: test  ## the same with every case
 
 lint: tools  ## check style, format and types
 	$(RUN) -m ruff check .

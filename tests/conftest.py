@@ -4,6 +4,7 @@ Random inputs come from the fixture `rng`, seeded by MOEJAX_TEST_SEED and the te
 each run unless the environment sets it, and a failing run names it.
 """
 
+import fnmatch
 import importlib.util
 import os
 import zlib
@@ -34,6 +35,21 @@ if importlib.util.find_spec("hypothesis"):  # a GPU machine's own Python may lac
 def pytest_configure(config):
     # The workers of pytest-xdist inherit the controller's environment, and so its seed.
     os.environ.setdefault(SEED, str(int.from_bytes(os.urandom(4))))
+
+
+@pytest.hookimpl(tryfirst=True)  # before those marked slow are left out
+def pytest_collection_modifyitems(config, items):
+    """Marks as slow what `quick` leaves out: of a test's cases, all that none of its patterns names."""
+    unused = {}
+    for item in items:
+        for mark in item.iter_markers("quick"):
+            named = [pattern for pattern in mark.args if fnmatch.fnmatchcase(item.callspec.id, pattern)]
+            unused.setdefault((item.location[0], item.originalname), set(mark.args)).difference_update(named)
+            if not named:
+                item.add_marker(pytest.mark.slow)
+    missing = [f"{file}::{name}: {sorted(patterns)}" for (file, name), patterns in unused.items() if patterns]
+    if missing and not any("::" in argument for argument in config.args):
+        raise pytest.UsageError(f"quick names cases that there are not: {'; '.join(missing)}")
 
 
 def pytest_report_header(config):

@@ -22,6 +22,7 @@ SMALL = ["--tokens", "64", "--hidden", "32", "--experts", "4", "--repeats", "2"]
 
 
 @pytest.mark.parametrize("load", KINDS)
+@pytest.mark.quick("zipf")
 def test_tokens_come_back_in_every_layout_without_overflow(load):
     case = small("permute", dtype="fp16", load=load, layouts=EVERY, split=EVERY, with_xla=True, capacity_factor=4.0)
     records = run_case(case, Clock(), 2)

@@ -235,6 +235,7 @@ def test_mlp_in_8_bits_rounds_each_operand_once(rng):
 
 @pytest.mark.parametrize("name", ["fp8-blocks", "e5m2-channels", "int8-tensor"])
 @pytest.mark.parametrize("ep", [1, 2])
+@pytest.mark.quick("2-fp8-blocks", "1-e5m2-channels", "1-int8-tensor")
 def test_what_no_gradient_is_asked_of_gives_the_same(name, ep, rng):
     """Rows that stay in 8 bits from the tokens to kernel two, against those that are rounded before each kernel."""
     config = config_in_8_bits(name)
@@ -259,6 +260,7 @@ def test_tokens_are_rounded_before_they_are_copied(rng):
 @pytest.mark.parametrize(
     ("name", "ep"), [("fp8-blocks", 1), ("fp8-blocks", 2), ("e5m2-channels", 1), ("int8-tensor", 2)]
 )
+@pytest.mark.quick("fp8-blocks-1", "int8-tensor-2")
 def test_serving_equals_quantising_on_the_fly(name, ep, rng):
     """The weights that training rounds in every step are the ones that serving keeps, to the bit."""
     config = config_in_8_bits(name)

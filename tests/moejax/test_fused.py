@@ -178,6 +178,7 @@ def test_choices_that_are_not_made(rng):
 
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("quantization", [None, Quantization()], ids=["float", "fp8"])
+@pytest.mark.quick("fp8-True", "float-False")
 def test_over_an_axis(rng, quantization, check_vma):
     x, w1, w2, weights, ids = problem(rng, tokens=40)
     mesh = make_mesh(4)
@@ -190,6 +191,7 @@ def test_over_an_axis(rng, quantization, check_vma):
 
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("ep", [4, 8])  # 8 take rounds
+@pytest.mark.quick("8-True")
 def test_gradients_over_an_axis(rng, ep, check_vma):
     *arguments, ids = problem(rng, tokens=40)
     mesh = make_mesh(ep)

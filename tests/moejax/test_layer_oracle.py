@@ -1,6 +1,7 @@
 """The whole layer against the dense oracle: every preset's routing, every ep, every precision, values and gradients."""
 
 import functools
+import itertools
 import math
 import os
 
@@ -27,19 +28,24 @@ NUM_TOKENS = 3 * 37  # divisible by no number of chips
 # Presets that differ in widths only, which these tests set.
 SAME_WHEN_NARROW = {"deepseek-v3.2": "deepseek-v3", "qwen3-235b-a22b": "qwen3-30b-a3b"}
 
-CASES = [
-    pytest.param(
-        narrow(preset, precision=precision, dtype=jnp.dtype(dtype)),
-        ep,
-        id=f"{preset}-{precision}-{dtype}-ep{ep}",
-        # One worker takes all ep of a layer, and of another that is the same when narrow, and so shares its oracle.
-        marks=pytest.mark.xdist_group(f"{SAME_WHEN_NARROW.get(preset, preset)}-{precision}-{dtype}"),
-    )
-    for preset in PRESETS
-    for precision, dtype in LIMITS
-    for ep in (1, 2, 4, 8, 32)
-    if PRESETS[preset].num_experts % ep == 0
-]
+EPS = (1, 2, 4, 8, 32)
+
+
+def cases():
+    """Every preset with every precision on every number of chips; each with two of them, in turn, in `make test`."""
+    for number, preset in enumerate(PRESETS):
+        for (precision, dtype), ep in itertools.product(LIMITS, EPS):
+            if PRESETS[preset].num_experts % ep:
+                continue
+            # One worker takes all ep of a layer, and of another that is the same when narrow, and so shares its oracle.
+            name = SAME_WHEN_NARROW.get(preset, preset)
+            marks = [pytest.mark.xdist_group(f"{name}-{precision}-{dtype}")]
+            in_turn = EPS[number % len(EPS)], EPS[-1 - number % len(EPS)]
+            quick = {("float32", in_turn[0]), (("w8a8", "bfloat16")[number % 2], in_turn[1])}
+            if preset in SAME_WHEN_NARROW or (precision if precision == "w8a8" else dtype, ep) not in quick:
+                marks.append(pytest.mark.slow)
+            config = narrow(preset, precision=precision, dtype=jnp.dtype(dtype))
+            yield pytest.param(config, ep, id=f"{preset}-{precision}-{dtype}-ep{ep}", marks=marks)
 
 
 @functools.cache
@@ -79,7 +85,7 @@ def oracle(config: MoEConfig, quantized: bool, travels: bool):
     return y, gradients
 
 
-@pytest.mark.parametrize(("config", "ep"), CASES)
+@pytest.mark.parametrize(("config", "ep"), list(cases()))
 def test_layer_equals_the_dense_oracle(config, ep):
     check_layer(config, ep)
 
@@ -94,6 +100,7 @@ def test_layer_equals_the_dense_oracle_on_gpus(preset, precision, dtype):
 
 
 @pytest.mark.parametrize(("precision", "dtype"), LIMITS)
+@pytest.mark.quick("w8a8-bfloat16")
 def test_layer_equals_the_dense_oracle_on_simulated_tpus(precision, dtype):
     config = MoEConfig(128, 128, 4, 2, 128, precision=precision, dtype=jnp.dtype(dtype), backend="pallas_tpu")
     with interpreted():

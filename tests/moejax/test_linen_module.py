@@ -69,6 +69,7 @@ def test_apply_equals_the_nnx_layer(variables, x):
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@pytest.mark.quick("auto")
 def test_partition_specs_and_gradients_over_a_mesh(axis_type, variables, x):
     layer = moejax.linen.MoE(CONFIG)
 

@@ -62,6 +62,7 @@ def problem(dtype: str):
 
 @pytest.mark.parametrize("dtype", LIMITS)
 @pytest.mark.parametrize("name", MESHES)
+@pytest.mark.quick("*-float32", "fsdp, expert and tensor-bfloat16")
 def test_gradients_equal_the_dense_oracles_and_lie_as_the_parameters(name, dtype):
     config, params, x, direction, expected = problem(dtype)
     mesh, partition = mesh_of(name)
@@ -147,6 +148,7 @@ def test_activations_are_taken_as_they_lie(spec):
 
 @pytest.mark.skipif(libtpu_version() is None, reason="libtpu is not installed (EXTRAS=aot)")
 @pytest.mark.parametrize(("mesh", "hidden_size"), [("fsdp, expert and tensor", 768), ("a stage of one chip", 1024)])
+@pytest.mark.quick("fsdp, expert and tensor-768")
 def test_on_tpus_weights_are_gathered_in_bfloat16_and_their_gradients_scattered(mesh, hidden_size):
     """With 384 and with 256 columns a chip, of which only the latter fill a TPU's registers in pairs."""
     sizes, _ = MESHES[mesh]

@@ -146,6 +146,7 @@ def values_and_gradients(x, mask, params, direction, mesh=None, partition=None):
 @pytest.mark.parametrize(
     ("name", "axis_type"), [*((name, AxisType.Auto) for name in LAYOUTS), ("all", AxisType.Explicit)], ids=str
 )
+@pytest.mark.quick("all-AxisType.Auto", "two axes for each-*", "repeated-*", "all-AxisType.Explicit")
 def test_every_partition_equals_one_chip(name, axis_type, rng):
     """Values, losses, load, drops, and the gradients of x and of every parameter."""
     sizes, partition = LAYOUTS[name]
@@ -162,6 +163,7 @@ def test_every_partition_equals_one_chip(name, axis_type, rng):
 
 
 @pytest.mark.parametrize("name", ["fsdp", "tensor", "all", "axes of any name"])
+@pytest.mark.quick("all")
 def test_in_8_bits_over_every_kind_of_axis(name, rng):
     """Weights that are rounded in every call, and those that are held in 8 bits."""
     sizes, partition = LAYOUTS[name]

@@ -150,6 +150,7 @@ def check_parameters(module: MoE, layer: MoE, mesh) -> None:
 
 @AXIS_TYPES
 @pytest.mark.parametrize("how", ["set_mesh", "set_mesh, jit", "mesh="])
+@pytest.mark.quick("set_mesh-explicit", "set_mesh, jit-auto", "mesh=-auto")
 def test_parameters_lie_over_the_expert_axis(how, axis_type, layer):
     mesh = mesh_of(axis_type)
     module = in_mesh(how, mesh)
@@ -184,6 +185,7 @@ def values_and_gradients(layer, x):
 
 @AXIS_TYPES
 @pytest.mark.parametrize("how", ["set_mesh", "mesh="])
+@pytest.mark.quick("set_mesh-explicit", "mesh=-auto")
 def test_values_and_gradients_over_a_mesh_equal_those_of_one_chip(how, axis_type, x, expected):
     mesh = mesh_of(axis_type)
     module = in_mesh(how, mesh)
@@ -210,6 +212,7 @@ def check_gradients(gradients, expected) -> None:
 
 
 @pytest.mark.parametrize("spec", [("data",), (None, "expert"), ("data", None, "expert")], ids=str)
+@pytest.mark.quick("[(]'data', None, 'expert')")
 def test_in_an_explicit_mesh_the_output_lies_as_the_input(spec, rng):
     """So that a residual `x + layer(x)` type-checks."""
     mesh = mesh_of(AxisType.Explicit)
@@ -297,6 +300,7 @@ def test_from_params_over_a_mesh(axis_type, layer, x, expected):
 
 
 @pytest.mark.parametrize("chips", [1, 8])
+@pytest.mark.quick("8")
 def test_a_layer_for_serving_in_8_bits(chips, rng):
     """The weights of experts are rounded once, and take no gradient; nothing else is touched."""
     config = dataclasses.replace(

@@ -24,6 +24,7 @@ def test_every_router_replays_or_refuses():
 
 @pytest.mark.parametrize("ep", [1, 4])
 @pytest.mark.parametrize("name", REPLAYING)
+@pytest.mark.quick("noisy_top_k-4", "group_limited-1", "chain_of_experts-4", "specialized-1")
 def test_the_same_choices_give_the_same_result(name, ep, rng):
     layer = MoE(
         ROUTERS[name](CONFIG),

@@ -59,6 +59,7 @@ def test_inside_a_shard_map_over_all_axes_it_is_the_layer_of_one_chip(check_vma,
 
 @pytest.mark.parametrize("check_vma", [False, True])
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.quick("AxisType.Auto-True", "AxisType.Explicit-True")
 def test_pipeline_stages(axis_type, check_vma, rng):
     """Each stage is a layer of its own over the expert axis that is left; gradients are those without a pipeline."""
     stages = [random_params(CONFIG, rng) for _ in range(2)]
@@ -195,6 +196,7 @@ def test_hessian_times_a_vector(params, rng):
 
 
 @pytest.mark.parametrize("name", ROUTERS)
+@pytest.mark.quick("noisy_top_k", "group_limited", "expert_choice", "chain_of_experts")
 def test_modes_of_jax(name, rng):
     """Wider types, no promotion, and a look for infinities change nothing of what comes back."""
     layer = MoE(ROUTERS[name](CONFIG), rngs=nnx.Rngs(params=0, router=1))

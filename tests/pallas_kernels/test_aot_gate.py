@@ -30,5 +30,6 @@ KERNELS = {
 
 @pytest.mark.skipif(libtpu_version() is None, reason="libtpu is not installed (EXTRAS=aot)")
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
+@pytest.mark.quick("v5e:2x2", "tpu7x:2x2x1")
 def test_kernels_compile(topology):
     assert run_job("tests.pallas_kernels.aot_gate", {"topology": topology}, timeout=500) == KERNELS

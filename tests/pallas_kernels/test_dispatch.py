@@ -30,6 +30,7 @@ def gathered(x: np.ndarray, plan) -> np.ndarray:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int8", "float8_e4m3fn"])
 @pytest.mark.parametrize("capacity", [None, 7])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.quick("*-None-float32", "*-7-bfloat16", "*-7-float8_e4m3fn", "*-None-int8")
 def test_rows_are_copies_of_their_tokens(backend, rng, shape, capacity, dtype):
     x = (10 * normal(rng, shape[0], shape[3])).astype(dtype)
     plan = random_plan(rng, *shape[:3], capacity)
@@ -40,6 +41,7 @@ def test_rows_are_copies_of_their_tokens(backend, rng, shape, capacity, dtype):
 
 @pytest.mark.parametrize("scaling", ["1x128", "per_row"])
 @pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2", "int8"])
+@pytest.mark.quick("*float8_e4m3fn-1x128", "*int8-per_row")
 def test_scales_travel_with_their_rows(backend, rng, dtype, scaling):
     x = quantize(normal(rng, 64, 256), dtype, scaling=scaling)
     plan = random_plan(rng, 64, 4, 8, capacity=20)

@@ -17,6 +17,7 @@ from tests.pallas_kernels.grouped import (
     owned,
     random_sizes,
 )
+from tests.pallas_kernels.kernels_tpu import is_interpreted
 
 backend = every_backend("grouped_matmul")
 
@@ -56,7 +57,10 @@ def test_every_pattern_of_empty_groups(backend, rng, fused, shape, dtype):
     num_rows, _, _, num_groups = shape
     lhs, rhs, bias = operands(rng, shape, dtype)
     function, oracle = (gate_up, dense_gate_up) if fused else (matmul, dense_matmul)
-    for filled in itertools.product([False, True], repeat=num_groups):
+    patterns = list(itertools.product([False, True], repeat=num_groups))
+    if is_interpreted(backend):  # slowly: others in every run
+        patterns = [patterns[0], patterns[-1], *(patterns[i] for i in rng.choice(len(patterns), 14, replace=False))]
+    for filled in patterns:
         shares = np.array(filled) / max(sum(filled), 1)
         used = int(rng.integers(num_rows // 2, num_rows + 1)) if any(filled) else 0
         sizes = rng.multinomial(used, shares) if used else np.zeros(num_groups, int)

@@ -50,6 +50,7 @@ def test_moving_rows_is_right(times):
 
 
 @pytest.mark.parametrize("name", ["qwen3-fp8-64", "qwen3-bf16-16384"])
+@pytest.mark.quick("qwen3-fp8-64")
 def test_a_layer_is_timed_by_the_wall_clock(name):
     case = dataclasses.replace(CASES[name], shape=GemmShape(16, 4, 256, 128), calls=2)
     ours, _ = measure_case(case, repeats=2, with_peers=False)

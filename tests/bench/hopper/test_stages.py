@@ -49,6 +49,7 @@ def test_without_a_gpu_all_is_wall_time():
 
 
 @pytest.mark.parametrize("precision", ["w16a16", "w8a8"])
+@pytest.mark.quick("w8a8")
 def test_kernel_times_and_their_parts(nvidia, precision):
     said = []
     result = times(said, precision=precision)
