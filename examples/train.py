@@ -1,4 +1,4 @@
-"""Training a small language model whose feed-forward layers are Mixtures of Experts, over a mesh of any shape.
+"""Training a small language model whose feed-forward layers are Mixtures of Experts, over a mesh with any axes.
 
     python examples/train.py --steps 50                              # on the devices at hand
     python examples/train.py --devices 8 --mesh fsdp=2,expert=2,tensor=2
@@ -7,6 +7,7 @@ Sequences of different lengths are padded, and the padding is masked: it takes n
 """
 
 import argparse
+import math
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ import optax
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from moejax import ROUTERS, MoE, MoEAux, MoEConfig
+from moejax import ROUTERS, MoE, MoEAux, MoEConfig, Partition
 
 VOCABULARY, HIDDEN, LENGTH = 64, 64, 32
 
@@ -23,9 +24,9 @@ VOCABULARY, HIDDEN, LENGTH = 64, 64, 32
 class Model(nnx.Module):
     """Tokens -> logits of the next ones, by two layers of experts with a residual."""
 
-    def __init__(self, config: MoEConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: MoEConfig, partition: Partition, *, rngs: nnx.Rngs):
         self.embedding = nnx.Embed(VOCABULARY, HIDDEN, rngs=rngs)
-        self.layers = nnx.List([MoE(config, rngs=rngs) for _ in range(2)])
+        self.layers = nnx.List([MoE(config, partition=partition, rngs=rngs) for _ in range(2)])
         self.norm = nnx.RMSNorm(HIDDEN, rngs=rngs)
         self.head = nnx.Linear(HIDDEN, VOCABULARY, rngs=rngs)
 
@@ -68,11 +69,14 @@ def main(arguments: list[str] | None = None) -> list[float]:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--devices", type=int, help="virtual CPU devices to make")
-    parser.add_argument("--mesh", help="axes and their sizes, as fsdp=2,expert=2,tensor=2; default: all on expert")
+    parser.add_argument("--mesh", help="axes and their sizes, as fsdp=2,expert=2,tensor=2; default: expert, then data")
     options = parser.parse_args(arguments)
     if options.devices:
         jax.config.update("jax_num_cpu_devices", options.devices)
-    sizes = dict(part.split("=") for part in (options.mesh or f"expert={jax.device_count()}").split(","))
+    experts = math.gcd(jax.device_count(), 8)
+    axes = options.mesh or f"data={jax.device_count() // experts},expert={experts}"
+    sizes = dict(part.split("=") for part in axes.split(","))
+    partition = Partition(expert="expert" if "expert" in sizes else None)
     mesh = jax.make_mesh(tuple(map(int, sizes.values())), tuple(sizes))
 
     config = ROUTERS["loss_free"](
@@ -80,7 +84,7 @@ def main(arguments: list[str] | None = None) -> list[float]:
     )
     rng = np.random.default_rng(0)
     with jax.set_mesh(mesh):
-        model = Model(config, rngs=nnx.Rngs(0))
+        model = Model(config, partition, rngs=nnx.Rngs(0))
         optimizer = nnx.Optimizer(model, optax.adamw(3e-3), wrt=nnx.Param)
         losses = []
         for number in range(options.steps):

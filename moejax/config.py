@@ -113,7 +113,7 @@ class MoEConfig:
         check_backend(self.backend)
         self.router.check_layer(self)
         if self.precision == "w8a8":
-            self._check_scale_blocks()
+            self.check_scale_blocks()
 
     @property
     def of_shared_expert(self) -> tuple[Activation, float | None]:
@@ -130,7 +130,8 @@ class MoEConfig:
                 "None where shared_activation is not given",
                 self.shared_activation_limit,
             )
-        check_activation(*self.of_shared_expert)
+        else:
+            check_activation(self.shared_activation, self.shared_activation_limit, name="shared_activation")
         require(
             not self.shared_gate or self.shared_intermediate_size > 0,
             "shared_gate",
@@ -138,12 +139,12 @@ class MoEConfig:
             self.shared_gate,
         )
 
-    def _check_scale_blocks(self):
-        """Each operand of each product must divide into the blocks of its scaling."""
+    def check_scale_blocks(self, width_parts: int = 1) -> None:
+        """Raises ValueError unless each operand divides into the blocks of its scaling, widths in so many parts."""
         q, hidden = self.quantization, self.hidden_size
         operands = [("hidden_size", (1, hidden), self.wire_scaling), ("hidden_size", (1, hidden), q.lhs_scaling)]
         for name in ("intermediate_size", "shared_intermediate_size"):
-            if width := getattr(self, name):
+            if width := getattr(self, name) // width_parts:
                 operands += [
                     (name, (1, width), q.lhs_scaling),
                     (name, (hidden, width), q.rhs_scaling),
@@ -153,4 +154,6 @@ class MoEConfig:
             try:
                 scale_shape(shape, scaling)
             except ValueError as reason:
-                raise ValueError(f"precision 'w8a8' does not fit {name}={getattr(self, name)}: {reason}") from None
+                in_parts = f" in {width_parts} parts" if width_parts > 1 and name != "hidden_size" else ""
+                size = f"{name}={getattr(self, name)}{in_parts}"
+                raise ValueError(f"precision 'w8a8' does not fit {size}: {reason}") from None

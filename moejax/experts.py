@@ -101,7 +101,10 @@ def down_projection(
 
 
 def _ready(weights: Operand, config: MoEConfig) -> Operand:
-    """Weights that are to be rounded to 8 bits are rounded once, from the precision that they are kept in."""
+    """Weights that are to be rounded to 8 bits are rounded from the precision that they are kept in, if they come so.
+
+    Over an FSDP axis they have been cast to `config.dtype`, in which they travel.
+    """
     return weights if config.precision == "w8a8" or isinstance(weights, QTensor) else weights.astype(config.dtype)
 
 

@@ -7,6 +7,7 @@ choices that were made elsewhere.
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -95,7 +96,7 @@ def moe_experts(
       params: see `MoEParams`; the router's are not looked at and may be None.
       config: the layer; its router plays no part.
       max_choices: all that the [T, K] choices hold at most that are made; None for T·K. Where many are not this keeps
-        the rows in memory to those that are made. More choices than it says are an error that is not noticed.
+        the rows in memory to those that are made. Choices beyond it are left out without notice.
       mask: as for `moe`, as the rest.
       mesh: where to run.
       partition: which axes of the mesh split what.
@@ -132,7 +133,7 @@ def moe_experts(
 
 
 def _run(
-    body: Any,
+    body: Callable[..., tuple[Any, Any]],
     per_token: PerToken,
     params: MoEParams,
     settings: Settings,
@@ -149,7 +150,7 @@ def _run(
     if mesh is None:
         return per_chip(body, per_token, Held(params, key), settings, leading=leading, mask=mask)
     axes = axes_on(mesh, partition, config)
-    check_widths(params, config, axes)
+    _check_scales(params, config, axes)
     ranks = jnp.arange(axes.tp, dtype=jnp.int32) if axes.tp > 1 else None
     held = Held(params, key, ranks)
     specs = Held(
@@ -183,6 +184,8 @@ def axes_on(mesh: AnyMesh, partition: Partition | None, config: MoEConfig) -> Ax
     for name, role in {**widths, "hidden_size": "embed"}.items():
         _check_divides(name, getattr(config, name), role, axes.size(getattr(axes, role)))
     _check_divides("hidden_size", config.hidden_size, "mlp", axes.tp)
+    if config.precision == "w8a8":
+        config.check_scale_blocks(axes.tp)
     return axes
 
 
@@ -195,7 +198,7 @@ def partition_here(partition: Partition | None) -> Partition:
     return Partition.from_rules(rules) if is_ours else Partition()
 
 
-def check_widths(params: MoEParams, config: MoEConfig, axes: Axes) -> None:
+def _check_scales(params: MoEParams, config: MoEConfig, axes: Axes) -> None:
     """Raises ValueError unless the scales of 8-bit parameters, and of rows that travel, can be split with them."""
     table = param_table(config)
     for field in dataclasses.fields(params):
@@ -241,7 +244,7 @@ def check_input(x: jax.Array, config: MoEConfig, mask: jax.Array | None = None) 
 def _check_router(params: MoEParams, x: jax.Array) -> None:
     """Raises ValueError if the router's parameters hold NaN, where all of this is known."""
     for name, value in (params.router or {}).items():
-        if is_known(x) and jnp.issubdtype(value.dtype, jnp.floating) and nan_rows(value):
+        if is_known(x) and jnp.issubdtype(value.dtype, jnp.floating) and nan_rows(jnp.atleast_1d(value)):
             raise ValueError(f"params.router[{name!r}] holds NaN; look for it in what trained the layer")
 
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from moejax.packing import GateUpOrder, Layout, split_gate_up
+from moejax.unless_differentiated import unless_differentiated
 from pallas_kernels.activations import Activation
 from pallas_kernels.grouped_matmul import grouped_gate_up, grouped_gate_up_in_8_bits, grouped_matmul, result_can_stay
 from pallas_kernels.plan import in_int32
@@ -36,8 +37,8 @@ def fused_experts(
     """Σ_k topk_weights[t, k] · expert[topk_ids[t, k]](hidden_states[t]): dispatch, two kernels, combine.
 
     Kernel one is gate/up, bias and activation; its result stays in 8 bits for kernel two where `quantization` scales
-    activations by "1x128". With `quantization` the hidden states are rounded before they are copied to their experts,
-    once for each token; no gradient passes then. Use `moejax.moe` to train in 8 bits.
+    activations by "1x128", and the hidden states are rounded before they are copied to their experts, once for each
+    token. Where a gradient is asked for, each product rounds its operands instead, and gradients pass straight through.
 
     Args:
       hidden_states: [T, H], BF16, FP16 or float32.
@@ -47,7 +48,7 @@ def fused_experts(
       topk_ids: integer [T, K]; an id outside [0, E) makes no choice.
       b1: [E, 2I] in the order of w1, or None.
       b2: [E, H] or None.
-      activation: silu, gelu, gelu_tanh or swigluoai.
+      activation: silu, gelu, gelu_tanh, swigluoai or relu2.
       activation_limit: clamp before the activation, or None.
       quantization: how activations (and weights that are not QTensors) are rounded to 8 bits; None multiplies operands
         as they are.
@@ -67,35 +68,63 @@ def fused_experts(
     """
     w1, b1 = _gate_first(w1, b1, layout, gate_up_order)
     _check(hidden_states, w1, w2, topk_weights, topk_ids, b1, b2, layout)
-    ep = 1 if ep_axis is None else jax.lax.axis_size(ep_axis)
-    inputs: Operand = hidden_states
-    wire = None
-    if quantization is not None and block_shape(quantization.lhs_scaling)[0] == 1:
-        if ep == 1:
-            inputs = quantize(hidden_states, quantization.dtype, scaling=quantization.lhs_scaling)
-        else:
-            wire = Wire(quantization.dtype, quantization.lhs_scaling)
-    experts = functools.partial(
-        _experts,
-        out_dtype=hidden_states.dtype,
+    num_local, ep = w1.shape[0], 1 if ep_axis is None else jax.lax.axis_size(ep_axis)
+    names = () if ep_axis is None else (ep_axis,)
+    run = functools.partial(
+        _run,
+        axes=Axes(expert=names, tokens=names, sizes=tuple((name, ep) for name in names)),
+        num_experts=num_local * ep,
         activation=activation,
         activation_limit=activation_limit,
         quantization=quantization,
         k_major=layout == "out_in",
         backend=backend,
     )
-    num_experts = w1.shape[0] * ep
-    names = () if ep_axis is None else (ep_axis,)
-    axes = Axes(expert=names, tokens=names, sizes=tuple((name, ep) for name in names))
+    params = {"w1": w1, "w2": w2, "b1": b1, "b2": b2}
+    operands = hidden_states, topk_weights.astype(jnp.float32), in_int32(topk_ids, num_local * ep), params
+    if quantization is None:
+        return run(*operands)
+    return unless_differentiated(functools.partial(run, stays_in_8_bits=True), run, *operands)
+
+
+def _run(
+    x: jax.Array,
+    topk_weights: jax.Array,
+    topk_ids: jax.Array,
+    params: dict[str, Any],
+    *,
+    axes: Axes,
+    num_experts: int,
+    quantization: Quantization | None,
+    backend: str,
+    stays_in_8_bits: bool = False,
+    **settings: Any,
+) -> jax.Array:
+    """`stays_in_8_bits` rounds x before it is copied, and what lies between the kernels in the first; no gradients."""
+    rows: Operand = x
+    wire = None
+    if quantization is not None and block_shape(quantization.lhs_scaling)[0] == 1:
+        if axes.ep > 1:
+            wire = Wire(quantization.dtype, quantization.lhs_scaling)
+        elif stays_in_8_bits:
+            rows = quantize(x, quantization.dtype, scaling=quantization.lhs_scaling)
+    experts = functools.partial(
+        _experts,
+        out_dtype=x.dtype,
+        quantization=quantization,
+        backend=backend,
+        stays_in_8_bits=stays_in_8_bits,
+        **settings,
+    )
     return expert_parallel(
-        inputs,
-        topk_weights.astype(jnp.float32),
-        in_int32(topk_ids, num_experts),
+        rows,
+        topk_weights,
+        topk_ids,
         experts,
-        {"w1": w1, "w2": w2, "b1": b1, "b2": b2},
+        params,
         num_experts=num_experts,
         transport=Transport(axes, wire, backend),
-        preferred_element_type=hidden_states.dtype,
+        preferred_element_type=x.dtype,
     )
 
 
@@ -110,12 +139,13 @@ def _experts(
     quantization: Quantization | None,
     k_major: bool,
     backend: str,
+    stays_in_8_bits: bool,
 ) -> jax.Array:
     w1, w2 = params["w1"], params["w2"]
     common: dict[str, Any] = {"transpose_rhs": k_major, "quantization": quantization, "backend": backend}
     gate_up = {"bias": params["b1"], "activation": activation, "activation_limit": activation_limit, **common}
     h: Operand
-    if quantization is not None and result_can_stay(quantization, w2.shape[2 if k_major else 1]):
+    if stays_in_8_bits and quantization is not None and result_can_stay(quantization, w2.shape[2 if k_major else 1]):
         h = grouped_gate_up_in_8_bits(rows, w1, group_sizes, dtype=quantization.dtype, **gate_up)
     else:
         h_dtype = out_dtype if quantization is None else jnp.dtype(jnp.float32)

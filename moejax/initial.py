@@ -65,7 +65,7 @@ def _draw(
     key: jax.Array,
     part: "_Part | None" = None,
 ) -> jax.Array:
-    """init(key, shape, dtype), of every matrix by itself; of it, `part`."""
+    """An array of `shape`, every matrix drawn from a key of its own; of it, the chip's `part`, if one is given."""
     if stacked == 0 and has_halves:
         rows, halves, columns = shape
         own = None if part is None else part.without(1)
@@ -135,7 +135,7 @@ def _on_mesh(
     mesh: AnyMesh,
     spec: PartitionSpec,
 ) -> _Programs:
-    """They are kept for the layers that follow."""
+    """The programs for one kind of parameter, kept by its initialiser, so that further layers compile nothing."""
     entries = tuple(spec) + (None,) * (len(shape) - len(spec))
     axes = tuple(() if names is None else (names,) if isinstance(names, str) else tuple(names) for names in entries)
     whole_spec = PartitionSpec(*entries)

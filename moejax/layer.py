@@ -43,6 +43,8 @@ class RouterParams(nnx.Module):
         def __getattr__(self, name: str) -> nnx.Variable[Any]: ...
 
     def __getitem__(self, name: str) -> nnx.Variable[Any]:
+        if name not in set(self):
+            raise KeyError(name)
         return getattr(self, name)
 
     def __iter__(self) -> Iterator[str]:
@@ -129,7 +131,8 @@ class MoE(nnx.Module):
                 setattr(self, field.name, None if row is None else make(row, value))
         given = {} if params is None else params.router or {}
         self.router = RouterParams({name: make(row, given.get(name)) for name, row in (table.router or {}).items()})
-        self.noise = rngs.router.fork() if config.router.noisy and rngs is not None else None
+        has_stream = rngs is not None and ("router" in rngs or "default" in rngs)
+        self.noise = rngs.router.fork() if config.router.noisy and rngs is not None and has_stream else None
 
     @classmethod
     def from_params(cls, params: MoEParams, config: MoEConfig, **settings: Any) -> Self:
@@ -187,7 +190,10 @@ class MoE(nnx.Module):
         """
         is_noisy = self.config.router.noisy and (not self.deterministic if train is None else train)
         if is_noisy and self.noise is None:
-            raise ValueError("a layer with a noisy router needs rngs to train: make it with rngs=nnx.Rngs(router=0, …)")
+            raise ValueError(
+                "a layer with a noisy router needs random numbers to train: make it with rngs=nnx.Rngs(router=0, …), "
+                'or in linen call apply(…, rngs={"router": key})'
+            )
         return moe(
             x,
             self.params(),
@@ -206,7 +212,7 @@ class MoE(nnx.Module):
             self.router[name].set_value(value)
 
     def _of_router(self) -> dict[str, jax.Array]:
-        return {name: self.router[name].get_value() for name in self.config.router.table(self.config)}
+        return {name: self.router[name].get_value() for name in self.router}
 
     @property
     def causal(self) -> bool:

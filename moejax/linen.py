@@ -26,9 +26,12 @@ def MoE(
         layer = moejax.linen.MoE(get_preset("mixtral-8x7b"))
         variables = layer.init(jax.random.key(0), x)
         y, aux = layer.apply(variables, x)
+        y, aux = layer.apply(variables, x, rngs={"router": key})  # to train with a noisy router
+        y, aux = layer.apply(variables, x, train=False)           # to use it
 
-    Parameters are in the collection "params", the correction bias in "RouterState". Made under a mesh, parameters are
-    boxed as `linen.Partitioned`, as `linen.get_partition_spec` and `linen.scan` expect.
+    Parameters are in the collection "params", what no gradient trains (the correction bias, the table of hash routing)
+    in "RouterState". Call `apply` under jit: outside, flax makes all parameters anew in each call. Made under a mesh,
+    parameters are boxed as `linen.Partitioned`, as `linen.get_partition_spec` and `linen.scan` expect.
 
     Args:
       config: the layer.
@@ -38,12 +41,26 @@ def MoE(
       **settings: further ones of `moejax.MoE`, such as `kernel_init`.
     """
     return bridge.ToLinen(
-        layer.MoE,
+        _Layer,
         args=(config,),
         kwargs=flax.core.freeze({"mesh": mesh, "partition": partition, **settings}),
         metadata_fn=_partitioned,
         name=name,
     )
+
+
+class _Layer(layer.MoE):
+    """The layer as flax makes it in every call: its noise is of the stream "router" of that call, or there is none.
+
+    Where `apply` is given no stream, flax makes one that begins alike each time; `init` is quiet without one.
+    """
+
+    def __init__(self, config: MoEConfig, *, rngs: nnx.Rngs, **settings: Any):
+        super().__init__(config, rngs=rngs, **settings)
+        if "router" not in rngs:
+            self.noise = None
+            is_init = "default" not in rngs
+            self.deterministic = self.deterministic or is_init
 
 
 def quantized(variables: dict[str, Any], config: MoEConfig) -> dict[str, Any]:

@@ -126,7 +126,7 @@ def gathered(params: MoEParams, settings: Settings, axes: Axes) -> MoEParams:
     def gather_matrices(x: jax.Array, dimension: int, has_halves: bool) -> jax.Array:
         if not has_halves:
             return gather(x, axes.embed, dimension)
-        # Joined, as kernels want gate and up: in four dimensions a TPU would add up whole gradients, and cut them then.
+        # Joined, as kernels want them: of a gradient in four dimensions XLA for TPUs makes an all-reduce and a slice.
         halves, width = x.shape[-2:]
         joined = gather(x.reshape(*x.shape[:-2], -1), axes.embed, dimension)
         return joined.reshape(*joined.shape[:-1], halves, width)

@@ -114,8 +114,8 @@ def check_params(params: MoEParams, config: MoEConfig) -> None:
     got = {} if params.router is None else params.router
     if set(got) != set(table):
         raise ValueError(
-            f"params.router must hold {sorted(table)}, those of {type(config.router).__name__}, got {sorted(got)}; a "
-            "layer that was saved before all of them stood there has other names (see CHANGELOG.md)"
+            f"params.router must hold {sorted(table)}, those of {type(config.router).__name__}, got {sorted(got)}; "
+            "those that an older moejax saved have other names (see CHANGELOG.md)"
         )
     for name, row in table.items():
         _check_one(f"params.router[{name!r}]", got[name], row)
@@ -145,10 +145,13 @@ def _check_one(name: str, value: Any, row: Param | None) -> None:
 
 
 def _hint(value: Operand, row: Param, shape: tuple[int, ...]) -> str:
+    if row.kind != "kernel":
+        is_turned = row.kind == "router kernel" and tuple(value.shape) == shape[::-1]
+        return "; is it [out, in]? transpose it" if is_turned else ""
     if row.has_halves and value.ndim == len(shape) - 1:
         return (
-            "; gate and up have an axis of their own: pack_experts() makes it of every layout there is, and "
-            f"reshape{shape} of what a layer of before it saved (see CHANGELOG.md)"
+            "; gate and up have an axis of their own: pack_experts() makes it of a checkpoint's weights, and "
+            f".reshape{shape} of those that an older moejax saved (see CHANGELOG.md)"
         )
     if not isinstance(value, QTensor) and tuple(value.shape) == row.k_major(row.shape):
         return "; these are matrices [out, in]: pack_experts(layout='out_in') turns them"

@@ -173,7 +173,7 @@ def with_changes(config: MoEConfig, **changes: Unpack[Changes]) -> MoEConfig:
     router: Any = given.pop("router", config.router)
     if not isinstance(router, Router):
         return dataclasses.replace(config, router=router)  # which says what is wrong
-    of_router = {field.name for field in dataclasses.fields(router)} - {"capacity_factor"}
+    of_router = {field.name for field in dataclasses.fields(router)}
     of_layer = {field.name for field in dataclasses.fields(MoEConfig)}
     if unknown := sorted(set(given) - of_router - of_layer):
         known = ", ".join(sorted(of_layer | of_router))

@@ -52,12 +52,12 @@ _GATED: Mapping[str, Callable[[jax.Array, jax.Array], jax.Array]] = MappingProxy
 )
 
 
-def check_activation(activation: str, limit: float | None) -> None:
-    """Raises ValueError unless `activation` is known and `limit` is None or positive."""
+def check_activation(activation: str, limit: float | None, *, name: str = "activation") -> None:
+    """Raises ValueError unless `activation` is known and `limit` is None or positive; `name` is what it calls them."""
     if activation not in _GATED:
-        raise ValueError(f"unknown activation {activation!r}; expected one of {', '.join(_GATED)}")
+        raise ValueError(f"unknown {name} {activation!r}; expected one of {', '.join(_GATED)}")
     if limit is not None and not limit > 0:
-        raise ValueError(f"activation_limit must be positive, or None for no clamp, got {limit}")
+        raise ValueError(f"{name}_limit must be positive, or None for no clamp, got {limit}")
 
 
 def gated(gate: jax.Array, up: jax.Array, activation: Activation, limit: float | None = None) -> jax.Array:

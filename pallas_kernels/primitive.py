@@ -103,7 +103,8 @@ class Operator:
         self._traced = jax.jit(self._run, static_argnums=0)
         self._primitive = core.Primitive(function)
         self._primitive.multiple_results = True
-        # What was traced is traced again when it is lowered, and made low then.
+        # jax asks whether what is traced here holds types that have to be lowered first (hijax). Lowering traces it
+        # anew, and lowers them then.
         self._primitive.is_high = lambda *_, **__: False  # type: ignore[method-assign]
         self._primitive.def_impl(functools.partial(xla.apply_primitive, self._primitive))
         self._primitive.def_effectful_abstract_eval(lambda *_, jaxpr, **__: (jaxpr.out_avals, jaxpr.effects))

@@ -1,8 +1,8 @@
 """What an expert has room for, and which choices get it.
 
 An expert takes ⌈factor · T·K / E⌉ choices of the T tokens that are counted together: those of the whole batch, or
-those of one chip (GShard, Switch Transformer). First choices have precedence over second ones, and so on; among equals
-the token that comes earlier in the batch has. So a batch loses the same choices on every mesh, unless each chip counts
+those of one chip (GShard, Switch Transformer). First choices have precedence over second ones, and so on, and among
+equals those of earlier tokens of the batch. So a batch loses the same choices on every mesh, unless each chip counts
 by itself.
 """
 
@@ -20,7 +20,10 @@ Scope = Literal["batch", "chip"]
 """The tokens that a capacity is of."""
 
 _DENOMINATOR = 1000
-"""A capacity factor counts in thousandths, so that integers give the same capacity while tracing as before."""
+"""A capacity factor is taken as the nearest fraction with such a denominator at most.
+
+So int32 arithmetic on a traced number of tokens gives what Python gives for a known one.
+"""
 
 
 def expert_capacity(num_tokens: Any, top_k: int, num_experts: int, capacity_factor: float) -> Any:
@@ -33,7 +36,7 @@ def expert_capacity(num_tokens: Any, top_k: int, num_experts: int, capacity_fact
       capacity_factor: positive, to a thousandth.
     """
     factor = Fraction(capacity_factor).limit_denominator(_DENOMINATOR)
-    # More than E / K is room for every choice there can be.
+    # E is room for every token there can be; more could overflow.
     factor = max(min(factor, Fraction(num_experts)), Fraction(1, _DENOMINATOR))
     if not isinstance(num_tokens, jax.Array):
         return max(1, math.ceil(factor * num_tokens * top_k / num_experts))

@@ -1,4 +1,6 @@
-"""The exchange over `lax.all_to_all`: equal slabs to every peer, rows out in 8 bits or as they are, rows back in BF16.
+"""The exchange over `lax.all_to_all`: equal slabs to every peer, rows out as they are or in 8 bits.
+
+Rows come back in the dtype that the experts give them.
 
 Runs wherever XLA runs. It sends whole slabs, filled or not; transports that send only what exists share its plan.
 """
@@ -55,7 +57,7 @@ def send_rows(x: jax.Array, plan: ExchangePlan, route: Route) -> jax.Array:
     between two differentiated functions would round its gradient to 8 bits. The gradient travels back unquantised.
 
     Args:
-      x: [T, H], BF16 or float32.
+      x: [T, H], BF16, FP16 or float32.
       plan: from `announce`; with `route.tensor`, of the tokens of all chips of that group.
       route: the way.
 

@@ -1,4 +1,4 @@
-"""Who sends which assignment where: sizes, slots and drops, before any row moves.
+"""Who sends which assignment where: sizes and slots, before any row moves.
 
 Rank r of the expert axis holds the experts [r·L, (r+1)·L), L = E / ep. An exchange gives each rank a slab of S slots
 for every peer. Slabs have one size, so that shapes are static, and the load has not: an exchange therefore goes in
@@ -49,7 +49,7 @@ def slab_size(
     top_k: int,
     num_local_experts: int,
     ep: int,
-    capacity: int | None,
+    max_rows: int | None,
     *,
     choices: int | None = None,
 ) -> tuple[int, int]:
@@ -57,11 +57,11 @@ def slab_size(
 
     A slab holds twice the rows of a balanced load, in multiples of 8. Where that is not far from all that one rank
     could ever have for another, it holds all of it and one round will do. A balanced load is T·K choices, or `choices`
-    where many of the T·K are not made.
+    where many of the T·K are not made. An expert gets at most `max_rows` from one rank, if that is not None.
     """
     worst = num_tokens * top_k
-    if capacity is not None:
-        worst = min(worst, num_local_experts * capacity)
+    if max_rows is not None:
+        worst = min(worst, num_local_experts * max_rows)
     balanced = num_tokens * top_k if choices is None else choices
     twice_balanced = 8 * math.ceil(2 * balanced / ep / 8)
     if worst <= 2 * twice_balanced:

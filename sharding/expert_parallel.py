@@ -70,7 +70,8 @@ def expert_parallel(
     """Σ_k topk_weights[t, k] · expert[topk_ids[t, k]](x[t]) for this chip's tokens.
 
     Args:
-      x: [T, H], BF16 or float32; where the experts are not split, also a QTensor whose every row has its own scales.
+      x: [T, H], BF16, FP16 or float32; where the experts are not split, also a QTensor in
+        which every row has scales of its own.
       topk_weights: [T, K] float32.
       topk_ids: int32 [T, K], numbers of experts over the whole expert axis; −1 for a choice that is not made.
       experts: applies the L local experts; where their width is split, gives partial sums.
@@ -98,10 +99,10 @@ def expert_parallel(
         topk_weights, topk_ids = gather_tokens(topk_weights, axes.mlp), gather_tokens(topk_ids, axes.mlp)
     num_tokens, top_k = topk_ids.shape
     max_rows = None if transport.max_rows is None else axes.tp * transport.max_rows
-    choices = _choices_per_chip(num_tokens * top_k, transport)
+    choices = _choices_per_group(num_tokens * top_k, transport)
     slab, max_rounds = slab_size(num_tokens, top_k, num_local, axes.ep, max_rows, choices=choices)
     route = Route(axes.expert, axes.mlp if axes.tp > 1 else (), transport.wire, backend)
-    one = _Round(experts, route, num_local, slab)
+    one = _ExchangeRound(experts, route, num_local, slab)
     destinations, by_rank = plan_destinations(topk_ids, num_local, axes.ep)
     constants, args = (topk_ids, destinations, by_rank), (x, topk_weights, params)
     if max_rounds == 1:
@@ -116,7 +117,7 @@ def expert_parallel(
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Round:
+class _ExchangeRound:
     """One round of the exchange, of (ids, destinations, plan by rank) and (x, weights, parameters)."""
 
     experts: Experts
@@ -147,7 +148,7 @@ class _Round:
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _sum_of_rounds(one: _Round, rounds: jax.Array, constants: Any, args: Any) -> jax.Array:
+def _sum_of_rounds(one: _ExchangeRound, rounds: jax.Array, constants: Any, args: Any) -> jax.Array:
     """[T, H] float32: the weighted sum of all choices, in the order of k whatever round each travels in.
 
     So its bits do not tell how large the slabs were, as these follow from how many tokens there are, masked or not.
@@ -162,7 +163,7 @@ def _sum_of_rounds(one: _Round, rounds: jax.Array, constants: Any, args: Any) ->
 
 
 @_sum_of_rounds.defjvp
-def _sum_of_rounds_jvp(one: _Round, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+def _sum_of_rounds_jvp(one: _ExchangeRound, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     rounds, constants, args = primals
     _, _, dargs = tangents
     _, dy = jax.jvp(functools.partial(sum_over_rounds, one.sum, rounds, constants), (args,), (dargs,))
@@ -184,9 +185,10 @@ def _without_exchange(
         x = gather_tokens(x, axes.mlp)
         topk_weights, topk_ids = gather_tokens(topk_weights, axes.mlp), gather_tokens(topk_ids, axes.mlp)
     plan = make_plan(topk_ids, num_experts)
-    if transport.max_choices is not None:
+    if (most := _most_choices(transport)) is not None:
         # Rows in use lie first, so that these hold every choice.
-        plan = dataclasses.replace(plan, order=plan.order[: transport.max_choices])
+        inverse = jnp.where(plan.inverse < most, plan.inverse, -1)
+        plan = dataclasses.replace(plan, order=plan.order[:most], inverse=inverse)
     rows = experts(params, dispatch(x, plan, backend=backend), plan.group_sizes)
     if axes.tp == 1:
         return combine(rows, plan, topk_weights, preferred_element_type=out_dtype, backend=backend)
@@ -194,9 +196,17 @@ def _without_exchange(
     return sum_tokens(partial, axes.mlp).astype(out_dtype)
 
 
-def _choices_per_chip(most: int, transport: Transport) -> int:
-    """Choices that a chip's tokens make when they lie evenly over the chips."""
-    if transport.max_choices is None:
-        return most
-    chips = transport.axes.size(transport.axes.tokens) // transport.axes.tp
-    return min(most, max(1, -(-transport.max_choices // chips)))
+def _most_choices(transport: Transport) -> int | None:
+    """`transport.max_choices` of tokens that a tensor axis which does not split them holds several times."""
+    axes = transport.axes
+    copies = axes.size(tuple(axis for axis in axes.mlp if axis not in axes.tokens))
+    return None if transport.max_choices is None else copies * transport.max_choices
+
+
+def _choices_per_group(all_of_them: int, transport: Transport) -> int:
+    """Choices that the tokens of a tensor-parallel group make when they lie evenly over the groups."""
+    axes = transport.axes
+    if (most := _most_choices(transport)) is None:
+        return all_of_them
+    groups = axes.size(tuple(dict.fromkeys((*axes.tokens, *axes.mlp)))) // axes.tp
+    return min(all_of_them, max(1, -(-most // groups)))

@@ -7,7 +7,10 @@ from jax import lax
 from sharding.wire import as_bytes
 
 _COLUMNS = 256
-"""Of its last dimension a TPU splits a sum by multiples of this many; of others it adds up the whole, and cuts then."""
+"""XLA for TPUs scatters a sum along the last dimension only if each chip gets a multiple of so many columns.
+
+Of any other share it makes an all-reduce and a slice.
+"""
 
 
 def gather(x: jax.Array, axes: tuple[str, ...], axis: int) -> jax.Array:

@@ -37,14 +37,15 @@ class Partition:
     """The mesh axes of each logical axis.
 
     Attributes:
-      expert: the axis (or axes) that experts are split over; None for experts that every chip holds.
+      expert: the axis (or axes) that experts are split over; None for experts that every chip holds. The default is
+        "expert", which the mesh then must have.
       embed: what weights are split over along H, to be gathered just before use; None for nothing. The default is
         "fsdp", where the mesh has it.
       mlp: what the width of every expert is split over; None for nothing. The default is "tensor", where the mesh has
         it.
       tokens: the axes that tokens are split over, in order. An element that is itself a tuple belongs to one dimension
         of `x`: (("data", "fsdp"), "expert") splits the batch over the first two and the sequence over the third. The
-        default is "data", "fsdp", "expert" and "tensor", as far as the mesh has them.
+        default is "data", "fsdp", "expert" and "tensor", as far as the mesh has them, and what the roles above name.
       repeated: axes along which every chip may repeat its neighbours' work. An axis longer than 1 that stands neither
         here nor in `tokens` is an error.
     """
@@ -64,7 +65,7 @@ class Partition:
     def from_rules(cls, rules: Iterable[tuple[str, str | Sequence[str] | None]]) -> "Partition":
         """The partition that flax's logical axis rules describe: pairs of a logical axis and mesh axes.
 
-        Logical axes that the layer has not are passed over; those that have no rule are not split.
+        Logical axes that the layer has not are passed over. What has no rule is not split, but tokens as by default.
         """
         found: dict[str, tuple[str, ...]] = {}
         for name, axes in rules:

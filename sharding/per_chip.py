@@ -24,7 +24,7 @@ from sharding.tokens import Tokens
 
 
 class Body(Protocol):
-    """What a chip does with its tokens: a function of a module, as programs are kept by it."""
+    """What a chip does with its tokens: a function of a module, no closure, as `jax.jit` keeps programs by it."""
 
     def __call__(self, per_token: Any, params: Any, tokens: Tokens, axes: Axes, static: Any) -> tuple[Any, Any]:
         """Arrays [T, …], parameters -> a tree of arrays [T, …], and a tree of arrays that are equal on all chips."""
@@ -84,8 +84,9 @@ def per_chip(
     arrays["index"] = jnp.arange(math.prod(shape), dtype=jnp.int32).reshape(*shape, 1)
     by_token = PartitionSpec(*(one_or_all(names) for names in layout))
     arrays = place(arrays, mesh, jax.tree.map(lambda _: by_token, arrays))
-    run = functools.partial(
-        _on_mesh,
+    of_tokens, rest = _on_mesh(
+        arrays,
+        place(params, mesh, specs),
         specs=_Frozen.of(specs),
         by_token=by_token,
         mesh=mesh,
@@ -95,7 +96,6 @@ def per_chip(
         sequence_length=sequence_length,
         **settings,
     )
-    of_tokens, rest = run(arrays, place(params, mesh, specs))
     if padding:
         if has_explicit_axes(mesh):
             of_tokens = place(of_tokens, mesh, jax.tree.map(lambda _: PartitionSpec(), of_tokens))

@@ -145,7 +145,8 @@ def _evaluate(*arrays: jax.Array, function: Any, jaxpr: Any) -> list[jax.Array]:
 
 _sums_p = core.Primitive("sum_over_rounds")
 _sums_p.multiple_results = True
-# What was traced is traced again when it is lowered, and made low then.
+# jax asks whether what is traced here holds types that have to be lowered first (hijax). Lowering traces it anew,
+# and lowers them then.
 _sums_p.is_high = lambda *_, **__: False  # type: ignore[method-assign]
 _sums_p.def_impl(functools.partial(xla.apply_primitive, _sums_p))
 _sums_p.def_effectful_abstract_eval(lambda *_, jaxpr, **__: (jaxpr.out_avals, jaxpr.effects))

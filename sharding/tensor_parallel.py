@@ -26,20 +26,20 @@ from pallas_kernels.quantize import Operand, QTensor
 from sharding.gather import gather
 from sharding.wire import as_bytes
 
-Axes = tuple[str, ...]
+AxisNames = tuple[str, ...]
 
 
-def gather_tokens[Rows: Operand](rows: Rows, axes: Axes) -> Rows:
+def gather_tokens[Rows: Operand](rows: Rows, axes: AxisNames) -> Rows:
     """[T, …] of each chip -> [tp·T, …] on all of them, in the order of the chips."""
     return jax.tree.map(lambda leaf: gather(leaf, axes, 0), rows)
 
 
-def sum_tokens(partial: jax.Array, axes: Axes) -> jax.Array:
+def sum_tokens(partial: jax.Array, axes: AxisNames) -> jax.Array:
     """Partial sums [tp·T, H] -> float32 [T, H], the whole sums of this chip's tokens."""
     return _sum(lax.all_to_all(partial, axes, 0, 0, tiled=True), axes)
 
 
-def to_columns[Rows: Operand](rows: Rows, axes: Axes) -> Rows:
+def to_columns[Rows: Operand](rows: Rows, axes: AxisNames) -> Rows:
     """[T, H] of each chip -> [tp·T, H / tp], a part of the columns of all tokens of the group."""
 
     def move(leaf: jax.Array) -> jax.Array:
@@ -50,24 +50,24 @@ def to_columns[Rows: Operand](rows: Rows, axes: Axes) -> Rows:
     return jax.tree.map(move, rows)
 
 
-def to_tokens(columns: jax.Array, axes: Axes) -> jax.Array:
+def to_tokens(columns: jax.Array, axes: AxisNames) -> jax.Array:
     """[tp·T, H / tp] -> [T, H]: what `to_columns` undoes."""
     return lax.all_to_all(columns, axes, 0, 1, tiled=True)
 
 
-def gather_columns[Rows: Operand](columns: Rows, axes: Axes, *, has_row_scales: bool = False) -> Rows:
+def gather_columns[Rows: Operand](columns: Rows, axes: AxisNames, *, has_row_scales: bool = False) -> Rows:
     """[R, H / tp] of each chip -> [R, H] on all of them; `has_row_scales` if a scale is one of a whole row."""
     if isinstance(columns, QTensor) and has_row_scales:
         return dataclasses.replace(columns, values=gather(columns.values, axes, 1))
     return jax.tree.map(lambda leaf: gather(leaf, axes, 1), columns)
 
 
-def sum_columns(partial: jax.Array, axes: Axes) -> jax.Array:
+def sum_columns(partial: jax.Array, axes: AxisNames) -> jax.Array:
     """Partial sums [R, H] -> float32 [R, H / tp], the whole sums of this chip's columns."""
     return _sum(lax.all_to_all(partial, axes, 1, 0, tiled=True), axes)
 
 
-def _sum(terms: jax.Array, axes: Axes) -> jax.Array:
+def _sum(terms: jax.Array, axes: AxisNames) -> jax.Array:
     """The sum of the tp parts that lie one after the other, in that order."""
     parts = terms.astype(jnp.float32).reshape(lax.axis_size(axes), -1, terms.shape[1])
     return parts.sum(0)

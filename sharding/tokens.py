@@ -20,7 +20,7 @@ class Tokens:
       total: positions in the whole batch.
       sequence_length: positions of a sequence.
       axes: mesh axes over which the batch is split; empty on a single chip.
-      run: so many positions, one after the other, are neighbours in the batch as well; divides T.
+      run: so many positions from the first on, and from each multiple on, are neighbours in the batch too; divides T.
       real: bool [T], false where there is no token; None where all are real.
     """
 

@@ -1,5 +1,8 @@
 """For every test: 32 virtual CPU devices, random inputs that differ from run to run, skips without the accelerator.
 
+There are two tiers: `make test` leaves out what is marked slow, and of the cases of a test those that its mark `quick`
+does not name; `make test-all` leaves out nothing.
+
 Random inputs come from the fixture `rng`, seeded by MOEJAX_TEST_SEED and the test's name. The seed is drawn anew for
 each run unless the environment sets it, and a failing run names it.
 """
@@ -43,12 +46,14 @@ def pytest_collection_modifyitems(config, items):
     unused = {}
     for item in items:
         for mark in item.iter_markers("quick"):
+            if not hasattr(item, "callspec"):
+                raise pytest.UsageError(f"{item.nodeid}: quick is for tests with parameters")
             named = [pattern for pattern in mark.args if fnmatch.fnmatchcase(item.callspec.id, pattern)]
-            unused.setdefault((item.location[0], item.originalname), set(mark.args)).difference_update(named)
+            unused.setdefault((item.location[0], item.originalname, mark.args), set(mark.args)).difference_update(named)
             if not named:
                 item.add_marker(pytest.mark.slow)
-    missing = [f"{file}::{name}: {sorted(patterns)}" for (file, name), patterns in unused.items() if patterns]
-    if missing and not any("::" in argument for argument in config.args):
+    missing = [f"{file}::{name}: {sorted(patterns)}" for (file, name, _), patterns in unused.items() if patterns]
+    if missing and not config.getoption("lf") and not any("::" in argument for argument in config.args):
         raise pytest.UsageError(f"quick names cases that there are not: {'; '.join(missing)}")
 
 

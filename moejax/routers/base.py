@@ -50,11 +50,13 @@ class Decision:
       routing: topk_ids and topk_weights [T, K], K as the router likes, −1 for a choice that is not made.
       losses: weighted, float32 [] each.
       max_choices: how many ids of the whole batch are not −1 at most, where that is far below T·K; None for all.
+      limited: whether the capacity of the layer limits the choices.
     """
 
     routing: Routing
     losses: dict[str, jax.Array]
     max_choices: int | None = None
+    limited: bool = True
 
 
 @jax.tree_util.register_dataclass
@@ -153,7 +155,7 @@ class Router:
         decision = self.route(x, params, config, tokens, given)
         ids = tokens.keep(decision.routing.topk_ids, -1)
         weights = decision.routing.topk_weights
-        y, dropped = experts(x, weights, ids, tokens, max_choices=decision.max_choices)
+        y, dropped = experts(x, weights, ids, tokens, max_choices=decision.max_choices, limited=decision.limited)
         return y, Outcome(ids, weights, decision.losses, load_of(ids, dropped, config.num_experts, tokens))
 
     def update(self, params: Params, load: jax.Array) -> dict[str, Any]:
@@ -178,7 +180,7 @@ def gate_table(config: "MoEConfig", *, bias: bool, name: str = "kernel", init: A
 
 
 def gate_logits(x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None) -> jax.Array:
-    """X [T, H] · kernel [H, E] + bias [E] -> float32 [T, E]; known NaN is a ValueError."""
+    """The logits x [T, H] · kernel [H, E] + bias [E], float32 [T, E]; known NaN is a ValueError."""
     logits = router_logits(x, kernel)
     if bias is not None:
         logits += bias.astype(jnp.float32)

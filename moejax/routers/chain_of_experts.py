@@ -1,11 +1,14 @@
 """Chain-of-Experts (Wang et al. 2025, arXiv 2506.18945): several passes through the same experts, one after another.
 
-    x⁰ = x,   xᵖ = xᵖ⁻¹ + Σ_k weight · expert(xᵖ⁻¹),   y = xᶜ        each pass with a router of its own
+    x⁰ = x,   xᵖ = xᵖ⁻¹ + Σ_k weight · expert(xᵖ⁻¹),   y = xᴾ        each pass with a router of its own
 
-A pass gives a token K / C experts, so that a chain costs what one pass with K experts does.
+`ROUTERS["chain_of_experts"]` gives each of P passes ⌈K / P⌉ experts, so that a chain costs what one pass with K does.
 """
 
 import dataclasses
+import functools
+import operator
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import jax
@@ -74,9 +77,9 @@ class ChainRouter(Router):
         losses = jax.tree.map(lambda *each: sum(each) / len(each), *(one.losses for one in outcomes))
         ids = jnp.concatenate([one.topk_ids for one in outcomes], axis=1)
         weights = jnp.concatenate([one.topk_weights for one in outcomes], axis=1)
-        dropped = sum_of(one.load.dropped_per_expert for one in outcomes)
+        dropped = _sum(one.load.dropped_per_expert for one in outcomes)
         load = load_of(ids, dropped, config.num_experts, tokens)
-        counts = sum_of(one.load.tokens_per_expert for one in outcomes)
+        counts = _sum(one.load.tokens_per_expert for one in outcomes)
         return state, Outcome(ids, weights, losses, LoadStats(counts, dropped, load.unrouted))
 
     def update(self, params: Params, load: jax.Array) -> dict[str, jax.Array]:
@@ -84,9 +87,6 @@ class ChainRouter(Router):
         return self.each.update(params, load)
 
 
-def sum_of(arrays) -> jax.Array:
-    """Their sum, in their dtype."""
-    first, *others = arrays
-    for other in others:
-        first = first + other
-    return first
+def _sum(arrays: Iterable[jax.Array]) -> jax.Array:
+    """Their sum, in their dtype, which `sum` would not keep."""
+    return functools.reduce(operator.add, arrays)

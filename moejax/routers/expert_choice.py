@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
-from moejax.checks import require_number
+from moejax.checks import require, require_number
 from moejax.losses import router_losses
 from moejax.param import Param
 from moejax.router import Routing, lowest, poison
-from moejax.routers.base import Decision, Experts, Given, Outcome, Params, Router, gate_logits, gate_table, load_of
+from moejax.routers.base import Decision, Given, Params, Router, gate_logits, gate_table
 from sharding.capacity import expert_capacity
 from sharding.tokens import Tokens
 
@@ -58,6 +58,8 @@ class ExpertChoiceRouter(Router):
     def check_layer(self, config: "MoEConfig") -> None:
         """See `Router.check_layer`."""
         self.refuse_scaled_inputs(config)
+        expected = "None with ExpertChoiceRouter, which has its own: ExpertChoiceRouter(capacity_factor=…)"
+        require(config.capacity_factor is None, "capacity_factor", expected, config.capacity_factor)
 
     def table(self, config: "MoEConfig") -> dict[str, Param]:
         """See `Router.table`."""
@@ -74,7 +76,8 @@ class ExpertChoiceRouter(Router):
         is_taken = self._taken(jax.lax.stop_gradient(scores), capacity, config, tokens)
         weights = scores * self.routed_scaling_factor * poison(logits)
         routing = Routing(jnp.where(is_taken, experts, -1), weights, scores, logits)
-        return Decision(routing, router_losses(routing, tokens, z=self.z_loss), max_choices=num_experts * capacity)
+        losses = router_losses(routing, tokens, z=self.z_loss)
+        return Decision(routing, losses, max_choices=num_experts * capacity, limited=False)
 
     def _taken(self, scores: jax.Array, capacity: int, config: "MoEConfig", tokens: Tokens) -> jax.Array:
         """Bool [T, E]: whether each expert takes each token of this chip. All chips' scores are looked at."""
@@ -91,12 +94,3 @@ class ExpertChoiceRouter(Router):
         experts = jnp.arange(config.num_experts, dtype=jnp.int32)[:, None]
         is_taken = jnp.zeros(everywhere.shape, bool).at[taken, experts].set(is_in)
         return tokens.keep(is_taken[tokens.index], False)
-
-    def apply(
-        self, x: jax.Array, params: Params, config: "MoEConfig", tokens: Tokens, given: Given, experts: Experts
-    ) -> tuple[jax.Array, Outcome]:
-        """See `Router.apply`; no capacity limits what experts chose."""
-        decision = self.route(x, params, config, tokens, given)
-        ids, weights = decision.routing.topk_ids, decision.routing.topk_weights
-        y, dropped = experts(x, weights, ids, tokens, max_choices=decision.max_choices, limited=False)
-        return y, Outcome(ids, weights, decision.losses, load_of(ids, dropped, config.num_experts, tokens))

@@ -5,6 +5,8 @@ first choice, once as its second, and so on. A load is then as uneven as the fre
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import jax
@@ -47,11 +49,7 @@ class HashRouter(Router):
     def table(self, config: "MoEConfig") -> dict[str, Param]:
         """The table [V, K] itself, which no gradient trains."""
         rows = -(-self.vocabulary // config.num_experts) * config.num_experts
-
-        def init(key: jax.Array, shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> jax.Array:
-            del key, shape, dtype
-            return jnp.asarray(hash_table(self.vocabulary, config.num_experts, config.top_k, self.seed))
-
+        init = _table_init(self.vocabulary, config.num_experts, config.top_k, self.seed)
         return {"table": Param((rows, config.top_k), (None, None), "state", init)}
 
     def route(self, x: jax.Array, params: Params, config: "MoEConfig", tokens: Tokens, given: Given) -> Decision:
@@ -67,6 +65,17 @@ class HashRouter(Router):
         scores = jnp.full(shape, 1 / config.num_experts, jnp.float32)
         weights = jnp.full(topk_ids.shape, self.routed_scaling_factor / config.top_k, jnp.float32)
         return Decision(Routing(topk_ids, weights, scores, jnp.zeros(shape, jnp.float32)), {})
+
+
+@functools.cache
+def _table_init(vocabulary: int, num_experts: int, top_k: int, seed: int) -> Callable[..., jax.Array]:
+    """One initialiser for each table, as programs that make parameters are kept by it."""
+
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> jax.Array:
+        del key, shape, dtype
+        return jnp.asarray(hash_table(vocabulary, num_experts, top_k, seed))
+
+    return init
 
 
 def hash_table(vocabulary: int, num_experts: int, top_k: int, seed: int) -> np.ndarray:

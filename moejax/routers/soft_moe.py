@@ -12,13 +12,14 @@ loss with nothing.
 """
 
 import dataclasses
+import functools
 from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moejax.checks import require_integer
+from moejax.checks import require, require_integer
 from moejax.losses import LoadStats
 from moejax.param import Param
 from moejax.router import lowest
@@ -60,6 +61,8 @@ class SoftRouter(Router):
     def check_layer(self, config: "MoEConfig") -> None:
         """See `Router.check_layer`."""
         self.refuse_scaled_inputs(config)
+        expected = "None with SoftRouter, whose experts have slots"
+        require(config.capacity_factor is None, "capacity_factor", expected, config.capacity_factor)
 
     def slots(self, config: "MoEConfig") -> int:
         """S."""
@@ -70,9 +73,8 @@ class SoftRouter(Router):
     def table(self, config: "MoEConfig") -> dict[str, Param]:
         """Φ [H, E, S], and the scale [1] of the logits."""
         shape = (config.hidden_size, config.num_experts, self.slots(config))
-        normal = nnx.initializers.normal(config.hidden_size**-0.5)
         return {
-            "phi": Param(shape, ("embed", None, None), "router kernel", normal),
+            "phi": Param(shape, ("embed", None, None), "router kernel", _normal(config.hidden_size**-0.5)),
             "scale": Param((1,), (None,), "scalar", nnx.initializers.ones),
         }
 
@@ -106,8 +108,12 @@ class SoftRouter(Router):
         return y, Outcome(jnp.zeros(nothing, jnp.int32), jnp.zeros(nothing, jnp.float32), {}, LoadStats(load, dropped))
 
 
+_normal = functools.cache(nnx.initializers.normal)
+"""One initialiser for each scale, as programs that make parameters are kept by it."""
+
+
 def _logits(x: jax.Array, params: Params) -> jax.Array:
-    """X [B, N, H] -> float32 [B, N, E, S]."""
+    """Of x [B, N, H], float32 [B, N, E, S]."""
     phi = _unit(params["phi"].astype(jnp.float32), axis=0) * params["scale"].astype(jnp.float32)
     return jnp.einsum("bnh,hes->bnes", _unit(x, axis=-1), phi, precision=jax.lax.Precision.HIGHEST)
 

@@ -60,7 +60,7 @@ def group_limited(config: "MoEConfig", **settings: Any) -> "MoEConfig":
     Raises:
       ValueError: the experts do not divide into groups of two and more.
     """
-    groups = getattr(config.router, "num_groups", 1), getattr(config.router, "topk_groups", 1)
+    groups = getattr(_gate(config), "num_groups", 1), getattr(_gate(config), "topk_groups", 1)
     if "num_groups" not in settings:
         if groups[0] == 1:
             groups = default_groups(config.num_experts, config.top_k)
@@ -83,7 +83,7 @@ def default_groups(num_experts: int, top_k: int) -> tuple[int, int]:
 def expert_choice(config: "MoEConfig", **settings: Any) -> "MoEConfig":
     """See `ExpertChoiceRouter`; a capacity factor of `config` becomes the router's."""
     factor = {} if config.capacity_factor is None else {"capacity_factor": config.capacity_factor}
-    return dataclasses.replace(_with(config, ExpertChoiceRouter, factor | settings), capacity_factor=None)
+    return _with(config, ExpertChoiceRouter, factor | settings, capacity_factor=None)
 
 
 def soft_moe(config: "MoEConfig", **settings: Any) -> "MoEConfig":
@@ -114,18 +114,20 @@ def _with(config: "MoEConfig", kind: type[Router], settings: dict[str, Any], **c
     return dataclasses.replace(config, router=kind(**_kept(config, kind) | settings), **changes)
 
 
+def _gate(config: "MoEConfig") -> Router:
+    """The router of `config`, or of each pass of a chain."""
+    return getattr(config.router, "each", config.router)
+
+
 def _kept(config: "MoEConfig", kind: type[Router]) -> dict[str, Any]:
     """What a router of another kind keeps of that of `config`."""
-    fields = {field.name for field in dataclasses.fields(kind)}
-    return {
-        name: getattr(config.router, name)
-        for name in ("router_bias", "routed_scaling_factor")
-        if name in fields and hasattr(config.router, name)
-    }
+    fields, gate = {field.name for field in dataclasses.fields(kind)}, _gate(config)
+    kept = [name for name in ("router_bias", "routed_scaling_factor") if name in fields and hasattr(gate, name)]
+    return {name: getattr(gate, name) for name in kept}
 
 
 def _normalizes(config: "MoEConfig") -> bool:
-    return getattr(config.router, "normalize_topk", True)
+    return getattr(_gate(config), "normalize_topk", True)
 
 
 ROUTERS: Mapping[str, Callable[..., "MoEConfig"]] = MappingProxyType(

@@ -31,7 +31,8 @@ Scoring = Literal["softmax", "sigmoid", "sqrt_softplus"]
 _SCORES = {
     "softmax": jax.nn.softmax,
     "sigmoid": jax.nn.sigmoid,
-    "sqrt_softplus": lambda logits: jnp.sqrt(jax.nn.softplus(logits)),
+    # The gradient of a root is infinite at 0, which softplus reaches.
+    "sqrt_softplus": lambda logits: jnp.sqrt(jnp.maximum(jax.nn.softplus(logits), jnp.finfo(jnp.float32).tiny)),
 }
 
 

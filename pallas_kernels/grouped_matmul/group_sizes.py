@@ -23,9 +23,11 @@ def as_group_sizes(group_sizes: jax.Array, num_rows: int) -> jax.Array:
     Inside of `pallas_kernels.debug.debug_checks` sizes that are negative or too large are an error when the program
     runs.
     """
-    if is_known(group_sizes) and not is_symbolic(num_rows):  # and found right when they were checked
+    if is_known(group_sizes) and not is_symbolic(num_rows):  # `check_operands` has looked at their values
         return jnp.asarray(group_sizes, jnp.int32)
-    if group_sizes.dtype.itemsize > 4 or group_sizes.dtype == jnp.uint32:
+    if group_sizes.dtype == jnp.int64:
+        group_sizes = jnp.clip(group_sizes, -1, _MOST)
+    elif group_sizes.dtype in (jnp.uint32, jnp.uint64):
         group_sizes = jnp.minimum(group_sizes, _MOST)
     group_sizes = group_sizes.astype(jnp.int32)
     if are_checked():

@@ -44,7 +44,8 @@ REFUSED = [
     ),
     ({"capacity_of": "mesh"}, "capacity_of must be 'batch' or 'chip', got 'mesh'"),
     ({"shared_gate": True}, "shared_gate must be False where there is no shared expert, got True"),
-    ({"shared_activation": "relu"}, "unknown activation 'relu'"),
+    ({"shared_activation": "relu"}, "unknown shared_activation 'relu'"),
+    ({"shared_activation": "silu", "shared_activation_limit": -1.0}, "shared_activation_limit must be positive"),
     (
         {"shared_activation_limit": 7.0},
         "shared_activation_limit must be None where shared_activation is not given, got 7.0",
@@ -130,11 +131,10 @@ def test_changes_reach_the_router_and_the_layer():
     assert other.router == TopKRouter(z_loss=0.1, router_bias=True)
 
 
-def test_a_capacity_factor_that_layer_and_router_have_is_the_layers():
-    """Experts that choose take what their router says; the layer's own factor would limit them once more."""
+def test_a_capacity_factor_of_experts_that_choose_is_their_routers():
     config = ROUTERS["expert_choice"](MoEConfig(**GOOD), capacity_factor=2.0)
     changed = with_changes(config, capacity_factor=3.0)
-    assert (changed.capacity_factor, changed.router.capacity_factor) == (3.0, 2.0)
+    assert (changed.capacity_factor, changed.router.capacity_factor) == (None, 3.0)
 
 
 def test_the_shared_expert_may_have_an_activation_of_its_own():

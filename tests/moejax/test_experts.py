@@ -10,7 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax import MoEConfig, QTensor, Quantization, dense_moe, dequantize, make_mesh, moe, quantize, quantize_params
+from moejax import (
+    MoEConfig,
+    QTensor,
+    Quantization,
+    dense_moe,
+    dequantize,
+    make_mesh,
+    moe,
+    quantize,
+    quantize_params,
+    with_changes,
+)
 from moejax.experts import expert_mlp, shared_mlp
 from moejax.params import EXPERT_FIELDS, EXPERT_WEIGHTS, check_params
 from tests.helpers import LIMIT, float64, normal, relative_error, same_bits
@@ -125,7 +136,7 @@ def test_shared_expert_with_an_activation_and_a_gate_of_its_own(rng):
         (
             {"gate_up": (4, 24, 32)},
             "params.gate_up must be [4, 24, 2, 16], got [4, 24, 32]; gate and up have an axis of their own: "
-            "pack_experts() makes it of every layout there is",
+            "pack_experts() makes it of a checkpoint's weights",
         ),
         ({"gate_up": (4, 24, 2, 15)}, "params.gate_up must be [4, 24, 2, 16], got [4, 24, 2, 15]"),
         (
@@ -135,6 +146,7 @@ def test_shared_expert_with_an_activation_and_a_gate_of_its_own(rng):
         ),
         ({"gate_up_bias": (4, 32)}, "params.gate_up_bias must be [4, 2, 16], got [4, 32]"),
         ({"down_bias": None}, "params.down_bias must be [4, 24], got None"),
+        ({"down_bias": (24,)}, "params.down_bias must be [4, 24], got [24]"),
         ({"shared_down": (16, 24)}, "params.shared_down must be None (the configuration has none), got [16, 24]"),
     ],
 )
@@ -150,6 +162,7 @@ def test_parameters_that_do_not_fit(changes, message, rng):
     ("router", "message"),
     [
         ({"kernel": (24, 5)}, "params.router['kernel'] must be [24, 4], got [24, 5]"),
+        ({"kernel": (4, 24)}, "params.router['kernel'] must be [24, 4], got [4, 24]; is it [out, in]? transpose it"),
         ({}, "params.router must hold ['kernel'], those of TopKRouter, got []"),
         (None, "params.router must hold ['kernel'], those of TopKRouter, got []"),
         (
@@ -163,6 +176,14 @@ def test_parameters_of_the_router_that_do_not_fit(router, message, rng):
     changed = None if router is None else {name: jnp.zeros(shape) for name, shape in router.items()}
     with pytest.raises(ValueError, match=re.escape(message)):
         moe(normal(rng, 2, 24), dataclasses.replace(random_params(CONFIG, rng), router=changed), CONFIG)
+
+
+def test_a_vector_of_the_router_that_does_not_fit(rng):
+    config = with_changes(CONFIG, router_bias=True)
+    params = random_params(config, rng)
+    router = {**params.router, "bias": jnp.zeros(5)}
+    with pytest.raises(ValueError, match=re.escape("params.router['bias'] must be [4], got [5]")):
+        moe(normal(rng, 2, 24), dataclasses.replace(params, router=router), config)
 
 
 def test_parameters_in_8_bits_that_are_no_qtensors(rng):

@@ -210,6 +210,25 @@ def test_gradients_over_an_axis(rng, ep, check_vma):
     assert all(kernel in lowered for kernel in ("counting_sort", "dispatch", "grouped_matmul", "combine_dweights"))
 
 
+@pytest.mark.parametrize("ep", [1, 2])
+def test_gradients_pass_the_rounding(rng, ep):
+    """Those of all arrays, near to those without rounding."""
+    *arguments, ids = problem(rng, tokens=40)
+    direction = normal(rng, 40, H)
+
+    def gradients(quantization):
+        run = functools.partial(fused_experts, quantization=quantization)
+        if ep > 1:
+            split = PartitionSpec("expert")
+            run = jax.shard_map(
+                functools.partial(run, ep_axis="expert"), mesh=make_mesh(ep), in_specs=(split,) * 5, out_specs=split
+            )
+        return jax.jit(jax.grad(lambda *args: (run(*args, ids) * direction).sum(), argnums=(0, 1, 2, 3)))(*arguments)
+
+    for rounded, plain in zip(gradients(Quantization()), gradients(None), strict=True):
+        assert relative_error(rounded, plain) < 0.1
+
+
 def test_gradients_without_rounding(rng):
     arguments = problem(rng)
 

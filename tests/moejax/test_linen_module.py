@@ -180,3 +180,18 @@ def test_errors_name_what_is_wrong(x):
         moejax.linen.MoE(CONFIG).init(jax.random.key(0), jnp.zeros((2, CONFIG.hidden_size), jnp.int32))
     without = with_changes(CONFIG, correction_bias=False)
     assert set(init(moejax.linen.MoE(without), x)) == {"params"}
+
+
+def test_noise_is_of_the_stream_that_the_call_gives(x):
+    config = moejax.ROUTERS["noisy_top_k"](dataclasses.replace(CONFIG, router=TopKRouter()))
+    layer = moejax.linen.MoE(config)
+    variables = init(layer, x)
+    call = jax.jit(lambda x, key: layer.apply(variables, x, rngs={"router": key})[1].topk_weights)
+    first, again, other = (call(x, jax.random.key(seed)) for seed in (1, 1, 2))
+    assert same_bits(first, again)
+    assert not np.array_equal(first, other)
+    assert same_bits(layer.apply(variables, x, train=False)[1], layer.apply(variables, x, train=False)[1])
+    with pytest.raises(ValueError, match=r'in linen call apply.*rngs={"router": key}'):
+        layer.apply(variables, x)
+    quiet = moejax.linen.MoE(config, deterministic=True)
+    assert same_bits(quiet.apply(variables, x)[1], layer.apply(variables, x, train=False)[1])

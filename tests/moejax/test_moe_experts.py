@@ -2,13 +2,15 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 
-from moejax import MoEConfig, dense_moe, make_mesh, moe, moe_experts, route
+from moejax import MoEConfig, Partition, dense_moe, make_mesh, moe, moe_experts, route
 from tests.helpers import LIMIT, normal, raises_saying, relative_error
 from tests.moejax.layers import random_params
 
@@ -159,3 +161,25 @@ def test_parameters_that_do_not_fit(params, rng):
             dataclasses.replace(params, down=params.down[:, 1:]),
             CONFIG,
         )
+
+
+@pytest.mark.parametrize(
+    ("sizes", "repeated"), [({"expert": 1, "tensor": 2}, "tensor"), ({"expert": 2, "tensor": 2}, ("expert", "tensor"))]
+)
+def test_a_bound_over_axes_that_repeat_the_tokens(sizes, repeated, params, rng):
+    """Chips that share the experts' width hold the same tokens, and so each choice several times."""
+    ids = jnp.asarray(np.where(rng.random((6, 8)) < 0.3, np.arange(8), -1), jnp.int32)
+    x, weights, most = normal(rng, 6, 32), normal(rng, 6, 8), int((ids >= 0).sum())
+    shape, names, axis_types = tuple(sizes.values()), tuple(sizes), (AxisType.Auto,) * 2
+    mesh = jax.make_mesh(shape, names, axis_types, devices=jax.devices()[: math.prod(shape)])
+    over = functools.partial(moe_experts, mesh=mesh, partition=Partition(repeated=repeated), max_choices=most)
+    y, _ = jax.jit(lambda *args: over(*args, CONFIG))(x, weights, ids, params)
+    assert relative_error(y, experts(x, weights, ids, params)[0]) < LIMIT["float32"]
+
+
+def test_choices_beyond_the_bound_are_left_out(params, rng):
+    """Those of the last experts, as rows lie by expert."""
+    ids = jnp.array([[3, 7], [0, 5], [7, 2]], jnp.int32)
+    x, weights = normal(rng, 3, 32), normal(rng, 3, 2)
+    y, _ = experts(x, weights, ids, params, max_choices=4)
+    assert relative_error(y, experts(x, weights, jnp.where(ids == 7, -1, ids), params)[0]) < LIMIT["float32"]

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen
+from flax import linen, nnx
 from jax.sharding import AxisType, PartitionSpec
 
-from moejax import MoEConfig, Partition, Quantization, make_mesh, moe, quantize_params, with_changes
+from moejax import MoE, MoEConfig, Partition, Quantization, make_mesh, moe, quantize_params, with_changes
 from tests.helpers import normal, raises_saying, relative_error, same_bits
 from tests.moejax.layers import clear_cut_tokens, random_params
 
@@ -203,6 +203,12 @@ def test_sizes_that_do_not_divide(sizes, parts, params, rng):
     mesh = mesh_of(**sizes)
     with raises_saying(ValueError, *parts):
         moe(normal(rng, 8, 32), params, CONFIG, mesh=mesh)
+
+
+def test_a_width_whose_parts_no_block_of_scales_divides():
+    config = MoEConfig(256, 768, 8, 2, precision="w8a8")
+    with raises_saying(ValueError, "'w8a8' does not fit intermediate_size=768 in 4 parts", "192", "128"):
+        MoE(config, rngs=nnx.Rngs(0), mesh=mesh_of(expert=2, tensor=4))
 
 
 def test_flax_rules_say_the_partition(params, rng):

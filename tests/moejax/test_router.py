@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax import PRESETS, MoEConfig, get_preset, route, with_changes
+from moejax import PRESETS, MoEConfig, TopKRouter, get_preset, route, with_changes
 from moejax.routers import NoisyTopKRouter
 from tests.helpers import normal, relative_error
 
@@ -327,3 +327,15 @@ def test_another_router_is_refused(rng):
     config = small(router=NoisyTopKRouter())
     with pytest.raises(ValueError, match="router must be a TopKRouter, got NoisyTopKRouter; call the layer"):
         route(normal(rng, 4, HIDDEN), jnp.zeros((HIDDEN, 8)), config)
+
+
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid", "sqrt_softplus"])
+def test_scores_of_extreme_logits_have_finite_gradients(scoring):
+    config = MoEConfig(4, 4, 4, 2, router=TopKRouter(scoring=scoring), dtype=jnp.float32)
+    kernel = jnp.diag(jnp.array([1.0, -1.0, -200.0, 100.0]))
+
+    def loss(x, kernel):
+        return (route(x, kernel, config).topk_weights * jnp.array([1.0, -2.0])).sum()
+
+    for gradient in jax.grad(loss, (0, 1))(jnp.ones((3, 4)), kernel):
+        assert np.isfinite(gradient).all()

@@ -113,7 +113,7 @@ def test_sums_do_not_wrap_round(rng, num_rows, num_groups):
 @pytest.mark.parametrize("num_rows", [70, 100_000])
 def test_other_integers(dtype, num_rows):
     info = np.iinfo(dtype)
-    sizes = [1, int(info.min), 3, int(info.max), 2]
+    sizes = [1, int(info.min), 3, max(int(info.min), 5 - (1 << 32)), int(info.max), 2]
     ends = np.minimum(np.cumsum(np.array([max(size, 0) for size in sizes], object)), num_rows)
     with jax.enable_x64(True):
         check_rows(jnp.array(sizes, dtype), num_rows, ends)

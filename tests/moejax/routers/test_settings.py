@@ -10,6 +10,7 @@ from flax import nnx
 
 from moejax import ROUTERS, MoE, MoEAux, MoEConfig, Router, RouterState, Routing, TopKRouter, make_mesh, with_changes
 from moejax.losses import LoadStats
+from moejax.param import Param
 from moejax.routers import (
     ChainRouter,
     Decision,
@@ -180,7 +181,7 @@ def test_a_noisy_layer_without_random_numbers(rng):
     config = config_of("noisy_top_k")
     layer = MoE.from_params(MoE(config, rngs=nnx.Rngs(0)).params(), config)
     inference(layer, normal(rng, 4, 16))
-    with raises_saying(ValueError, "a layer with a noisy router needs rngs to train", "nnx.Rngs(router=0"):
+    with raises_saying(ValueError, "a layer with a noisy router needs random numbers to train", "nnx.Rngs(router=0"):
         layer(normal(rng, 4, 16), train=True)
 
 
@@ -358,3 +359,46 @@ def test_a_router_without_a_rule_says_what_is_missing(rng):
     layer = MoE(dataclasses.replace(CONFIG, router=WithoutRule()), rngs=nnx.Rngs(0))
     with raises_saying(NotImplementedError, "WithoutRule must define route(x, params, config, tokens, given)"):
         layer(normal(rng, 4, 16))
+
+
+def test_what_makes_parameters_is_the_same_for_equal_layers():
+    """Programs that make them are kept by it."""
+    for name, part in (("soft_moe", "phi"), ("hash", "table")):
+        first, second = (config.router.table(config)[part] for config in (config_of(name), config_of(name)))
+        assert first == second
+
+
+def test_a_chain_keeps_and_gives_on_what_a_gate_has():
+    config = with_changes(CONFIG, routed_scaling_factor=2.5, router_bias=True, normalize_topk=False, num_groups=4)
+    chain = ROUTERS["chain_of_experts"](with_changes(config, topk_groups=2))
+    for name in ("softmax", "group_limited", "chain_of_experts"):
+        router = ROUTERS[name](chain).router
+        gate = getattr(router, "each", router)
+        assert (gate.routed_scaling_factor, gate.router_bias, gate.normalize_topk) == (2.5, True, False), name
+
+
+@pytest.mark.parametrize("router", [ExpertChoiceRouter(), SoftRouter()], ids=lambda router: type(router).__name__)
+def test_a_capacity_of_the_layer_is_refused_where_it_would_do_nothing(router):
+    with raises_saying(ValueError, "capacity_factor must be None with", type(router).__name__, "got 1.0"):
+        MoEConfig(16, 8, 8, 2, router=router, capacity_factor=1.0)
+
+
+def test_a_scalar_parameter_of_a_router(rng):
+    @dataclasses.dataclass(frozen=True)
+    class Tempered(TopKRouter):
+        def table(self, config):
+            return super().table(config) | {"heat": Param((), (), "scalar", nnx.initializers.ones)}
+
+    layer = MoE(dataclasses.replace(CONFIG, router=Tempered()), rngs=nnx.Rngs(0))
+    x = normal(rng, 4, 16)
+    layer(x)
+    layer.router.heat[...] = jnp.nan
+    with raises_saying(ValueError, "params.router['heat'] holds NaN"):
+        layer(x)
+
+
+def test_a_parameter_that_a_router_has_not():
+    router = new_layer("softmax").router
+    assert list(router) == ["kernel", "bias"]
+    with pytest.raises(KeyError, match="noise_kernel"):
+        router["noise_kernel"]
