@@ -171,6 +171,7 @@ def test_forward_mode_is_the_limit_of_differences(rng):
     assert relative_error(jax.jvp(case.operator, case.operands, direction)[1], (ahead - behind) / (2 * step)) < 1e-2
 
 
+@pytest.mark.quick("dispatch", "combine", "top_k normalised", "matmul in 8 bits", "gate/up")
 def test_forward_mode_for_each_operand_alone(case, rng):
     for i, direction in enumerate(directions(rng, case.operands)):
 
@@ -190,6 +191,7 @@ def test_reverse_mode(case):
     assert_alike(got, expected)
 
 
+@pytest.mark.quick("dispatch", "combine", "top_k normalised", "matmul in 8 bits", "gate/up")
 def test_hessians_times_a_vector(case, rng):
     direction = directions(rng, case.operands)
     forward, reverse = hvps(case.operator, case.operands, direction)
@@ -229,6 +231,7 @@ def test_cotangents_in_8_bits_have_derivatives(rng):
             assert relative_error(one, other) < 0.1
 
 
+@pytest.mark.quick("dispatch", "combine", "top_k normalised", "matmul in 8 bits", "gate/up")
 def test_mapped(case, rng):
     several = [
         tuple(x + 0.1 * d for x, d in zip(case.operands, directions(rng, case.operands), strict=True)) for _ in range(3)

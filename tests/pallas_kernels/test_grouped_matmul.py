@@ -42,6 +42,16 @@ EITHER = [(AWKWARD, "float32"), ((70, 200, 256, 8), "bfloat16")]
     ],
     ids=str,
 )
+@pytest.mark.quick(
+    "*-(70, 33, 22, 8)-float32-matmul",
+    "*-(256, 256, 256, 8)-bfloat16-gate_up",
+    "*-(1, 1, 2, 1)-*",
+    "*-(301, 130, 258, 3)-*-matmul",
+    "*-(301, 200, 384, 8)-bfloat16-gate_up",
+    "*-(1, 64, 128, 512)-bfloat16-matmul",
+    "xla-(4096, 128, 256, 2)-bfloat16-gate_up",
+    "xla-(70, 33, 22, 8)-float16-gate_up",
+)
 def test_every_shape_and_dtype(backend, rng, shape, dtype, fused):
     lhs, rhs, bias = operands(rng, shape, dtype)
     sizes = random_sizes(rng, shape[3], shape[0])
@@ -129,6 +139,7 @@ def test_transposed_rhs(backend, rng, shape, dtype, fused):
 
 @pytest.mark.parametrize("limit", [None, 0.5])
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "swigluoai", "relu2"])
+@pytest.mark.quick("*-silu-None", "*-swigluoai-0.5", "*-relu2-0.5", "*-gelu-None")
 def test_fused_activation(backend, rng, activation, limit):
     lhs, rhs, bias = operands(rng, AWKWARD)
     sizes = random_sizes(rng, AWKWARD[3], AWKWARD[0] - 6)

@@ -62,6 +62,7 @@ CASES = [
 @pytest.mark.parametrize(
     ("config", "fused", "k_major", "lhs_scaling", "rhs_scaling"), [c[1:] for c in CASES], ids=[c[0] for c in CASES]
 )
+@pytest.mark.quick("bf16", "bf16-fused", "fp8-row-channel", "fp8-blocks-fused", "bf16-fused-columns", "fp8-columns")
 def test_on_a_simulated_gpu(monkeypatch, rng, config, fused, k_major, lhs_scaling, rhs_scaling):
     lhs, rhs, bias = operands(rng, (80, 256, 256, len(SIZES)), jnp.bfloat16)
     lhs = lhs.at[sum(SIZES) :].set(jnp.nan)
@@ -159,6 +160,13 @@ SHAPES = [  # G, M, K, N
 @pytest.mark.parametrize(("g", "m", "k", "n"), SHAPES)
 @pytest.mark.parametrize("operand", ["bfloat16", "float16", "fp8-row-channel", "fp8-blocks"])
 @pytest.mark.parametrize("fused", [False, True], ids=["matmul", "gate_up"])
+@pytest.mark.quick(
+    "matmul-bfloat16-8-384-7168-2048",
+    "matmul-fp8-*-8-384-2048-7168",
+    "gate_up-float16-64-*",
+    "gate_up-fp8-*-512-512-*",
+    "*-bfloat16-32-2048-2880-*",
+)
 def test_lowers_for_cuda(g, m, k, n, operand, fused):
     lhs = jax.ShapeDtypeStruct((m, k), "bfloat16" if operand.startswith("fp8") else operand)
     rhs = jax.ShapeDtypeStruct((g, k, n), lhs.dtype)

@@ -42,6 +42,7 @@ QUANTIZED = [
 @pytest.mark.parametrize("fused", [False, True], ids=["matmul", "gate_up"])
 @pytest.mark.parametrize(("lhs_scaling", "rhs_scaling", "lhs_dtype", "rhs_dtype"), QUANTIZED)
 @pytest.mark.parametrize("k_major", [False, True], ids=["", "k_major"])
+@pytest.mark.quick("*-k_major-*-matmul", "pallas_tpu--*-gate_up")
 def test_qtensors(backend, rng, lhs_scaling, rhs_scaling, lhs_dtype, rhs_dtype, fused, k_major):
     lhs, rhs, bias = operands(rng, (256, 256, 256, 4), jnp.bfloat16)
     lhs = quantized(lhs, lhs_dtype, scaling=lhs_scaling) if lhs_scaling else lhs
