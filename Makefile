@@ -79,7 +79,7 @@ aot: compiler  ## compile the full-size layer for every TPU, forward and trainin
 	exit "$$status"
 
 clean:  ## remove .venv, caches and build outputs
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist *.egg-info .jax_cache .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name .git -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
 
 base:

@@ -10,6 +10,8 @@ each run unless the environment sets it, and a failing run names it.
 import fnmatch
 import importlib.util
 import os
+import pathlib
+import shutil
 import zlib
 
 import jax
@@ -17,11 +19,18 @@ import numpy as np
 import pytest
 
 SEED = "MOEJAX_TEST_SEED"
+PROGRAMS = pathlib.Path(__file__).parent.parent / ".jax_cache"
+MOST_PROGRAMS = 2e9
+"""Bytes of programs with which a run begins; more are thrown away."""
 
 if os.environ.get("JAX_PLATFORMS", "") in ("", "cpu"):
     jax.config.update("jax_num_cpu_devices", 32)
     # Callbacks, of which interpret mode is made, can hang a CPU that dispatches asynchronously (jax issue 25861).
     jax.config.update("jax_cpu_enable_async_dispatch", False)
+    # What workers, modules and runs have in common is compiled once.
+    jax.config.update("jax_compilation_cache_dir", str(PROGRAMS))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 # Tests compile many programs and run each on little data.
 os.environ.setdefault(
     "XLA_FLAGS",
@@ -38,6 +47,9 @@ if importlib.util.find_spec("hypothesis"):  # a GPU machine's own Python may lac
 def pytest_configure(config):
     # The workers of pytest-xdist inherit the controller's environment, and so its seed.
     os.environ.setdefault(SEED, str(int.from_bytes(os.urandom(4))))
+    is_controller = "PYTEST_XDIST_WORKER" not in os.environ
+    if is_controller and sum(path.stat().st_size for path in PROGRAMS.glob("*")) > MOST_PROGRAMS:
+        shutil.rmtree(PROGRAMS)
 
 
 @pytest.hookimpl(tryfirst=True)  # before those marked slow are left out
