@@ -98,6 +98,7 @@ def test_what_cannot_be_compiled_gives_the_compilers_reason():
 
 
 @needs_libtpu
+@pytest.mark.slow
 def test_what_is_compiled_stays_when_the_rest_is_stopped(tmp_path, monkeypatch):
     path = tmp_path / "aot.json"
 

@@ -61,6 +61,7 @@ def test_two_processes_join_and_one_prints(tmp_path):
     assert json.loads(path.read_text())["measured"]["relative_error"] < 1e-2
 
 
+@pytest.mark.slow
 def test_json_on_standard_output_is_all_there_is():
     status, out, err = finish(start(*SMALL, "--capacity-factor", "0.5", "--json", "-"))
     assert status == 0 or "FAILED" in err

@@ -150,6 +150,7 @@ def test_bad_input_is_a_line_that_says_what_to_do(call, capsys, arguments, messa
     assert message in err[-1]
 
 
+@pytest.mark.slow
 def test_steps_fit_into_the_time(variant):
     fitted = fit_steps(SETTINGS, [variant, variant], 3, corpus(), 100.0)
     assert fitted == dataclasses.replace(SETTINGS, steps=fitted.steps)

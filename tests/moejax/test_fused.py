@@ -211,6 +211,7 @@ def test_gradients_over_an_axis(rng, ep, check_vma):
 
 
 @pytest.mark.parametrize("ep", [1, 2])
+@pytest.mark.quick("1")
 def test_gradients_pass_the_rounding(rng, ep):
     """Those of all arrays, near to those without rounding."""
     *arguments, ids = problem(rng, tokens=40)

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -56,6 +57,7 @@ def sequences(rng: np.random.Generator) -> np.ndarray:
     return ((start + step * np.arange(LENGTH + 1)) % VOCABULARY).astype(np.int32)
 
 
+@pytest.mark.slow
 def test_training_on_eight_devices_lowers_the_loss(rng):
     mesh = make_mesh(ep=4, dp=2)
     with jax.set_mesh(mesh):

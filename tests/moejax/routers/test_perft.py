@@ -67,6 +67,7 @@ def adapters_in_numpy(p, x, scale, activation):
 
 
 @pytest.mark.parametrize("activation", [None, "silu"])
+@pytest.mark.quick("silu")
 def test_values_and_gradients_equal_numpy(activation, rng):
     base = MoE(CONFIG, rngs=nnx.Rngs(0))
     layer = adapted(base, rng, activation=activation, scale=0.5, load_balance_loss=0.3)
@@ -123,6 +124,7 @@ def test_no_gradient_reaches_the_base_and_one_passes_through_it(rng):
 
 
 @pytest.mark.parametrize("ep", [1, 4])
+@pytest.mark.quick("4")
 def test_masked_positions_hold_no_token(ep, rng):
     x, up = normal(rng, 2, 5, 16), normal(rng, *(6, 4, 16))
     layer = Perft(MoE(CONFIG, rngs=nnx.Rngs(0), mesh=make_mesh(4) if ep > 1 else None), **ADAPTERS, rngs=nnx.Rngs(3))
