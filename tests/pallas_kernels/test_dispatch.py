@@ -62,6 +62,7 @@ def test_tokens_without_a_row_are_never_data(backend, rng):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.quick("*-(37, 3, 5, 19)-float32", "*-(64, 4, 8, 256)-bfloat16")
 def test_combine_undoes_dispatch(backend, rng, shape, dtype):
     x = normal(rng, shape[0], shape[3], dtype=dtype)
     plan = random_plan(rng, shape[0], 1, shape[2], out_of_range=0)
@@ -72,6 +73,7 @@ def test_combine_undoes_dispatch(backend, rng, shape, dtype):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("capacity", [None, 7])
+@pytest.mark.quick("*-None-float32", "*-7-bfloat16")
 def test_gradient_sums_the_rows_of_each_token(backend, rng, capacity, dtype):
     x = normal(rng, 37, 19, dtype=dtype)
     plan = random_plan(rng, 37, 3, 5, capacity)

@@ -80,6 +80,7 @@ def test_gradients_of_the_product(backend, rng, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.quick("*-float32", "*-bfloat16")
 def test_gradients_of_the_fused_product(backend, rng, dtype):
     lhs, rhs, bias, dout = problem(rng, dtype=dtype, width=N // 2)
     sizes = random_sizes(rng, G, M)
@@ -125,6 +126,7 @@ def test_every_pattern_of_empty_groups(backend, rng):
 
 @pytest.mark.parametrize(("shape", "dtype"), [((M, K, N), "float32"), ((M, 200, 192), "bfloat16")], ids=str)
 @pytest.mark.parametrize("used", [0, 1, 37, M - 1])
+@pytest.mark.quick("*-0-*-float32", "*-37-*-bfloat16", "*-69-*-float32")
 def test_nan_in_unowned_rows_reaches_no_gradient(backend, rng, used, shape, dtype):
     lhs, rhs, bias, dout = problem(rng, *shape, dtype=dtype)
     sizes = random_sizes(rng, G, used)
@@ -175,6 +177,7 @@ def test_gradients_keep_the_dtype_of_each_operand(backend, rng):
 @pytest.mark.parametrize(
     "quantization", [Quantization(), Quantization("int8", "per_row", "per_channel")], ids=lambda q: q.dtype
 )
+@pytest.mark.quick("*-float8_e4m3fn-transposed", "*-int8-")
 def test_gradients_pass_straight_through_the_rounding(backend, rng, quantization, transpose):
     lhs, rhs, bias, dout = problem(rng, 256, 256, 128, 4)
     sizes = random_sizes(rng, 4, 250)
@@ -188,6 +191,7 @@ def test_gradients_pass_straight_through_the_rounding(backend, rng, quantization
 
 @pytest.mark.parametrize("transpose", [False, True], ids=["", "transposed"])
 @pytest.mark.parametrize("lhs_scaling", ["1x128", "per_tensor"])
+@pytest.mark.quick("*-1x128-transposed", "*-per_tensor-")
 def test_cotangents_in_8_bits(backend, rng, lhs_scaling, transpose):
     lhs, rhs, bias, dout = problem(rng, 256, 256, 128, 4)
     sizes = random_sizes(rng, 4, 250)
