@@ -1,6 +1,7 @@
 """Grouped products in float64, one dense product per group: what the suites of grouped_matmul compare with."""
 
 import functools
+import itertools
 import math
 
 import jax
@@ -120,6 +121,14 @@ def operands(rng, shape, dtype=jnp.float32):
     m, k, n, g = shape
     rhs = (normal(rng, g, k, n) / k**0.5).astype(dtype)
     return normal(rng, m, k, dtype=dtype), rhs, normal(rng, g, n, dtype=dtype)
+
+
+def patterns_of_empty_groups(rng: np.random.Generator, num_groups: int, share: str) -> list[tuple[bool, ...]]:
+    """Which groups have rows: "all" ways that there are, or "some": none, every one, and 14 others, drawn anew."""
+    patterns = list(itertools.product([False, True], repeat=num_groups))
+    if share == "all":
+        return patterns
+    return [patterns[0], patterns[-1], *(patterns[i] for i in rng.choice(len(patterns), 14, replace=False))]
 
 
 def random_sizes(rng: np.random.Generator, num_groups: int, num_rows: int) -> jax.Array:

@@ -1,5 +1,4 @@
 import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +18,7 @@ from tests.pallas_kernels.grouped import (
     limit_beside_8_bits,
     limit_in_8_bits,
     owned,
+    patterns_of_empty_groups,
     quantized,
     random_sizes,
     values,
@@ -109,12 +109,11 @@ def test_gradients_of_every_activation(backend, rng, activation, limit):
     assert_all_close(gradients, dense_gate_up_gradients(lhs, rhs, bias, sizes, dout, activation, limit), SINGLE)
 
 
-def test_every_pattern_of_empty_groups(backend, rng):
+@pytest.mark.parametrize("share", ["some", "all"])
+@pytest.mark.quick("xla-all", "pallas_*-some")
+def test_every_pattern_of_empty_groups(backend, rng, share):
     lhs, rhs, bias, dout = problem(rng)
-    patterns = list(itertools.product([False, True], repeat=G))
-    if is_interpreted(backend):  # slowly: others in every run
-        patterns = [patterns[0], patterns[-1], *(patterns[i] for i in rng.choice(len(patterns), 14, replace=False))]
-    for filled in patterns:
+    for filled in patterns_of_empty_groups(rng, G, share):
         used = int(rng.integers(M // 2, M + 1)) if any(filled) else 0
         sizes = rng.multinomial(used, np.array(filled) / sum(filled)) if used else np.zeros(G, int)
         run = value_and_gradients(grouped_matmul, backend=backend)
