@@ -131,8 +131,10 @@ class MoE(nnx.Module):
                 setattr(self, field.name, None if row is None else make(row, value))
         given = {} if params is None else params.router or {}
         self.router = RouterParams({name: make(row, given.get(name)) for name, row in (table.router or {}).items()})
-        has_stream = rngs is not None and ("router" in rngs or "default" in rngs)
-        self.noise = rngs.router.fork() if config.router.noisy and rngs is not None and has_stream else None
+        noise = None
+        if config.router.noisy and rngs is not None and ("router" in rngs or "default" in rngs):
+            noise = rngs.router.fork()
+        self.noise = noise
 
     @classmethod
     def from_params(cls, params: MoEParams, config: MoEConfig, **settings: Any) -> Self:
