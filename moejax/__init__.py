@@ -11,7 +11,7 @@ from moejax.functional import moe, moe_experts
 from moejax.fused import fused_experts
 from moejax.layer import MoE, QuantizedParam, RouterState
 from moejax.losses import LoadStats
-from moejax.packing import pack_experts
+from moejax.packing import pack_experts, split_gate_up
 from moejax.params import MoEParams, param_specs, quantize_params
 from moejax.perft import AdapterParam, Perft, perft_mask
 from moejax.presets import PRESETS, get_preset, with_changes
@@ -54,5 +54,6 @@ __all__ = [
     "quantize",
     "quantize_params",
     "route",
+    "split_gate_up",
     "with_changes",
 ]

@@ -11,6 +11,13 @@ def require(condition: bool, name: str, expected: str, got: object) -> None:
         raise ValueError(f"{name} must be {expected}, got {got!r}")
 
 
+def require_arrays(**arrays: object) -> None:
+    """Raises TypeError, naming the argument, for what is neither an array nor None."""
+    for name, value in arrays.items():
+        if value is not None and not (hasattr(value, "shape") and hasattr(value, "dtype")):
+            raise TypeError(f"{name} must be an array, got {type(value).__name__}")
+
+
 def require_integer(name: str, value: object, at_least: int) -> None:
     """Raises ValueError unless `value` is a whole number of at least `at_least`."""
     try:

@@ -95,7 +95,8 @@ class MoEConfig:
         self.router.check(self.num_experts, self.top_k)
         require(self.precision in PRECISIONS, "precision", " or ".join(map(repr, PRECISIONS)), self.precision)
         if self.capacity_factor is not None:
-            is_fit = isinstance(self.capacity_factor, numbers.Real) and 0 < self.capacity_factor < math.inf
+            is_number = isinstance(self.capacity_factor, numbers.Real) and not isinstance(self.capacity_factor, bool)
+            is_fit = is_number and 0 < self.capacity_factor < math.inf
             require(is_fit, "capacity_factor", "positive and finite, or None to drop nothing", self.capacity_factor)
         require(self.capacity_of in ("batch", "chip"), "capacity_of", "'batch' or 'chip'", self.capacity_of)
         require(not self.scale_inputs or self.top_k == 1, "top_k", "1 with scale_inputs=True", self.top_k)
@@ -106,8 +107,13 @@ class MoEConfig:
             self.wire_scaling,
         )
         for name in ("dtype", "param_dtype"):
-            dtype = jnp.dtype(getattr(self, name)).name
+            try:
+                dtype = jnp.dtype(getattr(self, name)).name
+            except TypeError:
+                dtype = getattr(self, name)
             require(dtype in ("bfloat16", "float16", "float32"), name, "bfloat16, float16 or float32", dtype)
+        for name in ("shared_gate", "expert_bias", "scale_inputs"):
+            require(isinstance(getattr(self, name), bool), name, "True or False", getattr(self, name))
         check_activation(self.activation, self.activation_limit)
         self._check_shared_expert()
         check_backend(self.backend)

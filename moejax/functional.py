@@ -12,10 +12,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.core import spmd
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from moejax.aux_output import MoEAux
+from moejax.checks import require_arrays, require_integer
 from moejax.config import MoEConfig
 from moejax.on_chip import Held, PerToken, Settings, experts_on_chip, layer_on_chip, whole_scales
 from moejax.params import MoEParams, check_expert_params, check_params, param_specs, param_table
@@ -23,7 +25,7 @@ from pallas_kernels.concrete import is_known, nan_rows
 from pallas_kernels.plan import as_ids, in_int32
 from pallas_kernels.quantize import QTensor, scale_shape
 from sharding.exchange_plan import local_experts
-from sharding.mesh import AnyMesh, mesh_here
+from sharding.mesh import AnyMesh, current_mesh, mesh_here
 from sharding.partition import Axes, Partition, one_or_all
 from sharding.per_chip import per_chip
 
@@ -50,7 +52,8 @@ def moe(
         no loss and no load, and comes out as zeros.
       token_ids: integer [...], for routers that go by them; negative for none.
       topk_ids: integer [..., K], choices to be made again, as `MoEAux.topk_ids` of an earlier call has them; −1 where
-        the router chooses. Weights are this call's own.
+        the router chooses. What is not in [0, E) is as −1, but E and more an error where the ids are known (outside
+        jit). Weights are this call's own.
       key: random, for the noise of a noisy router in training; None for no noise.
       mesh: where to run; default is the mesh of `jax.set_mesh`, and one chip when there is none. Inside
         `jax.shard_map` and `jax.pmap` it is what they leave to be split.
@@ -64,6 +67,7 @@ def moe(
       ValueError: shapes or dtypes do not fit the configuration, the mesh lacks an axis or would repeat work, a size
         does not divide, or `x` is known (outside jit) and holds NaN. Under jit a token with NaN gets NaN.
     """
+    require_arrays(token_ids=token_ids, topk_ids=topk_ids)
     check_input(x, config, mask)
     check_params(params, config)
     _check_router(params, x)
@@ -107,6 +111,7 @@ def moe_experts(
     Raises:
       ValueError: shapes or dtypes do not fit, the mesh lacks an axis, or ep does not divide E.
     """
+    require_arrays(topk_weights=topk_weights, topk_ids=topk_ids)
     check_input(x, config, mask)
     params = dataclasses.replace(params, router=None)
     check_expert_params(params, config)
@@ -121,8 +126,10 @@ def moe_experts(
             f"{list(x.shape)}, got {topk_ids.dtype}{list(topk_ids.shape)} and {topk_weights.dtype}"
             f"{list(topk_weights.shape)}"
         )
-    if max_choices is not None and max_choices < 1:
-        raise ValueError(f"max_choices must be at least 1, or None for all of topk_ids, got {max_choices}")
+    if topk_ids.shape[-1] == 0:
+        raise ValueError(f"topk_ids must hold at least one choice a token, got {list(topk_ids.shape)}")
+    if max_choices is not None:
+        require_integer("max_choices", max_choices, at_least=1)
     if config.scale_inputs and topk_ids.shape[-1] != 1:
         raise ValueError(f"config.scale_inputs=True needs one choice a token, got K = {topk_ids.shape[-1]}")
     per_token = PerToken(
@@ -192,6 +199,8 @@ def axes_on(mesh: AnyMesh, partition: Partition | None, config: MoEConfig) -> Ax
 def partition_here(partition: Partition | None) -> Partition:
     """`partition`, or what flax's logical axis rules say, or the default."""
     if partition is not None:
+        if not isinstance(partition, Partition):
+            raise TypeError(f"partition must be a moejax.Partition, got {type(partition).__name__}")
         return partition
     rules = spmd.get_logical_axis_rules()
     is_ours = any(name in ("expert", "embed", "mlp", "tokens") for name, _ in rules)
@@ -224,27 +233,37 @@ def _check_divides(name: str, size: int, role: str, parts: int) -> None:
 
 def check_input(x: jax.Array, config: MoEConfig, mask: jax.Array | None = None) -> None:
     """Raises ValueError unless `x` are activations [..., H] of the layer, one token at least, and no known NaN."""
+    require_arrays(x=x, mask=mask)
     if x.ndim < 1 or x.shape[-1] != config.hidden_size:
         raise ValueError(f"x must be [..., H] with hidden_size={config.hidden_size}, got {list(x.shape)}")
     if jnp.dtype(x.dtype).name not in ("bfloat16", "float16", "float32"):
-        raise ValueError(f"x must be BF16, FP16 or float32 activations, got {x.dtype}; embed token ids first")
+        advice = "embed token ids first" if jnp.issubdtype(x.dtype, jnp.integer) else "cast it"
+        raise ValueError(f"x must be BF16, FP16 or float32 activations, got {x.dtype}; {advice}")
     if any(size == 0 for size in x.shape):
         raise ValueError(f"x must hold at least one token, got {list(x.shape)}")
     if mask is not None and (mask.shape != x.shape[:-1] or mask.dtype != jnp.bool_):
         raise ValueError(
             f"mask must be bool {list(x.shape[:-1])}, true for each real token of x, got {mask.dtype}{list(mask.shape)}"
         )
-    if bad := nan_rows(x, mask):
+    if bad := nan_rows(_readable(x), mask):
         raise ValueError(
             f"x holds NaN in {len(bad)} of {math.prod(x.shape[:-1])} tokens (first: token {bad[0]}); look for it in "
             "what comes before this layer"
         )
 
 
+def _readable(x: Any) -> Any:
+    """`x` for programs that look at it here: on the host, where it is bound to other devices than those of the mesh."""
+    mesh = current_mesh()
+    if not isinstance(mesh, Mesh) or not is_known(x) or not getattr(x, "committed", False):
+        return x
+    return x if x.sharding.device_set == set(mesh.devices.flat) else np.asarray(x)
+
+
 def _check_router(params: MoEParams, x: jax.Array) -> None:
     """Raises ValueError if the router's parameters hold NaN, where all of this is known."""
     for name, value in (params.router or {}).items():
-        if is_known(x) and jnp.issubdtype(value.dtype, jnp.floating) and nan_rows(jnp.atleast_1d(value)):
+        if is_known((x, value)) and jnp.issubdtype(value.dtype, jnp.floating) and nan_rows(_readable(value)):
             raise ValueError(f"params.router[{name!r}] holds NaN; look for it in what trained the layer")
 
 

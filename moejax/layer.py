@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Self
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
@@ -119,6 +120,8 @@ class MoE(nnx.Module):
         axes = None if here is None else axes_on(here, partition, config)
         if params is not None:
             check_params(params, config)
+        if rngs is not None and not isinstance(rngs, nnx.Rngs):
+            raise TypeError(f"rngs must be nnx.Rngs, such as nnx.Rngs(0), got {type(rngs).__name__}")
         initializers = {"kernel": kernel_init, "bias": bias_init, "router kernel": router_init}
         make = functools.partial(
             _variable, config=config, rngs=rngs, mesh=here, axes=axes, metadata_mesh=mesh, initializers=initializers
@@ -134,7 +137,7 @@ class MoE(nnx.Module):
         noise = None
         if config.router.noisy and rngs is not None and ("router" in rngs or "default" in rngs):
             noise = rngs.router.fork()
-        self.noise = noise
+        self.noise = nnx.data(noise)  # where there is none, `quantized` may set one
 
     @classmethod
     def from_params(cls, params: MoEParams, config: MoEConfig, **settings: Any) -> Self:
@@ -209,8 +212,20 @@ class MoE(nnx.Module):
         )
 
     def update(self, aux: MoEAux) -> None:
-        """Applies what no gradient trains, from the aux of a step. Call it after each, where no gradient is taken."""
-        for name, value in self.config.router.update(self._of_router(), aux.load.tokens_per_expert).items():
+        """Applies what no gradient trains, from the aux of a step. Call it after each, where no gradient is taken.
+
+        Raises:
+          ValueError: `aux` is not what one step of this layer says.
+        """
+        if not isinstance(aux, MoEAux):
+            raise ValueError(f"aux must be the MoEAux that a call of the layer returns, got {type(aux).__name__}")
+        load, stacked = aux.load.tokens_per_expert, self.down.get_value().shape[:-3]
+        if load.shape != (*stacked, self.config.num_experts):
+            raise ValueError(
+                f"aux.load.tokens_per_expert must be {[*stacked, self.config.num_experts]}, the load of one step, got "
+                f"{list(load.shape)}; of several steps, add up: jax.tree.map(lambda leaf: leaf.sum(0), aux)"
+            )
+        for name, value in self.config.router.update(self._of_router(), load).items():
             self.router[name].set_value(value)
 
     def _of_router(self) -> dict[str, jax.Array]:
@@ -246,8 +261,10 @@ def _variable(
         # State begins the same whatever the seed.
         key = jax.random.key(0) if row.kind == "state" else rngs.params()
         value = initial(row, initializers.get(row.kind, _ZEROS), config.param_dtype, key, mesh, spec)
-    elif mesh is not None:
-        value = jax.tree.map(lambda leaf, own: _placed(leaf, mesh, own), value, spec)
+    else:
+        value = jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf), value)
+        if mesh is not None:
+            value = jax.tree.map(lambda leaf, own: _placed(leaf, mesh, own), value, spec)
     if spec is None or isinstance(value, QTensor):
         return kind(value)
     return kind(value, out_sharding=tuple(spec), mesh=metadata_mesh)

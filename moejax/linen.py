@@ -40,6 +40,8 @@ def MoE(
       name: of the module.
       **settings: further ones of `moejax.MoE`, such as `kernel_init`.
     """
+    if "rngs" in settings:
+        raise TypeError("a linen module takes its random numbers in init(key, x), not rngs")
     return bridge.ToLinen(
         _Layer,
         args=(config,),

@@ -56,7 +56,7 @@ class LoadStats:
 
 def tokens_per_expert(topk_ids: jax.Array, num_experts: int, tokens: Tokens) -> jax.Array:
     """int32 [E]: assignments over all chips, of topk_ids [T, K]."""
-    return tokens.sum(_chosen(topk_ids, num_experts, tokens).sum(0, dtype=jnp.int32))
+    return tokens.sum(_choices(topk_ids, num_experts, tokens).sum(0, dtype=jnp.int32))
 
 
 def router_losses(
@@ -83,8 +83,8 @@ def load_balance_loss(routing: Routing, tokens: Tokens) -> jax.Array:
     Switch Transformer (arXiv 2101.03961), equation 4, with f over all K choices.
     """
     num_experts, top_k = routing.scores.shape[1], routing.topk_ids.shape[1]
-    chosen = _chosen(routing.topk_ids, num_experts, tokens)
-    load = tokens.sum(chosen.sum(0, dtype=jnp.float32)) / (tokens.count * top_k)
+    choices = _choices(routing.topk_ids, num_experts, tokens)
+    load = tokens.sum(choices.sum(0, dtype=jnp.float32)) / (tokens.count * top_k)
     probability = tokens.sum(_probabilities(routing, tokens).sum(0)) / tokens.count
     return num_experts * (jax.lax.stop_gradient(load) * probability).sum()
 
@@ -102,7 +102,7 @@ def sequence_balance_loss(routing: Routing, tokens: Tokens) -> jax.Array:
         length = tokens.per_sequence(jnp.ones((tokens.index.shape[0], 1)))
         sequences = jnp.maximum((length > 0).sum(dtype=jnp.float32), 1)
         length = jnp.maximum(length, 1)
-    load = tokens.per_sequence(_chosen(routing.topk_ids, num_experts, tokens)) / (length * top_k)
+    load = tokens.per_sequence(_choices(routing.topk_ids, num_experts, tokens)) / (length * top_k)
     probability = tokens.per_sequence(_probabilities(routing, tokens)) / length
     return num_experts * (jax.lax.stop_gradient(load) * probability).sum() / sequences
 
@@ -151,9 +151,9 @@ def _entropy(p: jax.Array) -> jax.Array:
     return -(p * jnp.log(jnp.maximum(p, jnp.finfo(jnp.float32).tiny))).sum()
 
 
-def _chosen(topk_ids: jax.Array, num_experts: int, tokens: Tokens) -> jax.Array:
-    """Bool [T, E]: the experts that each token chose; none where there is no token."""
-    return tokens.keep((topk_ids[:, :, None] == jnp.arange(num_experts)).any(1), False)
+def _choices(topk_ids: jax.Array, num_experts: int, tokens: Tokens) -> jax.Array:
+    """int32 [T, E]: how often each token chose each expert; 0 where there is no token."""
+    return tokens.keep((topk_ids[:, :, None] == jnp.arange(num_experts)).sum(1, dtype=jnp.int32))
 
 
 def _probabilities(routing: Routing, tokens: Tokens) -> jax.Array:

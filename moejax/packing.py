@@ -14,6 +14,8 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.quantize import QTensor
+
 Layout = Literal["out_in", "in_out"]
 GateUpOrder = Literal["gate_first", "up_first", "interleaved"]
 
@@ -42,6 +44,11 @@ def pack_experts(
     """
     if layout not in ("out_in", "in_out"):
         raise ValueError(f"layout must be 'out_in' or 'in_out', got {layout!r}")
+    if any(isinstance(weights, QTensor) for weights in (gate_up, down, gate, up)):
+        raise TypeError(
+            "pack_experts takes arrays: weights that are in 8 bits already go into MoEParams as QTensors [E, 2, I, H] "
+            "and [E, H, I], with a scale for each block"
+        )
     if down is None or (gate_up is None) == (gate is None or up is None):
         raise ValueError("give down, and either gate_up or both gate and up")
     if gate_up is None:

@@ -8,16 +8,18 @@ Kernels, sharding, 8-bit weights, initial values, checkpoints and the oracle all
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from moejax.config import MoEConfig
 from moejax.param import Param
 from pallas_kernels.quantize import Operand, QTensor, block_shape, quantize
+from sharding.mesh import has_explicit_axes, spec_in
 from sharding.partition import Axes
 
 
@@ -101,14 +103,19 @@ def operand_spec(row: Param, value: Operand, axes: Axes) -> Any:
     """The PartitionSpec of one parameter; of the values and of the scales of a QTensor."""
     if not isinstance(value, QTensor):
         return axes.spec(row.axes)
-    values = axes.spec(row.k_major(row.axes))
-    # A scale that stands for a whole dimension lies wherever a part of that does.
-    scale = (None if size == 1 else names for size, names in zip(value.scale.shape, values, strict=True))
+    return _qtensor_specs(axes.spec(row.k_major(row.axes)), value.scale.shape)
+
+
+def _qtensor_specs(values: PartitionSpec, scale_shape: tuple[int, ...]) -> Any:
+    """How values and scales lie: a scale that stands for a whole dimension, wherever a part of that does."""
+    scale = (None if size == 1 else names for size, names in zip(scale_shape, values, strict=True))
     return QTensor(values, PartitionSpec(*scale))  # type: ignore[arg-type]
 
 
 def check_params(params: MoEParams, config: MoEConfig) -> None:
     """Raises ValueError, naming the parameter, unless `params` are those of `config`."""
+    if not isinstance(params, MoEParams):
+        raise TypeError(f"params must be MoEParams, got {type(params).__name__}")
     check_expert_params(params, config)
     table = config.router.table(config)
     got = {} if params.router is None else params.router
@@ -165,18 +172,32 @@ def quantize_params(params: MoEParams, config: MoEConfig) -> MoEParams:
     def to_8_bits(weights: Operand | None, row: Param | None) -> Any:
         if weights is None or isinstance(weights, QTensor) or row is None:
             return weights
-        if not row.has_halves:
-            return quantize(weights, q.dtype, scaling=q.rhs_scaling).mT
-        if block_shape(q.rhs_scaling) == (None, None):  # one scale for both
-            joined = quantize(weights.reshape(*weights.shape[:-2], -1), q.dtype, scaling=q.rhs_scaling)
-            values = jnp.moveaxis(joined.values.reshape(weights.shape), -2, -3)
-            return QTensor(values.mT, joined.scale[..., None])
-        return quantize(jnp.moveaxis(weights, -2, -3), q.dtype, scaling=q.rhs_scaling).mT
+        round_ = functools.partial(_to_8_bits, row=row, dtype=q.dtype, scaling=q.rhs_scaling)
+        mesh = jax.typeof(weights).sharding.mesh
+        spec = spec_in(weights, mesh) if has_explicit_axes(mesh) else None
+        if spec is None:
+            return round_(weights)
+        # The type of an array in blocks cannot say how a dimension was split that became two: the compiler finds out.
+        shapes = jax.eval_shape(round_, jax.ShapeDtypeStruct(weights.shape, weights.dtype))
+        specs = _qtensor_specs(PartitionSpec(*row.k_major(tuple(spec))), shapes.scale.shape)
+        shardings = jax.tree.map(functools.partial(NamedSharding, mesh), specs)
+        return jax.jit(jax.sharding.auto_axes(round_, out_sharding=shardings))(weights)
 
     table = param_table(config)
     return dataclasses.replace(
         params, **{name: to_8_bits(getattr(params, name), getattr(table, name)) for name in EXPERT_WEIGHTS}
     )
+
+
+def _to_8_bits(weights: jax.Array, row: Param, dtype: str, scaling: str) -> QTensor:
+    """The matrices of a row as a QTensor in the order that `MoEParams` states."""
+    if not row.has_halves:
+        return quantize(weights, dtype, scaling=scaling).mT
+    if block_shape(scaling) == (None, None):  # one scale for both
+        joined = quantize(weights.reshape(*weights.shape[:-2], -1), dtype, scaling=scaling)
+        values = jnp.moveaxis(joined.values.reshape(weights.shape), -2, -3)
+        return QTensor(values.mT, joined.scale[..., None])
+    return quantize(jnp.moveaxis(weights, -2, -3), dtype, scaling=scaling).mT
 
 
 def flat_halves(gate_up: Operand) -> Operand:

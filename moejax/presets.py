@@ -7,6 +7,7 @@ Figures are those of each model's published configuration file; the file is name
 """
 
 import dataclasses
+import difflib
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, TypedDict, Unpack
@@ -176,8 +177,11 @@ def with_changes(config: MoEConfig, **changes: Unpack[Changes]) -> MoEConfig:
     of_router = {field.name for field in dataclasses.fields(router)}
     of_layer = {field.name for field in dataclasses.fields(MoEConfig)}
     if unknown := sorted(set(given) - of_router - of_layer):
-        known = ", ".join(sorted(of_layer | of_router))
-        raise ValueError(f"{', '.join(unknown)}: no field of MoEConfig or {type(router).__name__}; they have {known}")
+        known = sorted(of_layer | of_router)
+        likely = [close for name in unknown for close in difflib.get_close_matches(name.lower(), known, 1)]
+        hint = f"; did you mean {', '.join(likely)}?" if likely else ""
+        kinds = f"MoEConfig or {type(router).__name__}"
+        raise ValueError(f"{', '.join(unknown)}: no field of {kinds}{hint}; they have {', '.join(known)}")
     settings: Any = {name: given.pop(name) for name in of_router if name in given}
     others: Any = given
     return dataclasses.replace(config, router=dataclasses.replace(router, **settings), **others)

@@ -55,7 +55,8 @@ _GATED: Mapping[str, Callable[[jax.Array, jax.Array], jax.Array]] = MappingProxy
 def check_activation(activation: str, limit: float | None, *, name: str = "activation") -> None:
     """Raises ValueError unless `activation` is known and `limit` is None or positive; `name` is what it calls them."""
     if activation not in _GATED:
-        raise ValueError(f"unknown {name} {activation!r}; expected one of {', '.join(_GATED)}")
+        hint = " ('silu' is SwiGLU, 'gelu' is GeGLU: all of them are gates)" if "glu" in str(activation) else ""
+        raise ValueError(f"unknown {name} {activation!r}; expected one of {', '.join(_GATED)}{hint}")
     if limit is not None and not limit > 0:
         raise ValueError(f"{name}_limit must be positive, or None for no clamp, got {limit}")
 

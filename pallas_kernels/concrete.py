@@ -39,11 +39,11 @@ def nan_rows(x: jax.Array, mask: jax.Array | None = None) -> list[int]:
     with jax.ensure_compile_time_eval():  # `x` may be a constant of a function that is being traced
         if not _has_nan(x, mask):
             return []
-        is_bad = np.isnan(np.asarray(x)).any(-1)
+        is_bad = np.isnan(np.atleast_1d(np.asarray(x))).any(-1)
     return np.flatnonzero(is_bad if mask is None else is_bad & np.asarray(mask)).tolist()
 
 
 @jax.jit
 def _has_nan(x: jax.Array, mask: jax.Array | None) -> jax.Array:
-    is_bad = jnp.isnan(x).any(-1)
+    is_bad = jnp.isnan(jnp.atleast_1d(x)).any(-1)
     return (is_bad if mask is None else is_bad & mask).any()

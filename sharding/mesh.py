@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 DATA_AXIS = "data"
@@ -35,8 +36,8 @@ def make_mesh(
       ValueError: there are fewer than dp·ep devices, or a size is not positive.
     """
     devices = list(jax.devices() if devices is None else devices)
-    if ep < 1 or dp < 1:
-        raise ValueError(f"ep and dp must be at least 1, got ep={ep}, dp={dp}")
+    if not all(isinstance(size, int | np.integer) and size >= 1 for size in (ep, dp)):
+        raise ValueError(f"ep and dp must be whole numbers of at least 1, got ep={ep!r}, dp={dp!r}")
     if len(devices) < ep * dp:
         platform = devices[0].platform if devices else "none"
         raise ValueError(
@@ -64,16 +65,22 @@ def mesh_here(mesh: AnyMesh | None) -> AnyMesh | None:
     """`mesh` as it is to be used here: that of `jax.set_mesh` if None, and without what is split already.
 
     Raises:
-      ValueError: `mesh` is another one than that of the `jax.shard_map` around.
+      ValueError: `mesh` is another one than that of `jax.set_mesh` or the `jax.shard_map` around.
+      TypeError: it is no mesh.
     """
+    if mesh is not None and not isinstance(mesh, Mesh | AbstractMesh):
+        raise TypeError(f"mesh must be a jax.sharding.Mesh, such as make_mesh(ep=4), got {type(mesh).__name__}")
     around = jax.sharding.get_abstract_mesh()
-    if around.empty or AxisType.Manual not in around.axis_types:
-        return current_mesh() if mesh is None else mesh
+    if around.empty:
+        return mesh
+    is_inside = AxisType.Manual in around.axis_types
     if mesh is not None and dict(mesh.shape) != dict(around.shape):
         raise ValueError(
-            f"mesh has the axes {dict(mesh.shape)}, and the jax.shard_map around has {dict(around.shape)}; leave mesh "
-            "out to use that one"
+            f"mesh has the axes {dict(mesh.shape)}, and that of the {'jax.shard_map' if is_inside else 'jax.set_mesh'} "
+            f"around has {dict(around.shape)}; leave mesh out to use that one"
         )
+    if not is_inside:
+        return current_mesh() if mesh is None else mesh
     return around if free_axes(around) else None
 
 

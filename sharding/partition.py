@@ -48,6 +48,9 @@ class Partition:
         default is "data", "fsdp", "expert" and "tensor", as far as the mesh has them, and what the roles above name.
       repeated: axes along which every chip may repeat its neighbours' work. An axis longer than 1 that stands neither
         here nor in `tokens` is an error.
+
+    Inside a `jax.shard_map` of one's own, axes of `tokens` and `repeated` that it has split are passed over: there the
+    tokens of the layer are those that are left to it.
     """
 
     expert: MeshAxes = EXPERT_AXIS
@@ -57,6 +60,16 @@ class Partition:
     repeated: str | tuple[str, ...] = ()
 
     def __post_init__(self):
+        for role in ("expert", "embed", "mlp", "repeated"):
+            if not _names_axes(getattr(self, role)):
+                raise ValueError(
+                    f"{role} must name axes of the mesh, such as 'x' or ('x', 'y'), got {getattr(self, role)!r}"
+                )
+        tokens = self.tokens
+        if not (isinstance(tokens, str) or (isinstance(tokens, Sequence) and all(map(_names_axes, tokens)))):
+            raise ValueError(
+                f"tokens must name axes of the mesh, such as ('data', 'expert'), or () for none, got {tokens!r}"
+            )
         if self.tokens != DEFAULT:
             tokens = (self.tokens,) if isinstance(self.tokens, str) else tuple(self.tokens)
             object.__setattr__(self, "tokens", tokens)
@@ -81,6 +94,10 @@ class Partition:
           ValueError: the mesh lacks an axis that is named, an axis has two roles, or an axis would repeat work.
         """
         there = free_axes(mesh)
+        taken = set(mesh.axis_names) - set(there)
+
+        def left_over(axes: MeshAxes | Sequence[str]) -> tuple[str, ...]:
+            return tuple(axis for axis in _tuple(axes) if axis not in taken)
 
         def default(axis: str) -> tuple[str, ...]:
             return (axis,) if axis in there else ()
@@ -90,18 +107,24 @@ class Partition:
             "embed": default(FSDP_AXIS) if self.embed == DEFAULT else _tuple(self.embed),
             "mlp": default(TENSOR_AXIS) if self.mlp == DEFAULT else _tuple(self.mlp),
         }
-        repeated = _tuple(self.repeated)
+        repeated = left_over(self.repeated)
         by_dimension: tuple[tuple[str, ...], ...] = ()
         if self.tokens == DEFAULT:
             known = [axis for axis in _TOKENS if axis in there]
             tokens = tuple(dict.fromkeys((*known, *(axis for axes in named.values() for axis in axes))))
             tokens = tuple(axis for axis in tokens if axis not in repeated)
         else:
-            tokens = tuple(axis for axes in self.tokens for axis in _tuple(axes))
+            tokens = tuple(axis for axes in self.tokens for axis in left_over(axes))
             if any(isinstance(axes, tuple) for axes in self.tokens):
-                by_dimension = tuple(_tuple(axes) for axes in self.tokens)
+                by_dimension = tuple(left_over(axes) for axes in self.tokens)
         for role, axes in {**named, "tokens": tokens, "repeated": repeated}.items():
             for axis in axes:
+                if axis in taken:
+                    raise ValueError(
+                        f"mesh axis {axis!r}, which the partition names for {role!r}, is split by the jax.shard_map "
+                        f"around already, so that a chip holds no weights over it; leave it out of axis_names there, "
+                        f"or pass partition=Partition({role}=None) to give every chip whole weights"
+                    )
                 if axis not in there:
                     raise ValueError(_lacks(role, axis, there))
         _refuse_twice(named, tokens)
@@ -169,6 +192,11 @@ ONE_CHIP = Axes()
 def one_or_all(axes: tuple[str, ...]) -> str | tuple[str, ...] | None:
     """`axes` as an element of a PartitionSpec."""
     return axes[0] if len(axes) == 1 else axes or None
+
+
+def _names_axes(axes: object) -> bool:
+    is_sequence = isinstance(axes, Sequence) and all(isinstance(axis, str) for axis in axes)
+    return axes is None or is_sequence
 
 
 def _tuple(axes: str | Sequence[str] | None) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
 def test_training_over_a_mesh_learns():
     command = [sys.executable, str(EXAMPLES / "train.py"), "--devices", "8", "--mesh", "fsdp=2,expert=2,tensor=2"]
     done = subprocess.run(
-        [*command, "--steps", "21"],
+        [*command, "--parts", "2", "--steps", "21"],
         capture_output=True,
         text=True,
         timeout=500,

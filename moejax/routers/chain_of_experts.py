@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 
 from moejax.checks import require_integer
-from moejax.losses import LoadStats
 from moejax.param import Param
 from moejax.routers.base import Experts, Given, Outcome, Params, Router, load_of
 from moejax.routers.top_k import TopKRouter
@@ -78,9 +77,7 @@ class ChainRouter(Router):
         ids = jnp.concatenate([one.topk_ids for one in outcomes], axis=1)
         weights = jnp.concatenate([one.topk_weights for one in outcomes], axis=1)
         dropped = _sum(one.load.dropped_per_expert for one in outcomes)
-        load = load_of(ids, dropped, config.num_experts, tokens)
-        counts = _sum(one.load.tokens_per_expert for one in outcomes)
-        return state, Outcome(ids, weights, losses, LoadStats(counts, dropped, load.unrouted))
+        return state, Outcome(ids, weights, losses, load_of(ids, dropped, config.num_experts, tokens))
 
     def update(self, params: Params, load: jax.Array) -> dict[str, jax.Array]:
         """Moves the correction biases of all passes alike."""

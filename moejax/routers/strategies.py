@@ -130,18 +130,23 @@ def _normalizes(config: "MoEConfig") -> bool:
     return getattr(_gate(config), "normalize_topk", True)
 
 
+class _Strategies(dict[str, Callable[..., "MoEConfig"]]):
+    def __missing__(self, name: str) -> Callable[..., "MoEConfig"]:
+        raise KeyError(f"no router {name!r}; there are {', '.join(self)}")
+
+
 ROUTERS: Mapping[str, Callable[..., "MoEConfig"]] = MappingProxyType(
-    {
-        "softmax": softmax,
-        "noisy_top_k": noisy_top_k,
-        "switch": switch,
-        "loss_free": loss_free,
-        "group_limited": group_limited,
-        "expert_choice": expert_choice,
-        "soft_moe": soft_moe,
-        "chain_of_experts": chain_of_experts,
-        "hash": hash_routing,
-        "specialized": specialized,
-    }
+    _Strategies(
+        softmax=softmax,
+        noisy_top_k=noisy_top_k,
+        switch=switch,
+        loss_free=loss_free,
+        group_limited=group_limited,
+        expert_choice=expert_choice,
+        soft_moe=soft_moe,
+        chain_of_experts=chain_of_experts,
+        hash=hash_routing,
+        specialized=specialized,
+    )
 )
 """The strategies by name: (config, **settings) -> the configuration with that router."""

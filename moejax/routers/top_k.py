@@ -135,7 +135,8 @@ class TopKRouter(Router):
         if not self.correction_bias:
             return {}
         load = load.astype(jnp.float32)
-        return {"correction_bias": params["correction_bias"] + self.update_rate * jnp.sign(load.mean() - load)}
+        direction = jnp.sign(load.mean(-1, keepdims=True) - load)
+        return {"correction_bias": params["correction_bias"] + self.update_rate * direction}
 
     def _ranking(self, scores: jax.Array, correction_bias: jax.Array | None) -> jax.Array:
         """What the choice goes by, where it is not the scores alone; takes no gradient."""

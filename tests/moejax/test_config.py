@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from moejax import ROUTERS, MoEConfig, Quantization, TopKRouter, with_changes
+from tests.helpers import raises_saying
 
 GOOD = {"hidden_size": 256, "intermediate_size": 128, "num_experts": 8, "top_k": 2}
 
@@ -41,6 +42,13 @@ REFUSED = [
     (
         {"capacity_factor": float("inf")},
         "capacity_factor must be positive and finite, or None to drop nothing, got inf",
+    ),
+    ({"capacity_factor": True}, "capacity_factor must be positive and finite, or None to drop nothing, got True"),
+    ({"expert_bias": "no"}, "expert_bias must be True or False, got 'no'"),
+    ({"dtype": "foo"}, "dtype must be bfloat16, float16 or float32, got 'foo'"),
+    (
+        {"activation": "swiglu"},
+        "unknown activation 'swiglu'; expected one of silu, gelu, gelu_tanh, swigluoai, relu2 (",
     ),
     ({"capacity_of": "mesh"}, "capacity_of must be 'batch' or 'chip', got 'mesh'"),
     ({"shared_gate": True}, "shared_gate must be False where there is no shared expert, got True"),
@@ -118,7 +126,8 @@ def test_a_router_that_is_none():
 
 
 def test_fields_that_nothing_has():
-    with pytest.raises(ValueError, match="scorings, width: no field of MoEConfig or TopKRouter; they have activation,"):
+    message = "scorings, width: no field of MoEConfig or TopKRouter; did you mean scoring?; they have activation, "
+    with raises_saying(ValueError, message):
         with_changes(MoEConfig(**GOOD), width=3, scorings="sigmoid")
     with pytest.raises(TypeError, match="scoring"):
         MoEConfig(**GOOD, scoring="sigmoid")

@@ -43,6 +43,7 @@ def gradients(x, weights, ids, params, *, max_choices=None, ep=1):
 
 
 @pytest.mark.parametrize("ep", [1, 4])
+@pytest.mark.quick("4")
 def test_router_and_experts_are_the_layer(ep, params, rng):
     x = normal(rng, 10, 32)
     routing = route(x, params.router["kernel"], CONFIG)
@@ -79,6 +80,7 @@ def test_ids_outside_of_the_experts_make_no_choice(ep, params, rng):
 
 
 @pytest.mark.parametrize("capacity_of", ["batch", "chip"])
+@pytest.mark.quick("batch")
 def test_repeated_experts_of_a_token_have_room_if_there_is_any(capacity_of, params, rng):
     """More choices of an expert on a chip than that has tokens; a capacity for all of them drops none."""
     config = dataclasses.replace(CONFIG, capacity_factor=8.0, capacity_of=capacity_of)
@@ -149,8 +151,11 @@ def test_choices_that_do_not_fit(ids, weights, changes, parts, params, rng):
 
 def test_a_bound_that_makes_no_sense(params, rng):
     ids = jnp.zeros((4, 2), jnp.int32)
-    with raises_saying(ValueError, "max_choices must be at least 1", "got 0"):
-        moe_experts(normal(rng, 4, 32), jnp.ones((4, 2)), ids, params, CONFIG, max_choices=0)
+    for bound in (0, 2.5, True):
+        with raises_saying(ValueError, "max_choices must be a whole number of at least 1", f"got {bound}"):
+            moe_experts(normal(rng, 4, 32), jnp.ones((4, 2)), ids, params, CONFIG, max_choices=bound)
+    with raises_saying(ValueError, "topk_ids must hold at least one choice a token, got [4, 0]"):
+        moe_experts(normal(rng, 4, 32), jnp.ones((4, 0)), ids[:, :0], params, CONFIG)
 
 
 def test_parameters_that_do_not_fit(params, rng):
@@ -184,3 +189,27 @@ def test_choices_beyond_the_bound_are_left_out(params, rng):
     x, weights = normal(rng, 3, 32), normal(rng, 3, 2)
     y, _ = experts(x, weights, ids, params, max_choices=4)
     assert relative_error(y, experts(x, weights, jnp.where(ids == 7, -1, ids), params)[0]) < LIMIT["float32"]
+
+
+def test_nan_of_masked_tokens_reaches_no_gradient(params, rng):
+    x, mask = normal(rng, 8, 32).at[5:].set(jnp.nan), jnp.arange(8) < 5
+    ids, ones = jnp.asarray(rng.integers(0, 8, (8, 2))), jnp.ones((8, 2))
+
+    def loss(x, params):
+        return (moe_experts(x, ones, ids, params, CONFIG, mask=mask)[0] ** 2).sum()
+
+    dx, dparams = jax.jit(jax.grad(loss, argnums=(0, 1)))(x, params)
+    assert not dx[5:].any()
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(dparams))
+
+
+def test_a_capacity_of_each_chip_has_room_for_what_comes_over_a_tensor_axis(rng):
+    """Every expert of one rank takes a quarter of all tokens, which four chips that share its width send it."""
+    config = dataclasses.replace(CONFIG, top_k=1, capacity_factor=2.0, capacity_of="chip", shared_intermediate_size=0)
+    params, x = random_params(config, rng), normal(rng, 64, 32)
+    ids, ones = (jnp.arange(64) % 4)[:, None], jnp.ones((64, 1))
+    mesh = jax.make_mesh((2, 4), ("expert", "tensor"), (AxisType.Auto,) * 2, devices=jax.devices()[:8])
+    y, dropped = moe_experts(x, ones, ids, params, config, mesh=mesh)
+    expected, _ = moe_experts(x, ones, ids, params, dataclasses.replace(config, capacity_factor=None))
+    assert int(dropped.sum()) == 0
+    assert relative_error(y, expected) < LIMIT["float32"]

@@ -13,6 +13,7 @@ from flax import linen, nnx
 from jax.sharding import AxisType, PartitionSpec
 
 from moejax import MoE, MoEConfig, Partition, Quantization, make_mesh, moe, quantize_params, with_changes
+from moejax.functional import axes_on
 from tests.helpers import normal, raises_saying, relative_error, same_bits
 from tests.moejax.layers import clear_cut_tokens, random_params
 
@@ -146,7 +147,7 @@ def values_and_gradients(x, mask, params, direction, mesh=None, partition=None):
 @pytest.mark.parametrize(
     ("name", "axis_type"), [*((name, AxisType.Auto) for name in LAYOUTS), ("all", AxisType.Explicit)], ids=str
 )
-@pytest.mark.quick("two axes for each-*", "repeated-*", "all-AxisType.Explicit")
+@pytest.mark.quick("two axes for each-AxisType.Auto", "all-AxisType.Explicit")
 def test_every_partition_equals_one_chip(name, axis_type, rng):
     """Values, losses, load, drops, and the gradients of x and of every parameter."""
     sizes, partition = LAYOUTS[name]
@@ -211,6 +212,37 @@ def test_a_width_whose_parts_no_block_of_scales_divides():
         MoE(config, rngs=nnx.Rngs(0), mesh=mesh_of(expert=2, tensor=4))
 
 
+def test_rows_that_travel_in_blocks_that_do_not_divide():
+    config = MoEConfig(384, 256, 8, 2, precision="w8a8")
+    layer = MoE(config, rngs=nnx.Rngs(0), mesh=mesh_of(expert=2, tensor=2))
+    with raises_saying(ValueError, "scales of a row that travels (wire_scaling)=3 is not divisible by the 2 chips"):
+        layer(jnp.ones((8, 384), jnp.bfloat16))
+
+
+def test_flax_rules_that_name_tokens_alone_split_nothing_else():
+    with linen.logical_axis_rules([("tokens", ("data", "expert"))]):
+        axes = axes_on(mesh_of(data=2, expert=4), None, CONFIG)
+    assert (axes.expert, axes.embed, axes.mlp, axes.tokens) == ((), (), (), ("data", "expert"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"x": [[1.0] * 32]}, "x must be an array, got list"),
+        ({"mask": True}, "mask must be an array, got bool"),
+        ({"topk_ids": [[0, 1]]}, "topk_ids must be an array, got list"),
+        ({"params": {"down": 0}}, "params must be MoEParams, got dict"),
+        ({"partition": "expert"}, "partition must be a moejax.Partition, got str"),
+        ({"mesh": 4}, "mesh must be a jax.sharding.Mesh, such as make_mesh(ep=4), got int"),
+    ],
+)
+def test_what_is_not_of_the_type_that_is_asked_for(changes, message, params, rng):
+    given = {"x": normal(rng, 8, 32), "params": params, "config": CONFIG} | changes
+    given |= {"mesh": mesh_of(expert=2)} if "partition" in changes else {}
+    with raises_saying(TypeError, message):
+        moe(**given)
+
+
 def test_flax_rules_say_the_partition(params, rng):
     x = normal(rng, 8, 32)
     rules = [("expert", "model"), ("tokens", ("replica", "model"))]
@@ -220,6 +252,7 @@ def test_flax_rules_say_the_partition(params, rng):
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.quick("True")
 def test_inside_another_shard_map(check_vma, params, rng):
     """Two stages with a layer each, over an axis that the layer knows nothing of."""
     x, direction = normal(rng, 2, 12, 32), normal(rng, 2, 12, 32)
@@ -254,6 +287,7 @@ def test_one_vector_is_one_token(params, rng):
 
 
 @pytest.mark.parametrize("ep", [1, 8])
+@pytest.mark.quick("8")
 def test_equal_inputs_give_equal_bits(ep, params, rng):
     mesh = make_mesh(ep) if ep > 1 else None
     x = normal(rng, 57, 32)
@@ -263,6 +297,7 @@ def test_equal_inputs_give_equal_bits(ep, params, rng):
 
 @pytest.mark.parametrize("ep", [1, 4])
 @pytest.mark.parametrize("capacity_of", ["batch", "chip"])
+@pytest.mark.quick("batch-4", "chip-4")
 def test_capacity_drops_are_counted_and_add_nothing(capacity_of, ep, params, rng):
     """Of the batch, four of sixteen choices of an expert, wherever they are made; else so many of each chip."""
     mesh = make_mesh(ep) if ep > 1 else None

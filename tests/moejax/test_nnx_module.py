@@ -14,6 +14,7 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from moejax import (
+    ROUTERS,
     MoE,
     MoEConfig,
     MoEParams,
@@ -28,7 +29,7 @@ from moejax import (
 )
 from moejax.functional import axes_on
 from moejax.params import param_shapes
-from tests.helpers import LIMIT, normal, relative_error, same_bits
+from tests.helpers import LIMIT, normal, raises_saying, relative_error, same_bits
 
 CONFIG = MoEConfig(
     hidden_size=32,
@@ -150,7 +151,7 @@ def check_parameters(module: MoE, layer: MoE, mesh) -> None:
 
 @AXIS_TYPES
 @pytest.mark.parametrize("how", ["set_mesh", "set_mesh, jit", "mesh="])
-@pytest.mark.quick("set_mesh-explicit", "set_mesh, jit-auto", "mesh=-auto")
+@pytest.mark.quick("set_mesh-explicit", "mesh=-auto")
 def test_parameters_lie_over_the_expert_axis(how, axis_type, layer):
     mesh = mesh_of(axis_type)
     module = in_mesh(how, mesh)
@@ -324,12 +325,59 @@ def test_a_layer_for_serving_in_8_bits(chips, rng):
     assert gradients["router"]["kernel"][...].any()
 
 
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+def test_weights_are_rounded_where_they_lie(axis_type):
+    """On axes of any name, of any type, and what else was said of the layer stays said."""
+    config = dataclasses.replace(BARE, hidden_size=256, intermediate_size=256, precision="w8a8")
+    partition = Partition(expert="ep", embed="zero", mlp="tp", tokens=("zero", "ep", "tp"))
+    mesh = jax.make_mesh((2, 2, 2), ("zero", "ep", "tp"), (axis_type,) * 3, devices=jax.devices()[:8])
+    layer = new_layer(config, mesh=mesh, partition=partition, deterministic=True)
+    served = layer.quantized()
+    on_one_chip = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), layer.params())
+    assert same_bits(served.params(), quantize_params(on_one_chip, config))
+    assert (served.mesh, served.partition, served.deterministic) == (mesh, partition, True)
+    for leaf in jax.tree.leaves((served.gate_up.get_value(), served.down.get_value())):
+        assert leaf.addressable_shards[0].data.size == leaf.size // 8
+
+
+def test_a_noisy_layer_in_8_bits_keeps_its_noise(rng):
+    config = dataclasses.replace(ROUTERS["noisy_top_k"](BARE), hidden_size=128, intermediate_size=128, precision="w8a8")
+    layer = MoE(config, rngs=nnx.Rngs(params=0, router=1))
+    layer.router["noise_kernel"][...] = normal(rng, 128, 8)
+    served, x = layer.quantized(), normal(rng, 40, 128, dtype="bfloat16")
+    assert served.noise is layer.noise
+    ids = [served(x, train=train)[1].topk_ids for train in (True, False, False)]
+    assert not same_bits(ids[0], ids[1])
+    assert same_bits(ids[1], ids[2])
+
+
 def test_update_moves_the_correction_bias(x):
     module = new_layer(dataclasses.replace(CONFIG, router=dataclasses.replace(CONFIG.router, update_rate=0.5)))
     _, aux = call(module, x)
     nnx.jit(lambda layer, aux: layer.update(aux))(module, aux)
     load = np.asarray(aux.load.tokens_per_expert)
     np.testing.assert_array_equal(module.router["correction_bias"][...], 0.5 * np.sign(load.mean() - load))
+
+
+def test_update_goes_by_what_was_chosen_not_by_what_had_room(x):
+    plain = new_layer()
+    capped = new_layer(dataclasses.replace(CONFIG, capacity_factor=0.25))
+    for module in (plain, capped):
+        _, aux = call(module, x)
+        module.update(aux)
+    assert int(aux.load.dropped) > 0
+    assert same_bits(capped.router["correction_bias"][...], plain.router["correction_bias"][...])
+    assert np.asarray(plain.router["correction_bias"][...]).any()
+
+
+def test_update_takes_what_one_step_says(layer, x):
+    _, aux = call(layer, x)
+    two = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), aux)
+    with raises_saying(ValueError, "aux.load.tokens_per_expert must be [8]", "got [2, 8]", "add up"):
+        layer.update(two)
+    with raises_saying(ValueError, "aux must be the MoEAux", "got LoadStats"):
+        layer.update(aux.load)
+    layer.update(jax.tree.map(lambda leaf: leaf.sum(0), two))
 
 
 def test_causal():

@@ -24,7 +24,7 @@ def test_every_router_replays_or_refuses():
 
 @pytest.mark.parametrize("ep", [1, 4])
 @pytest.mark.parametrize("name", REPLAYING)
-@pytest.mark.quick("noisy_top_k-4", "group_limited-1", "chain_of_experts-4", "specialized-1")
+@pytest.mark.quick("noisy_top_k-4", "group_limited-1")
 def test_the_same_choices_give_the_same_result(name, ep, rng):
     layer = MoE(
         ROUTERS[name](CONFIG),
@@ -41,6 +41,7 @@ def test_the_same_choices_give_the_same_result(name, ep, rng):
 
 
 @pytest.mark.parametrize("scoring", ["softmax", "sigmoid", "sqrt_softplus"])
+@pytest.mark.quick("softmax", "sqrt_softplus")
 def test_forced_choices_have_live_weights_and_gradients(scoring, rng):
     """The weights of the forced experts are what a router that could choose no others would give them."""
     config = with_changes(CONFIG, scoring=scoring)
@@ -85,12 +86,14 @@ def test_minus_one_leaves_the_choice_to_the_router(rng):
     assert same_bits(all_free.topk_ids, free.topk_ids)
 
 
-def test_a_choice_that_is_forced_is_not_made_twice(rng):
-    params = random_params(CONFIG, rng)
+@pytest.mark.parametrize("name", ["softmax", "noisy_top_k"])
+def test_a_choice_that_is_forced_is_not_made_twice(name, rng):
+    config = ROUTERS[name](CONFIG)
+    params = random_params(config, rng)
     x = normal(rng, 10, 32)
-    _, free = moe(x, params, CONFIG)
+    _, free = moe(x, params, config)
     asked = jnp.full((10, 3), -1).at[:, 2].set(free.topk_ids[:, 0])
-    _, aux = moe(x, params, CONFIG, topk_ids=asked)
+    _, aux = moe(x, params, config, topk_ids=asked)
     assert all(len(set(row)) == 3 for row in aux.topk_ids.tolist())
     np.testing.assert_array_equal(aux.topk_ids[:, :2], free.topk_ids[:, 1:])
 
@@ -115,3 +118,28 @@ def test_ids_of_unsigned_types(rng):
     _, aux = moe(x, params, capped)
     _, again = moe(x, params, capped, topk_ids=aux.topk_ids.astype(jnp.uint16))
     assert same_bits(again.load, aux.load)
+
+
+def test_ids_of_no_expert_leave_the_choice_to_the_router_where_they_are_not_known(rng):
+    params, x = random_params(CONFIG, rng), normal(rng, 4, 32)
+    _, free = moe(x, params, CONFIG)
+    _, aux = jax.jit(lambda ids: moe(x, params, CONFIG, topk_ids=ids))(jnp.array([[99, 8, -5]] * 4))
+    assert same_bits(aux.topk_ids, free.topk_ids)
+
+
+def test_choices_under_noise_have_the_weights_that_they_had(rng):
+    config = ROUTERS["noisy_top_k"](CONFIG)
+    params, x, key = random_params(config, rng), normal(rng, 6, 32), jax.random.key(3)
+    _, aux = moe(x, params, config, key=key)
+    _, again = moe(x, params, config, key=key, topk_ids=aux.topk_ids)
+    _, quiet = moe(x, params, config)
+    assert relative_error(again.topk_weights, aux.topk_weights) < 1e-6
+    assert not same_bits(quiet.topk_ids, aux.topk_ids)
+
+
+def test_a_forced_choice_that_repeats_counts_each_time(rng):
+    params, x = random_params(CONFIG, rng), normal(rng, 16, 32)
+    config = dataclasses.replace(CONFIG, capacity_factor=0.25)
+    _, aux = moe(x, params, config, topk_ids=jnp.zeros((16, 3), jnp.int32))
+    assert aux.load.tokens_per_expert.tolist() == [48, 0, 0, 0, 0, 0, 0, 0]
+    assert int(aux.load.dropped) == 48 - 2  # room for ⌈0.25 · 16 · 3 / 8⌉

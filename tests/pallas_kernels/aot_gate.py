@@ -145,7 +145,7 @@ def products(array, groups, rows, dense) -> dict[str, tuple[Callable[..., Any], 
 
 
 def work(job: dict) -> dict:
-    """For each case, the kernels in it, or why it does not compile."""
+    """For each case of the job, the kernels in it, or why it does not compile."""
     slice_ = parse_slice(job["topology"])
     topology = topologies.get_topology_desc(platform="tpu", topology_name=slice_.name)
     mesh = Mesh(topology.devices[:1], "x")
@@ -156,7 +156,9 @@ def work(job: dict) -> dict:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
     answers = {}
-    for name, (function, *shapes) in cases(array, chip, mesh).items():
+    programs = cases(array, chip, mesh)
+    for name in job["cases"]:
+        function, *shapes = programs[name]
         try:
             with targeting(chip), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
                 traced = jax.jit(function).trace(*shapes)

@@ -17,7 +17,9 @@ from bench.workloads import GemmShape
 from moejax import MoEConfig, Quantization, fused_experts, moe, quantize_params
 from moejax.params import param_shapes
 from pallas_kernels.chips import get_chip
+from pallas_kernels.combine import combine
 from pallas_kernels.grouped_matmul import grouped_gate_up, grouped_matmul
+from pallas_kernels.plan import Plan
 from pallas_kernels.target import targeting
 from tests.helpers import gradients
 
@@ -118,6 +120,14 @@ CASES: dict[str, Callable[[], Case]] = {
         array("bfloat16", 8 * 4096, 7168),
         array("bfloat16", 8, 7168, 4096),
         array("int32", 8),
+    ),
+    "gradients of combine": lambda: (
+        lambda rows, weights, plan: gradients(
+            lambda rows, weights: combine(rows, plan, weights, backend="pallas_gpu"), rows, weights
+        ),
+        array("bfloat16", 2048, 1024),
+        array("float32", 512, 4),
+        Plan(array("int32", 2048), array("int32", 512, 4), array("int32", 8), array("int32", 8), array("int32")),
     ),
     "experts in fp8": lambda: (
         lambda *args: fused_experts(*args, quantization=Quantization()),

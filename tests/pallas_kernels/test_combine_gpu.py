@@ -27,6 +27,7 @@ def problem(rng, columns, dtype, capacity):
 
 @pytest.mark.parametrize(("dtype", "out_dtype"), [("float32",) * 2, ("bfloat16", "float32"), ("float16", "float16")])
 @pytest.mark.parametrize("capacity", [None, 4])
+@pytest.mark.quick("None-float32-float32", "4-bfloat16-float32")
 def test_interpreted(rng, capacity, dtype, out_dtype):
     rows, plan, weights = problem(rng, 512, dtype, capacity)
     with interpreted():

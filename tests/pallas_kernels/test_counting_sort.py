@@ -87,6 +87,7 @@ def test_errors(keys, num_groups, message):
 
 
 @pytest.mark.parametrize(("num_keys", "num_groups"), [(5, 3), (68, 70), (256, 128)])
+@pytest.mark.quick("68-70")
 def test_few_keys_on_a_simulated_gpu(rng, num_keys, num_groups):
     keys = jnp.asarray(rng.integers(-1, num_groups + 1, num_keys), jnp.int32)
     with interpreted():

@@ -17,6 +17,7 @@ SMALL = Config(blocks=3, zero_blocks=2, vectors=1)
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float8_e4m3fn", "int8"])
 @pytest.mark.parametrize("capacity", [None, 4])
+@pytest.mark.quick("4-float32", "None-bfloat16", "4-int8")
 def test_interpreted(rng, capacity, dtype):
     ids = jnp.asarray(rng.integers(-1, 6, (9, 3)), jnp.int32)
     plan = planned(ids, 5, capacity=capacity)

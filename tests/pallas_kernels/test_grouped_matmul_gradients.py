@@ -71,6 +71,7 @@ def assert_all_close(gradients, references, limit):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.quick("*-float32")
 def test_gradients_of_the_product(backend, rng, dtype):
     lhs, rhs, bias, dout = problem(rng, dtype=dtype)
     sizes = random_sizes(rng, G, M)
@@ -80,7 +81,7 @@ def test_gradients_of_the_product(backend, rng, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.quick("*-float32", "*-bfloat16")
+@pytest.mark.quick("*-bfloat16")
 def test_gradients_of_the_fused_product(backend, rng, dtype):
     lhs, rhs, bias, dout = problem(rng, dtype=dtype, width=N // 2)
     sizes = random_sizes(rng, G, M)
@@ -91,6 +92,7 @@ def test_gradients_of_the_fused_product(backend, rng, dtype):
 
 
 @pytest.mark.parametrize("rows", [256, 301, 1000])
+@pytest.mark.quick("*-301", "xla-256")
 def test_gradients_on_aligned_shapes(backend, rng, rows):
     lhs, rhs, bias, dout = problem(rng, rows, 256, 256, 4, dtype=jnp.bfloat16)
     sizes = random_sizes(rng, 4, rows)
@@ -100,7 +102,7 @@ def test_gradients_on_aligned_shapes(backend, rng, rows):
 
 @pytest.mark.parametrize("limit", [None, 0.5])
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "swigluoai", "relu2"])
-@pytest.mark.quick("*-silu-None", "*-gelu-0.5", "*-relu2-None", "*-swigluoai-0.5")
+@pytest.mark.quick("xla-silu-None", "xla-gelu-0.5", "*-relu2-None", "xla-swigluoai-0.5")
 def test_gradients_of_every_activation(backend, rng, activation, limit):
     lhs, rhs, bias, dout = problem(rng, width=N // 2)
     sizes = random_sizes(rng, G, M - 6)
@@ -190,7 +192,7 @@ def test_gradients_pass_straight_through_the_rounding(backend, rng, quantization
 
 @pytest.mark.parametrize("transpose", [False, True], ids=["", "transposed"])
 @pytest.mark.parametrize("lhs_scaling", ["1x128", "per_tensor"])
-@pytest.mark.quick("*-1x128-transposed", "*-per_tensor-")
+@pytest.mark.quick("*-1x128-transposed", "xla-per_tensor-")
 def test_cotangents_in_8_bits(backend, rng, lhs_scaling, transpose):
     lhs, rhs, bias, dout = problem(rng, 256, 256, 128, 4)
     sizes = random_sizes(rng, 4, 250)
@@ -218,6 +220,7 @@ def test_gradients_of_the_fused_product_pass_straight_through(backend, rng):
 
 
 @pytest.mark.parametrize("lhs_scaling", ["per_tensor", "1x128"])
+@pytest.mark.quick("*-per_tensor")
 def test_unowned_rows_stay_out_of_quantised_gradients(backend, rng, lhs_scaling):
     lhs, rhs, bias, dout = problem(rng, 256, 256, 128, 4)
     sizes = random_sizes(rng, 4, 150)

@@ -62,7 +62,7 @@ CASES = [
 @pytest.mark.parametrize(
     ("config", "fused", "k_major", "lhs_scaling", "rhs_scaling"), [c[1:] for c in CASES], ids=[c[0] for c in CASES]
 )
-@pytest.mark.quick("bf16", "bf16-fused", "fp8-row-channel", "fp8-blocks-fused", "bf16-fused-columns", "fp8-columns")
+@pytest.mark.quick("bf16", "fp8-row-channel", "fp8-blocks-fused", "bf16-fused-columns")
 def test_on_a_simulated_gpu(monkeypatch, rng, config, fused, k_major, lhs_scaling, rhs_scaling):
     lhs, rhs, bias = operands(rng, (80, 256, 256, len(SIZES)), jnp.bfloat16)
     lhs = lhs.at[sum(SIZES) :].set(jnp.nan)
@@ -97,6 +97,7 @@ def test_relu2_on_a_simulated_gpu(monkeypatch, rng):
     ],
     ids=str,
 )
+@pytest.mark.quick("*warpgroups=1, strip=2)-1x128-128x128", "*warpgroups=2, strip=1)-per_row-per_channel")
 def test_result_in_8_bits_on_a_simulated_gpu(monkeypatch, rng, config, lhs_scaling, rhs_scaling):
     lhs, rhs, bias = operands(rng, (80, 512, 512, len(SIZES)))
     lhs, rhs = quantized(lhs, scaling=lhs_scaling), quantized(rhs, scaling=rhs_scaling).mT
@@ -196,6 +197,7 @@ def test_activations_lower_for_cuda(activation):
 
 @pytest.mark.parametrize(("lhs_scaling", "rhs_scaling"), [("per_row", "per_channel"), ("1x128", "128x128")])
 @pytest.mark.parametrize("config", ["picked", *ALL_CONFIGS], ids=str)
+@pytest.mark.quick("picked-*", "*strip=8)0-1x128-128x128", "*strip=6)1-per_row-per_channel")
 def test_a_result_in_8_bits_lowers_for_cuda(config, lhs_scaling, rhs_scaling):
     """With all that shares the memory of a block: scales of rows and columns, bias, scales of the result."""
 

@@ -42,7 +42,13 @@ QUANTIZED = [
 @pytest.mark.parametrize("fused", [False, True], ids=["matmul", "gate_up"])
 @pytest.mark.parametrize(("lhs_scaling", "rhs_scaling", "lhs_dtype", "rhs_dtype"), QUANTIZED)
 @pytest.mark.parametrize("k_major", [False, True], ids=["", "k_major"])
-@pytest.mark.quick("*-k_major-*-matmul", "pallas_tpu--*-gate_up")
+@pytest.mark.quick(
+    "*-k_major-per_row-per_channel-float8_e4m3fn-*-matmul",
+    "*--1x128-128x128-*-gate_up",
+    "*--None-per_channel-None-int8-gate_up",
+    "*-k_major-per_tensor-per_channel-*-matmul",
+    "xla-k_major-*-matmul",
+)
 def test_qtensors(backend, rng, lhs_scaling, rhs_scaling, lhs_dtype, rhs_dtype, fused, k_major):
     lhs, rhs, bias = operands(rng, (256, 256, 256, 4), jnp.bfloat16)
     lhs = quantized(lhs, lhs_dtype, scaling=lhs_scaling) if lhs_scaling else lhs
@@ -74,6 +80,7 @@ def test_groups_that_share_a_scale(backend, rng):
 
 @pytest.mark.parametrize("k_major", [False, True], ids=["", "k_major"])
 @pytest.mark.parametrize("lhs_scaling", ["1x128", "per_row"])
+@pytest.mark.quick("*-1x128-k_major", "*-per_row-")
 def test_scales_of_unowned_rows_are_never_data(backend, rng, lhs_scaling, k_major):
     lhs, rhs, _ = operands(rng, (256, 256, 256, 4))
     poisoned = quantized(lhs.at[200:].set(jnp.nan), scaling=lhs_scaling)
@@ -94,6 +101,7 @@ def test_scales_of_unowned_rows_are_never_data(backend, rng, lhs_scaling, k_majo
     ],
     ids=lambda q: f"{q.dtype}-{q.lhs_scaling}",
 )
+@pytest.mark.quick("*-float8_e4m3fn-1x128-gate_up", "*-float8_e5m2-per_tensor-matmul", "xla-int8-per_row-matmul")
 def test_quantization_inside_equals_explicit(backend, rng, quantization, fused):
     lhs, rhs, bias = operands(rng, (256, 256, 256, 4))
     sizes = random_sizes(rng, 4, 256)
@@ -115,6 +123,7 @@ def test_quantization_inside_of_a_transposed_rhs(backend, rng):
 
 
 @pytest.mark.parametrize("lhs_scaling", ["per_tensor", "per_channel", "64x128", "1x128"])
+@pytest.mark.quick("*-per_tensor", "xla-*")
 def test_unowned_rows_do_not_enter_shared_scales(backend, rng, lhs_scaling):
     lhs, rhs, _ = operands(rng, (256, 256, 256, 2))
     sizes = jnp.asarray([40, 100, 70, 30], jnp.int32)

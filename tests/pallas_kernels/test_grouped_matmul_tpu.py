@@ -45,7 +45,7 @@ RAGGED = [[5, 0, 14, 100, 1, 1, 1, 3], [16, 16, 0, 0, 96, 0, 16, 0], [0, 0, 7, 1
 @pytest.mark.parametrize("sizes", RAGGED, ids=str)
 @pytest.mark.parametrize("fused", [False, True], ids=["matmul", "gate_up"])
 @pytest.mark.parametrize("buffers", [2, 3])
-@pytest.mark.quick("2-matmul-*", "3-gate_up-*")
+@pytest.mark.quick("2-matmul-*-on_wait", "3-gate_up-*-eager")
 def test_groups_that_share_strips_and_tiles(rng, sizes, fused, buffers, mode):
     lhs, rhs, bias = operands(rng, (160, 64, 512, 8), jnp.bfloat16)
     config = Config(32, 128, buffers, 16, 128)
@@ -75,6 +75,7 @@ def test_lengths_of_a_last_chunk(chunk, lengths):
 
 
 @pytest.mark.parametrize("chip", TPUS)
+@pytest.mark.quick("v5p", "v7x")
 def test_every_chip_by_its_own_configuration(rng, chip):
     lhs, rhs, bias = operands(rng, (160, 128, 640, 8), jnp.bfloat16)
     sizes = jnp.asarray(RAGGED[0], jnp.int32)
@@ -83,6 +84,7 @@ def test_every_chip_by_its_own_configuration(rng, chip):
 
 
 @pytest.mark.parametrize("columns", [384, 640])
+@pytest.mark.quick("384")
 def test_two_cores_and_a_narrower_last_column_tile(rng, columns):
     lhs, rhs, bias = operands(rng, (160, 128, columns, 8), jnp.bfloat16)
     sizes = jnp.asarray(RAGGED[0], jnp.int32)
@@ -122,6 +124,7 @@ def test_sizes_beyond_the_rows_touch_no_other_memory(rng):
 @pytest.mark.parametrize("k_major", [False, True], ids=["", "k_major"])
 @pytest.mark.parametrize("chip", ["v6e", "v7x"])
 @pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn", "float8_e5m2"])
+@pytest.mark.quick("int8-v6e-k_major", "float8_e4m3fn-v6e-", "float8_e4m3fn-v7x-k_major", "float8_e5m2-v7x-")
 def test_native_and_converted_dtypes(rng, dtype, chip, k_major):
     lhs, rhs, _ = operands(rng, (96, 256, 256, 4))
     lhs, rhs = quantize(lhs, dtype, scaling="1x128"), quantize(rhs, dtype, scaling="128x128")
@@ -184,6 +187,7 @@ def test_a_result_in_8_bits(rng, dtype):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("blocks", [(32, 128, 128), (64, 256, 128)], ids=str)
+@pytest.mark.quick("(32, 128, 128)-bfloat16", "(64, 256, 128)-float32")
 def test_gradient_of_the_weights_in_small_tiles(rng, blocks, dtype):
     lhs, dout = normal(rng, 150, 256, dtype=dtype), normal(rng, 150, 200, dtype=dtype)
     sizes = jnp.asarray([0, 40, 0, 33, 64, 0, 9, 0], jnp.int32)
@@ -199,6 +203,7 @@ def test_gradient_of_the_weights_in_small_tiles(rng, blocks, dtype):
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["matmul", "gate_up"])
+@pytest.mark.quick("matmul")
 def test_stages_run_and_only_the_whole_gives_the_product(rng, fused):
     lhs, rhs, _ = operands(rng, (96, 64, 512, 4), jnp.bfloat16)
     sizes = jnp.asarray([40, 3, 0, 50], jnp.int32)

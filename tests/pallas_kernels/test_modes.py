@@ -123,6 +123,7 @@ GROUPS = ["choices", "plans", "rows", "products", "gates"]
 )
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.quick("*-float32-64 bits-int64", "*-bfloat16-strict promotion-uint8")
 def test_results_have_the_dtypes_that_they_have_elsewhere(rng, group, dtype, mode, integer):
     expected = dtypes(*everything(rng, dtype)[group])
     with MODES[mode]():

@@ -75,6 +75,7 @@ def test_stable_within_a_group(problem):
 
 
 @pytest.mark.parametrize("num_ids", [127, 128, 129, 255, 256, 257, 1000])
+@pytest.mark.quick("128", "255", "257")
 def test_sizes_around_the_block_of_the_sort(rng, num_ids):
     for top_k, capacity in ((1, None), (1, num_ids // 6)):
         ids = rng.integers(-1, 5, (num_ids, top_k)).astype(np.int32)

@@ -56,6 +56,7 @@ def test_values_equal_numpy(seed, data, problem):
 @pytest.mark.parametrize("problem", [EP8, DP2_EP4, ONE_CHIP], ids=str)
 @pytest.mark.parametrize("factor", [0.5, 1.0, 1.5])
 @given(seed=st.integers(0, 2**32 - 1), used=st.none() | st.lists(st.integers(0, 3), min_size=1, max_size=2))
+@pytest.mark.quick("0.5-dp2-ep4-T9", "1.5-dp1-ep8-T24", "1.0-dp1-ep1-T24")
 def test_capacity_drops_and_counts(seed, used, factor, problem):
     """Chip by chip: an expert takes ⌈factor · T·K / E⌉ rows, first choices first; the rest adds nothing."""
     problem = dataclasses.replace(problem, capacity_factor=factor, capacity_of="chip")
@@ -81,6 +82,7 @@ def test_capacity_drops_and_counts(seed, used, factor, problem):
 
 @pytest.mark.parametrize("factor", [0.5, 1.0, 1.5])
 @given(seed=st.integers(0, 2**32 - 1), used=st.none() | st.lists(st.integers(0, 3), min_size=1, max_size=2))
+@pytest.mark.quick("1.0")
 def test_a_capacity_of_the_batch_drops_alike_on_any_number_of_chips(seed, used, factor):
     """144 tokens on one chip, on eight, and on twice four: the same sum, the same drops."""
     problems = [Problem(dp, ep, 144 // dp // ep, 2, 8, capacity_factor=factor) for dp, ep in ((1, 1), (1, 8), (2, 4))]
@@ -109,6 +111,7 @@ def test_repeated_experts_within_a_token_are_not_lost():
 
 
 @every_problem
+@pytest.mark.quick("dp2-ep4-T9")
 def test_gradients_equal_those_of_the_plain_sum(problem, rng):
     """For x, the weights and the experts' parameters, through as many rounds as the load takes."""
     _, _, ids, factors = inputs(problem, rng, used=[0, 1])

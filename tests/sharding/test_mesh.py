@@ -32,9 +32,10 @@ def test_make_mesh_of_chosen_devices():
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"ep": 0}, "ep and dp must be at least 1, got ep=0, dp=1"),
-        ({"ep": 4, "dp": 0}, "ep and dp must be at least 1, got ep=4, dp=0"),
-        ({"ep": -2}, "ep and dp must be at least 1, got ep=-2, dp=1"),
+        ({"ep": 0}, "ep and dp must be whole numbers of at least 1, got ep=0, dp=1"),
+        ({"ep": 4, "dp": 0}, "ep and dp must be whole numbers of at least 1, got ep=4, dp=0"),
+        ({"ep": 2.0}, "ep and dp must be whole numbers of at least 1, got ep=2.0, dp=1"),
+        ({"ep": -2}, "ep and dp must be whole numbers of at least 1, got ep=-2, dp=1"),
         ({"ep": 16, "dp": 3}, "a mesh of dp=3 x ep=16 needs 48 devices, 32 are at hand (cpu)"),
         ({"ep": 64}, "jax.config.update('jax_num_cpu_devices', 64)"),
         ({"ep": 1, "devices": []}, "a mesh of dp=1 x ep=1 needs 1 devices, 0 are at hand"),
@@ -86,7 +87,9 @@ def test_inside_a_shard_map_the_mesh_is_what_that_leaves(axis_type):
 
 
 def test_another_mesh_than_that_of_the_shard_map_around():
-    message = "mesh has the axes {'data': 1, 'expert': 8}, and the jax.shard_map around has {'data': 2, 'expert': 4}"
+    message = (
+        "mesh has the axes {'data': 1, 'expert': 8}, and that of the jax.shard_map around has {'data': 2, 'expert': 4}"
+    )
     with pytest.raises(ValueError, match=re.escape(message)):
         inside(["data"], make_mesh(ep=4, dp=2), lambda: mesh_here(make_mesh(8)))
 
@@ -103,8 +106,11 @@ def test_mesh_here_outside_of_shard_map():
     assert mesh_here(None) is None
     assert mesh_here(mesh) == mesh
     with jax.set_mesh(mesh):
-        assert mesh_here(None) == mesh
-        assert mesh_here(other) == other
+        assert mesh_here(None) == mesh_here(mesh) == mesh
+        with pytest.raises(ValueError, match=re.escape("that of the jax.set_mesh around has {'data': 2, 'expert': 4}")):
+            mesh_here(other)
+    with pytest.raises(TypeError, match=r"mesh must be a jax.sharding.Mesh, such as make_mesh\(ep=4\), got int"):
+        mesh_here(4)
 
 
 def in_force(mesh, wanted: bool):

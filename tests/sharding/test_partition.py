@@ -4,7 +4,7 @@ import jax
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from sharding.mesh import make_mesh
+from sharding.mesh import make_mesh, mesh_here
 from sharding.partition import Axes, Partition, one_or_all
 from tests.helpers import raises_saying
 
@@ -180,3 +180,38 @@ def test_specs():
     assert Axes().spec(("expert", "embed", None, "mlp")) == PartitionSpec(None, None, None, None)
     assert (Axes().ep, Axes().tp, Axes().size(())) == (1, 1, 1)
     assert [one_or_all(names) for names in ((), ("a",), ("a", "b"))] == [None, "a", ("a", "b")]
+
+
+def on_inside(partition, mesh, split):
+    """The axes of the partition inside a shard_map over the axes `split`."""
+    found = []
+    with jax.set_mesh(mesh):
+        run = jax.shard_map(
+            lambda: found.append(partition.on(mesh_here(None))), in_specs=(), out_specs=None, axis_names=set(split)
+        )
+        jax.eval_shape(run)
+    return found[0]
+
+
+def test_axes_that_a_shard_map_around_has_split_are_passed_over():
+    mesh = jax.make_mesh((1, 2, 2), ("stage", "data", "expert"), (AxisType.Auto,) * 3, devices=jax.devices()[:4])
+    partition = Partition(tokens=("data", "expert"), repeated="stage")
+    assert on_inside(partition, mesh, ["stage"]).tokens == ("data", "expert")
+    assert on_inside(partition, mesh, ["stage", "data"]).tokens == ("expert",)
+    by_dimension = Partition(tokens=(("data",), ("expert",)), repeated=("stage",))
+    assert on_inside(by_dimension, mesh, ["stage", "data"]).tokens_by_dimension == ((), ("expert",))
+    with raises_saying(ValueError, "'expert', which the partition names for 'expert', is split by the jax.shard_map"):
+        on_inside(partition, mesh, ["stage", "expert"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"expert": 0}, "expert must name axes of the mesh, such as 'x' or ('x', 'y'), got 0"),
+        ({"mlp": ("a", 1)}, "mlp must name axes of the mesh, such as 'x' or ('x', 'y'), got ('a', 1)"),
+        ({"tokens": None}, "tokens must name axes of the mesh, such as ('data', 'expert'), or () for none, got None"),
+    ],
+)
+def test_what_is_no_name_of_axes(settings, message):
+    with raises_saying(ValueError, message):
+        Partition(**settings)

@@ -154,6 +154,7 @@ def test_experts_of_which_each_chip_has_a_part(one_sided, sizes, partition, rng)
 
 
 @every_mesh
+@pytest.mark.quick("ep8 tp2", "tokens in another order", "dp2 ep2 tp2", "tp of two axes", "tp4")
 def test_gradients(sizes, partition, rng):
     _, _, ids, parts = problem(rng, one_sided=True)
     # Positive, so that no sum cancels out and leaves rounding only.

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from moejax import make_mesh
+from moejax import Partition, make_mesh
 from tests.helpers import LIMIT, float64, relative_error, same_bits
 from tests.moejax.routers.layers import CONFIG, by_path, case, inference, new_layer, values_and_gradients
 
@@ -39,9 +39,9 @@ def check(name, mesh):
 
 # The others differ from one of these only in scores, which know of no mesh.
 @pytest.mark.parametrize(
-    "name", ["noisy_top_k", "switch", "loss_free", "expert_choice", "soft_moe", "chain_of_experts"]
+    "name", ["noisy_top_k", "switch", "loss_free", "expert_choice", "soft_moe", "chain_of_experts", "specialized"]
 )
-@pytest.mark.quick("expert_choice", "soft_moe", "chain_of_experts")
+@pytest.mark.quick("expert_choice", "chain_of_experts")
 def test_a_mesh_equals_one_chip(name):
     check(name, mesh_of(AxisType.Auto))
 
@@ -88,3 +88,27 @@ def test_what_chips_drop_by_themselves_is_counted_over_all():
 def test_a_mesh_that_does_not_divide_the_experts():
     with jax.set_mesh(make_mesh(ep=3)), pytest.raises(ValueError, match="num_experts=8 is not divisible by ep=3"):
         new_layer("softmax")
+
+
+def test_sums_over_experts_that_choose_are_over_all_chips():
+    """Tokens lie over chips by their positions, so that a chip's are not one run of the batch; most are left out."""
+    layer = new_layer("expert_choice", np.random.default_rng(0))
+    layer.config = dataclasses.replace(
+        layer.config, router=dataclasses.replace(layer.config.router, capacity_factor=0.25)
+    )
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((4, 8, 16)), jnp.float32)
+    _, alone = inference(layer, x)
+    layer.mesh = mesh_of(AxisType.Auto)
+    layer.partition = Partition(tokens=((), ("data", "expert")))
+    _, spread = inference(layer, x)
+    assert same_bits((spread.load, spread.topk_ids), (alone.load, alone.topk_ids))
+    assert int(alone.load.unrouted) > 0
+
+
+def test_the_loss_of_a_specialized_router_is_of_all_chips():
+    layer = new_layer("specialized", np.random.default_rng(0))
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((4, 8, 16)), jnp.float32)
+    _, alone = inference(layer, x)
+    layer.mesh = mesh_of(AxisType.Auto)
+    _, spread = inference(layer, x)
+    np.testing.assert_allclose(spread.losses["specialization"], alone.losses["specialization"], rtol=1e-5)

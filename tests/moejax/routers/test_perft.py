@@ -100,6 +100,7 @@ def test_values_and_gradients_equal_numpy(activation, rng):
 
 
 @pytest.mark.parametrize("name", ["noisy_top_k", "hash", None])
+@pytest.mark.quick("noisy_top_k", "None")
 def test_training_begins_with_the_frozen_layer(name, rng):
     base = MoE(CONFIG if name is None else ROUTERS[name](CONFIG), rngs=nnx.Rngs(0))
     layer = Perft(base, **ADAPTERS, rngs=nnx.Rngs(3))

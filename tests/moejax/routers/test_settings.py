@@ -129,6 +129,24 @@ def test_update_moves_the_biases_of_all_passes():
     np.testing.assert_array_equal(layer.router["correction_bias"][...], [moved, moved])
 
 
+def test_a_chain_counts_what_all_passes_chose_and_dropped(rng):
+    layer, x = layer_of("chain_of_experts", capacity_factor=0.25), normal(rng, 32, 16)
+    _, aux = inference(layer, x)
+    counts = np.bincount(np.asarray(aux.topk_ids).reshape(-1), minlength=8)
+    assert counts.sum() == 2 * 32
+    np.testing.assert_array_equal(aux.load.tokens_per_expert, counts)
+    of_passes = [np.bincount(np.asarray(aux.topk_ids)[:, number], minlength=8) for number in range(2)]
+    room = 1  # ⌈0.25 · 32 · 1 / 8⌉
+    np.testing.assert_array_equal(aux.load.dropped_per_expert, sum(np.maximum(each - room, 0) for each in of_passes))
+
+
+def test_a_bias_stays_where_the_load_is_the_mean():
+    layer = layer_of("loss_free", {"update_rate": 0.5})
+    load = jnp.array([11, 9, 9, 5, 11, 4, 8, 7])  # whose median is 8.5
+    layer.update(MoEAux({}, LoadStats(load, jnp.zeros(8, jnp.int32)), None, None))
+    np.testing.assert_array_equal(layer.router["correction_bias"][...], [-0.5, -0.5, -0.5, 0.5, -0.5, 0.5, 0.0, 0.5])
+
+
 def test_updates_balance_a_lopsided_router(rng):
     """All tokens prefer expert 0 by far; steps of the bias alone spread them."""
     layer = layer_of("loss_free", {"update_rate": 0.02})
@@ -307,6 +325,7 @@ def test_scaled_inputs_are_refused_where_tokens_have_no_one_weight(name):
 
 @pytest.mark.parametrize("shape", [(16,), (2, 3, 4, 16)])
 @pytest.mark.parametrize("name", ["soft_moe", "loss_free"])
+@pytest.mark.quick("soft_moe-shape0", "loss_free-shape1")
 def test_any_leading_dimensions(name, shape, rng):
     y, aux = inference(new_layer(name), normal(rng, *shape, dtype=jnp.bfloat16))
     assert y.shape == shape
