@@ -83,6 +83,7 @@ def test_values_are_the_same_on_every_mesh(name, axis_type, jitted):
     assert np.prod(shape) * len(devices) == expected.gate_up.size
 
 
+@pytest.mark.slow
 def test_a_mesh_of_devices_gives_the_same_as_linen(rng):
     x = jnp.ones((1, 8, 32))
     alone = linen.MoE(CONFIG).init(jax.random.key(0), x)

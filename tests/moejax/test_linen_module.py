@@ -163,6 +163,7 @@ def test_inside_a_linen_model(x):
     np.testing.assert_allclose(loss, aux.loss, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_mesh_argument(variables, x):
     mesh = make_mesh(ep=8)
     layer = moejax.linen.MoE(CONFIG, mesh=mesh)

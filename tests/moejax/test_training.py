@@ -78,6 +78,7 @@ def test_training_on_eight_devices_lowers_the_loss(rng):
     assert model.moe.gate_up[...].sharding.spec[0] == "expert"
 
 
+@pytest.mark.slow
 def test_gradients_on_eight_devices_equal_the_oracle(rng):
     mesh = make_mesh(ep=4, dp=2)
     ids = jnp.asarray(sequences(rng))

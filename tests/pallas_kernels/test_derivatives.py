@@ -203,6 +203,7 @@ def test_hessians_times_a_vector(case, rng):
 
 
 @pytest.mark.parametrize("name", ["dispatch", "combine", "matmul", "gate/up"])
+@pytest.mark.slow
 def test_third_derivatives(name, rng):
     case = CASES[name](rng)
     direction = directions(rng, case.operands)

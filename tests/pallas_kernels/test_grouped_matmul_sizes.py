@@ -53,7 +53,7 @@ def test_products(backend, rng, fused, sizes, rows):
 
 
 @sizes_and_rows
-@pytest.mark.quick("xla-*", "*-negative", "*-huge after negative")
+@pytest.mark.quick("xla-*", "*-negative")
 def test_gradients(backend, rng, sizes, rows):
     lhs, rhs, bias, dout = problem(rng, M, K, N, G, dtype="bfloat16")
     _, gradients = value_and_gradients(grouped_matmul, backend=backend)(lhs, rhs, bias, jnp.array(sizes), dout)
@@ -68,6 +68,7 @@ def test_a_window(backend, rng, sizes, rows):
 
 
 @sizes_and_rows
+@pytest.mark.quick("fitting", "negative")
 def test_rounded_inside(rng, sizes, rows):
     lhs, rhs, _ = operands(rng, (M, K, N, G))
     options = dict(quantization=Quantization(lhs_scaling="per_tensor", rhs_scaling="per_channel"), backend="xla")

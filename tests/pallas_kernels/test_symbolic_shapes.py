@@ -109,6 +109,16 @@ def check(function, shapes, numbers, arguments):
 
 
 @pytest.mark.parametrize("name", list(CASES))
+@pytest.mark.quick(
+    "product rounded inside",
+    "plan with a capacity",
+    "dispatch in 8 bits",
+    "slots",
+    "counting_sort",
+    "result in 8 bits",
+    "product of known sizes",
+    "top_k_ids",
+)
 def test_operators(rng, name):
     function, *inputs = CASES[name]
 

@@ -172,6 +172,7 @@ def test_gradients(sizes, partition, rng):
 
 
 @pytest.mark.parametrize("wire", [Wire(), Wire("int8", "per_row"), Wire("float8_e5m2", "1x64")], ids=str)
+@pytest.mark.quick("*float8_e4m3fn*")
 def test_rows_that_travel_in_8_bits_are_rounded_once(wire, rng):
     hidden = 256
     _, weights, ids, parts = problem(rng, hidden)

@@ -41,7 +41,7 @@ def check(name, mesh):
 @pytest.mark.parametrize(
     "name", ["noisy_top_k", "switch", "loss_free", "expert_choice", "soft_moe", "chain_of_experts", "specialized"]
 )
-@pytest.mark.quick("expert_choice", "chain_of_experts")
+@pytest.mark.quick("expert_choice")
 def test_a_mesh_equals_one_chip(name):
     check(name, mesh_of(AxisType.Auto))
 
