@@ -325,7 +325,8 @@ def test_a_layer_for_serving_in_8_bits(chips, rng):
     assert gradients["router"]["kernel"][...].any()
 
 
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@AXIS_TYPES
+@pytest.mark.quick("explicit")
 def test_weights_are_rounded_where_they_lie(axis_type):
     """On axes of any name, of any type, and what else was said of the layer stays said."""
     config = dataclasses.replace(BARE, hidden_size=256, intermediate_size=256, precision="w8a8")
