@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from sharding.mesh import current_mesh, free_axes, has_explicit_axes, make_mesh, mesh_here, place, spec_in
+from tests.sharding.shard_maps import inside
 
 BY_TOKEN = PartitionSpec(("data", "expert"))
 AXIS_TYPES = pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
@@ -58,21 +59,6 @@ def test_current_mesh():
         assert isinstance(while_tracing[0], AbstractMesh)
         assert while_tracing[0].shape == mesh.shape
     assert current_mesh() is None
-
-
-def inside(split, mesh, look, check_vma=True):
-    """What `look` returns inside a shard_map over the axes `split` of the mesh."""
-    found = []
-
-    def on_chip(x):
-        found.append(look())
-        return x
-
-    spec = PartitionSpec(tuple(split))
-    run = jax.shard_map(on_chip, mesh=mesh, in_specs=spec, out_specs=spec, axis_names=set(split), check_vma=check_vma)
-    with jax.set_mesh(mesh):
-        jax.jit(run)(jax.device_put(jnp.zeros(8), NamedSharding(mesh, spec)))
-    return found[0]
 
 
 @AXIS_TYPES

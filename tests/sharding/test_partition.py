@@ -7,6 +7,7 @@ from jax.sharding import AxisType, PartitionSpec
 from sharding.mesh import make_mesh, mesh_here
 from sharding.partition import Axes, Partition, one_or_all
 from tests.helpers import raises_saying
+from tests.sharding.shard_maps import inside
 
 
 def mesh_of(**sizes: int) -> jax.sharding.AbstractMesh:
@@ -184,13 +185,7 @@ def test_specs():
 
 def on_inside(partition, mesh, split):
     """The axes of the partition inside a shard_map over the axes `split`."""
-    found = []
-    with jax.set_mesh(mesh):
-        run = jax.shard_map(
-            lambda: found.append(partition.on(mesh_here(None))), in_specs=(), out_specs=None, axis_names=set(split)
-        )
-        jax.eval_shape(run)
-    return found[0]
+    return inside(split, mesh, lambda: partition.on(mesh_here(None)))
 
 
 def test_axes_that_a_shard_map_around_has_split_are_passed_over():
