@@ -1,7 +1,7 @@
 """Tunes the grouped products on an NVIDIA Hopper GPU: `python -m bench.tune`.
 
 Times configurations of the kernels product by product, and keeps those that beat the model's choice in the table that
-`pallas_kernels.grouped_matmul.tiling` reads first.
+`pallas_kernels.grouped_matmul.gpu.tiling` reads first.
 """
 
 import argparse
@@ -26,8 +26,8 @@ from bench.progress import Progress
 from bench.provenance import provenance
 from bench.report import Cell, format_table, write_json
 from pallas_kernels.chips import Chip
-from pallas_kernels.grouped_matmul import tiling, tuned_table
-from pallas_kernels.grouped_matmul.tuned_table import Key
+from pallas_kernels.grouped_matmul.gpu import tiling, tuned_table
+from pallas_kernels.grouped_matmul.gpu.tuned_table import Key
 
 _MINUTES = 5.5
 _REPEATS = 5

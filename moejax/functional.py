@@ -21,9 +21,9 @@ from moejax.checks import require_arrays, require_integer
 from moejax.config import MoEConfig
 from moejax.on_chip import Held, PerToken, Settings, experts_on_chip, layer_on_chip, whole_scales
 from moejax.params import MoEParams, check_expert_params, check_params, param_specs, param_table
-from pallas_kernels.concrete import is_known, nan_rows
 from pallas_kernels.plan import as_ids, in_int32
 from pallas_kernels.quantize import QTensor, scale_shape
+from pallas_kernels.tracing.concrete import is_known, nan_rows
 from sharding.exchange_plan import local_experts
 from sharding.mesh import AnyMesh, current_mesh, mesh_here
 from sharding.partition import Axes, Partition, one_or_all

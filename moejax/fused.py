@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 
 from moejax.packing import GateUpOrder, Layout, split_gate_up
-from moejax.unless_differentiated import unless_differentiated
 from pallas_kernels.activations import Activation
 from pallas_kernels.grouped_matmul import grouped_gate_up, grouped_gate_up_in_8_bits, grouped_matmul, result_can_stay
 from pallas_kernels.plan import in_int32
 from pallas_kernels.quantize import Operand, QTensor, Quantization, block_shape, quantize
+from pallas_kernels.tracing.unless_differentiated import unless_differentiated
 from sharding.expert_parallel import Transport, expert_parallel
 from sharding.partition import Axes
 from sharding.wire import Wire

@@ -13,8 +13,8 @@ from moejax.param import Param
 from moejax.params import EXPERT_FIELDS, EXPERT_WEIGHTS, SHARED_FIELDS, MoEParams, param_table
 from moejax.router_logits import router_logits
 from moejax.routers.base import Given
-from moejax.unless_differentiated import unless_differentiated
 from pallas_kernels.quantize import Operand, QTensor, block_shape, quantize
+from pallas_kernels.tracing.unless_differentiated import unless_differentiated
 from sharding.capacity import count_dropped, limit_to_capacity
 from sharding.expert_parallel import Transport, expert_parallel
 from sharding.gather import gather

@@ -13,7 +13,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.concrete import nan_rows
+from pallas_kernels.tracing.concrete import nan_rows
 
 
 @jax.tree_util.register_dataclass

@@ -10,7 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from moejax.unless_differentiated import jvp_of_moving
+from pallas_kernels.tracing.unless_differentiated import jvp_of_moving
 
 
 def router_logits(x: jax.Array, kernel: jax.Array) -> jax.Array:

@@ -22,9 +22,9 @@ from typing import Any
 
 import jax
 
-from pallas_kernels.concrete import is_symbolic
-from pallas_kernels.target import target_platform
-from pallas_kernels.varying import vary_over, varying_axes
+from pallas_kernels.tracing.concrete import is_symbolic
+from pallas_kernels.tracing.target import target_platform
+from pallas_kernels.tracing.varying import vary_over, varying_axes
 
 MODULES: Mapping[str, str] = MappingProxyType({"xla": "reference", "pallas_tpu": "tpu", "pallas_gpu": "gpu"})
 _PREFERRED: Mapping[str, str] = MappingProxyType({"tpu": "pallas_tpu", "gpu": "pallas_gpu"})

@@ -13,7 +13,7 @@ They are `checkify.check`s: a function that is traced inside of `debug_checks()`
 import contextlib
 from collections.abc import Iterator
 
-from pallas_kernels.override import Override
+from pallas_kernels.tracing.override import Override
 
 _checking = Override[bool]("debug_checks")
 

@@ -29,10 +29,10 @@ from jax.extend import core
 from jax.interpreters import ad, batching, mlir, xla
 
 from pallas_kernels.backend import check_backend, run
-from pallas_kernels.override import Overrides, overrides
-from pallas_kernels.target import lowering_for, named_platform
-from pallas_kernels.tpu import as_on_a_tpu
-from pallas_kernels.varying import vary_alike
+from pallas_kernels.on_tpu.device import as_on_a_tpu
+from pallas_kernels.tracing.override import Overrides, overrides
+from pallas_kernels.tracing.target import lowering_for, named_platform
+from pallas_kernels.tracing.varying import vary_alike
 
 Operands = dict[str, Any]
 """What an operator is called with, by name: pytrees of arrays, and what is fixed at trace time."""

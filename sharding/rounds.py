@@ -17,7 +17,7 @@ from jax import lax
 from jax.extend import core
 from jax.interpreters import ad, batching, mlir, xla
 
-from pallas_kernels.varying import vary_over, varying_axes
+from pallas_kernels.tracing.varying import vary_over, varying_axes
 
 Round = Callable[[jax.Array, Any, Any], jax.Array]
 

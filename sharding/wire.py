@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.quantize import Operand, QDtype, Scaling, quantize
-from pallas_kernels.target import target_platform
+from pallas_kernels.tracing.target import target_platform
 
 
 @dataclasses.dataclass(frozen=True)

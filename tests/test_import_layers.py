@@ -2,12 +2,14 @@
 
 import ast
 import pathlib
+from collections.abc import Sequence
 
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 LAYERS = ["pallas_kernels", "sharding", "moejax", "bench"]
-OPERATORS = sorted({p.parent.name for p in ROOT.glob("pallas_kernels/*/__init__.py")} - {"plan"})
+OPERATORS = sorted({p.parent.name for p in ROOT.glob("pallas_kernels/*/reference.py")} - {"plan"})
+FAMILIES = {"gpu": ("gpu", "on_gpu"), "tpu": ("tpu", "on_tpu")}
 MODULES = sorted(p.relative_to(ROOT) for layer in LAYERS for p in (ROOT / layer).rglob("*.py"))
 
 
@@ -33,11 +35,19 @@ def violations(source: str, path: pathlib.PurePath) -> list[str]:
     for name in sorted(imported(source, ".".join(path.parts[:-1]))):
         parts = name.split(".")
         goes_up = parts[0] in above or parts[0] == "tests"
-        operator = parts[1] if parts[0] == "pallas_kernels" and len(parts) > 1 and parts[1] in OPERATORS else None
-        sideways = layer == "pallas_kernels" and operator is not None and operator != path.parts[1]
-        if goes_up or sideways:
+        is_kernel = layer == parts[0] == "pallas_kernels"
+        operator = parts[1] if is_kernel and len(parts) > 1 and parts[1] in OPERATORS else None
+        to_another_operator = operator is not None and operator != path.parts[1]
+        families = family_of(path.with_suffix("").parts), family_of(parts)
+        to_another_family = is_kernel and None not in families and families[0] != families[1]
+        if goes_up or to_another_operator or to_another_family:
             wrong.append(f"{path} imports {name}")
     return wrong
+
+
+def family_of(parts: Sequence[str]) -> str | None:
+    """The platform whose kernels a module in these folders belongs to."""
+    return next((family for family, names in FAMILIES.items() if set(names) & set(parts)), None)
 
 
 @pytest.mark.parametrize("path", MODULES, ids=str)
@@ -47,7 +57,7 @@ def test_imports_go_down(path):
 
 def test_every_layer_and_operator_is_looked_at():
     assert {path.parts[0] for path in MODULES} == set(LAYERS)
-    assert {"combine", "dispatch", "grouped_matmul"} <= set(OPERATORS)
+    assert set(OPERATORS) == {"combine", "dispatch", "grouped_matmul", "top_k"}
 
 
 @pytest.mark.parametrize(
@@ -60,6 +70,8 @@ def test_every_layer_and_operator_is_looked_at():
         ("pallas_kernels/dispatch/tpu.py", "def f():\n    from pallas_kernels.combine.tpu import kernel"),
         ("pallas_kernels/dispatch/tpu.py", "from ..combine import reference"),
         ("pallas_kernels/dispatch/tpu.py", "from pallas_kernels import grouped_matmul"),
+        ("pallas_kernels/dispatch/tpu.py", "from pallas_kernels.on_gpu.strips import Strip"),
+        ("pallas_kernels/grouped_matmul/gpu/hopper/drhs.py", "from pallas_kernels.grouped_matmul.tpu import tiling"),
         ("sharding/mesh.py", "from moejax import MoE"),
         ("moejax/layer.py", "try:\n    import bench.timing as t\nexcept ImportError:\n    pass"),
         ("bench/decode.py", "from tests import helpers"),
@@ -75,6 +87,7 @@ def test_finds_imports_that_go_up_or_sideways(path, source):
         ("pallas_kernels/dispatch/tpu.py", "from pallas_kernels.dispatch.tiling import Config"),
         ("pallas_kernels/dispatch/tpu.py", "from .tiling import Config\nfrom ..plan import Plan"),
         ("pallas_kernels/dispatch/tpu.py", "import jax\nfrom pallas_kernels import chips"),
+        ("pallas_kernels/dispatch/tpu.py", "from pallas_kernels.on_tpu.row_copies import Copy"),
         ("sharding/mesh.py", "from pallas_kernels.combine import combine"),
         ("bench/decode.py", "import moejax, sharding.mesh"),
     ],

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
 from bench.timing import kernel_times, rotated
-from pallas_kernels.grouped_matmul.hopper_problem import Stage
+from pallas_kernels.grouped_matmul.gpu.problem import Stage
 
 STAGES: tuple[Stage, ...] = get_args(Stage)
 

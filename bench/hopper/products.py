@@ -18,7 +18,7 @@ from bench.timing import require_nvidia_gpu
 from bench.workloads import GemmShape
 from pallas_kernels.chips import Chip, chip_of
 from pallas_kernels.grouped_matmul import Operand, gpu
-from pallas_kernels.grouped_matmul.hopper_problem import Stage
+from pallas_kernels.grouped_matmul.gpu.problem import Stage
 from pallas_kernels.quantize import QTensor, quantize
 
 ProductDtype = Literal["bf16", "fp16", "fp8", "fp8-blocks"]

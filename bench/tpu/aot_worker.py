@@ -14,7 +14,7 @@ from bench.tpu.libtpu import libtpu_version, one_line, serve
 from bench.tpu.pallas_calls import find_kernels
 from bench.tpu.static_cycles import compile_alone
 from pallas_kernels.chips import get_chip
-from pallas_kernels.target import targeting
+from pallas_kernels.tracing.target import targeting
 
 _SHOWN = 40
 

@@ -19,8 +19,8 @@ from bench.tpu.static_twin import without_copies
 from bench.tpu.tpu_slices import parse_slice
 from bench.workloads import GemmShape
 from pallas_kernels.chips import Chip, get_chip
-from pallas_kernels.target import targeting
-from pallas_kernels.tpu import cores_of_a_device
+from pallas_kernels.on_tpu.device import cores_of_a_device
+from pallas_kernels.tracing.target import targeting
 
 FACTS = "facts.json"
 """Where it says what it compiles, before the compiler may end the process."""

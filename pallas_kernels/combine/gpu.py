@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.combine import reference
-from pallas_kernels.hopper import require_hopper
+from pallas_kernels.on_gpu.device import require_hopper
+from pallas_kernels.on_gpu.strips import cut, for_each, launch
 from pallas_kernels.plan import Plan
-from pallas_kernels.strips import cut, for_each, launch
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,10 +17,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.dispatch import reference
-from pallas_kernels.hopper import require_hopper
+from pallas_kernels.on_gpu.device import require_hopper
+from pallas_kernels.on_gpu.strips import Strips, cut, for_each, launch
 from pallas_kernels.plan import Plan
 from pallas_kernels.quantize import QTensor
-from pallas_kernels.strips import Strips, cut, for_each, launch
 
 _ROWS_AT_ONCE = 8
 

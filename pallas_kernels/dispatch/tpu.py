@@ -21,11 +21,11 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.cost import dispatch_cost
 from pallas_kernels.dispatch import reference
+from pallas_kernels.on_tpu.device import tpu_chip
+from pallas_kernels.on_tpu.row_copies import SUBLANES, Rows, Stage, Steps, pipelined
 from pallas_kernels.plan import Plan
 from pallas_kernels.quantize import QTensor
-from pallas_kernels.row_copies import SUBLANES, Rows, Stage, Steps, pipelined
-from pallas_kernels.tpu import tpu_chip
-from pallas_kernels.varying import result_varying_as
+from pallas_kernels.tracing.varying import result_varying_as
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.activations import Activation, check_activation
-from pallas_kernels.concrete import is_known, is_less
 from pallas_kernels.quantize import Operand, QTensor, check_qtensor
+from pallas_kernels.tracing.concrete import is_known, is_less
 
 
 def check_operands(

@@ -11,8 +11,8 @@ import numpy as np
 from jax import lax
 from jax.experimental import checkify
 
-from pallas_kernels.concrete import is_known, is_symbolic
 from pallas_kernels.debug import are_checked
+from pallas_kernels.tracing.concrete import is_known, is_symbolic
 
 _MOST = np.iinfo(np.int32).max
 

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.activations import Activation, gated_halves
-from pallas_kernels.concrete import is_symbolic
 from pallas_kernels.grouped_matmul.group_sizes import bounds
 from pallas_kernels.quantize import Operand, QTensor, dequantize, quantize
-from pallas_kernels.varying import vary_over, varying_axes
+from pallas_kernels.tracing.concrete import is_symbolic
+from pallas_kernels.tracing.varying import vary_over, varying_axes
 
 _BLOCK_M = 64
 

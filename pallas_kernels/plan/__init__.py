@@ -18,9 +18,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.concrete import is_less
 from pallas_kernels.plan.counting_sort import counting_sort
 from pallas_kernels.plan.ids import as_ids, in_int32
+from pallas_kernels.tracing.concrete import is_less
 
 
 @jax.tree_util.register_dataclass

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.concrete import is_less
 from pallas_kernels.primitive import Operands, Operator, zero_tangent
 from pallas_kernels.top_k.reference import weights_at
+from pallas_kernels.tracing.concrete import is_less
 
 
 class TopK(NamedTuple):

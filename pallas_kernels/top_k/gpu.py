@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.backend import Unsupported
-from pallas_kernels.hopper import require_hopper
+from pallas_kernels.on_gpu.device import require_hopper
 from pallas_kernels.top_k import reference
 
 _TOKENS = 64

@@ -14,7 +14,7 @@ from bench.routing.loads import KINDS
 from bench.routing.variants import variants
 from bench.timing import rotated
 from pallas_kernels.chips import get_chip
-from pallas_kernels.target import targeting
+from pallas_kernels.tracing.target import targeting
 from tests.bench.system_cases import lines, small
 
 EVERY = tuple(LAYOUTS)

@@ -14,7 +14,7 @@ from moejax import MoEConfig, TopKRouter, moe
 from moejax.functional import axes_on
 from moejax.params import map_table
 from pallas_kernels.chips import get_chip
-from pallas_kernels.target import targeting
+from pallas_kernels.tracing.target import targeting
 
 COLLECTIVE = re.compile(r"= (.*?) (all-gather|all-reduce|reduce-scatter)(?:-start)?\(")
 ARRAY = re.compile(r"\b([a-z]+[0-9]+)\[([0-9,]*)\]")

@@ -8,9 +8,9 @@ from jax.sharding import PartitionSpec
 
 from moejax import Quantization, fused_experts, make_mesh, pack_experts, quantize
 from pallas_kernels.chips import get_chip
-from pallas_kernels.target import targeting
+from pallas_kernels.tracing.target import targeting
 from tests.helpers import LIMIT, float64, normal, relative_error
-from tests.pallas_kernels.grouped import gated, values
+from tests.pallas_kernels.grouped_matmul.grouped import gated, values
 
 E, T, K, H, WIDTH = 8, 37, 3, 128, 256
 

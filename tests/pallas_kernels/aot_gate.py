@@ -17,7 +17,7 @@ from pallas_kernels.dispatch import dispatch
 from pallas_kernels.grouped_matmul import grouped_gate_up, grouped_matmul
 from pallas_kernels.plan import Plan
 from pallas_kernels.quantize import QTensor
-from pallas_kernels.target import targeting
+from pallas_kernels.tracing.target import targeting
 from tests.helpers import gradients
 
 GROUPS, TOKENS, TOP_K, HIDDEN, WIDTH = 8, 40, 4, 1024, 512

@@ -20,7 +20,7 @@ from pallas_kernels.chips import get_chip
 from pallas_kernels.combine import combine
 from pallas_kernels.grouped_matmul import grouped_gate_up, grouped_matmul
 from pallas_kernels.plan import Plan
-from pallas_kernels.target import targeting
+from pallas_kernels.tracing.target import targeting
 from tests.helpers import gradients
 
 TARGET = """

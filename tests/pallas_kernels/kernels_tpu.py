@@ -4,7 +4,7 @@ import jax
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.chips import get_chip
-from pallas_kernels.target import targeting
+from pallas_kernels.tracing.target import targeting
 
 
 def interpreted(**options):

@@ -5,7 +5,7 @@ import pytest
 
 from pallas_kernels.activations import check_activation, gated, gated_halves
 from tests.helpers import LIMIT, float64, normal, raises_saying, relative_error
-from tests.pallas_kernels import grouped
+from tests.pallas_kernels.grouped_matmul import grouped
 
 ACTIVATIONS = ["silu", "gelu", "gelu_tanh", "swigluoai", "relu2"]
 LIMITS = [None, 0.7, 7.0]

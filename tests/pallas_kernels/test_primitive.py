@@ -16,11 +16,11 @@ from pallas_kernels.chips import get_chip
 from pallas_kernels.combine import combine
 from pallas_kernels.dispatch import dispatch
 from pallas_kernels.grouped_matmul import grouped_gate_up, grouped_matmul
-from pallas_kernels.override import Override, overrides
 from pallas_kernels.plan import make_plan
 from pallas_kernels.quantize import Quantization
-from pallas_kernels.target import targeting
 from pallas_kernels.top_k import top_k
+from pallas_kernels.tracing.override import Override, overrides
+from pallas_kernels.tracing.target import targeting
 from sharding.mesh import EXPERT_AXIS, make_mesh
 from tests.helpers import normal, raises_saying, relative_error
 

@@ -14,8 +14,8 @@ from pallas_kernels.grouped_matmul import grouped_gate_up, grouped_gate_up_in_8_
 from pallas_kernels.plan import make_plan, take_slots
 from pallas_kernels.plan.counting_sort import counting_sort
 from pallas_kernels.quantize import Quantization, quantize
-from pallas_kernels.target import targeting
 from pallas_kernels.top_k import top_k, top_k_ids
+from pallas_kernels.tracing.target import targeting
 from tests.helpers import LIMIT, normal, raises_saying, relative_error
 
 E, K, H, WIDTH = 4, 2, 128, 128

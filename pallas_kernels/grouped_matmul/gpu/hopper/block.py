@@ -1,0 +1,191 @@
+"""What the loading and the multiplying half of the Hopper kernel share: sizes, shared memory, and places in them."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.grouped_matmul.gpu.hopper.smem import SWIZZLE, Views, swizzled
+from pallas_kernels.grouped_matmul.gpu.problem import SCALE_BLOCK, WGMMA_ROWS, Config, Epilogue, Inputs, Stage
+from pallas_kernels.grouped_matmul.gpu.tiles import Tile, Walk
+
+# The copy engine reads a vector only from every fourth float on. The scales of a tile's rows are therefore copied from
+# the last such place before the tile, with some slack (as much as rounds the copy up to 128 bytes).
+VECTOR_START = 4
+VECTOR_SLACK = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """The sizes that follow from the operands and the configuration.
+
+    Attributes:
+      num_rows: M.
+      num_groups: G.
+      windows: column ranges of rhs that a tile reads: 2 for gate and up, which lie `out_columns` apart, else 1.
+      out_columns: columns of the result.
+      width: columns of a tile of the result.
+      sweeps: sweeps over K that make the tile, each `sweep_width` columns of it.
+      sweep_width: columns of the result that one sweep makes.
+      wg_width: columns of these that are a math warpgroup's.
+      wg_columns: columns of its accumulators.
+      block_k: depth of one step.
+      steps: steps of one sweep.
+      k_major: whether K is the minor dimension of rhs.
+      walk: the tiles.
+    """
+
+    num_rows: int
+    num_groups: int
+    windows: int
+    out_columns: int
+    width: int
+    sweeps: int
+    sweep_width: int
+    wg_width: int
+    wg_columns: int
+    block_k: int
+    steps: int
+    k_major: bool
+    walk: Walk
+
+    @classmethod
+    def of(cls, inputs: Inputs, epilogue: Epilogue, config: Config, k_major: bool) -> "Shape":
+        """The sizes of a product."""
+        num_rows, depth = inputs.lhs.shape
+        windows = 2 if epilogue.activation else 1
+        out_columns, sweep_width = inputs.rhs.shape[1 if k_major else 2] // windows, config.block_n // windows
+        width = SCALE_BLOCK if epilogue.requantizes else sweep_width
+        block_k = SWIZZLE // inputs.lhs.dtype.itemsize
+        num_sizes = inputs.group_sizes.shape[0]
+        return cls(
+            num_rows=num_rows,
+            num_groups=inputs.rhs.shape[0],
+            windows=windows,
+            out_columns=out_columns,
+            width=width,
+            sweeps=width // sweep_width,
+            sweep_width=sweep_width,
+            wg_width=sweep_width // config.column_groups,
+            wg_columns=config.block_n // config.column_groups,
+            block_k=block_k,
+            steps=pl.cdiv(depth, block_k),
+            k_major=k_major,
+            walk=Walk(num_sizes, num_rows, config.block_m, pl.cdiv(out_columns, width), config.strip),
+        )
+
+
+class Scratch(NamedTuple):
+    """Shared memory and barriers of a block.
+
+    Attributes:
+      lhs: ring [stages, row groups, 64, block_k].
+      rhs: ring [stages, column groups, wg_columns, block_k] if K-major, else [stages, column groups, windows, block_k,
+        wg_width].
+      full: a ring buffer has been filled.
+      empty: a ring buffer has been read.
+      out: staging of the result, see `store_rows`.
+      lhs_scales: ring of the rows' scales.
+      row_scale: scales of the tile's rows.
+      column_scale: scales of the tile's columns, [windows · width].
+      bias: of the tile's columns, likewise.
+      side_full: the three before have been filled.
+      side_empty: and have been read.
+      out_scales: largest magnitudes and scales of the rows of an FP8 result, [warpgroups, 64].
+      shared_scales: the column groups have written their largest magnitudes.
+    """
+
+    lhs: Any
+    rhs: Any
+    full: Any
+    empty: Any
+    out: Any
+    lhs_scales: Any
+    row_scale: Any
+    column_scale: Any
+    bias: Any
+    side_full: Any
+    side_empty: Any
+    out_scales: Any
+    shared_scales: Any
+
+    @classmethod
+    def describe(cls, inputs: Inputs, epilogue: Epilogue, config: Config, shape: Shape) -> "Scratch":
+        """The types to allocate."""
+        stages, groups = config.num_stages, config.warpgroups
+        rhs_tile: tuple[int, ...] = (shape.wg_columns, shape.block_k)
+        if not shape.k_major:
+            rhs_tile = (shape.windows, shape.block_k, shape.wg_width)
+        row_scales = config.block_m + VECTOR_SLACK
+        by_row, by_column = epilogue.lhs_scale == "row", epilogue.rhs_scale == "channel"
+        side = by_row + shape.windows * (by_column + (inputs.bias is not None))
+        loads = config.row_groups + config.column_groups * shape.windows + (epilogue.lhs_scale == "block")
+        out_chunk = min(SWIZZLE // epilogue.out_dtype.itemsize, shape.sweeps * shape.wg_width)
+        sides = shape.windows * shape.width
+        return cls(
+            lhs=swizzled((stages, config.row_groups, WGMMA_ROWS, shape.block_k), inputs.lhs.dtype),
+            rhs=swizzled((stages, config.column_groups, *rhs_tile), inputs.rhs.dtype, any_row=shape.k_major),
+            full=plgpu.Barrier(num_arrivals=loads, num_barriers=stages),
+            empty=plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
+            out=swizzled((groups, 2, WGMMA_ROWS, out_chunk), epilogue.out_dtype),
+            lhs_scales=plgpu.SMEM((stages, row_scales), jnp.float32) if epilogue.lhs_scale == "block" else None,
+            row_scale=plgpu.SMEM((row_scales,), jnp.float32) if by_row else None,
+            column_scale=plgpu.SMEM((sides,), jnp.float32) if by_column else None,
+            bias=None if inputs.bias is None else plgpu.SMEM((sides,), inputs.bias.dtype),
+            side_full=plgpu.Barrier(num_arrivals=side) if side else None,
+            side_empty=plgpu.Barrier(num_arrivals=groups) if side else None,
+            out_scales=plgpu.SMEM((groups, WGMMA_ROWS), jnp.float32) if epilogue.requantizes else None,
+            shared_scales=plgpu.Barrier(num_arrivals=groups) if epilogue.requantizes else None,
+        )
+
+
+class Block:
+    """One block at work, on the device: what each of its warpgroups knows."""
+
+    def __init__(
+        self,
+        inputs: Inputs,
+        outs: Any,
+        scratch: Scratch,
+        epilogue: Epilogue,
+        config: Config,
+        shape: Shape,
+        stage: Stage,
+    ):
+        self.inputs, self.outs, self.scratch = inputs, outs, scratch
+        self.epilogue, self.config, self.shape, self.stage = epilogue, config, shape, stage
+        self.first_group = inputs.group_offset[0]
+        self.lhs_tiles = Views.of(scratch.lhs)
+        self.rhs_tiles = Views.of(scratch.rhs) if shape.k_major else Views(scratch.rhs, scratch.rhs)
+
+    def weights_of(self, tile: Tile):
+        """The index into rhs of the tile's group, and whether rhs holds it."""
+        group = tile.group - self.first_group
+        is_owned = (group >= 0) & (group < self.shape.num_groups) & (tile.group < self.shape.walk.num_groups)
+        return jnp.clip(group, 0, self.shape.num_groups - 1), is_owned
+
+    def column(self, tile: Tile, sweep: int, column_group):
+        """The first column of the result that a column group makes in a sweep."""
+        shape = self.shape
+        return tile.column * shape.width + sweep * shape.sweep_width + column_group * shape.wg_width
+
+    def scale_step(self, k):
+        """The block of scales that a step lies in."""
+        return lax.div(k * self.shape.block_k, jnp.int32(SCALE_BLOCK))
+
+    def scale_group(self, group):
+        """Where the scales of rhs[group] lie."""
+        return group if self.inputs.rhs_scale.shape[0] > 1 else 0
+
+    def slot(self, step):
+        """The buffer of the ring that a step uses."""
+        return lax.rem(step, jnp.int32(self.config.num_stages))
+
+
+def vector_shift(tile: Tile) -> jax.Array:
+    """Where the scale of the tile's first row lies among those that were copied."""
+    return lax.rem(tile.row, jnp.int32(VECTOR_START))

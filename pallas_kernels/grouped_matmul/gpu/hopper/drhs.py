@@ -1,0 +1,241 @@
+"""The gradient of the weights on Hopper: lhs[rows of g]ᵀ · dout[rows of g] for each group, [G, K, N].
+
+    floor in time = max(bytes of lhs, dout, out / HBM bandwidth, 2·M·K·N / peak)
+
+Built like `kernel`: one warpgroup loads, two multiply, each 64 of the 128 rows of an output tile; here the rows of a
+group are what is summed over. Copies begin at every eighth row, so the first and the last step of a group may hold rows
+of others. Those are overwritten with zeros in both operands (a NaN times zero would stay a NaN). Groups without rows
+take no step and store zeros.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.grouped_matmul.gpu.hopper.smem import SWIZZLE, Views, swizzled
+from pallas_kernels.grouped_matmul.gpu.hopper.store import store_rows
+from pallas_kernels.grouped_matmul.gpu.tiles import place_in_strips
+
+ROW_ALIGNMENT = 8
+"""The number of rows of lhs and dout must be a multiple of this."""
+
+_WARPGROUPS = 2
+_BLOCK_K = 64  # rows of an output tile for each math warpgroup: the height of a wgmma
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """How the work is cut.
+
+    Attributes:
+      block_n: columns of an output tile, at most 256.
+      block_rows: rows of lhs and dout in a step.
+      num_stages: buffers in the ring.
+      strip: column tiles visited for one row tile before the next.
+    """
+
+    block_n: int = 256
+    block_rows: int = 64
+    num_stages: int = 4
+    strip: int = 8
+
+
+def grouped_drhs(
+    lhs: jax.Array,
+    dout: jax.Array,
+    begins: jax.Array,
+    ends: jax.Array,
+    out_dtype: jnp.dtype,
+    config: Config,
+    *,
+    num_blocks: int,
+) -> jax.Array:
+    """Runs the kernel.
+
+    Args:
+      lhs: [M, K], BF16 or FP16; M a multiple of ROW_ALIGNMENT, K of 8.
+      dout: [M, N], the same dtype; N a multiple of 64.
+      begins: int32 [G], first row of each group.
+      ends: int32 [G], the row after its last.
+      out_dtype: of the result.
+      config: see there.
+      num_blocks: of the grid.
+
+    Returns:
+      [G, K, N].
+    """
+    num_groups, depth, columns = begins.shape[0], lhs.shape[1], dout.shape[1]
+    row_tiles, column_tiles = pl.cdiv(depth, _WARPGROUPS * _BLOCK_K), pl.cdiv(columns, config.block_n)
+    stages, block_rows = config.num_stages, config.block_rows
+    lhs_chunk = SWIZZLE // lhs.dtype.itemsize
+    assert lhs_chunk == _BLOCK_K, "one swizzled row of lhs is as wide as a wgmma is high"
+
+    def body(lhs, dout, begins, ends, out, scratch: _Scratch):
+        warpgroup = lax.axis_index("warpgroup")
+        lhs_tiles, staging = Views.of(scratch.lhs), Views.of(scratch.out)
+        tiles_each = row_tiles * column_tiles
+
+        def place(tile):
+            """Group, row tile and column tile of a tile; its first row and its number of steps."""
+            group, local = lax.div(tile, tiles_each), lax.rem(tile, tiles_each)
+            row_tile, column_tile = place_in_strips(local, row_tiles, column_tiles, config.strip)
+            first = lax.div(begins[group], ROW_ALIGNMENT) * ROW_ALIGNMENT
+            steps = lax.div(ends[group] - first + (block_rows - 1), block_rows)
+            steps = jnp.where(ends[group] > begins[group], steps, 0)
+            return group, row_tile, column_tile, first, steps
+
+        def for_each_tile(function, carry):
+            @plgpu.nd_loop((num_groups * tiles_each,), collective_axes="block", init_carry=carry)
+            def last(info, carry):
+                return function(info.index[0], carry)
+
+            return last
+
+        def load(tile, step):
+            _, row_tile, column_tile, first, steps = place(tile)
+
+            def one_step(i, step):
+                slot = lax.rem(step, stages)
+
+                @pl.when(step >= stages)
+                def _():
+                    plgpu.barrier_wait(scratch.empty.at[slot])
+
+                rows = pl.ds(pl.multiple_of(first + i * block_rows, ROW_ALIGNMENT), block_rows)
+                for w in range(_WARPGROUPS):
+                    chunk = pl.ds(pl.multiple_of((row_tile * _WARPGROUPS + w) * _BLOCK_K, _BLOCK_K), _BLOCK_K)
+                    plgpu.copy_gmem_to_smem(lhs.at[rows, chunk], lhs_tiles.copied.at[slot, w], scratch.full.at[slot])
+                chunk = pl.ds(pl.multiple_of(column_tile * config.block_n, config.block_n), config.block_n)
+                plgpu.copy_gmem_to_smem(dout.at[rows, chunk], scratch.dout.at[slot], scratch.full.at[slot])
+                return step + 1
+
+            return lax.fori_loop(0, steps, one_step, step)
+
+        def clear_other_rows(slot, first_row, begin, end):
+            """Zeros for the rows of a step that lie outside of [begin, end): this warpgroup's share of them."""
+
+            def clear(ref):
+                row = plgpu.broadcasted_iota(jnp.int32, ref.shape, 0, layout=plgpu.Layout.WGMMA) + first_row
+                value = plgpu.load(ref, layout=plgpu.Layout.WGMMA)
+                ref[...] = jnp.where((row >= begin) & (row < end), value, jnp.zeros_like(value))
+
+            clear(lhs_tiles.tiled.at[slot, warpgroup])
+            share = config.block_n // _WARPGROUPS
+            for w in range(_WARPGROUPS):
+                columns = slice(w * share, (w + 1) * share)
+                pl.when(warpgroup == w)(functools.partial(clear, scratch.dout.at[slot, :, columns]))
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(scratch.cleared)
+            plgpu.barrier_wait(scratch.cleared)
+
+        def compute(tile, step):
+            group, row_tile, column_tile, first, steps = place(tile)
+            begin, end = begins[group], ends[group]
+
+            def multiply_all(accumulator):
+                def one_step(i, step):
+                    slot = lax.rem(step, stages)
+                    first_row = first + i * block_rows
+                    plgpu.barrier_wait(scratch.full.at[slot])
+
+                    @pl.when((first_row < begin) | (first_row + block_rows > end))
+                    def _():
+                        clear_other_rows(slot, first_row, begin, end)
+
+                    plgpu.wgmma(
+                        accumulator, lhs_tiles.tiled.at[slot, warpgroup].transpose((1, 0)), scratch.dout.at[slot]
+                    )
+                    plgpu.wgmma_wait(1)
+
+                    @pl.when(i > 0)
+                    def _():
+                        plgpu.barrier_arrive(scratch.empty.at[lax.rem(step + (stages - 1), stages)])
+
+                    return step + 1
+
+                lax.fori_loop(0, steps, one_step, step)
+                total = accumulator[...]
+
+                @pl.when(steps > 0)
+                def _():
+                    plgpu.barrier_arrive(scratch.empty.at[lax.rem(step + steps + (stages - 1), stages)])
+
+                return total.astype(out_dtype)
+
+            result = pl.run_scoped(multiply_all, plgpu.ACC((_BLOCK_K, config.block_n), jnp.float32))
+            store_rows(
+                out.at[group],
+                staging,
+                warpgroup,
+                result,
+                row=(row_tile * _WARPGROUPS + warpgroup) * _BLOCK_K,
+                rows=None,
+                column=column_tile * config.block_n,
+            )
+            return step + steps
+
+        @pl.when(warpgroup == _WARPGROUPS)
+        def _():
+            plgpu.set_max_registers(40, action="decrease")
+            step = for_each_tile(load, jnp.int32(0))
+            # No barrier is left half-way.
+            first = jnp.maximum(step - stages, 0)
+            lax.fori_loop(first, step, lambda i, _: plgpu.barrier_wait(scratch.empty.at[lax.rem(i, stages)]), None)
+
+        @pl.when(warpgroup < _WARPGROUPS)
+        def _():
+            plgpu.set_max_registers(232, action="increase")
+            for_each_tile(compute, jnp.int32(0))
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+    kernel = plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct((num_groups, depth, columns), out_dtype),
+        scratch_types=[_Scratch.describe(lhs.dtype, out_dtype, config)],
+        grid=(num_blocks,),
+        grid_names=("block",),
+        num_threads=_WARPGROUPS + 1,
+        thread_name="warpgroup",
+        kernel_name="grouped_matmul_drhs",
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+    )
+    return kernel(lhs, dout, begins, ends)
+
+
+class _Scratch(NamedTuple):
+    """Shared memory and barriers of a block.
+
+    Attributes:
+      lhs: ring [stages, warpgroups, block_rows, 64].
+      dout: ring [stages, block_rows, block_n].
+      out: staging of the result, see `store_rows`.
+      full: a ring buffer has been filled.
+      empty: a ring buffer has been read.
+      cleared: both math warpgroups have cleared their share of a step.
+    """
+
+    lhs: Any
+    dout: Any
+    out: Any
+    full: Any
+    empty: Any
+    cleared: Any
+
+    @classmethod
+    def describe(cls, dtype: jnp.dtype, out_dtype: jnp.dtype, config: Config) -> "_Scratch":
+        """The types to allocate."""
+        stages, rows = config.num_stages, config.block_rows
+        return cls(
+            lhs=swizzled((stages, _WARPGROUPS, rows, _BLOCK_K), dtype),
+            dout=swizzled((stages, rows, config.block_n), dtype, any_row=False),
+            out=swizzled((_WARPGROUPS, 2, _BLOCK_K, SWIZZLE // out_dtype.itemsize), out_dtype),
+            full=plgpu.Barrier(num_arrivals=_WARPGROUPS + 1, num_barriers=stages),
+            empty=plgpu.Barrier(num_arrivals=_WARPGROUPS, num_barriers=stages),
+            cleared=plgpu.Barrier(num_arrivals=_WARPGROUPS),
+        )

@@ -1,0 +1,90 @@
+"""The grouped matrix product on Hopper: a persistent kernel with one warpgroup that loads and one or two that multiply.
+
+The loading warpgroup streams tiles of both operands through a ring of buffers in shared memory with the bulk copy
+engine, from one output tile into the next without a pause. The math warpgroups multiply them with `wgmma`, each its
+own rows or columns of the tile, and finish the tile in registers: scales, bias, activation, conversion.
+
+    floor in time = max(bytes of lhs, rhs, out / HBM bandwidth, 2·M·K·N / peak)
+
+Tiles begin at their group's first row, so no tile mixes groups. What lies in a tile beyond its group (rows of the next
+one, zeros past the end of the matrix, what the buffer held before) reaches no row that is stored: rows of a product do
+not depend on one another. Of lhs no more rows are copied than a tile needs, rounded up to a few sizes.
+A remainder of K is filled with zeros by the copy engine, in both operands.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.grouped_matmul.gpu.hopper.block import VECTOR_START, Scratch, Shape
+from pallas_kernels.grouped_matmul.gpu.hopper.load import Loader
+from pallas_kernels.grouped_matmul.gpu.hopper.multiply import Multiplier
+from pallas_kernels.grouped_matmul.gpu.problem import SCALE_BLOCK, Config, Epilogue, Inputs, Stage
+
+
+def grouped_product(
+    inputs: Inputs,
+    epilogue: Epilogue,
+    config: Config,
+    *,
+    k_major: bool,
+    num_blocks: int,
+    stage: Stage = "full",
+) -> Any:
+    """Runs the kernel.
+
+    Returns:
+      [M, N], or [M, N/2] with an activation; rows that no group of rhs owns are zeros. When the result is FP8, a pair
+      of it and its scales, float32 [N/128, M] (N/256 with an activation), M rounded up to a multiple of 4.
+    """
+    shape = Shape.of(inputs, epilogue, config, k_major)
+    scratch = Scratch.describe(inputs, epilogue, config, shape)
+
+    outs = [jax.ShapeDtypeStruct((shape.num_rows, shape.out_columns), epilogue.out_dtype)]
+    if epilogue.requantizes:
+        scale_rows = pl.cdiv(shape.num_rows, VECTOR_START) * VECTOR_START
+        outs.append(jax.ShapeDtypeStruct((shape.out_columns // SCALE_BLOCK, scale_rows), jnp.float32))
+
+    def body(*refs):
+        num_inputs = len(Inputs._fields)
+        block = Inputs(*refs[:num_inputs]), refs[num_inputs:-1], refs[-1], epilogue, config, shape, stage
+        warpgroup, number = lax.axis_index("warpgroup"), lax.axis_index("block")
+        for_each_tile = functools.partial(shape.walk.for_each, block[0].group_sizes, number, num_blocks)
+
+        @pl.when(warpgroup == config.warpgroups)
+        def _():
+            if config.warpgroups > 1:
+                plgpu.set_max_registers(40, action="decrease")
+            loader = Loader(*block)
+            loader.prefetch(number)
+            loader.drain(*for_each_tile(loader.load, (jnp.int32(0), jnp.int32(0))))
+
+        @pl.when(warpgroup < config.warpgroups)
+        def _():
+            if config.warpgroups > 1:
+                plgpu.set_max_registers(232, action="increase")
+            for_each_tile(Multiplier(*block).compute, jnp.int32(0))
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+    kernel = plgpu.kernel(
+        body,
+        out_type=outs if epilogue.requantizes else outs[0],
+        scratch_types=[scratch],
+        grid=(num_blocks,),
+        grid_names=("block",),
+        num_threads=config.warpgroups + 1,
+        thread_name="warpgroup",
+        kernel_name="grouped_gate_up" if epilogue.activation else "grouped_matmul",
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True,
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+            # Wherever threads read what others of their warpgroup wrote, `commit_smem` stands between.
+            unsafe_no_auto_barriers=True,
+        ),
+    )
+    return kernel(*inputs)

@@ -1,0 +1,195 @@
+"""What a TPU core does in the grouped matrix product: copies between HBM and VMEM, and the arithmetic of a tile."""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.grouped_matmul.tpu.math import Arithmetic, activate, product
+from pallas_kernels.grouped_matmul.tpu.memory import Config, Inputs, Layout, Scratch, Stage, chunk_lengths
+from pallas_kernels.grouped_matmul.tpu.rows import Tile
+
+
+@dataclasses.dataclass(frozen=True)
+class Core:
+    """What one core can do. A copy is described anew to be waited for: the same shapes, the same bytes."""
+
+    operands: Inputs
+    out: Any
+    scratch: Scratch
+    arithmetic: Arithmetic
+    config: Config
+    layout: Layout
+    stage: Stage
+
+    # ---- Copies ------------------------------------------------------------------------------------------------------
+
+    def for_width(self, column_tile: jax.Array, copy) -> None:
+        """Calls `copy(width)` with the columns of a tile; the last one may have fewer."""
+        width = self.config.block_n
+        last = self.layout.column_tiles - 1
+        rest = self.layout.columns - last * width
+        if rest == width:
+            copy(width)
+        else:
+            pl.when(column_tile < last)(lambda: copy(width))
+            pl.when(column_tile == last)(lambda: copy(rest))
+
+    def columns(self, column_tile: jax.Array, width: int, half: int = 0) -> Any:
+        """The columns of a tile, in rhs for one half of it."""
+        if self.layout.column_tiles == 1:
+            return pl.ds(half * self.layout.columns, width)
+        start = half * self.layout.columns + column_tile * self.config.block_n
+        return pl.ds(pl.multiple_of(start, 128), width)
+
+    def copy_rows(self, tile: Tile, buffer: Any, act: Literal["start", "wait"]) -> None:
+        """Rows of lhs and their scales."""
+        source = pl.ds(tile.strip, tile.strips)
+        for operand, ring in (
+            (self.operands.lhs, self.scratch.lhs),
+            (self.operands.lhs_scale, self.scratch.lhs_scale),
+        ):
+            if operand is not None:
+                copy = pltpu.make_async_copy(
+                    operand.at[source], ring.at[buffer, pl.ds(0, tile.strips)], self.scratch.lhs_copied.at[buffer]
+                )
+                getattr(copy, act)()
+
+    def copy_weights(
+        self, group: jax.Array, column_tile: jax.Array, buffer: Any, act: Literal["start", "wait"]
+    ) -> None:
+        """A tile of rhs, with its scales and bias."""
+        sem = self.scratch.rhs_copied.at[buffer]
+
+        def copy(width: int) -> None:
+            for half in range(self.arithmetic.halves):
+                columns, narrow = self.columns(column_tile, width, half), pl.ds(0, width)
+                rhs, ring = self.operands.rhs.at[group], self.scratch.rhs.at[buffer, half]
+                if self.arithmetic.k_major:
+                    pairs = [(rhs.at[columns], ring.at[narrow])]
+                else:
+                    pairs = [(rhs.at[:, columns], ring.at[:, narrow])]
+                if self.operands.rhs_scale is not None:
+                    scale = self.operands.rhs_scale.at[group, :, columns]
+                    pairs.append((scale, self.scratch.rhs_scale.at[buffer, half, :, narrow]))
+                if self.operands.bias is not None:
+                    bias = self.operands.bias.at[group, :, columns]
+                    pairs.append((bias, self.scratch.bias.at[buffer, half, :, narrow]))
+                for source, target in pairs:
+                    getattr(pltpu.make_async_copy(source, target, sem), act)()
+
+        self.for_width(column_tile, copy)
+
+    def copy_out(self, source: Any, strip: Any, strips: Any, column_tile: jax.Array, sem: Any, act: str) -> None:
+        """Strips [strips, s, block_n] of the result, or of zeros."""
+
+        def copy(width: int) -> None:
+            target = self.out.at[pl.ds(strip, strips), :, self.columns(column_tile, width)]
+            narrow = source.at[pl.ds(0, strips), :, pl.ds(0, width)]
+            getattr(pltpu.make_async_copy(narrow, target, sem), act)()
+
+        self.for_width(column_tile, copy)
+
+    def start_store(self, tile: Tile, strips: jax.Array, column_tile: jax.Array, buffer: Any) -> None:
+        """Starts to write the first `strips` strips of a buffer of out, if there are any."""
+        self.scratch.stored[buffer, 0] = strips
+        self.scratch.stored[buffer, 1] = column_tile
+
+        @pl.when(strips > 0)
+        def _():
+            sem = self.scratch.out_copied.at[buffer]
+            self.copy_out(self.scratch.out.at[buffer], tile.strip, strips, column_tile, sem, "start")
+
+    def await_store(self, buffer: Any) -> None:
+        """Waits until a buffer of out is written."""
+        strips, column_tile = self.scratch.stored[buffer, 0], self.scratch.stored[buffer, 1]
+
+        @pl.when(strips > 0)
+        def _():
+            sem = self.scratch.out_copied.at[buffer]
+            self.copy_out(self.scratch.out.at[buffer], 0, strips, column_tile, sem, "wait")
+
+    # ---- Arithmetic --------------------------------------------------------------------------------------------------
+
+    def multiply(self, tile: Tile, weights: Any, rows: Any, buffer: Any) -> None:
+        """Computes a tile of out from the given buffers of rhs and lhs, as much at a time as registers hold."""
+        scratch, config, sublanes = self.scratch, self.config, self.layout.sublanes
+
+        def compute(first: Any, strips: int, start: Any, width: int) -> None:
+            at, columns = pl.ds(first, strips), pl.ds(start, width)
+            lhs_scale = None if self.operands.lhs_scale is None else scratch.lhs_scale.at[rows, at]
+            parts = []
+            for half in range(self.arithmetic.halves):
+                rhs = scratch.rhs.at[weights, half]
+                rhs = rhs.at[columns] if self.arithmetic.k_major else rhs.at[:, columns]
+                rhs_scale = None
+                if self.operands.rhs_scale is not None:
+                    rhs_scale = scratch.rhs_scale.at[weights, half, :, columns]
+                part = product(scratch.lhs.at[rows, at], lhs_scale, rhs, rhs_scale, self.arithmetic)
+                if self.operands.bias is not None:
+                    part += scratch.bias[weights, half, :, columns]
+                parts.append(part)
+            out = activate(parts, self.arithmetic)
+            out = jnp.where(tile.owned(out.shape, first * sublanes), out, 0).astype(self.arithmetic.out_dtype)
+            scratch.out[buffer, at, :, columns] = out.reshape(strips, sublanes, width)
+
+        def for_columns(start: Any, width: int) -> None:
+            _for_chunks(
+                config.block_m // sublanes,
+                chunk_lengths(config.chunk_m // sublanes, self.layout.depth // self.arithmetic.scale_block),
+                tile.strips,
+                lambda first, count: compute(first, count, start, width),
+            )
+
+        _for_parts(config.block_n, config.chunk_n, for_columns)
+
+    def take_shared(self, tile: Tile, column_tile: jax.Array, buffer: Any) -> None:
+        """Puts in what earlier groups left of the first strip."""
+
+        @pl.when(tile.begin > 0)
+        def _():
+            row = lax.broadcasted_iota(jnp.int32, (self.layout.sublanes, self.config.block_n), 0)
+            out = self.scratch.out.at[buffer, 0]
+            out[...] = jnp.where(row < tile.begin, self.scratch.shared[column_tile], out[...])
+
+    def leave_shared(self, tile: Tile, column_tile: jax.Array, buffer: Any) -> None:
+        """Keeps the last strip for the groups that go on in it."""
+
+        @pl.when(tile.whole_strips < tile.strips)
+        def _():
+            self.scratch.shared[column_tile] = self.scratch.out[buffer, tile.whole_strips]
+
+
+def _for_parts(size: int, part: int, function: Any) -> None:
+    """Calls `function(start, length)` for every part of `size`."""
+    whole, rest = divmod(size, part)
+    if whole == 1:
+        function(0, part)
+    elif whole:
+        pl.loop(0, whole)(lambda index: function(pl.multiple_of(index * part, part), part))
+    if rest:
+        function(whole * part, rest)
+
+
+def _for_chunks(size: int, lengths: Sequence[int], needed: Any, function: Any) -> None:
+    """Calls `function(start, length)` for the first `needed` of `size`: in chunks of the last of `lengths`, and then
+    for what is left in the shortest one that holds it, so that few are done in vain.
+    """
+    chunk = lengths[-1]
+    longest_rest = lengths[-2] if len(lengths) > 1 else 0
+    whole = (needed + chunk - 1 - longest_rest) // chunk
+    if size == chunk:
+        pl.when(whole > 0)(lambda: function(0, chunk))
+    else:
+        pl.loop(0, whole)(lambda index: function(pl.multiple_of(index * chunk, chunk), chunk))
+    rest = needed - whole * chunk
+    for shorter, length in itertools.pairwise([0, *lengths[:-1]]):
+        start = 0 if size == chunk else pl.multiple_of(whole * chunk, chunk)
+        pl.when((rest > shorter) & (rest <= length))(functools.partial(function, start, length))

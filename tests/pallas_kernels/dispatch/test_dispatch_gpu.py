@@ -1,0 +1,67 @@
+"""The GPU kernel where there is no GPU: interpreted on the CPU against the reference, and lowered for CUDA."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.dispatch import reference
+from pallas_kernels.dispatch.gpu import Config, dispatch, dispatch_rows
+from pallas_kernels.quantize import QTensor
+from tests.helpers import normal, raises_saying
+from tests.pallas_kernels.kernels_gpu import abstract_plan, interpreted, lower_for_cuda
+from tests.pallas_kernels.plan.plans import planned
+
+SMALL = Config(blocks=3, zero_blocks=2, vectors=1)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float8_e4m3fn", "int8"])
+@pytest.mark.parametrize("capacity", [None, 4])
+@pytest.mark.quick("4-float32", "None-bfloat16", "4-int8")
+def test_interpreted(rng, capacity, dtype):
+    ids = jnp.asarray(rng.integers(-1, 6, (9, 3)), jnp.int32)
+    plan = planned(ids, 5, capacity=capacity)
+    x = (10 * normal(rng, 9, 512)).astype(dtype)
+    with interpreted():
+        rows = dispatch_rows(x, plan, SMALL)
+    np.testing.assert_array_equal(np.asarray(rows), np.asarray(reference.dispatch(x, plan)))
+
+
+@pytest.mark.parametrize("columns", [1160, 1030])
+def test_strips_that_overlap(rng, columns):
+    plan = planned(jnp.asarray(rng.integers(-1, 3, (3, 2)), jnp.int32), 2, capacity=3)
+    x = normal(rng, 3, columns, dtype=jnp.bfloat16)
+    with interpreted(detect_races=False):  # what two strips share is written twice
+        rows = dispatch_rows(x, plan, SMALL)
+    np.testing.assert_array_equal(np.asarray(rows), np.asarray(reference.dispatch(x, plan)))
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        ((16384, 2, 4096), "bfloat16"),
+        ((64, 8, 2048), "float16"),
+        ((5, 1, 128), "float32"),
+        ((100, 4, 2880), "bfloat16"),
+        ((64, 8, 7168), "float8_e4m3fn"),
+        ((8, 16, 7168), "float8_e5m2"),
+        ((1_000_000, 8, 7168), "int8"),
+    ],
+    ids=str,
+)
+def test_lowers_for_cuda(shape, dtype):
+    num_tokens, top_k, columns = shape
+    x = jax.ShapeDtypeStruct((num_tokens, columns), dtype)
+    lower_for_cuda(dispatch, x, abstract_plan(num_tokens, top_k))
+
+
+@pytest.mark.parametrize("scales", [56, 1])
+def test_scales_travel_with_their_rows(scales):
+    values, scale = jax.ShapeDtypeStruct((64, 7168), "float8_e4m3fn"), jax.ShapeDtypeStruct((64, scales), "float32")
+    rows = jax.eval_shape(dispatch, QTensor(values, scale), abstract_plan(64, 8))
+    assert (rows.values.shape, rows.scale.shape) == ((512, 7168), (512, scales))
+
+
+def test_short_rows_are_refused():
+    with raises_saying(NotImplementedError, "dispatch", "at least 128 elements", "19 of float32"):
+        jax.eval_shape(dispatch, jnp.zeros((3, 19)), abstract_plan(3, 1))
