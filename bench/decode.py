@@ -24,8 +24,8 @@ from bench.workloads import Workload, moe_workload
 from moejax import PRESETS, MoEConfig, get_preset
 from moejax.config import PRECISIONS
 from pallas_kernels.chips import CHIPS, chip_of, get_chip
-from sharding.exchange_plan import local_experts
 from sharding.mesh import make_mesh
+from sharding.placement import Placement
 
 _EXAMPLES = (
     "--ep 32",
@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
     config = get_preset(
         args.model, precision=args.precision, backend=args.backend, capacity_factor=args.capacity_factor
     )
-    local_experts(config.num_experts, args.ep)
+    Placement(config.num_experts, args.ep)  # raises where they do not fit
     workload = moe_workload(config, batch_size=args.batch, ep=args.ep, precision=args.precision, rounding=args.rounding)
     chips = [get_chip(args.chip)]
     path = pathlib.Path(args.input) if args.input else default_text_path()

@@ -7,9 +7,12 @@ import jax.numpy as jnp
 
 from bench.devices import Devices
 from moejax import MoEConfig
+from moejax.on_chip import way_of
 from moejax.params import param_shapes
-from sharding.capacity import expert_capacity
-from sharding.exchange_plan import local_experts, slab_size
+from sharding.exchange import pick_transport
+from sharding.exchange.capacity import most_rows
+from sharding.mesh import EXPERT_AXIS
+from sharding.partition import Axes
 
 SHARE_OF_MEMORY = 0.5
 """Of what the devices have; the rest is for the compiler, the oracle, and other programs."""
@@ -101,12 +104,12 @@ def memory_bytes(config: MoEConfig, ep: int, batch_size: int) -> int:
     experts = sum(math.prod(shape) for shape in (shapes.gate_up, shapes.down)) * weight_bytes
     shared = sum(math.prod(s) for s in (shapes.shared_gate_up, shapes.shared_down) if s is not None) * weight_bytes
     tokens = -(-batch_size // ep)
-    num_local = local_experts(config.num_experts, ep)
-    capacity = None
+    most = None
     if config.capacity_factor is not None:
-        counted = batch_size if config.capacity_of == "batch" else tokens
-        capacity = min(tokens, expert_capacity(counted, config.top_k, config.num_experts, config.capacity_factor))
-    rows = tokens * config.top_k if ep == 1 else ep * slab_size(tokens, config.top_k, num_local, ep, capacity)[0]
+        sizes = tokens, batch_size, config.top_k, config.num_experts
+        most = most_rows(*sizes, config.capacity_factor, config.capacity_of)
+    way = way_of(config, Axes(expert=(EXPERT_AXIS,), tokens=(EXPERT_AXIS,), sizes=((EXPERT_AXIS, ep),)), max_rows=most)
+    rows = pick_transport(way).rows_held(tokens, config.top_k, way)
     # Alive at the peak: rows sent and received, rows in and out of the experts, and the hidden layer in float32.
     buffers = rows * (6 * 2 * config.hidden_size + 4 * config.intermediate_size)
     return experts + ep * (shared + buffers)

@@ -16,6 +16,7 @@ from moejax.params import MoEParams, param_specs, quantize_params
 from moejax.perft import AdapterParam, Perft, perft_mask
 from moejax.presets import PRESETS, get_preset, with_changes
 from moejax.reference import dense_moe
+from moejax.remat import REMAT_NAMES, remat_policy
 from moejax.router import Routing
 from moejax.routers import ROUTERS, Router, TopKRouter
 from moejax.routers.top_k import route
@@ -25,6 +26,7 @@ from sharding.partition import Partition
 
 __all__ = [
     "PRESETS",
+    "REMAT_NAMES",
     "ROUTERS",
     "AdapterParam",
     "LoadStats",
@@ -53,6 +55,7 @@ __all__ = [
     "perft_mask",
     "quantize",
     "quantize_params",
+    "remat_policy",
     "route",
     "split_gate_up",
     "with_changes",

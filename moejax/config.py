@@ -16,7 +16,8 @@ from moejax.routers.top_k import TopKRouter
 from pallas_kernels.activations import Activation, check_activation
 from pallas_kernels.backend import check_backend
 from pallas_kernels.quantize import Quantization, Scaling, block_shape, scale_shape
-from sharding.capacity import Scope
+from sharding.exchange import check_transport
+from sharding.exchange.capacity import Scope
 
 Precision = Literal["w16a16", "w8a8"]
 
@@ -57,6 +58,8 @@ class MoEConfig:
       dtype: of the computation: bfloat16, float16 or float32.
       param_dtype: of the parameters.
       backend: "auto", "xla", "pallas_tpu" or "pallas_gpu".
+      transport: what carries rows between chips: a name in `sharding.exchange.pick.TRANSPORTS`, or "auto" for the one
+        that was measured to be the fastest.
 
     Raises:
       ValueError: on construction, when a field or a combination of fields makes no sense.
@@ -83,6 +86,7 @@ class MoEConfig:
     dtype: jax.typing.DTypeLike = jnp.bfloat16
     param_dtype: jax.typing.DTypeLike = jnp.float32
     backend: str = "auto"
+    transport: str = "auto"
 
     def __post_init__(self):
         for name in ("hidden_size", "intermediate_size", "num_experts", "top_k"):
@@ -117,6 +121,7 @@ class MoEConfig:
         check_activation(self.activation, self.activation_limit)
         self._check_shared_expert()
         check_backend(self.backend)
+        check_transport(self.transport)
         self.router.check_layer(self)
         if self.precision == "w8a8":
             self.check_scale_blocks()

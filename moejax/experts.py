@@ -1,5 +1,6 @@
 """The gated MLP that applies some experts to rows sorted by expert: two kernels."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -15,7 +16,95 @@ from pallas_kernels.grouped_matmul import (
     grouped_matmul,
     result_can_stay,
 )
-from pallas_kernels.quantize import QTensor
+from pallas_kernels.quantize import QTensor, Quantization
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertMath:
+    """down(act(gate(row)) · up(row)) with the weights of each row's expert, in either layout of the weights.
+
+    Attributes:
+      activation: of the gate.
+      activation_limit: the clamp before it, or None.
+      quantization: how operands that are not QTensors are rounded to 8 bits; None multiplies them as they are.
+      dtype: of the result.
+      backend: of the kernels.
+      stays_in_8_bits: has kernel one round its rows to 8 bits itself, where the scales allow that. No gradient passes
+        then.
+    """
+
+    activation: Activation
+    activation_limit: float | None
+    quantization: Quantization | None
+    dtype: jax.typing.DTypeLike
+    backend: str
+    stays_in_8_bits: bool = False
+
+    def __call__(
+        self,
+        rows: Operand,
+        group_sizes: jax.Array,
+        gate_up: Operand,
+        down: Operand,
+        *,
+        k_major: tuple[bool, bool],
+        biases: tuple[jax.Array | None, jax.Array | None] = (None, None),
+    ) -> jax.Array:
+        """Both kernels.
+
+        Args:
+          rows: [R, H], sorted by expert; a QTensor takes no gradient.
+          group_sizes: int32 [L], rows of each of the L experts whose weights are given.
+          gate_up: [L, H, 2I], gate first, or [L, 2I, H].
+          down: [L, I, H] or [L, H, I].
+          k_major: whether gate_up, and down, are the second of these.
+          biases: [L, 2I] and [L, H], or None.
+
+        Returns:
+          [R, H] in `dtype`; zeros past the sum of group_sizes.
+        """
+        quantization, width = self.quantization, down.shape[2 if k_major[1] else 1]
+        h: Operand
+        if self.stays_in_8_bits and quantization is not None and result_can_stay(quantization, width):
+            common = self._gate_up_settings(k_major[0], biases[0])
+            h = grouped_gate_up_in_8_bits(rows, gate_up, group_sizes, dtype=quantization.dtype, **common)
+        else:
+            h = self.gate_up(rows, group_sizes, gate_up, k_major=k_major[0], bias=biases[0])
+        return self.down(h, group_sizes, down, k_major=k_major[1], bias=biases[1])
+
+    def gate_up(
+        self, rows: Operand, group_sizes: jax.Array, weights: Operand, *, k_major: bool, bias: jax.Array | None = None
+    ) -> jax.Array:
+        """Kernel one: rows [R, H] -> [R, I], in float32 when kernel two will round it to 8 bits."""
+        # Rounding to BF16 on the way to 8 bits would round twice, and wrongly for one value in thirty.
+        dtype = self.dtype if self.quantization is None else jnp.dtype(jnp.float32)
+        settings = self._gate_up_settings(k_major, bias)
+        return grouped_gate_up(rows, weights, group_sizes, preferred_element_type=dtype, **settings)
+
+    def down(
+        self, h: Operand, group_sizes: jax.Array, weights: Operand, *, k_major: bool, bias: jax.Array | None = None
+    ) -> jax.Array:
+        """Kernel two: h [R, I] -> [R, H] in `dtype`."""
+        return grouped_matmul(
+            h,
+            weights,
+            group_sizes,
+            bias=bias,
+            preferred_element_type=self.dtype,
+            transpose_rhs=k_major,
+            quantization=self.quantization,
+            backend=self.backend,
+        )
+
+    def _gate_up_settings(self, k_major: bool, bias: jax.Array | None) -> dict[str, Any]:
+        return {
+            "bias": bias,
+            "activation": self.activation,
+            "activation_limit": self.activation_limit,
+            "transpose_rhs": k_major,
+            "quantization": self.quantization,
+            "backend": self.backend,
+        }
 
 
 def expert_mlp(
@@ -30,7 +119,7 @@ def expert_mlp(
     activation: tuple[Activation, float | None] | None = None,
     stays_in_8_bits: bool = False,
 ) -> jax.Array:
-    """down(act(gate(row)) · up(row)) with the weights of each row's expert: two kernels.
+    """`ExpertMath` of a layer, on parameters as `MoEParams` holds them.
 
     Args:
       rows: [R, H], sorted by expert; a QTensor takes no gradient.
@@ -40,84 +129,38 @@ def expert_mlp(
       config: activation, precision, dtype, backend.
       gate_up_bias: [L, 2, I] or None.
       down_bias: [L, H] or None.
-      activation: with its clamp, in the place of the configuration's.
-      stays_in_8_bits: has kernel one round its rows to 8 bits itself, where the configuration's scales allow that. No
-        gradient passes then.
+      activation: with its clamp, instead of the configuration's.
+      stays_in_8_bits: see `ExpertMath`.
 
     Returns:
       [R, H] in config.dtype; zeros past the sum of group_sizes.
     """
-    h: Operand
     name, limit = activation or (config.activation, config.activation_limit)
-    width = down.shape[2 if isinstance(down, QTensor) else 1]
-    if stays_in_8_bits and result_can_stay(config.quantization, width):
-        h = grouped_gate_up_in_8_bits(
-            rows,
-            flat_halves(gate_up),
-            group_sizes,
-            dtype=config.quantization.dtype,
-            bias=_flat_bias(gate_up_bias),
-            activation=name,
-            activation_limit=limit,
-            **_common(gate_up, config),
-        )
-    else:
-        h = gate_up_projection(rows, group_sizes, gate_up, config, bias=gate_up_bias, activation=(name, limit))
-    return down_projection(h, group_sizes, down, config, bias=down_bias)
+    math = dataclasses.replace(_math(config), activation=name, activation_limit=limit, stays_in_8_bits=stays_in_8_bits)
+    return math(
+        rows,
+        group_sizes,
+        flat_halves(_ready(gate_up, config)),
+        _ready(down, config),
+        k_major=(isinstance(gate_up, QTensor), isinstance(down, QTensor)),
+        biases=(_flat_bias(gate_up_bias), down_bias),
+    )
 
 
 def gate_up_projection(
-    rows: Operand,
-    group_sizes: jax.Array,
-    gate_up: Operand,
-    config: MoEConfig,
-    *,
-    bias: jax.Array | None = None,
-    activation: tuple[Activation, float | None] | None = None,
+    rows: Operand, group_sizes: jax.Array, gate_up: Operand, config: MoEConfig, *, bias: jax.Array | None = None
 ) -> jax.Array:
-    """Kernel one of `expert_mlp`: rows [R, H] -> [R, I], in float32 when kernel two will round it to 8 bits."""
-    # Rounding to BF16 on the way to 8 bits would round twice, and wrongly for one value in thirty.
-    out_dtype = jnp.float32 if config.precision == "w8a8" else config.dtype
-    name, limit = activation or (config.activation, config.activation_limit)
-    return grouped_gate_up(
-        rows,
-        flat_halves(_ready(gate_up, config)),
-        group_sizes,
-        bias=_flat_bias(bias),
-        activation=name,
-        activation_limit=limit,
-        preferred_element_type=out_dtype,
-        **_common(gate_up, config),
-    )
+    """Kernel one of `expert_mlp` alone: rows [R, H] -> [R, I]."""
+    weights = flat_halves(_ready(gate_up, config))
+    k_major = isinstance(gate_up, QTensor)
+    return _math(config).gate_up(rows, group_sizes, weights, k_major=k_major, bias=_flat_bias(bias))
 
 
 def down_projection(
     h: Operand, group_sizes: jax.Array, down: Operand, config: MoEConfig, *, bias: jax.Array | None = None
 ) -> jax.Array:
-    """Kernel two of `expert_mlp`: h [R, I] -> [R, H] in config.dtype."""
-    return grouped_matmul(
-        h, _ready(down, config), group_sizes, bias=bias, preferred_element_type=config.dtype, **_common(down, config)
-    )
-
-
-def _ready(weights: Operand, config: MoEConfig) -> Operand:
-    """Weights that are to be rounded to 8 bits are rounded from the precision that they are kept in, if they come so.
-
-    Over an FSDP axis they have been cast to `config.dtype`, in which they travel.
-    """
-    return weights if config.precision == "w8a8" or isinstance(weights, QTensor) else weights.astype(config.dtype)
-
-
-def _flat_bias(bias: jax.Array | None) -> jax.Array | None:
-    return None if bias is None else bias.reshape(bias.shape[0], -1)
-
-
-def _common(weights: Operand, config: MoEConfig) -> dict[str, Any]:
-    return {
-        "transpose_rhs": isinstance(weights, QTensor),
-        "quantization": config.quantization if config.precision == "w8a8" else None,
-        "backend": config.backend,
-    }
+    """Kernel two of `expert_mlp` alone: h [R, I] -> [R, H]."""
+    return _math(config).down(h, group_sizes, _ready(down, config), k_major=isinstance(down, QTensor), bias=bias)
 
 
 def shared_mlp(
@@ -135,3 +178,20 @@ def shared_mlp(
         activation=config.of_shared_expert,
         stays_in_8_bits=stays_in_8_bits,
     )
+
+
+def _math(config: MoEConfig) -> ExpertMath:
+    quantization = config.quantization if config.precision == "w8a8" else None
+    return ExpertMath(config.activation, config.activation_limit, quantization, config.dtype, config.backend)
+
+
+def _ready(weights: Operand, config: MoEConfig) -> Operand:
+    """Weights that are to be rounded to 8 bits are rounded from the precision that they are kept in, if they come so.
+
+    Over an FSDP axis they have been cast to `config.dtype`, in which they travel.
+    """
+    return weights if config.precision == "w8a8" or isinstance(weights, QTensor) else weights.astype(config.dtype)
+
+
+def _flat_bias(bias: jax.Array | None) -> jax.Array | None:
+    return None if bias is None else bias.reshape(bias.shape[0], -1)

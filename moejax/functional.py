@@ -24,10 +24,10 @@ from moejax.params import MoEParams, check_expert_params, check_params, param_sp
 from pallas_kernels.plan import as_ids, in_int32
 from pallas_kernels.quantize import QTensor, scale_shape
 from pallas_kernels.tracing.concrete import is_known, nan_rows
-from sharding.exchange_plan import local_experts
 from sharding.mesh import AnyMesh, current_mesh, mesh_here
 from sharding.partition import Axes, Partition, one_or_all
 from sharding.per_chip import per_chip
+from sharding.placement import Placement
 
 
 def moe(
@@ -186,7 +186,7 @@ def axes_on(mesh: AnyMesh, partition: Partition | None, config: MoEConfig) -> Ax
       ValueError: the partition does not fit the mesh, or a size of the layer does not divide.
     """
     axes = partition_here(partition).on(mesh)
-    local_experts(config.num_experts, axes.ep)
+    Placement(config.num_experts, axes.ep)  # raises where they do not fit
     widths = {"intermediate_size": "mlp", "shared_intermediate_size": "mlp"}
     for name, role in {**widths, "hidden_size": "embed"}.items():
         _check_divides(name, getattr(config, name), role, axes.size(getattr(axes, role)))

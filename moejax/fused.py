@@ -1,20 +1,21 @@
 """The experts of a layer as one function, in the layout that serving engines keep weights in."""
 
+import dataclasses
 import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from moejax.experts import ExpertMath
 from moejax.packing import GateUpOrder, Layout, split_gate_up
 from pallas_kernels.activations import Activation
-from pallas_kernels.grouped_matmul import grouped_gate_up, grouped_gate_up_in_8_bits, grouped_matmul, result_can_stay
 from pallas_kernels.plan import in_int32
-from pallas_kernels.quantize import Operand, QTensor, Quantization, block_shape, quantize
+from pallas_kernels.quantize import Operand, QTensor, Quantization, block_shape
 from pallas_kernels.tracing.unless_differentiated import unless_differentiated
-from sharding.expert_parallel import Transport, expert_parallel
+from sharding.exchange import Way, Wire, exchange
 from sharding.partition import Axes
-from sharding.wire import Wire
+from sharding.placement import Placement
 
 
 def fused_experts(
@@ -70,21 +71,22 @@ def fused_experts(
     _check(hidden_states, w1, w2, topk_weights, topk_ids, b1, b2, layout)
     num_local, ep = w1.shape[0], 1 if ep_axis is None else jax.lax.axis_size(ep_axis)
     names = () if ep_axis is None else (ep_axis,)
+    wire = None
+    if quantization is not None and block_shape(quantization.lhs_scaling)[0] == 1:
+        wire = Wire(quantization.dtype, quantization.lhs_scaling)
+    axes = Axes(expert=names, tokens=names, sizes=tuple((name, ep) for name in names))
     run = functools.partial(
         _run,
-        axes=Axes(expert=names, tokens=names, sizes=tuple((name, ep) for name in names)),
-        num_experts=num_local * ep,
-        activation=activation,
-        activation_limit=activation_limit,
-        quantization=quantization,
+        math=ExpertMath(activation, activation_limit, quantization, hidden_states.dtype, backend),
         k_major=layout == "out_in",
-        backend=backend,
+        way=Way(Placement(num_local * ep, ep), axes, wire, backend),
     )
     params = {"w1": w1, "w2": w2, "b1": b1, "b2": b2}
     operands = hidden_states, topk_weights.astype(jnp.float32), in_int32(topk_ids, num_local * ep), params
     if quantization is None:
         return run(*operands)
-    return unless_differentiated(functools.partial(run, stays_in_8_bits=True), run, *operands)
+    in_8_bits = functools.partial(run, math=dataclasses.replace(run.keywords["math"], stays_in_8_bits=True))
+    return unless_differentiated(in_8_bits, run, *operands)
 
 
 def _run(
@@ -93,64 +95,20 @@ def _run(
     topk_ids: jax.Array,
     params: dict[str, Any],
     *,
-    axes: Axes,
-    num_experts: int,
-    quantization: Quantization | None,
-    backend: str,
-    stays_in_8_bits: bool = False,
-    **settings: Any,
-) -> jax.Array:
-    """`stays_in_8_bits` rounds x before it is copied, and what lies between the kernels in the first; no gradients."""
-    rows: Operand = x
-    wire = None
-    if quantization is not None and block_shape(quantization.lhs_scaling)[0] == 1:
-        if axes.ep > 1:
-            wire = Wire(quantization.dtype, quantization.lhs_scaling)
-        elif stays_in_8_bits:
-            rows = quantize(x, quantization.dtype, scaling=quantization.lhs_scaling)
-    experts = functools.partial(
-        _experts,
-        out_dtype=x.dtype,
-        quantization=quantization,
-        backend=backend,
-        stays_in_8_bits=stays_in_8_bits,
-        **settings,
-    )
-    return expert_parallel(
-        rows,
-        topk_weights,
-        topk_ids,
-        experts,
-        params,
-        num_experts=num_experts,
-        transport=Transport(axes, wire, backend),
-        preferred_element_type=x.dtype,
-    )
-
-
-def _experts(
-    params: dict[str, Any],
-    rows: Operand,
-    group_sizes: jax.Array,
-    *,
-    out_dtype: jnp.dtype,
-    activation: Activation,
-    activation_limit: float | None,
-    quantization: Quantization | None,
+    math: ExpertMath,
     k_major: bool,
-    backend: str,
-    stays_in_8_bits: bool,
+    way: Way,
 ) -> jax.Array:
-    w1, w2 = params["w1"], params["w2"]
-    common: dict[str, Any] = {"transpose_rhs": k_major, "quantization": quantization, "backend": backend}
-    gate_up = {"bias": params["b1"], "activation": activation, "activation_limit": activation_limit, **common}
-    h: Operand
-    if stays_in_8_bits and quantization is not None and result_can_stay(quantization, w2.shape[2 if k_major else 1]):
-        h = grouped_gate_up_in_8_bits(rows, w1, group_sizes, dtype=quantization.dtype, **gate_up)
-    else:
-        h_dtype = out_dtype if quantization is None else jnp.dtype(jnp.float32)
-        h = grouped_gate_up(rows, w1, group_sizes, preferred_element_type=h_dtype, **gate_up)
-    return grouped_matmul(h, w2, group_sizes, bias=params["b2"], preferred_element_type=out_dtype, **common)
+    """Where the experts' rows stay in 8 bits, x is rounded before it is copied to them."""
+    rows: Operand = x
+    if math.stays_in_8_bits and way.axes.ep == 1 and way.wire is not None:
+        rows = way.wire.load(x)
+
+    def experts(params: dict[str, Any], rows: Operand, group_sizes: jax.Array) -> jax.Array:
+        w1, w2 = params["w1"], params["w2"]
+        return math(rows, group_sizes, w1, w2, k_major=(k_major, k_major), biases=(params["b1"], params["b2"]))
+
+    return exchange(rows, topk_weights, topk_ids, experts, params, way, preferred_element_type=x.dtype)
 
 
 def _gate_first(

@@ -15,13 +15,13 @@ from moejax.router_logits import router_logits
 from moejax.routers.base import Given
 from pallas_kernels.quantize import Operand, QTensor, block_shape, quantize
 from pallas_kernels.tracing.unless_differentiated import unless_differentiated
-from sharding.capacity import count_dropped, limit_to_capacity
-from sharding.expert_parallel import Transport, expert_parallel
-from sharding.gather import gather
+from sharding.collectives import gather
+from sharding.exchange import Way, Wire, exchange
+from sharding.exchange.capacity import count_dropped, limit_to_capacity
 from sharding.partition import Axes
+from sharding.placement import Placement
 from sharding.tensor_parallel import gather_tokens, sum_tokens
 from sharding.tokens import Tokens
-from sharding.wire import Wire
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Settings:
 
     Attributes:
       config: the layer.
-      max_choices: see `Transport.max_choices`.
+      max_choices: see `Way.max_choices`.
       whole_scales: the 8-bit parameters that have one scale for all of H.
     """
 
@@ -156,6 +156,19 @@ def gathered(params: MoEParams, settings: Settings, axes: Axes) -> MoEParams:
     return MoEParams(router=router, **own)
 
 
+def way_of(config: MoEConfig, axes: Axes, *, max_choices: int | None = None, max_rows: int | None = None) -> Way:
+    """How the rows of a layer travel over `axes`; see `Way` for the rest."""
+    return Way(
+        Placement(config.num_experts, axes.ep),
+        axes,
+        Wire(config.quantization.dtype, config.wire_scaling) if config.precision == "w8a8" else None,
+        config.backend,
+        config.transport,
+        max_choices,
+        max_rows,
+    )
+
+
 class LayerExperts:
     """The experts of a layer on this chip; see `moejax.routers.base.Experts`."""
 
@@ -187,11 +200,10 @@ class LayerExperts:
                 topk_ids, config.num_experts, config.capacity_factor, tokens, config.capacity_of
             )
             dropped = tokens.sum(count_dropped(topk_ids, kept, config.num_experts))
-        wire = Wire(config.quantization.dtype, config.wire_scaling) if config.precision == "w8a8" else None
-        transport = Transport(self.axes, wire, config.backend, max_choices, max_rows)
+        way = way_of(config, self.axes, max_choices=max_choices, max_rows=max_rows)
         params = self.params if with_shared else {name: self.params[name] for name in EXPERT_FIELDS}
         operands = x, topk_weights, kept, params
-        train = functools.partial(_apply_experts, config=config, transport=transport)
+        train = functools.partial(_apply_experts, config=config, way=way)
         if config.precision == "w8a8":
             y = unless_differentiated(functools.partial(train, stays_in_8_bits=True), train, *operands)
         else:
@@ -210,7 +222,7 @@ def _apply_experts(
     params: dict[str, Any],
     *,
     config: MoEConfig,
-    transport: Transport,
+    way: Way,
     stays_in_8_bits: bool = False,
 ) -> jax.Array:
     """What the experts make of x [T, H], the shared one too if `params` have it.
@@ -226,24 +238,23 @@ def _apply_experts(
         topk_weights = jnp.ones_like(topk_weights)
     rows: Operand = inputs
     q = config.quantization
-    if stays_in_8_bits and transport.axes.ep == 1 and block_shape(q.lhs_scaling)[0] == 1:
+    if stays_in_8_bits and way.axes.ep == 1 and block_shape(q.lhs_scaling)[0] == 1:
         rows = quantize(inputs, q.dtype, scaling=q.lhs_scaling)
 
     def experts(params: dict[str, Any], rows: Operand, group_sizes: jax.Array) -> jax.Array:
         return expert_mlp(rows, group_sizes, config=config, stays_in_8_bits=stays_in_8_bits, **params)
 
     has_shared = params.get("shared_gate_up") is not None
-    y = expert_parallel(
+    y = exchange(
         rows,
         topk_weights,
         topk_ids,
         experts,
         {name: params[name] for name in EXPERT_FIELDS},
-        num_experts=config.num_experts,
-        transport=transport,
+        way,
         preferred_element_type=jnp.float32 if has_shared else x.dtype,
     )
-    shared = _shared_expert(x, params, config, transport.axes, stays_in_8_bits=stays_in_8_bits)
+    shared = _shared_expert(x, params, config, way.axes, stays_in_8_bits=stays_in_8_bits)
     return y if shared is None else y + shared
 
 

@@ -28,10 +28,11 @@ from moejax.param import Param
 from moejax.routers.base import load_of
 from moejax.routers.top_k import TopKRouter, route
 from pallas_kernels.grouped_matmul import grouped_matmul
-from sharding.expert_parallel import Transport, expert_parallel
+from sharding.exchange import Way, exchange
 from sharding.mesh import mesh_here
 from sharding.partition import Axes
 from sharding.per_chip import Body, per_chip
+from sharding.placement import Placement
 from sharding.tokens import Tokens
 
 _KERNEL = nnx.initializers.lecun_normal()
@@ -223,16 +224,8 @@ def _adapters_on_chip(
         h = activation(grouped_matmul(rows, down, group_sizes, backend=config.backend))
         return grouped_matmul(h, up, group_sizes, backend=config.backend)
 
-    y = expert_parallel(
-        rows,
-        routing.topk_weights,
-        ids,
-        adapt,
-        params,
-        num_experts=config.num_experts,
-        transport=Transport(backend=config.backend),
-        preferred_element_type=rows.dtype,
-    )
+    way = Way(Placement(config.num_experts), backend=config.backend)
+    y = exchange(rows, routing.topk_weights, ids, adapt, params, way, preferred_element_type=rows.dtype)
     dropped = jnp.zeros(config.num_experts, jnp.int32)
     load = load_of(ids, dropped, config.num_experts, tokens)
     return tokens.keep(y).astype(x.dtype), (router.losses(routing, tokens), load)

@@ -19,7 +19,7 @@ from moejax.routers.base import Router
 from moejax.routers.top_k import Scoring, TopKRouter
 from pallas_kernels.activations import Activation
 from pallas_kernels.quantize import Quantization, Scaling
-from sharding.capacity import Scope
+from sharding.exchange.capacity import Scope
 
 _DEEPSEEK_V3 = MoEConfig(
     hidden_size=7168,

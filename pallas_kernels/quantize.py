@@ -232,3 +232,8 @@ def check_qtensor(name: str, q: QTensor) -> None:
 def _interleave(shape: tuple[int, ...], scales: tuple[int, ...]) -> tuple[int, ...]:
     """(number of blocks, length of a block) for each dimension, in one flat shape."""
     return tuple(size for n, length in zip(scales, shape, strict=True) for size in (n, length // n if n else 1))
+
+
+def takes_gradient(leaf: jax.Array) -> bool:
+    """Whether `leaf` is trained: floating point of 16 bits or more, as 8-bit values are constants."""
+    return jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.dtype.itemsize >= 2

@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from pallas_kernels.quantize import takes_gradient
 from pallas_kernels.tracing.target import target_chip
 from pallas_kernels.tracing.varying import varying_axes
 from sharding.mesh import AnyMesh, free_axes, has_explicit_axes, place, spec_in
 from sharding.partition import ONE_CHIP, Axes, one_or_all
-from sharding.rounds import takes_gradient
 from sharding.tokens import Tokens
 
 

@@ -23,8 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.quantize import Operand, QTensor
-from sharding.gather import gather
-from sharding.wire import as_bytes
+from sharding.collectives import as_bytes, gather
 
 AxisNames = tuple[str, ...]
 

@@ -95,3 +95,14 @@ def _no_programs_left():
 def rng(request) -> np.random.Generator:
     """Random numbers of this run's seed and this test."""
     return np.random.default_rng([int(os.environ[SEED]), zlib.crc32(request.node.nodeid.encode())])
+
+
+@pytest.fixture(scope="module")
+def gathered_transport():
+    """The tests' own transport is one of those there are."""
+    from sharding.exchange.pick import TRANSPORTS
+    from tests.sharding.exchange import gathered
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(TRANSPORTS, "gathered", gathered)
+        yield

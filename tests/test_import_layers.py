@@ -6,9 +6,12 @@ from collections.abc import Sequence
 
 import pytest
 
+from sharding.exchange.pick import TRANSPORTS as PICKED
+
 ROOT = pathlib.Path(__file__).parent.parent
 LAYERS = ["pallas_kernels", "sharding", "moejax", "bench"]
 OPERATORS = sorted({p.parent.name for p in ROOT.glob("pallas_kernels/*/reference.py")} - {"plan"})
+TRANSPORTS = ("one_chip", "dense")
 FAMILIES = {"gpu": ("gpu", "on_gpu"), "tpu": ("tpu", "on_tpu")}
 MODULES = sorted(p.relative_to(ROOT) for layer in LAYERS for p in (ROOT / layer).rglob("*.py"))
 
@@ -40,7 +43,9 @@ def violations(source: str, path: pathlib.PurePath) -> list[str]:
         to_another_operator = operator is not None and operator != path.parts[1]
         families = family_of(path.with_suffix("").parts), family_of(parts)
         to_another_family = is_kernel and None not in families and families[0] != families[1]
-        if goes_up or to_another_operator or to_another_family:
+        transports = transport_of(path.with_suffix("").parts), transport_of(parts)
+        to_another_transport = None not in transports and transports[0] != transports[1]
+        if goes_up or to_another_operator or to_another_family or to_another_transport:
             wrong.append(f"{path} imports {name}")
     return wrong
 
@@ -50,6 +55,11 @@ def family_of(parts: Sequence[str]) -> str | None:
     return next((family for family, names in FAMILIES.items() if set(names) & set(parts)), None)
 
 
+def transport_of(parts: Sequence[str]) -> str | None:
+    """The transport of the exchange that a module is, or holds."""
+    return parts[2] if tuple(parts[:2]) == ("sharding", "exchange") and parts[2] in TRANSPORTS else None
+
+
 @pytest.mark.parametrize("path", MODULES, ids=str)
 def test_imports_go_down(path):
     assert violations((ROOT / path).read_text(), path) == []
@@ -57,6 +67,7 @@ def test_imports_go_down(path):
 
 def test_every_layer_and_operator_is_looked_at():
     assert {path.parts[0] for path in MODULES} == set(LAYERS)
+    assert set(TRANSPORTS) == {"one_chip", *PICKED}
     assert set(OPERATORS) == {"combine", "dispatch", "grouped_matmul", "top_k"}
 
 
@@ -72,6 +83,8 @@ def test_every_layer_and_operator_is_looked_at():
         ("pallas_kernels/dispatch/tpu.py", "from pallas_kernels import grouped_matmul"),
         ("pallas_kernels/dispatch/tpu.py", "from pallas_kernels.on_gpu.strips import Strip"),
         ("pallas_kernels/grouped_matmul/gpu/hopper/drhs.py", "from pallas_kernels.grouped_matmul.tpu import tiling"),
+        ("sharding/exchange/dense.py", "from sharding.exchange import one_chip"),
+        ("sharding/exchange/one_chip.py", "from sharding.exchange.dense import send"),
         ("sharding/mesh.py", "from moejax import MoE"),
         ("moejax/layer.py", "try:\n    import bench.timing as t\nexcept ImportError:\n    pass"),
         ("bench/decode.py", "from tests import helpers"),
@@ -89,6 +102,8 @@ def test_finds_imports_that_go_up_or_sideways(path, source):
         ("pallas_kernels/dispatch/tpu.py", "import jax\nfrom pallas_kernels import chips"),
         ("pallas_kernels/dispatch/tpu.py", "from pallas_kernels.on_tpu.row_copies import Copy"),
         ("sharding/mesh.py", "from pallas_kernels.combine import combine"),
+        ("sharding/exchange/dense.py", "from sharding.exchange.plan import slab_size"),
+        ("sharding/exchange/pick.py", "from sharding.exchange import dense, one_chip"),
         ("bench/decode.py", "import moejax, sharding.mesh"),
     ],
 )

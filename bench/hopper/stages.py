@@ -25,14 +25,14 @@ from bench.timing import is_nvidia, kernel_times
 from moejax import MoEConfig, MoEParams, param_specs
 from moejax.experts import down_projection, gate_up_projection, shared_mlp
 from moejax.functional import axes_on
+from moejax.on_chip import way_of
 from moejax.routers import Given
 from pallas_kernels.backend import Unsupported
 from pallas_kernels.combine import combine
-from sharding.exchange_dense import Route, announce, return_rows, send_rows
-from sharding.exchange_plan import local_experts, plan_departure, plan_destinations
+from sharding.exchange.dense import give_back, plan_round, send
+from sharding.exchange.plan import sort_by_rank
 from sharding.mesh import EXPERT_AXIS
 from sharding.tokens import Tokens
-from sharding.wire import Wire
 
 _REPEATS = 3
 
@@ -65,10 +65,9 @@ def time_stages(
       Times of "gate", "shared" (when there is a shared expert), "dispatch", "routed_gate_up", "routed_down", "combine".
     """
     ep = mesh.shape[EXPERT_AXIS]
-    num_local = local_experts(config.num_experts, ep)
-    wire = Wire(config.quantization.dtype, config.wire_scaling) if config.precision == "w8a8" else None
-    way = Route((EXPERT_AXIS,), wire=wire, backend=config.backend)
-    clock = _Clock(mesh, params, param_specs(params, config, axes_on(mesh, None, config)), say)
+    axes = axes_on(mesh, None, config)
+    way = way_of(config, axes)
+    clock = _Clock(mesh, params, param_specs(params, config, axes), say)
 
     def gate(x, p):
         routing = config.router.route(x, p.router, config, Tokens.on_one_chip(x.shape[0]), Given()).routing
@@ -78,32 +77,30 @@ def time_stages(
     topk_ids, topk_weights = clock("gate", gate, x)
     if params.shared_gate_up is not None:
         clock("shared", lambda x, p: shared_mlp(x, p.shared_gate_up, p.shared_down, config), x)
-    fullest = jax.jit(lambda ids: jax.vmap(lambda ids: plan_destinations(ids, num_local, ep)[1].group_sizes.max())(ids))
-    slab = max(1, int(fullest(topk_ids).max()))
+    sizes = jax.jit(jax.vmap(lambda ids: sort_by_rank(ids, way.placement).by_rank.group_sizes))
+    slab = max(1, int(sizes(topk_ids).max()))
 
     def dispatch(x, topk_ids, _):
-        destinations, by_rank = plan_destinations(topk_ids, num_local, ep)
-        departure, for_experts = plan_departure(topk_ids, destinations, by_rank, num_local, slab, 0)
-        exchange = announce(departure, for_experts, num_local, way.axis)
-        return exchange, send_rows(x, exchange, way)
+        plan = plan_round(sort_by_rank(topk_ids, way.placement), slab, 0, way)
+        return plan, send(x, plan, way)
 
-    exchange, rows = clock("dispatch", dispatch, x, topk_ids)
+    plan, rows = clock("dispatch", dispatch, x, topk_ids)
 
-    def gate_up(rows, exchange, p):
-        return gate_up_projection(rows, exchange.arrival.group_sizes, p.gate_up, config, bias=p.gate_up_bias)
+    def gate_up(rows, plan, p):
+        return gate_up_projection(rows, plan.group_sizes, p.gate_up, config, bias=p.gate_up_bias)
 
-    def down(h, exchange, p):
-        return down_projection(h, exchange.arrival.group_sizes, p.down, config, bias=p.down_bias)
+    def down(h, plan, p):
+        return down_projection(h, plan.group_sizes, p.down, config, bias=p.down_bias)
 
-    def back(rows, exchange, topk_weights, _):
-        slots = return_rows(rows, exchange, way)
-        return combine(slots, exchange.departure, topk_weights, backend=config.backend)
+    def back(rows, plan, topk_weights, _):
+        slots = give_back(rows, plan, way)
+        return combine(slots, plan.departure, topk_weights, backend=config.backend)
 
-    h = clock("routed_gate_up", gate_up, rows, exchange)
-    clock.overlap("routed_gate_up", gate_up_kernel, config, rows, exchange)
-    rows = clock("routed_down", down, h, exchange)
-    clock.overlap("routed_down", down_kernel, config, h, exchange)
-    clock("combine", back, rows, exchange, topk_weights)
+    h = clock("routed_gate_up", gate_up, rows, plan)
+    clock.overlap("routed_gate_up", gate_up_kernel, config, rows, plan)
+    rows = clock("routed_down", down, h, plan)
+    clock.overlap("routed_down", down_kernel, config, h, plan)
+    clock("combine", back, rows, plan, topk_weights)
     return clock.times
 
 
@@ -138,7 +135,7 @@ class _Clock:
         self.times.seconds[name] = statistics.median(times)
         return result
 
-    def overlap(self, name: str, kernel: Callable[..., Any], config: MoEConfig, rows: Any, exchange: Any) -> None:
+    def overlap(self, name: str, kernel: Callable[..., Any], config: MoEConfig, rows: Any, plan: Any) -> None:
         """Measures one of `bench.hopper.stage_kernels` on NVIDIA GPUs: whole, its arithmetic, its copies."""
         if not self.has_kernel_times:
             return
@@ -146,11 +143,11 @@ class _Clock:
         def ready(rows, _):
             return lhs_of_kernel(rows, config)
 
-        def product(lhs, exchange, params, stage):
-            return kernel(lhs, exchange.arrival.group_sizes, params, config, stage)
+        def product(lhs, plan, params, stage):
+            return kernel(lhs, plan.group_sizes, params, config, stage)
 
         lhs = self._program(ready, (rows,))(self.params, rows)
-        args = (lhs, exchange)
+        args = (lhs, plan)
         try:
             programs = [self._program(functools.partial(product, stage=stage), args) for stage in STAGES]
             self.times.overlaps[name] = OverlapTimes(*(self._kernel_us(program, args) for program in programs))

@@ -11,7 +11,7 @@ from bench.hopper.gpu_cases import CASES
 from bench.hopper.products import Product, ProductDtype
 from bench.workloads import GemmShape
 from moejax import MoEConfig, get_preset
-from sharding.exchange_plan import slab_size
+from sharding.exchange.plan import slab_size
 
 MODELS = ("deepseek-v3", "mixtral-8x7b", "qwen3-30b-a3b", "gpt-oss-120b")
 EXPERT_GROUPS = (1, 8)

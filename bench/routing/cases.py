@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from bench.routing.layouts import LAYOUTS, Sizes, get_layout
 from bench.routing.loads import KINDS, Kind
 from pallas_kernels.backend import check_backend
-from sharding.capacity import expert_capacity
+from sharding.exchange.capacity import expert_capacity
 
 Bench = Literal["topk", "permute", "layer"]
 BENCHES: Sequence[Bench] = ("topk", "permute", "layer")

@@ -17,8 +17,8 @@ from moejax.functional import axes_on
 from moejax.param import Param
 from moejax.params import map_table
 from pallas_kernels.quantize import QDtype
-from sharding.exchange_plan import local_experts
 from sharding.mesh import make_mesh
+from sharding.placement import Placement
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +65,7 @@ class LayerJob:
         """
         config = get_preset(self.model, precision=self.precision, backend=self.backend)
         config = dataclasses.replace(config, quantization=dataclasses.replace(config.quantization, dtype=self.weights))
-        local_experts(config.num_experts, self.ep)
+        Placement(config.num_experts, self.ep)  # raises where they do not fit
         devices = self.slice.num_devices
         if devices % self.ep:
             fitting = [n for n in range(1, devices + 1) if devices % n == 0 and config.num_experts % n == 0]

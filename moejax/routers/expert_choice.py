@@ -20,7 +20,7 @@ from moejax.losses import router_losses
 from moejax.param import Param
 from moejax.router import Routing, lowest, poison
 from moejax.routers.base import Decision, Given, Params, Router, gate_logits, gate_table
-from sharding.capacity import expert_capacity
+from sharding.exchange.capacity import expert_capacity
 from sharding.tokens import Tokens
 
 if TYPE_CHECKING:

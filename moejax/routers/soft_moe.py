@@ -24,7 +24,7 @@ from moejax.losses import LoadStats
 from moejax.param import Param
 from moejax.router import lowest
 from moejax.routers.base import Experts, Given, Outcome, Params, Router
-from sharding.capacity import expert_capacity
+from sharding.exchange.capacity import expert_capacity
 from sharding.tokens import Tokens
 
 if TYPE_CHECKING:

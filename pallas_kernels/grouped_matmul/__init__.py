@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.activations import Activation
 from pallas_kernels.grouped_matmul.checks import check_gate_up, check_operands
-from pallas_kernels.grouped_matmul.gradients import activated, factors, multiplied
+from pallas_kernels.grouped_matmul.gradients import GATE_UP_NAME, activated, factors, multiplied
 from pallas_kernels.grouped_matmul.group_sizes import as_group_sizes
 from pallas_kernels.quantize import Operand, QDtype, QTensor, Quantization, Scaling, check_qdtype, scale_shape
 
@@ -180,4 +180,11 @@ def _result_dtype(lhs: Operand, preferred: jax.typing.DTypeLike | None) -> jnp.d
     return jnp.dtype(jnp.bfloat16) if isinstance(lhs, QTensor) else lhs.dtype
 
 
-__all__ = ["Operand", "grouped_gate_up", "grouped_gate_up_in_8_bits", "grouped_matmul", "result_can_stay"]
+__all__ = [
+    "GATE_UP_NAME",
+    "Operand",
+    "grouped_gate_up",
+    "grouped_gate_up_in_8_bits",
+    "grouped_matmul",
+    "result_can_stay",
+]

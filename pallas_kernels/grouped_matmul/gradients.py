@@ -14,11 +14,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.activations import Activation, gated_halves
 from pallas_kernels.grouped_matmul.group_sizes import bounds
 from pallas_kernels.primitive import Operands, Operator, is_asked_for, is_zero, zero_tangent
 from pallas_kernels.quantize import Operand, QTensor, Quantization, block_shape, quantize
+
+GATE_UP_NAME = "moe_gate_up"
+"""What `jax.checkpoint` knows the product of gate and up as, before the activation, where a gradient is asked for."""
 
 
 def _tangent_of(name: str, operands: Operands, tangents: Operands) -> Any:
@@ -148,7 +152,7 @@ def _activate_jvp(backend: str, operands: Operands, tangents: Operands) -> tuple
     if dh is None:
         result = activated(backend, **operands)
         return result, zero_tangent(result)
-    h = multiplied(backend, **product(operands))
+    h = checkpoint_name(multiplied(backend, **product(operands)), GATE_UP_NAME)
     activate = functools.partial(
         _activation,
         activation=operands["activation"],

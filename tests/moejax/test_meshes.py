@@ -1,5 +1,6 @@
 """Meshes with FSDP and tensor axes against the dense oracle, and that no chip repeats another's work."""
 
+import dataclasses
 import functools
 import math
 
@@ -82,6 +83,28 @@ def test_gradients_equal_the_dense_oracles_and_lie_as_the_parameters(name, dtype
         assert relative_error(a, b) < LIMITS[dtype]
     for part, whole in zip(jax.tree.leaves(got[1]), jax.tree.leaves(params), strict=True):
         assert part.sharding.is_equivalent_to(whole.sharding, whole.ndim)
+
+
+@pytest.mark.usefixtures("gathered_transport")
+def test_a_layer_over_another_transport():
+    """Values and gradients, with padding, a capacity, and weights and width that are split."""
+    config, params, x, direction, _ = problem("float32")
+    config = dataclasses.replace(config, capacity_factor=1.0)
+    mesh, partition = mesh_of("fsdp, expert and tensor")
+    mask = jnp.arange(x.shape[1]) < jnp.array([[16], [9], [0], [12]])
+
+    def results(transport, mesh):
+        def loss(x, params):
+            own = dataclasses.replace(config, transport=transport)
+            y, aux = moe(x, params, own, mesh=mesh, partition=partition, mask=mask)
+            return (y * direction).sum(), (y, aux.load)
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(x, params)
+
+    got, expected = results("gathered", mesh), results("auto", None)
+    assert expected[1][1].dropped.sum() > 0
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        assert relative_error(a, b) < LIMITS["float32"]
 
 
 @pytest.mark.parametrize("name", MESHES)

@@ -9,10 +9,10 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 from pallas_kernels.quantize import dequantize, quantize
-from sharding.expert_parallel import Transport, expert_parallel
+from sharding.exchange import Way, Wire, exchange
 from sharding.partition import Axes, Partition
+from sharding.placement import Placement
 from sharding.tensor_parallel import gather_columns, gather_tokens, sum_columns, sum_tokens, to_columns, to_tokens
-from sharding.wire import Wire
 from tests.helpers import LIMIT, normal, relative_error
 
 TP, TOKENS, HIDDEN = 4, 3, 8
@@ -105,16 +105,16 @@ def scale_by_part(parts, rows, group_sizes):
 
 
 @functools.cache
-def tensor_parallel(sizes: tuple[int, int, int], partition: Partition, wire: Wire | None):
+def tensor_parallel(sizes: tuple[int, int, int], partition: Partition, wire: Wire | None, transport: str = "auto"):
     """(x, weights, ids, parts [E, 4]) -> Σ_k weights · Σ parts[expert] · x over (data, expert, tensor) chips."""
     names = ("data", "expert", "tensor")
     mesh = jax.make_mesh(sizes, names, (AxisType.Auto,) * 3, devices=jax.devices()[: np.prod(sizes)])
     axes: Axes = partition.on(mesh)
-    transport = Transport(axes, wire)
+    way = Way(Placement(NUM_EXPERTS, axes.ep), axes, wire, transport=transport)
     by_token, of_parts = PartitionSpec(axes.tokens), axes.spec(("expert", "mlp"))
 
     def on_chip(x, weights, ids, parts):
-        return expert_parallel(x, weights, ids, scale_by_part, parts, num_experts=NUM_EXPERTS, transport=transport)
+        return exchange(x, weights, ids, scale_by_part, parts, way)
 
     specs = (by_token, by_token, by_token, of_parts)
     return jax.jit(jax.shard_map(on_chip, mesh=mesh, in_specs=specs, out_specs=by_token, check_vma=False))
@@ -151,6 +151,12 @@ def plain_sum(x, weights, ids, parts):
 def test_experts_of_which_each_chip_has_a_part(one_sided, sizes, partition, rng):
     args = problem(rng, one_sided=one_sided)
     np.testing.assert_array_equal(tensor_parallel(sizes, partition, None)(*args), plain_sum(*args))
+
+
+@pytest.mark.usefixtures("gathered_transport")
+def test_another_transport_carries_parts_too(rng):
+    args = problem(rng, one_sided=True)
+    np.testing.assert_array_equal(tensor_parallel((2, 2, 2), Partition(), None, "gathered")(*args), plain_sum(*args))
 
 
 @every_mesh

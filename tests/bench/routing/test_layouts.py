@@ -11,7 +11,7 @@ from bench.routing.layouts import LAYOUTS, Sizes, block_plan, get_layout
 from moejax import MoEConfig
 from pallas_kernels.combine import combine
 from pallas_kernels.dispatch import dispatch
-from sharding.capacity import expert_capacity
+from sharding.exchange.capacity import expert_capacity
 from tests.helpers import LIMIT, normal, relative_error
 
 TOKENS, HIDDEN, WIDTH, EXPERTS, K = 40, 24, 16, 6, 2

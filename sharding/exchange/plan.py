@@ -1,8 +1,7 @@
 """Who sends which assignment where: sizes and slots, before any row moves.
 
-Rank r of the expert axis holds the experts [r·L, (r+1)·L), L = E / ep. An exchange gives each rank a slab of S slots
-for every peer. Slabs have one size, so that shapes are static, and the load has not: an exchange therefore goes in
-rounds, as many as the fullest pair of ranks needs, and nothing is dropped however uneven the load is.
+An exchange gives each rank a slab of S slots for every peer. Slabs have one size, so that shapes are static, and the
+load has not: an exchange therefore goes in rounds, as many as the fullest pair of ranks needs.
 """
 
 import dataclasses
@@ -12,6 +11,23 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.plan import Plan, make_plan, take_slots
+from sharding.placement import Placement
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SortedByRank:
+    """The choices of a chip's tokens, by where they go.
+
+    Attributes:
+      topk_ids: int32 [T, K], as the tokens chose.
+      ranks: int32 [T, K], which rank holds the expert of each; −1 for a choice that is not made.
+      by_rank: the tight plan of the assignments, grouped by rank.
+    """
+
+    topk_ids: jax.Array
+    ranks: jax.Array
+    by_rank: Plan
 
 
 @jax.tree_util.register_dataclass
@@ -27,21 +43,10 @@ class ExchangePlan:
     departure: Plan
     arrival: Plan
 
-
-def local_experts(num_experts: int, ep: int) -> int:
-    """L = E / ep.
-
-    Raises:
-      ValueError: `ep` is not positive or does not divide `num_experts`.
-    """
-    if ep < 1:
-        raise ValueError(f"ep must be at least 1, got {ep}")
-    if num_experts % ep:
-        divisors = [n for n in range(1, num_experts + 1) if num_experts % n == 0]
-        raise ValueError(
-            f"num_experts={num_experts} is not divisible by ep={ep}; choose ep among {', '.join(map(str, divisors))}"
-        )
-    return num_experts // ep
+    @property
+    def group_sizes(self) -> jax.Array:
+        """int32 [L], the rows that arrive for each local expert."""
+        return self.arrival.group_sizes
 
 
 def slab_size(
@@ -69,19 +74,14 @@ def slab_size(
     return twice_balanced, math.ceil(worst / twice_balanced)
 
 
-def plan_destinations(topk_ids: jax.Array, num_local_experts: int, ep: int) -> tuple[jax.Array, Plan]:
-    """The rank of each assignment's expert, int32 [T, K] (−1 for none), and the tight plan by rank."""
-    destinations = jnp.where(topk_ids >= 0, topk_ids // num_local_experts, -1)
-    return destinations, make_plan(destinations, ep)
+def sort_by_rank(topk_ids: jax.Array, placement: Placement) -> SortedByRank:
+    """The choices int32 [T, K] by the rank of their experts."""
+    ranks = placement.rank(topk_ids)
+    return SortedByRank(topk_ids, ranks, make_plan(ranks, placement.ep))
 
 
 def plan_departure(
-    topk_ids: jax.Array,
-    destinations: jax.Array,
-    by_rank: Plan,
-    num_local_experts: int,
-    slab: int,
-    round_index: jax.Array | int,
+    choices: SortedByRank, placement: Placement, slab: int, round_index: jax.Array | int
 ) -> tuple[Plan, jax.Array]:
     """The slots of the assignments that leave in one round, and what the peers must know of them.
 
@@ -89,11 +89,11 @@ def plan_departure(
       The plan of [T, K] assignments into [ep·S] slots, and int32 [ep·S]: the local expert that the row in each slot
       is for, −1 in an empty slot.
     """
-    departure = take_slots(by_rank, destinations, slab, begin=round_index * slab)
-    expert = topk_ids.reshape(-1)[jnp.maximum(departure.order, 0)] % num_local_experts
+    departure = take_slots(choices.by_rank, choices.ranks, slab, begin=round_index * slab)
+    expert = placement.slot(choices.topk_ids.reshape(-1)[jnp.maximum(departure.order, 0)])
     return departure, jnp.where(departure.order >= 0, expert, -1)
 
 
-def plan_arrival(experts: jax.Array, num_local_experts: int) -> Plan:
+def plan_arrival(experts: jax.Array, placement: Placement) -> Plan:
     """The rows that arrived, sorted by local expert; `experts` is int32 [ep·S] as the peers announced it."""
-    return make_plan(experts[:, None], num_local_experts)
+    return make_plan(experts[:, None], placement.num_local)

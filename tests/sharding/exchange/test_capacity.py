@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from jax.sharding import PartitionSpec
 
-from sharding.capacity import count_dropped, expert_capacity, limit_to_capacity
+from sharding.exchange.capacity import count_dropped, expert_capacity, limit_to_capacity
 from sharding.mesh import make_mesh
 from sharding.tokens import Tokens
 

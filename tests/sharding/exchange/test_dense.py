@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from pallas_kernels.quantize import dequantize, quantize
-from sharding.wire import Wire
+from sharding.exchange.wire import Wire
 from tests.helpers import normal, relative_error, same_bits
-from tests.sharding.exchanges import (
+from tests.sharding.exchange.exchanges import (
     Problem,
     gradient_of_sending,
     groups_that_arrived,

@@ -17,6 +17,7 @@ from jax import lax
 from jax.extend import core
 from jax.interpreters import ad, batching, mlir, xla
 
+from pallas_kernels.quantize import takes_gradient
 from pallas_kernels.tracing.varying import vary_over, varying_axes
 
 Round = Callable[[jax.Array, Any, Any], jax.Array]
@@ -154,8 +155,3 @@ mlir.register_lowering(_sums_p, mlir.lower_fun(_evaluate))
 ad.primitive_jvps[_sums_p] = _jvp
 ad.primitive_transposes[_sums_p] = _transpose
 batching.primitive_batchers[_sums_p] = _batch
-
-
-def takes_gradient(leaf: jax.Array) -> bool:
-    """Whether `leaf` is trained: floating point of 16 bits or more, as 8-bit values are constants."""
-    return jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.dtype.itemsize >= 2

@@ -10,18 +10,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pallas_kernels.quantize import dequantize, quantize
-from sharding.expert_parallel import Transport, expert_parallel
+from sharding.exchange import Way, Wire, exchange, one_chip, pick_transport
 from sharding.partition import Axes
-from sharding.wire import Wire
+from sharding.placement import Placement
 from tests.helpers import LIMIT, normal, relative_error, same_bits
-from tests.sharding.exchanges import Problem, apply_experts, random_ids, scale_by_expert
+from tests.sharding.exchange.exchanges import (
+    Problem,
+    apply_experts,
+    over_chips,
+    random_ids,
+    scale_by_expert,
+)
 
 EP2 = Problem(dp=1, ep=2, num_tokens=7, top_k=2, num_experts=4)
 EP8 = Problem(dp=1, ep=8, num_tokens=24, top_k=2, num_experts=8)
 DP2_EP4 = Problem(dp=2, ep=4, num_tokens=9, top_k=3, num_experts=8)
 DP2_EP8 = dataclasses.replace(EP8, dp=2)
 ONE_CHIP = Problem(dp=1, ep=1, num_tokens=24, top_k=2, num_experts=4)
-every_problem = pytest.mark.parametrize("problem", [EP2, EP8, DP2_EP4, ONE_CHIP], ids=str)
+GATHERED = dataclasses.replace(DP2_EP4, transport="gathered")
+every_problem = pytest.mark.parametrize("problem", [EP2, EP8, DP2_EP4, ONE_CHIP, GATHERED], ids=str)
+pytestmark = pytest.mark.usefixtures("gathered_transport")
 
 
 def inputs(problem: Problem, rng, **kwargs):
@@ -53,10 +61,10 @@ def test_values_equal_numpy(seed, data, problem):
     assert not dropped.any()
 
 
-@pytest.mark.parametrize("problem", [EP8, DP2_EP4, ONE_CHIP], ids=str)
+@pytest.mark.parametrize("problem", [EP8, DP2_EP4, ONE_CHIP, GATHERED], ids=str)
 @pytest.mark.parametrize("factor", [0.5, 1.0, 1.5])
 @given(seed=st.integers(0, 2**32 - 1), used=st.none() | st.lists(st.integers(0, 3), min_size=1, max_size=2))
-@pytest.mark.quick("0.5-dp2-ep4-T9", "1.5-dp1-ep8-T24", "1.0-dp1-ep1-T24")
+@pytest.mark.quick("0.5-dp2-ep4-T9*", "1.5-dp1-ep8-T24", "1.0-dp1-ep1-T24")
 def test_capacity_drops_and_counts(seed, used, factor, problem):
     """Chip by chip: an expert takes ⌈factor · T·K / E⌉ rows, first choices first; the rest adds nothing."""
     problem = dataclasses.replace(problem, capacity_factor=factor, capacity_of="chip")
@@ -111,7 +119,7 @@ def test_repeated_experts_within_a_token_are_not_lost():
 
 
 @every_problem
-@pytest.mark.quick("dp2-ep4-T9")
+@pytest.mark.quick("dp2-ep4-T9*")
 def test_gradients_equal_those_of_the_plain_sum(problem, rng):
     """For x, the weights and the experts' parameters, through as many rounds as the load takes."""
     _, _, ids, factors = inputs(problem, rng, used=[0, 1])
@@ -132,7 +140,7 @@ def test_gradients_equal_those_of_the_plain_sum(problem, rng):
         assert relative_error(gradient, reference) < LIMIT["float32"]
 
 
-@pytest.mark.parametrize("problem", [EP2, EP8], ids=str)
+@pytest.mark.parametrize("problem", [EP2, EP8, GATHERED], ids=str)
 def test_rows_that_travel_in_fp8_are_rounded_once(problem, rng):
     problem = dataclasses.replace(problem, hidden=128, wire=Wire())
     _, weights, ids, factors = inputs(problem, rng)
@@ -159,6 +167,7 @@ def test_bits_do_not_tell_how_many_rounds_there_were(used, rng):
     """Each token's choices are added in their order on every mesh, whichever travels first."""
     problems = [Problem(dp, ep, 144 // dp // ep, 5, 8) for dp, ep in ((1, 1), (1, 2), (1, 8), (2, 4))]
     assert [problem.slab_and_rounds[1] for problem in problems[1:]] == [1, 4, 1]
+    problems.append(dataclasses.replace(problems[-1], transport="gathered"))
     _, _, ids, _ = inputs(problems[0], rng, used=used)
     x, weights, factors = normal(rng, 144, problems[0].hidden), normal(rng, *ids.shape), normal(rng, 8)
     sums = [np.asarray(apply_experts(problem)(x, weights, ids, factors)[0]) for problem in problems]
@@ -175,33 +184,53 @@ def test_two_runs_give_the_same_bits(problem, rng):
 
 def test_without_a_mesh(rng):
     x, weights, ids, factors = inputs(ONE_CHIP, rng)
-    y = run_alone(x, weights, ids, factors, Transport())
+    y = run_alone(x, weights, ids, factors, Way(Placement(4)))
     np.testing.assert_array_equal(y, expected_sum(x, weights, ids, factors))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_the_sum_comes_in_the_dtype_that_is_asked_for(dtype, rng):
     args = map(jnp.asarray, inputs(EP2, rng))
-    plain = {"num_experts": 4, "transport": Transport(), "preferred_element_type": dtype}
     x, weights, ids, factors = args
-    assert expert_parallel(x, weights, ids, scale_by_expert, factors, **plain).dtype == jnp.dtype(dtype)
+    way = Way(Placement(4))
+    y = exchange(x, weights, ids, scale_by_expert, factors, way, preferred_element_type=dtype)
+    assert y.dtype == jnp.dtype(dtype)
 
 
 def test_rows_in_8_bits_do_not_travel_as_they_are(rng):
     x, weights, ids, factors = map(jnp.asarray, inputs(ONE_CHIP, rng))
-    with pytest.raises(ValueError, match=r"x must be an array when experts are split.*transport\.wire"):
+    with pytest.raises(ValueError, match=r"x must be an array when experts are split.*way\.wire"):
         run_alone(quantize(x, scaling="per_row"), weights, ids, factors, over(2))
 
 
-def test_ep_that_does_not_divide_the_experts(rng):
-    with pytest.raises(ValueError, match="num_experts=4 is not divisible by ep=3; choose ep among 1, 2, 4"):
-        run_alone(*inputs(ONE_CHIP, rng), over(3))
+def test_a_transport_that_is_not_there():
+    with pytest.raises(ValueError, match=r"transport must be one of 'auto', 'dense'.*, got 'post'"):
+        pick_transport(dataclasses.replace(over(2), transport="post"))
 
 
-def over(ep: int) -> Transport:
-    return Transport(Axes(expert=("expert",), tokens=("expert",), sizes=(("expert", ep),)))
+def test_where_experts_are_not_split_nothing_travels_whatever_is_named():
+    assert pick_transport(Way(Placement(4), transport="dense")) is one_chip
 
 
-def run_alone(x, weights, ids, factors, transport):
+def test_a_transport_says_how_many_rows_it_holds(rng):
+    for problem in (EP2, EP8, DP2_EP4, ONE_CHIP, GATHERED):
+        seen = []
+
+        def experts(factors, rows, group_sizes, seen=seen):
+            seen.append(rows.shape[0])
+            return scale_by_expert(factors, rows, group_sizes)
+
+        def on_chip(*args, problem=problem, experts=experts):
+            return exchange(*args[:3], experts, args[3], problem.way)
+
+        jax.eval_shape(over_chips(problem, on_chip, num_by_expert=1), *inputs(problem, rng))
+        assert set(seen) == {pick_transport(problem.way).rows_held(problem.num_tokens, problem.top_k, problem.way)}
+
+
+def over(ep: int) -> Way:
+    return Way(Placement(4, ep), Axes(expert=("expert",), tokens=("expert",), sizes=(("expert", ep),)))
+
+
+def run_alone(x, weights, ids, factors, way):
     x, weights, ids, factors = jax.tree.map(jnp.asarray, (x, weights, ids, factors))
-    return expert_parallel(x, weights, ids, scale_by_expert, factors, num_experts=4, transport=transport)
+    return exchange(x, weights, ids, scale_by_expert, factors, way)

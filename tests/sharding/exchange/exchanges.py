@@ -9,14 +9,14 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from pallas_kernels.combine import combine
-from sharding.capacity import Scope, count_dropped, limit_to_capacity
-from sharding.exchange_dense import Route, announce, return_rows, send_rows
-from sharding.exchange_plan import plan_departure, plan_destinations, slab_size
-from sharding.expert_parallel import Transport, expert_parallel
+from sharding.exchange import Way, Wire, exchange
+from sharding.exchange.capacity import Scope, count_dropped, limit_to_capacity
+from sharding.exchange.dense import give_back, plan_round, send, slab_and_rounds
+from sharding.exchange.plan import ExchangePlan, sort_by_rank
 from sharding.mesh import make_mesh
-from sharding.partition import Axes, Partition
+from sharding.partition import Partition
+from sharding.placement import Placement
 from sharding.tokens import Tokens
-from sharding.wire import Wire
 
 TOKEN_AXES = ("data", "expert")
 BY_TOKEN = PartitionSpec(TOKEN_AXES)
@@ -35,9 +35,11 @@ class Problem:
     capacity_factor: float | None = None
     capacity_of: Scope = "batch"
     wire: Wire | None = None
+    transport: str = "auto"
 
     def __str__(self):
-        return f"dp{self.dp}-ep{self.ep}-T{self.num_tokens}"
+        name = f"dp{self.dp}-ep{self.ep}-T{self.num_tokens}"
+        return name if self.transport == "auto" else f"{name}-{self.transport}"
 
     @property
     def num_local(self) -> int:
@@ -45,19 +47,16 @@ class Problem:
 
     @property
     def slab_and_rounds(self) -> tuple[int, int]:
-        return slab_size(self.num_tokens, self.top_k, self.num_local, self.ep, None)
+        return slab_and_rounds(self.num_tokens, self.top_k, self.way)
 
     @property
     def all_tokens(self) -> int:
         return self.dp * self.ep * self.num_tokens
 
     @property
-    def axes(self) -> Axes:
-        return Partition().on(make_mesh(self.ep, self.dp))
-
-    @property
-    def route(self) -> Route:
-        return Route(("expert",), wire=self.wire)
+    def way(self) -> Way:
+        axes = Partition().on(make_mesh(self.ep, self.dp))
+        return Way(Placement(self.num_experts, self.ep), axes, self.wire, transport=self.transport)
 
     def tokens_here(self) -> Tokens:
         """Of the chip that asks."""
@@ -81,12 +80,10 @@ def over_chips(problem: Problem, function, num_by_expert: int = 0):
     return jax.jit(run)
 
 
-def plan_round(problem: Problem, ids, index: int):
+def plan_of_round(problem: Problem, ids, index: int) -> ExchangePlan:
     """On a chip: what leaves and arrives in one round."""
-    destinations, by_rank = plan_destinations(ids, problem.num_local, problem.ep)
-    slab, _ = problem.slab_and_rounds
-    departure, experts = plan_departure(ids, destinations, by_rank, problem.num_local, slab, index)
-    return announce(departure, experts, problem.num_local, problem.route.axis)
+    way = problem.way
+    return plan_round(sort_by_rank(ids, way.placement), problem.slab_and_rounds[0], index, way)
 
 
 @functools.cache
@@ -96,11 +93,11 @@ def send_and_return(problem: Problem):
     def on_chip(x, ids):
         arrived, sizes, back = [], [], 0
         for index in range(problem.slab_and_rounds[1]):
-            plan = plan_round(problem, ids, index)
-            rows = send_rows(x, plan, problem.route)
+            plan = plan_of_round(problem, ids, index)
+            rows = send(x, plan, problem.way)
             arrived.append(rows)
-            sizes.append(plan.arrival.group_sizes)
-            back += combine(return_rows(rows, plan, problem.route), plan.departure)
+            sizes.append(plan.group_sizes)
+            back += combine(give_back(rows, plan, problem.way), plan.departure)
         return jnp.stack(arrived), jnp.stack(sizes), back
 
     return over_chips(problem, on_chip)
@@ -111,8 +108,8 @@ def gradient_of_sending(problem: Problem):
     """(x, ids, direction [chips·R, H]) -> rows of the first round, and the gradient of ⟨rows, direction⟩ for x."""
 
     def on_chip(x, ids, direction):
-        plan = plan_round(problem, ids, 0)
-        rows, pullback = jax.vjp(lambda x: send_rows(x, plan, problem.route), x)
+        plan = plan_of_round(problem, ids, 0)
+        rows, pullback = jax.vjp(lambda x: send(x, plan, problem.way), x)
         return rows, pullback(direction)[0]
 
     return over_chips(problem, on_chip)
@@ -137,10 +134,8 @@ def apply_experts(problem: Problem):
             kept, most = limit_to_capacity(
                 ids, problem.num_experts, problem.capacity_factor, problem.tokens_here(), problem.capacity_of
             )
-        transport = Transport(problem.axes, problem.wire, max_rows=most)
-        y = expert_parallel(
-            x, weights, kept, scale_by_expert, factors, num_experts=problem.num_experts, transport=transport
-        )
+        way = dataclasses.replace(problem.way, max_rows=most)
+        y = exchange(x, weights, kept, scale_by_expert, factors, way)
         return y, count_dropped(ids, kept, problem.num_experts)
 
     run = over_chips(problem, on_chip, num_by_expert=1)

@@ -10,14 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from sharding.capacity import expert_capacity
-from sharding.exchange_plan import (
-    local_experts,
-    plan_arrival,
-    plan_departure,
-    plan_destinations,
-    slab_size,
-)
+from sharding.exchange.capacity import expert_capacity
+from sharding.exchange.plan import plan_arrival, plan_departure, slab_size, sort_by_rank
+from sharding.placement import Placement
 
 NUM_TOKENS, TOP_K, NUM_EXPERTS = 13, 3, 8
 ids_of_tokens = arrays(np.int32, (NUM_TOKENS, TOP_K), elements=st.integers(-1, NUM_EXPERTS - 1))
@@ -27,24 +22,6 @@ sizes = {
     "num_local": st.integers(1, 64),
     "ep": st.sampled_from([2, 4, 8, 16, 32]),
 }
-
-
-@pytest.mark.parametrize(("num_experts", "ep", "local"), [(8, 1, 8), (8, 8, 1), (256, 32, 8), (384, 32, 12)])
-def test_local_experts(num_experts, ep, local):
-    assert local_experts(num_experts, ep) == local
-
-
-@pytest.mark.parametrize(
-    ("num_experts", "ep", "message"),
-    [
-        (8, 32, "num_experts=8 is not divisible by ep=32; choose ep among 1, 2, 4, 8$"),
-        (12, 8, "num_experts=12 is not divisible by ep=8; choose ep among 1, 2, 3, 4, 6, 12$"),
-        (8, 0, "ep must be at least 1, got 0"),
-    ],
-)
-def test_ep_that_does_not_divide_the_experts(num_experts, ep, message):
-    with pytest.raises(ValueError, match=message):
-        local_experts(num_experts, ep)
 
 
 @given(**sizes, factor=st.none() | st.floats(0.1, 4))
@@ -73,12 +50,12 @@ def test_slabs_where_few_of_the_choices_are_made(num_tokens, top_k, num_local, e
 @functools.cache
 def departures(ep: int, slab: int, rounds: int):
     """All rounds of one rank, jitted: a list of (plan, experts)."""
-    num_local = NUM_EXPERTS // ep
+    placement = Placement(NUM_EXPERTS, ep)
 
     @jax.jit
     def run(ids):
-        destinations, by_rank = plan_destinations(ids, num_local, ep)
-        return [plan_departure(ids, destinations, by_rank, num_local, slab, index) for index in range(rounds)]
+        choices = sort_by_rank(ids, placement)
+        return [plan_departure(choices, placement, slab, index) for index in range(rounds)]
 
     return run
 
@@ -113,7 +90,7 @@ def test_arrivals_are_sorted_by_expert(experts):
     assert plan.group_sizes.tolist() == [int((experts == e).sum()) for e in range(4)]
 
 
-arrival = jax.jit(lambda experts: plan_arrival(experts, 4))
+arrival = jax.jit(lambda experts: plan_arrival(experts, Placement(8, 2)))
 
 
 def test_the_largest_layer_fits_into_int32():

@@ -80,14 +80,19 @@ def limit_to_capacity(
     num_tokens, top_k = topk_ids.shape
     if scope == "chip":
         real = num_tokens if tokens.real is None else jnp.maximum(tokens.real.sum(dtype=jnp.int32), 1)
-        capacity = expert_capacity(real, top_k, num_experts, capacity_factor)
-        most = expert_capacity(num_tokens, top_k, num_experts, capacity_factor)
         rank = _rank_on_chip(topk_ids, num_experts)
     else:
-        capacity = expert_capacity(tokens.count, top_k, num_experts, capacity_factor)
-        most = expert_capacity(tokens.total, top_k, num_experts, capacity_factor)
+        real = tokens.count
         rank = _rank_in_batch(topk_ids, num_experts, tokens)
-    return jnp.where(rank < capacity, topk_ids, -1), min(most, num_tokens * top_k)
+    capacity = expert_capacity(real, top_k, num_experts, capacity_factor)
+    most = most_rows(num_tokens, tokens.total, top_k, num_experts, capacity_factor, scope)
+    return jnp.where(rank < capacity, topk_ids, -1), most
+
+
+def most_rows(num_tokens: Any, total: Any, top_k: int, num_experts: int, capacity_factor: float, scope: Scope) -> Any:
+    """The most choices that one chip can have for an expert: T tokens on the chip, `total` in the batch, all real."""
+    counted = num_tokens if scope == "chip" else total
+    return min(expert_capacity(counted, top_k, num_experts, capacity_factor), num_tokens * top_k)
 
 
 def count_dropped(topk_ids: jax.Array, kept_ids: jax.Array, num_experts: int) -> jax.Array:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sharding.rounds import sum_over_rounds
+from sharding.exchange.rounds import sum_over_rounds
 from tests.helpers import normal, relative_error, same_bits
 
 MOST = 4

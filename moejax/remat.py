@@ -1,0 +1,26 @@
+"""What of a layer to keep for its backward pass under `jax.checkpoint`, so that no row travels a second time.
+
+name               what it is                                     a chip with T tokens of K choices holds
+moe_plan           which row goes where                           integers, a few for each choice
+moe_dispatched     rows as the experts get them                   [R, H]
+moe_gate_up        kernel one's product before the activation     [R, 2I]
+moe_returned       rows as the experts gave them back             [R, H]
+
+R is T·K on one chip, and what the exchange has room for on several. An exchange that takes rounds (most do, on more
+than four chips) keeps nothing of a round under any policy: its backward pass runs each round again.
+"""
+
+import jax
+
+from pallas_kernels.grouped_matmul import GATE_UP_NAME
+from sharding.exchange import DISPATCHED_NAME, PLAN_NAME, RETURNED_NAME
+
+REMAT_NAMES: tuple[str, ...] = (PLAN_NAME, DISPATCHED_NAME, GATE_UP_NAME, RETURNED_NAME)
+"""The names of `jax.ad_checkpoint.checkpoint_name` in a layer."""
+
+remat_policy = jax.checkpoint_policies.save_only_these_names(*REMAT_NAMES)
+"""For `jax.checkpoint(block, policy=remat_policy)`: keeps all of `REMAT_NAMES` of the layers in `block`, nothing else.
+
+`jax.checkpoint_policies.save_from_both_policies` joins it with another; a shorter list keeps less, and moves or
+multiplies more.
+"""

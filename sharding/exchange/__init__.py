@@ -1,0 +1,68 @@
+"""Tokens to their experts and back: one function, and a file for every transport that can carry it out.
+
+Shapes on one chip: T tokens, K choices each, E experts of which L = E / ep are here, H hidden. Of the seven stages of a
+token's way, these are the exchange's, and a transport has a function for each:
+
+    plan       topk_ids [T, K]   -> which row goes where
+    send       [T, H]            -> [R, H], sorted by local expert
+    (experts   gate/up and down, two grouped products: what the caller gives)
+    give back  [R, H]            -> the slots from which the rows came
+    combine    Σ_k weight · slot -> [T, H], in float32, in a fixed order
+
+`one_chip` does it where every chip has all experts, `dense` over `lax.all_to_all`; `pick` says which is taken.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.quantize import Operand
+from sharding.exchange.pick import check_transport, pick_transport
+from sharding.exchange.way import DISPATCHED_NAME, PLAN_NAME, RETURNED_NAME, Experts, Transport, Way
+from sharding.exchange.wire import Wire
+
+
+def exchange(
+    x: Operand,
+    topk_weights: jax.Array,
+    topk_ids: jax.Array,
+    experts: Experts,
+    params: Any,
+    way: Way,
+    *,
+    preferred_element_type: jax.typing.DTypeLike = jnp.float32,
+) -> jax.Array:
+    """Σ_k topk_weights[t, k] · expert[topk_ids[t, k]](x[t]) for this chip's tokens.
+
+    Args:
+      x: [T, H], BF16, FP16 or float32; where the experts are not split, also a QTensor in which every row has scales of
+        its own.
+      topk_weights: [T, K] float32.
+      topk_ids: int32 [T, K], numbers of experts over the whole expert axis; −1 for a choice that is not made.
+      experts: applies the L local experts; where their width is split, gives partial sums.
+      params: their parameters, a pytree that `experts` understands.
+      way: how rows travel.
+      preferred_element_type: dtype of the sum, which is made in float32 all the same.
+
+    Returns:
+      [T, H].
+    """
+    return pick_transport(way).exchange(
+        x, topk_weights, topk_ids, experts, params, way, preferred_element_type=preferred_element_type
+    )
+
+
+__all__ = [
+    "DISPATCHED_NAME",
+    "PLAN_NAME",
+    "RETURNED_NAME",
+    "Experts",
+    "Transport",
+    "Way",
+    "Wire",
+    "check_transport",
+    "exchange",
+    "one_chip",
+    "pick_transport",
+]

@@ -1,0 +1,59 @@
+"""What the layer keeps under `jax.checkpoint`: gradients stay what they are, and no row travels twice."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from moejax import REMAT_NAMES, MoEConfig, make_mesh, moe, remat_policy
+from tests.helpers import normal, relative_error
+from tests.moejax.layers import random_params
+from tests.moejax.test_meshes import equations
+
+CONFIG = MoEConfig(hidden_size=32, intermediate_size=16, num_experts=8, top_k=2, dtype="float32")
+COUNTED = ("all_to_all", "grouped_matmul", "dispatch", "combine")
+
+
+def gradient_of_two_layers(rng, mesh, **checkpoint):
+    """A function of (x, params) and its arguments: two layers one after the other, each under `jax.checkpoint`."""
+    params = [random_params(CONFIG, rng) for _ in range(2)]
+    x = normal(rng, 4, 16, CONFIG.hidden_size)
+
+    def block(x, params):
+        return x + moe(x, params, CONFIG, mesh=mesh)[0]
+
+    def loss(x, params):
+        run = jax.checkpoint(block, **checkpoint) if checkpoint else block
+        for own in params:
+            x = run(x, own)
+        return jnp.square(x).sum()
+
+    return jax.grad(loss, argnums=(0, 1)), (x, params)
+
+
+def counts(gradient, args) -> dict[str, int]:
+    jaxpr = jax.make_jaxpr(gradient)(*args).jaxpr
+    return {name: len(equations(jaxpr, name)) for name in COUNTED}
+
+
+@pytest.mark.parametrize("ep", [1, 4])
+def test_nothing_travels_or_is_multiplied_again(ep, rng):
+    mesh = make_mesh(ep)
+    plain = counts(*gradient_of_two_layers(rng, mesh))
+    kept = counts(*gradient_of_two_layers(rng, mesh, policy=remat_policy))
+    again = counts(*gradient_of_two_layers(rng, mesh, policy=jax.checkpoint_policies.nothing_saveable))
+    assert kept == plain
+    assert plain["all_to_all"] == (0 if ep == 1 else 10)
+    assert all(again[name] > plain[name] for name in COUNTED if ep > 1 or name in ("dispatch", "grouped_matmul"))
+
+
+def test_gradients_stay_what_they_are(rng):
+    gradient, args = gradient_of_two_layers(rng, make_mesh(4), policy=remat_policy)
+    plain, _ = gradient_of_two_layers(rng, make_mesh(4))
+    for a, b in zip(jax.tree.leaves(jax.jit(gradient)(*args)), jax.tree.leaves(jax.jit(plain)(*args)), strict=True):
+        assert relative_error(a, b) < 1e-6
+
+
+def test_every_name_is_one_of_a_layer(rng):
+    gradient, args = gradient_of_two_layers(rng, make_mesh(4))
+    names = {equation.params["name"] for equation in equations(jax.make_jaxpr(gradient)(*args).jaxpr, "name")}
+    assert set(REMAT_NAMES) <= names
