@@ -224,6 +224,7 @@ def in_out_last(field: str, weights: jax.Array) -> jax.Array:
 
 
 @pytest.mark.parametrize("name", QUANTIZATIONS)
+@pytest.mark.quick("fp8-blocks")
 def test_quantised_parameters(name, rng):
     config = config_in_8_bits(name)
     params = random_params(config, rng)
@@ -298,6 +299,7 @@ def test_serving_equals_quantising_on_the_fly(name, ep, rng):
     assert relative_error(served, y) < LIMIT["float32"]  # the matrices lie differently, so sums differ in their order
 
 
+@pytest.mark.slow
 def test_one_scale_for_gate_and_up_where_a_matrix_has_one(rng):
     config = config_in_8_bits("int8-tensor")
     served = quantize_params(random_params(config, rng), config)

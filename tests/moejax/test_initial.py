@@ -64,7 +64,7 @@ MESHES = {
     ("axis_type", "jitted"), [(AxisType.Auto, False), (AxisType.Auto, True), (AxisType.Explicit, False)]
 )
 @pytest.mark.parametrize("name", MESHES)
-@pytest.mark.quick("fsdp and tensor-AxisType.Explicit-False", "all on fsdp-AxisType.Auto-True")
+@pytest.mark.quick("all on fsdp-AxisType.Auto-True")
 def test_values_are_the_same_on_every_mesh(name, axis_type, jitted):
     sizes, partition = MESHES[name]
     expected = MoE(CONFIG, rngs=nnx.Rngs(3)).params()

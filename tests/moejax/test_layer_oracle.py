@@ -1,5 +1,6 @@
 """The whole layer against the dense oracle: every preset's routing, every ep, every precision, values and gradients."""
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -32,21 +33,16 @@ EPS = (1, 2, 4, 8, 32)
 
 
 def cases():
-    """Every preset with every precision on every number of chips; in `make test` each with one, in turn."""
-    for number, preset in enumerate(PRESETS):
+    """Every preset with every precision on every number of chips."""
+    for preset in PRESETS:
         for (precision, dtype), ep in itertools.product(LIMITS, EPS):
             if PRESETS[preset].num_experts % ep:
                 continue
             # One worker takes all ep of a layer, and of another that is the same when narrow, and so shares its oracle.
             name = SAME_WHEN_NARROW.get(preset, preset)
-            marks = [pytest.mark.xdist_group(f"{name}-{precision}-{dtype}")]
-            kind = list(LIMITS).index((precision, dtype))
-            in_turn = kind == number % len(LIMITS) and ep == EPS[number % len(EPS)]
-            most_used = preset == "deepseek-v3" and ep == EPS[2 * kind]
-            if preset in SAME_WHEN_NARROW or not (in_turn or most_used):
-                marks.append(pytest.mark.slow)
+            group = pytest.mark.xdist_group(f"{name}-{precision}-{dtype}")
             config = narrow(preset, precision=precision, dtype=jnp.dtype(dtype))
-            yield pytest.param(config, ep, id=f"{preset}-{precision}-{dtype}-ep{ep}", marks=marks)
+            yield pytest.param(config, ep, id=f"{preset}-{precision}-{dtype}-ep{ep}", marks=group)
 
 
 @functools.cache
@@ -87,6 +83,9 @@ def oracle(config: MoEConfig, quantized: bool, travels: bool):
 
 
 @pytest.mark.parametrize(("config", "ep"), list(cases()))
+@pytest.mark.quick(
+    "deepseek-v3-w16a16-bfloat16-ep4", "mixtral-8x7b-w8a8-bfloat16-ep4", "gpt-oss-120b-w8a8-bfloat16-ep1"
+)
 def test_layer_equals_the_dense_oracle(config, ep):
     check_layer(config, ep)
 
@@ -100,12 +99,23 @@ def test_layer_equals_the_dense_oracle_on_gpus(preset, precision, dtype):
     check_layer(config, ep=math.gcd(config.num_experts, jax.device_count()))
 
 
+ON_TPU = MoEConfig(128, 128, 4, 2, 128, dtype=jnp.dtype("bfloat16"), backend="pallas_tpu")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("precision", "dtype"), LIMITS)
-@pytest.mark.quick("w8a8-bfloat16")
 def test_layer_equals_the_dense_oracle_on_simulated_tpus(precision, dtype):
-    config = MoEConfig(128, 128, 4, 2, 128, precision=precision, dtype=jnp.dtype(dtype), backend="pallas_tpu")
     with interpreted():
-        check_layer(config, ep=2)
+        check_layer(dataclasses.replace(ON_TPU, precision=precision, dtype=jnp.dtype(dtype)), ep=2)
+
+
+def test_values_equal_the_dense_oracles_on_simulated_tpus():
+    config = dataclasses.replace(ON_TPU, precision="w8a8")
+    params, x, _ = problem(config)
+    with interpreted():
+        y, _ = jax.jit(lambda x, params: moe(x, params, config, mesh=make_mesh(2)))(x, params)
+    expected = dense_moe(x.astype(jnp.float32), params, config, quantized=True, wire_scaling=config.wire_scaling)
+    assert relative_error(y, expected) < LIMITS["w8a8", "bfloat16"][0]
 
 
 def check_layer(config: MoEConfig, ep: int) -> None:

@@ -69,7 +69,7 @@ def test_apply_equals_the_nnx_layer(variables, x):
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
-@pytest.mark.quick("auto")
+@pytest.mark.slow
 def test_partition_specs_and_gradients_over_a_mesh(axis_type, variables, x):
     layer = moejax.linen.MoE(CONFIG)
 
@@ -183,6 +183,7 @@ def test_errors_name_what_is_wrong(x):
     assert set(init(moejax.linen.MoE(without), x)) == {"params"}
 
 
+@pytest.mark.slow
 def test_noise_is_of_the_stream_that_the_call_gives(x):
     config = moejax.ROUTERS["noisy_top_k"](dataclasses.replace(CONFIG, router=TopKRouter()))
     layer = moejax.linen.MoE(config)

@@ -63,7 +63,7 @@ def problem(dtype: str):
 
 @pytest.mark.parametrize("dtype", LIMITS)
 @pytest.mark.parametrize("name", MESHES)
-@pytest.mark.quick("fsdp, expert and tensor-float32", "a stage of one chip-bfloat16", "foreign names-float32")
+@pytest.mark.quick("fsdp, expert and tensor-float32")
 def test_gradients_equal_the_dense_oracles_and_lie_as_the_parameters(name, dtype):
     config, params, x, direction, expected = problem(dtype)
     mesh, partition = mesh_of(name)
@@ -148,6 +148,7 @@ def equations(jaxpr, name: str):
 
 
 @pytest.mark.parametrize("spec", [P("data", "expert"), P("data"), P(None, ("data", "expert"))])
+@pytest.mark.quick("spec0", "spec2")
 def test_activations_are_taken_as_they_lie(spec):
     """Beside the layer's own exchange nothing moves between chips."""
     config, params, x, _, _ = problem("float32")

@@ -55,6 +55,7 @@ def test_router_and_experts_are_the_layer(ep, params, rng):
     np.testing.assert_array_equal(dropped, np.zeros(8))
 
 
+@pytest.mark.slow
 def test_masked_tokens_take_no_expert_and_no_capacity(params, rng):
     """All want expert 3, which has room for ⌈1 · 8 · 1 / 8⌉ of the eight that are real: the first of them."""
     config = dataclasses.replace(CONFIG, capacity_factor=1.0)
@@ -69,6 +70,7 @@ def test_masked_tokens_take_no_expert_and_no_capacity(params, rng):
 
 
 @pytest.mark.parametrize("ep", [1, 4])
+@pytest.mark.quick("1")
 def test_ids_outside_of_the_experts_make_no_choice(ep, params, rng):
     x, weights = normal(rng, 8, 32), jnp.asarray(rng.random((8, 3)), jnp.float32)
     ids = rng.integers(0, 8, (8, 3)).astype(np.int8)
@@ -80,7 +82,7 @@ def test_ids_outside_of_the_experts_make_no_choice(ep, params, rng):
 
 
 @pytest.mark.parametrize("capacity_of", ["batch", "chip"])
-@pytest.mark.quick("batch")
+@pytest.mark.slow
 def test_repeated_experts_of_a_token_have_room_if_there_is_any(capacity_of, params, rng):
     """More choices of an expert on a chip than that has tokens; a capacity for all of them drops none."""
     config = dataclasses.replace(CONFIG, capacity_factor=8.0, capacity_of=capacity_of)
@@ -100,7 +102,7 @@ def few_choices(rng):
 
 
 @pytest.mark.parametrize("ep", [1, 4])
-@pytest.mark.quick("4")
+@pytest.mark.quick("1")
 def test_few_choices_of_many_equal_all_experts_on_all_tokens(ep, params, rng):
     """On four chips all 20 choices go from the first to itself, in rounds of 8."""
     x, (ids, weights) = normal(rng, 64, 32), few_choices(rng)
@@ -172,6 +174,7 @@ def test_parameters_that_do_not_fit(params, rng):
 @pytest.mark.parametrize(
     ("sizes", "repeated"), [({"expert": 1, "tensor": 2}, "tensor"), ({"expert": 2, "tensor": 2}, ("expert", "tensor"))]
 )
+@pytest.mark.quick("sizes0-tensor")
 def test_a_bound_over_axes_that_repeat_the_tokens(sizes, repeated, params, rng):
     """Chips that share the experts' width hold the same tokens, and so each choice several times."""
     ids = jnp.asarray(np.where(rng.random((6, 8)) < 0.3, np.arange(8), -1), jnp.int32)
@@ -203,6 +206,7 @@ def test_nan_of_masked_tokens_reaches_no_gradient(params, rng):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(dparams))
 
 
+@pytest.mark.slow
 def test_a_capacity_of_each_chip_has_room_for_what_comes_over_a_tensor_axis(rng):
     """Every expert of one rank takes a quarter of all tokens, which four chips that share its width send it."""
     config = dataclasses.replace(CONFIG, top_k=1, capacity_factor=2.0, capacity_of="chip", shared_intermediate_size=0)

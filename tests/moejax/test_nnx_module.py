@@ -71,6 +71,7 @@ def x():
 
 @pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("config", [CONFIG, BARE], ids=["all", "bare"])
+@pytest.mark.quick("all-bfloat16", "bare-float32")
 def test_shapes_and_dtypes(config, param_dtype):
     module = new_layer(dataclasses.replace(config, param_dtype=param_dtype))
     params = module.params()
@@ -151,7 +152,7 @@ def check_parameters(module: MoE, layer: MoE, mesh) -> None:
 
 @AXIS_TYPES
 @pytest.mark.parametrize("how", ["set_mesh", "set_mesh, jit", "mesh="])
-@pytest.mark.quick("set_mesh-explicit", "mesh=-auto")
+@pytest.mark.quick("set_mesh-explicit")
 def test_parameters_lie_over_the_expert_axis(how, axis_type, layer):
     mesh = mesh_of(axis_type)
     module = in_mesh(how, mesh)
@@ -227,6 +228,7 @@ def test_in_an_explicit_mesh_the_output_lies_as_the_input(spec, rng):
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 32), (32,)])
+@pytest.mark.quick("shape1")
 def test_call_equals_the_function_on_its_parameters(shape, layer, x):
     x = x.reshape(-1)[: math.prod(shape)].reshape(shape)
     y, aux = call(layer, x)
@@ -237,6 +239,7 @@ def test_call_equals_the_function_on_its_parameters(shape, layer, x):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.quick("bfloat16", "float32")
 def test_output_has_the_dtype_of_the_input(dtype, layer, x, expected):
     """The layer computes in float32 here, whatever comes in."""
     y, aux = call(layer, x.astype(dtype))
@@ -247,6 +250,7 @@ def test_output_has_the_dtype_of_the_input(dtype, layer, x, expected):
     assert relative_error(y, expected_y) < rounding
 
 
+@pytest.mark.slow
 def test_rematerialised_layer_has_the_same_gradients(layer, x, expected):
     @nnx.jit
     def gradients_of(layer, x):
@@ -261,6 +265,7 @@ def test_rematerialised_layer_has_the_same_gradients(layer, x, expected):
     check_gradients(gradients, expected[2])
 
 
+@pytest.mark.slow
 def test_checkpoint_over_a_mesh(layer, x, expected):
     graph, params, rest = nnx.split(layer, nnx.Param, ...)
 
@@ -292,6 +297,7 @@ def test_from_params(layer, x):
 
 
 @AXIS_TYPES
+@pytest.mark.quick("explicit")
 def test_from_params_over_a_mesh(axis_type, layer, x, expected):
     mesh = mesh_of(axis_type)
     with jax.set_mesh(mesh):
@@ -301,7 +307,7 @@ def test_from_params_over_a_mesh(axis_type, layer, x, expected):
 
 
 @pytest.mark.parametrize("chips", [1, 8])
-@pytest.mark.quick("8")
+@pytest.mark.quick("1")
 def test_a_layer_for_serving_in_8_bits(chips, rng):
     """The weights of experts are rounded once, and take no gradient; nothing else is touched."""
     config = dataclasses.replace(
@@ -341,6 +347,7 @@ def test_weights_are_rounded_where_they_lie(axis_type):
         assert leaf.addressable_shards[0].data.size == leaf.size // 8
 
 
+@pytest.mark.slow
 def test_a_noisy_layer_in_8_bits_keeps_its_noise(rng):
     config = dataclasses.replace(ROUTERS["noisy_top_k"](BARE), hidden_size=128, intermediate_size=128, precision="w8a8")
     layer = MoE(config, rngs=nnx.Rngs(params=0, router=1))
@@ -388,6 +395,7 @@ def test_causal():
     assert new_layer(dataclasses.replace(BARE, capacity_factor=1.0, top_k=1)).causal
 
 
+@pytest.mark.slow
 def test_another_name_for_the_expert_axis(x, expected):
     mesh = jax.make_mesh((4,), ("model",), (AxisType.Auto,), devices=jax.devices()[:4])
     module = new_layer(mesh=mesh, partition=Partition(expert="model"))

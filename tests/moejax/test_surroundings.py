@@ -194,6 +194,7 @@ def test_an_export_for_a_tpu_has_its_kernels():
     assert "tpu_custom_call" in exported.mlir_module()
 
 
+@pytest.mark.slow
 def test_hessian_times_a_vector(params, rng):
     x, direction = normal(rng, 6, 32), normal(rng, 6, 32)
 
@@ -210,7 +211,7 @@ def test_hessian_times_a_vector(params, rng):
 
 
 @pytest.mark.parametrize("name", ROUTERS)
-@pytest.mark.quick("noisy_top_k", "expert_choice")
+@pytest.mark.quick("expert_choice")
 def test_modes_of_jax(name, rng):
     """Wider types, no promotion, and a look for infinities change nothing of what comes back."""
     layer = MoE(ROUTERS[name](CONFIG), rngs=nnx.Rngs(params=0, router=1))

@@ -5,21 +5,23 @@ import pytest
 from bench.tpu.libtpu import libtpu_version, run_job
 
 KERNELS = {
-    "small": {
-        "dispatch": ["dispatch"],
+    "each kernel": {
         "dispatch 8 bits": ["dispatch"],
+        "in shard_map": ["combine", "combine_dweights", "dispatch", "grouped_matmul", "grouped_matmul_drhs"],
+        "gate/up fp8 blocks K-major": ["grouped_gate_up"],
+    },
+    "others": {
+        "dispatch": ["dispatch"],
         "dispatch float16": ["dispatch"],
         "dispatch 2880": ["dispatch"],
         "dispatch streamed": ["dispatch"],
         "combine": ["combine", "combine_dweights", "dispatch"],
-        "in shard_map": ["combine", "combine_dweights", "dispatch", "grouped_matmul", "grouped_matmul_drhs"],
         "matmul gradients": ["grouped_matmul", "grouped_matmul_drhs"],
         "gate/up gradients": ["grouped_matmul", "grouped_matmul_drhs"],
         "gate/up relu2": ["grouped_gate_up"],
         "gate/up K-major": ["grouped_gate_up"],
         "matmul no whole tiles": ["grouped_matmul"],
         "gate/up fp8 blocks": ["grouped_gate_up"],
-        "gate/up fp8 blocks K-major": ["grouped_gate_up"],
         "matmul e5m2 by e4m3": ["grouped_matmul"],
         "matmul int8": ["grouped_matmul"],
         "gate/up int8 weights": ["grouped_gate_up"],
@@ -36,7 +38,7 @@ KERNELS = {
 @pytest.mark.skipif(libtpu_version() is None, reason="libtpu is not installed (EXTRAS=aot)")
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
 @pytest.mark.parametrize("part", KERNELS)
-@pytest.mark.quick("small-*")
+@pytest.mark.quick("each kernel-*")
 def test_kernels_compile(part, topology):
     job = {"topology": topology, "cases": list(KERNELS[part])}
     assert run_job("tests.pallas_kernels.aot_gate", job, timeout=500) == KERNELS[part]

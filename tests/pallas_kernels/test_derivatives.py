@@ -172,7 +172,7 @@ def test_forward_mode_is_the_limit_of_differences(rng):
     assert relative_error(jax.jvp(case.operator, case.operands, direction)[1], (ahead - behind) / (2 * step)) < 1e-2
 
 
-@pytest.mark.quick("dispatch", "combine", "top_k normalised", "matmul in 8 bits", "gate/up")
+@pytest.mark.quick("gate/up", "combine")
 def test_forward_mode_for_each_operand_alone(case, rng):
     for i, direction in enumerate(directions(rng, case.operands)):
 
@@ -193,7 +193,7 @@ def test_reverse_mode(case):
     assert_alike(got, expected)
 
 
-@pytest.mark.quick("dispatch", "combine", "top_k normalised", "matmul in 8 bits", "gate/up")
+@pytest.mark.quick("combine")
 def test_hessians_times_a_vector(case, rng):
     direction = directions(rng, case.operands)
     forward, reverse = hvps(case.operator, case.operands, direction)
@@ -217,6 +217,7 @@ def test_third_derivatives(name, rng):
     assert relative_error(third(case.operator), third(case.plain)) < 1e-3
 
 
+@pytest.mark.slow
 def test_jacobians_and_hessians(rng):
     case = combine_case(rng)
     assert_alike(jax.jacfwd(case.operator, (0, 1))(*case.operands), jax.jacrev(case.plain, (0, 1))(*case.operands))
@@ -225,6 +226,7 @@ def test_jacobians_and_hessians(rng):
     assert_alike(got[1][1], expected[1][1], 1e-4)
 
 
+@pytest.mark.slow
 def test_cotangents_in_8_bits_have_derivatives(rng):
     case = product_in_8_bits(rng, quantization=Quantization(gradient_dtype="float8_e5m2"))
     direction = directions(rng, case.operands)
@@ -234,7 +236,7 @@ def test_cotangents_in_8_bits_have_derivatives(rng):
             assert relative_error(one, other) < 0.1
 
 
-@pytest.mark.quick("dispatch", "combine", "top_k normalised", "matmul in 8 bits", "gate/up")
+@pytest.mark.quick("combine")
 def test_mapped(case, rng):
     several = [
         tuple(x + 0.1 * d for x, d in zip(case.operands, directions(rng, case.operands), strict=True)) for _ in range(3)
@@ -253,6 +255,7 @@ def test_mapped_over_groups_alone(rng):
     assert_alike(list(got), [grouped_matmul(lhs, rhs, row) for row in sizes])
 
 
+@pytest.mark.slow
 def test_in_a_loop_with_checkpoints(rng):
     case = product_case(rng, columns=H, has_bias=False)
 
@@ -288,7 +291,7 @@ backend = every_backend("grouped_matmul")
     ],
     ids=["dispatch", "combine", "matmul", "gate/up"],
 )
-@pytest.mark.quick("xla-*", "pallas_*-gate/up", "pallas_*-combine")
+@pytest.mark.quick("xla-*", "pallas_gpu-gate/up")
 def test_kernels(backend, make, rng):
     case = make(rng, backend)
     direction = directions(rng, case.operands)

@@ -134,9 +134,7 @@ def test_results_have_the_dtypes_that_they_have_elsewhere(rng, group, dtype, mod
 
 @pytest.mark.parametrize("mode", list(MODES))
 @pytest.mark.parametrize("group", GROUPS)
-@pytest.mark.quick(
-    "*-strict promotion", "gates-64 bits", "rows-64 bits", "plans-64 bits", "choices-*", "products-infinities", "*-nan"
-)
+@pytest.mark.quick("gates-64 bits", "products-strict promotion", "rows-64 bits", "plans-64 bits")
 def test_results_are_what_they_are_elsewhere(rng, group, mode):
     function, *args = everything(rng)[group]
     expected = jax.jit(function)(*args)

@@ -109,16 +109,7 @@ def check(function, shapes, numbers, arguments):
 
 
 @pytest.mark.parametrize("name", list(CASES))
-@pytest.mark.quick(
-    "product rounded inside",
-    "plan with a capacity",
-    "dispatch in 8 bits",
-    "slots",
-    "counting_sort",
-    "result in 8 bits",
-    "product of known sizes",
-    "top_k_ids",
-)
+@pytest.mark.quick("dispatch in 8 bits", "slots")
 def test_operators(rng, name):
     function, *inputs = CASES[name]
 
@@ -133,6 +124,7 @@ def test_operators(rng, name):
     check(function, shapes, NUMBERS, lambda number: [argument(number, *each(number)) for each in inputs])
 
 
+@pytest.mark.slow
 def test_a_layer_and_its_gradients(rng):
     sizes = export.symbolic_shape(f"b, 16, {H}")
     weights = normal(rng, E, H, 2 * WIDTH) / H**0.5, normal(rng, E, WIDTH, H) / WIDTH**0.5

@@ -21,6 +21,7 @@ def free_port() -> int:
 
 
 @pytest.mark.timeout(SECONDS + 60)
+@pytest.mark.slow
 def test_two_processes_of_four_chips(tmp_path):
     address = f"localhost:{free_port()}"
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}

@@ -156,7 +156,7 @@ SHAPES = [(), (5,), (16,), (8, 6), (2, 12), (3, 8), (3, 5), (2, 3, 4)]
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("is_masked", [False, True], ids=["", "masked"])
 @pytest.mark.parametrize("chips", [1, 8])
-@pytest.mark.quick("8-masked-()", "8-masked-(3, 5)", "8--(2, 12)", "1-masked-(8, 6)", "8--(5,)")
+@pytest.mark.quick("8-masked-(3, 5)", "8--(5,)", "1-masked-(8, 6)")
 def test_any_leading_dimensions(chips, is_masked, shape, rng):
     """Some are split as they are, some have to be cut anew and padded."""
     x, mask = normal(rng, *shape, WIDTH), jnp.asarray(rng.random(shape) < 0.7) if is_masked else None

@@ -80,6 +80,7 @@ def test_sums_are_made_in_float32():
 
 
 @pytest.mark.parametrize(("scaling", "dtype"), [("1x2", "float8_e4m3fn"), ("per_row", "float8_e5m2"), ("1x2", "int8")])
+@pytest.mark.quick("per_row-float8_e5m2", "1x2-float8_e4m3fn")
 def test_rows_in_8_bits_move_with_their_scales(scaling, dtype, rows):
     """A scale of a whole row goes to every chip, those of blocks go with their columns."""
     loaded = jax.vmap(functools.partial(quantize, dtype=dtype, scaling=scaling))(rows)
@@ -148,6 +149,7 @@ def plain_sum(x, weights, ids, parts):
 
 @every_mesh
 @pytest.mark.parametrize("one_sided", [False, True], ids=["", "one-sided"])
+@pytest.mark.quick("*ep8 tp2", "*tp4, every chip with all experts", "*tp of two axes", "*tokens in another order")
 def test_experts_of_which_each_chip_has_a_part(one_sided, sizes, partition, rng):
     args = problem(rng, one_sided=one_sided)
     np.testing.assert_array_equal(tensor_parallel(sizes, partition, None)(*args), plain_sum(*args))
@@ -160,7 +162,7 @@ def test_another_transport_carries_parts_too(rng):
 
 
 @every_mesh
-@pytest.mark.quick("ep8 tp2", "tokens in another order", "dp2 ep2 tp2", "tp of two axes", "tp4")
+@pytest.mark.quick("ep8 tp2", "tp of two axes")
 def test_gradients(sizes, partition, rng):
     _, _, ids, parts = problem(rng, one_sided=True)
     # Positive, so that no sum cancels out and leaves rounding only.

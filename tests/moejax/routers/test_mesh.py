@@ -46,10 +46,12 @@ def test_a_mesh_equals_one_chip(name):
     check(name, mesh_of(AxisType.Auto))
 
 
+@pytest.mark.slow
 def test_a_mesh_of_explicit_axes_equals_one_chip():
     check("noisy_top_k", mesh_of(AxisType.Explicit))
 
 
+@pytest.mark.slow
 def test_no_choice_is_made_for_padding():
     """Of the twelve places on four chips two hold no token."""
     with jax.set_mesh(mesh_of(AxisType.Auto)):
@@ -77,6 +79,7 @@ def test_a_mesh_drops_what_one_chip_drops():
         assert all_for_expert_3() == alone
 
 
+@pytest.mark.slow
 def test_what_chips_drop_by_themselves_is_counted_over_all():
     """Each of four chips has four tokens for one expert and room for one, ⌈1 · 4 · 1 / 8⌉."""
     with jax.set_mesh(mesh_of(AxisType.Auto)):
@@ -105,6 +108,7 @@ def test_sums_over_experts_that_choose_are_over_all_chips():
     assert int(alone.load.unrouted) > 0
 
 
+@pytest.mark.slow
 def test_the_loss_of_a_specialized_router_is_of_all_chips():
     layer = new_layer("specialized", np.random.default_rng(0))
     x = jnp.asarray(np.random.default_rng(1).standard_normal((4, 8, 16)), jnp.float32)

@@ -100,7 +100,7 @@ def test_values_and_gradients_equal_numpy(activation, rng):
 
 
 @pytest.mark.parametrize("name", ["noisy_top_k", "hash", None])
-@pytest.mark.quick("noisy_top_k", "None")
+@pytest.mark.slow
 def test_training_begins_with_the_frozen_layer(name, rng):
     base = MoE(CONFIG if name is None else ROUTERS[name](CONFIG), rngs=nnx.Rngs(0))
     layer = Perft(base, **ADAPTERS, rngs=nnx.Rngs(3))
@@ -125,7 +125,7 @@ def test_no_gradient_reaches_the_base_and_one_passes_through_it(rng):
 
 
 @pytest.mark.parametrize("ep", [1, 4])
-@pytest.mark.quick("4")
+@pytest.mark.slow
 def test_masked_positions_hold_no_token(ep, rng):
     x, up = normal(rng, 2, 5, 16), normal(rng, *(6, 4, 16))
     layer = Perft(MoE(CONFIG, rngs=nnx.Rngs(0), mesh=make_mesh(4) if ep > 1 else None), **ADAPTERS, rngs=nnx.Rngs(3))
@@ -141,6 +141,7 @@ def test_masked_positions_hold_no_token(ep, rng):
     assert int(load.unrouted) == 0
 
 
+@pytest.mark.slow
 def test_choices_of_the_base_layer_can_be_made_again(rng):
     layer, x = adapted(MoE(CONFIG, rngs=nnx.Rngs(0)), rng), normal(rng, 12, 16)
     _, aux = call(layer, x)
@@ -155,6 +156,7 @@ def masked(model):
 
 
 @pytest.mark.parametrize("how", ["mask", "wrt"])
+@pytest.mark.quick("mask")
 def test_a_step_changes_the_adapters_and_nothing_else(how, rng):
     model = Model(rngs=nnx.Rngs(0))
     model.moe.up[...] = normal(rng, *model.moe.up.shape)
@@ -189,6 +191,7 @@ def test_the_mask_works_on_trees_without_nnx():
     assert jax.tree.structure(mask) == jax.tree.structure(params)
 
 
+@pytest.mark.slow
 def test_over_a_mesh_equals_one_chip(rng):
     """Ten tokens on four chips; six adapters, which two chips need not divide."""
     x, target = normal(rng, 2, 5, 16), normal(rng, 2, 5, 16)

@@ -25,6 +25,9 @@ def expected(name, arrays, setting, x):
 
 
 @every_router
+@pytest.mark.quick(
+    "noisy_top_k", "group_limited", "expert_choice", "soft_moe", "chain_of_experts", "switch", "hash", "specialized"
+)
 def test_output_and_losses_equal_the_reference(name):
     arrays, setting, x, _, y, aux, _ = case(name)
     expected_y, losses = expected(name, arrays, setting, x)
@@ -56,7 +59,7 @@ def test_gradients_equal_differences_of_the_reference(name, rng):
 
 
 @pytest.mark.parametrize("name", ["noisy_top_k", "expert_choice", "soft_moe", "chain_of_experts"])
-@pytest.mark.quick("noisy_top_k")
+@pytest.mark.slow
 def test_rematerialised_layers_have_the_same_gradients(name):
     layer = new_layer(name, np.random.default_rng(0))
     graph, params, rest = nnx.split(layer, nnx.Param, ...)
@@ -76,7 +79,7 @@ def test_rematerialised_layers_have_the_same_gradients(name):
 
 
 @every_router
-@pytest.mark.quick("softmax", "noisy_top_k", "switch", "expert_choice", "soft_moe", "chain_of_experts")
+@pytest.mark.quick("switch", "expert_choice")
 def test_known_nan_is_refused_and_hidden_nan_shows(name):
     layer = new_layer(name, np.random.default_rng(0))
     _, _, x, *_ = case(name)
@@ -88,6 +91,7 @@ def test_known_nan_is_refused_and_hidden_nan_shows(name):
 
 
 @every_router
+@pytest.mark.quick("chain_of_experts", "expert_choice")
 def test_causal_is_what_the_layer_says(name):
     """The first sequence's beginning is the same whatever comes after it; where experts or slots choose, it is not."""
     rng = np.random.default_rng(3)
@@ -101,7 +105,7 @@ def test_causal_is_what_the_layer_says(name):
 
 
 @every_router
-@pytest.mark.quick("switch", "expert_choice", "chain_of_experts")
+@pytest.mark.quick("expert_choice")
 def test_a_sequence_that_is_masked_is_as_none(name):
     """It takes no expert, no capacity and no slot, is in no loss and no load, and may be NaN."""
     layer = new_layer(name, np.random.default_rng(0))
@@ -120,7 +124,7 @@ def test_a_sequence_that_is_masked_is_as_none(name):
 
 
 @pytest.mark.parametrize("name", sorted(set(ROUTERS) - {"expert_choice", "soft_moe", "hash"}))
-@pytest.mark.quick("noisy_top_k", "group_limited")
+@pytest.mark.quick("noisy_top_k")
 def test_choices_of_an_earlier_call_can_be_made_again(name):
     """Those of training, noise among them; weights are of the later call."""
     layer = new_layer(name, np.random.default_rng(0))
@@ -148,6 +152,7 @@ def test_choices_cannot_be_given_where_tokens_make_none(name):
 
 
 @every_router
+@pytest.mark.quick("softmax", "specialized", "hash")
 def test_the_same_call_gives_the_same_bits(name):
     layer = new_layer(name, np.random.default_rng(0))
     _, _, x, *_ = case(name)

@@ -30,7 +30,7 @@ def gathered(x: np.ndarray, plan) -> np.ndarray:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int8", "float8_e4m3fn"])
 @pytest.mark.parametrize("capacity", [None, 7])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.quick("*-(64, 4, 8, 256)-7-bfloat16", "*-(37, 3, 5, 19)-7-float8_e4m3fn", "*-(64, 4, 8, 256)-None-int8")
+@pytest.mark.quick("*-(64, 4, 8, 256)-7-bfloat16", "*-(37, 3, 5, 19)-7-float8_e4m3fn")
 def test_rows_are_copies_of_their_tokens(backend, rng, shape, capacity, dtype):
     x = (10 * normal(rng, shape[0], shape[3])).astype(dtype)
     plan = random_plan(rng, *shape[:3], capacity)
@@ -41,7 +41,7 @@ def test_rows_are_copies_of_their_tokens(backend, rng, shape, capacity, dtype):
 
 @pytest.mark.parametrize("scaling", ["1x128", "per_row"])
 @pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2", "int8"])
-@pytest.mark.quick("*float8_e4m3fn-1x128", "*int8-per_row")
+@pytest.mark.quick("*-float8_e4m3fn-1x128")
 def test_scales_travel_with_their_rows(backend, rng, dtype, scaling):
     x = quantize(normal(rng, 64, 256), dtype, scaling=scaling)
     plan = random_plan(rng, 64, 4, 8, capacity=20)
@@ -62,7 +62,7 @@ def test_tokens_without_a_row_are_never_data(backend, rng):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.quick("*-(37, 3, 5, 19)-float32", "*-(64, 4, 8, 256)-bfloat16")
+@pytest.mark.quick("*-(37, 3, 5, 19)-float32")
 def test_combine_undoes_dispatch(backend, rng, shape, dtype):
     x = normal(rng, shape[0], shape[3], dtype=dtype)
     plan = random_plan(rng, shape[0], 1, shape[2], out_of_range=0)
@@ -73,7 +73,7 @@ def test_combine_undoes_dispatch(backend, rng, shape, dtype):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("capacity", [None, 7])
-@pytest.mark.quick("*-None-float32", "*-7-bfloat16")
+@pytest.mark.quick("*-7-bfloat16")
 def test_gradient_sums_the_rows_of_each_token(backend, rng, capacity, dtype):
     x = normal(rng, 37, 19, dtype=dtype)
     plan = random_plan(rng, 37, 3, 5, capacity)
@@ -93,6 +93,7 @@ def test_gradient_sums_the_rows_of_each_token(backend, rng, capacity, dtype):
     assert relative_error(dx, expected) < LIMIT[dtype]
 
 
+@pytest.mark.quick("xla")
 def test_no_gradient_reaches_a_qtensor(backend, rng):
     plan = random_plan(rng, 16, 2, 4)
     values = quantize(normal(rng, 16, 128), "int8", scaling="per_row").values
@@ -126,6 +127,7 @@ def test_no_tokens(backend, capacity):
     assert not np.asarray(dequantize(dispatch(q, plan, backend=backend))).any()
 
 
+@pytest.mark.quick("xla", "pallas_gpu")
 def test_same_inputs_same_bits(backend, rng):
     x, plan = normal(rng, 37, 19), random_plan(rng, 37, 3, 5)
     function = jitted(dispatch, backend=backend)

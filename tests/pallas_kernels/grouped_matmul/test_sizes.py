@@ -44,6 +44,7 @@ sizes_and_rows = pytest.mark.parametrize(("sizes", "rows"), SIZES.values(), ids=
 
 @sizes_and_rows
 @pytest.mark.parametrize("fused", [False, True], ids=["matmul", "gate_up"])
+@pytest.mark.quick("*-negative", "xla-*")
 def test_products(backend, rng, fused, sizes, rows):
     lhs, rhs, bias = operands(rng, (M, K, N, G), "bfloat16")
     function, oracle = (gate_up, dense_gate_up) if fused else (matmul, dense_matmul)
@@ -53,7 +54,7 @@ def test_products(backend, rng, fused, sizes, rows):
 
 
 @sizes_and_rows
-@pytest.mark.quick("xla-*", "*-negative")
+@pytest.mark.quick("xla-fitting", "xla-negative")
 def test_gradients(backend, rng, sizes, rows):
     lhs, rhs, bias, dout = problem(rng, M, K, N, G, dtype="bfloat16")
     _, gradients = value_and_gradients(grouped_matmul, backend=backend)(lhs, rhs, bias, jnp.array(sizes), dout)
@@ -61,6 +62,7 @@ def test_gradients(backend, rng, sizes, rows):
 
 
 @sizes_and_rows
+@pytest.mark.quick("xla-*", "pallas_tpu-negative")
 def test_a_window(backend, rng, sizes, rows):
     lhs, rhs, bias = operands(rng, (M, K, N, 3), "bfloat16")
     out = matmul(backend=backend)(lhs, rhs, jnp.array(sizes, jnp.int32), bias=bias, group_offset=jnp.int32(2))
@@ -68,7 +70,7 @@ def test_a_window(backend, rng, sizes, rows):
 
 
 @sizes_and_rows
-@pytest.mark.quick("fitting", "negative")
+@pytest.mark.quick("fitting")
 def test_rounded_inside(rng, sizes, rows):
     lhs, rhs, _ = operands(rng, (M, K, N, G))
     options = dict(quantization=Quantization(lhs_scaling="per_tensor", rhs_scaling="per_channel"), backend="xla")

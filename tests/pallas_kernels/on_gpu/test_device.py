@@ -112,6 +112,7 @@ def test_every_operator_falls_back_and_says_so_once(operator, name):
 
 
 @pytest.mark.parametrize("name", HOPPERS)
+@pytest.mark.quick("h100")
 def test_grouped_products_are_cut_for_the_target(monkeypatch, name):
     chips = []
     pick = tiling.pick

@@ -81,6 +81,7 @@ def test_errors(shape, k, message):
 
 
 @pytest.mark.parametrize("k", [3, 8, 11])
+@pytest.mark.quick("8", "11")
 def test_on_a_simulated_gpu(rng, k):
     scores = jax.nn.softmax(normal(rng, 270, 24))
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):

@@ -52,6 +52,7 @@ def expected_sum(x, weights, ids, factors):
 
 @every_problem
 @given(seed=st.integers(0, 2**32 - 1), data=st.data())
+@pytest.mark.quick("dp1-ep8-T24", "dp1-ep1-T24", "*gathered")
 def test_values_equal_numpy(seed, data, problem):
     used = data.draw(st.none() | st.lists(st.integers(0, problem.num_experts - 1), max_size=3))
     args = inputs(problem, np.random.default_rng(seed), used=used)
@@ -141,6 +142,7 @@ def test_gradients_equal_those_of_the_plain_sum(problem, rng):
 
 
 @pytest.mark.parametrize("problem", [EP2, EP8, GATHERED], ids=str)
+@pytest.mark.quick("dp1-ep8-T24", "*gathered")
 def test_rows_that_travel_in_fp8_are_rounded_once(problem, rng):
     problem = dataclasses.replace(problem, hidden=128, wire=Wire())
     _, weights, ids, factors = inputs(problem, rng)
@@ -163,6 +165,7 @@ def test_rows_of_the_mesh_that_need_different_numbers_of_rounds(rng):
 
 
 @pytest.mark.parametrize("used", [None, [5], [2, 3]], ids=["all", "one", "two"])
+@pytest.mark.quick("all")
 def test_bits_do_not_tell_how_many_rounds_there_were(used, rng):
     """Each token's choices are added in their order on every mesh, whichever travels first."""
     problems = [Problem(dp, ep, 144 // dp // ep, 5, 8) for dp, ep in ((1, 1), (1, 2), (1, 8), (2, 4))]

@@ -62,6 +62,7 @@ def departures(ep: int, slab: int, rounds: int):
 
 @pytest.mark.parametrize(("ep", "slab", "rounds"), [(2, 39, 1), (2, 16, 3), (4, 8, 5), (8, 5, 8)])
 @given(ids=ids_of_tokens)
+@pytest.mark.quick("2-39-1", "8-5-8")
 def test_every_assignment_leaves_once_from_a_slot_for_its_rank(ids, ep, slab, rounds):
     num_local = NUM_EXPERTS // ep
     left = []
