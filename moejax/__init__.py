@@ -19,6 +19,7 @@ from moejax.reference import dense_moe
 from moejax.router import Routing
 from moejax.routers import ROUTERS, Router, TopKRouter
 from moejax.routers.top_k import route
+from moejax.version import __version__
 from pallas_kernels.quantize import QTensor, Quantization, dequantize, quantize
 from sharding.mesh import make_mesh
 from sharding.partition import Partition
@@ -41,6 +42,7 @@ __all__ = [
     "RouterState",
     "Routing",
     "TopKRouter",
+    "__version__",
     "dense_moe",
     "dequantize",
     "fused_experts",
