@@ -52,7 +52,7 @@ lint: tools  ## check style, format and types
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
-format: tools  ## mend what ruff can mend, then format
+format: tools  ## fix what ruff can fix, then format
 	$(RUN) -m ruff check --fix-only .
 	$(RUN) -m ruff format .
 
