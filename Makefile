@@ -52,7 +52,7 @@ lint: tools  ## check style, format and types
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
-format: tools  ## mend what ruff can mend, then format
+format: tools  ## fix what ruff can fix, then format
 	$(RUN) -m ruff check --fix-only .
 	$(RUN) -m ruff format .
 
@@ -63,7 +63,7 @@ test-gpu:  ## run the tests that need an NVIDIA GPU with GPU_PYTHON (python3), i
 	PYTHONPATH=. $(GPU_PYTHON) -m pytest -p no:benchmark -W ignore::pytest.PytestConfigWarning -m gpu tests $(TEST_ARGS)
 
 # Status 1 says that a bar is missed; the figures are shown all the same.
-bench-gpu:  ## time the GPU kernels and their peers with GPU_PYTHON, show the figures in README.md
+bench-gpu:  ## time the GPU kernels and their peers with GPU_PYTHON, show the figures in docs/results.md
 	status=0
 	$(GPU_PYTHON) -m bench.gpu --json docs/results/h200.json $(ARGS) || status=$$?
 	if [ "$$status" -gt 1 ]; then exit "$$status"; fi

@@ -1,4 +1,4 @@
-"""Shows the record of `bench.gpu` in README.md and as a plot: `python -m bench.publish docs/results/h200.json`.
+"""Shows the record of `bench.gpu` in docs/results.md and as a plot: `python -m bench.publish docs/results/h200.json`.
 
 A record of `bench.cycles` gets a table in a section of its own, and no plot.
 """
@@ -25,29 +25,31 @@ _BAR = 0.8  # of the height of a case, shared by its implementations
 
 
 def main(argv: Sequence[str]) -> None:
-    """Reads the record, draws the plot beside it, and writes the README's block."""
+    """Reads the record, draws the plot beside it, and writes its block of the page."""
     parser = make_parser(
         "bench.publish",
-        "Puts the table of a run of bench.gpu into the README, between its two marks, and plots it beside the record; "
-        "or the table of a run of bench.cycles.",
+        "Puts the table of a run of bench.gpu into a page, between its two marks, and plots it beside the record; or "
+        "the table of a run of bench.cycles.",
         (
             "docs/results/h200.json",
-            "docs/results/h200.json --readme docs/speed.md",
+            "docs/results/h200.json --page README.md",
             "docs/results/tpu_cycles.json",
         ),
     )
     parser.add_argument("record", help="the JSON file of bench.gpu or bench.cycles")
-    parser.add_argument("--readme", default="README.md", help="the file to change (default: %(default)s)")
+    parser.add_argument(
+        "--page", "--readme", default="docs/results.md", help="the Markdown file to change (default: %(default)s)"
+    )
     args = parser.parse_args(argv)
 
-    path, readme = Path(args.record), Path(args.readme)
+    path, page = Path(args.record), Path(args.page)
     record = json.loads(path.read_text(encoding="utf-8"))
-    text = readme.read_text(encoding="utf-8")
-    base = readme.resolve().parent
+    text = page.read_text(encoding="utf-8")
+    base = page.resolve().parent
     if "rows" in record:
         content = cycles_block(record, os.path.relpath(path.resolve(), base))
-        readme.write_text(replace_block(text, content, CYCLES_HEADING, CYCLES_MARKS), encoding="utf-8")
-        print(f"wrote {readme}")
+        page.write_text(replace_block(text, content, CYCLES_HEADING, CYCLES_MARKS), encoding="utf-8")
+        print(f"wrote {page}")
         return
     svg = path.with_suffix(".svg")
     if importlib.util.find_spec("matplotlib"):
@@ -56,8 +58,8 @@ def main(argv: Sequence[str]) -> None:
     else:
         print(f"{svg} is left as it is: matplotlib is not installed (pip install -e '.[plots]')", file=sys.stderr)
     links = [os.path.relpath(file.resolve(), base) for file in (path, svg) if file.exists()]
-    readme.write_text(replace_block(text, block(record, *links)), encoding="utf-8")
-    print(f"wrote {readme}")
+    page.write_text(replace_block(text, block(record, *links)), encoding="utf-8")
+    print(f"wrote {page}")
 
 
 def block(record: Mapping[str, Any], record_link: str, plot_link: str | None = None) -> str:

@@ -20,6 +20,7 @@ from moejax.remat import REMAT_NAMES, remat_policy
 from moejax.router import Routing
 from moejax.routers import ROUTERS, Router, TopKRouter
 from moejax.routers.top_k import route
+from moejax.version import __version__
 from pallas_kernels.quantize import QTensor, Quantization, dequantize, quantize
 from sharding.mesh import make_mesh
 from sharding.partition import Partition
@@ -43,6 +44,7 @@ __all__ = [
     "RouterState",
     "Routing",
     "TopKRouter",
+    "__version__",
     "dense_moe",
     "dequantize",
     "fused_experts",

@@ -28,7 +28,7 @@ def _swigluoai(gate: jax.Array, up: jax.Array) -> jax.Array:
 
 
 def _gelu(gate: jax.Array) -> jax.Array:
-    # As jax.nn.gelu, but that takes erfc, which kernels for GPUs cannot.
+    # Like jax.nn.gelu, which takes erfc, however, and kernels for GPUs have no erfc.
     return 0.5 * gate * (1 + jax.lax.erf(gate * _SQRT_HALF))
 
 
@@ -53,7 +53,7 @@ _GATED: Mapping[str, Callable[[jax.Array, jax.Array], jax.Array]] = MappingProxy
 
 
 def check_activation(activation: str, limit: float | None, *, name: str = "activation") -> None:
-    """Raises ValueError unless `activation` is known and `limit` is None or positive; `name` is what it calls them."""
+    """Raises ValueError unless `activation` is known and `limit` is None or positive; `name` is for the message."""
     if activation not in _GATED:
         hint = " ('silu' is SwiGLU, 'gelu' is GeGLU: all of them are gates)" if "glu" in str(activation) else ""
         raise ValueError(f"unknown {name} {activation!r}; expected one of {', '.join(_GATED)}{hint}")

@@ -6,10 +6,10 @@ An operator is a folder; each of its implementations is a module in it, found by
     "pallas_tpu"  tpu.py         Pallas kernels for TPU
     "pallas_gpu"  gpu.py         Pallas kernels for NVIDIA GPUs
 
-"auto" takes the kernels of the platform that is lowered for (see `primitive`; of the chip named by `target.targeting`,
-if one is) and falls through to "xla" where they raise `Unsupported`, and says so once. A backend that the caller names
-never falls through: what its kernels cannot do is an error. But an operator that has no kernels for the named platform
-at all (top-k and plan on a TPU) is XLA's there, so that one name serves a whole layer.
+"auto" takes the kernels of the platform that the program is lowered for (see `primitive`), or of the chip that
+`target.targeting` names. Where these raise `Unsupported` it falls through to "xla", with one warning. A backend that
+the caller names never falls through: what its kernels cannot do is an error. Only an operator that has no kernels at
+all for the named platform (top-k and plan on a TPU) uses XLA there, so that one name serves a whole layer.
 """
 
 import functools

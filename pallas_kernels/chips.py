@@ -43,7 +43,7 @@ class Chip:
       link_bandwidth: bytes/s that the chip can send to its peers (one direction, all links together).
       fast_memory_bytes: software-managed on-chip memory of one core in bytes (VMEM, shared memory, SRAM).
       device_kinds: the strings that `jax.Device.device_kind` shows for this chip.
-      matrix_unit: rows, and columns, of the weights that a systolic matrix unit holds; None for chips without one.
+      matrix_unit: rows (and as many columns) of the weights that a systolic matrix unit holds; None without one.
       source: where the figures come from.
     """
 

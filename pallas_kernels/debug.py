@@ -20,7 +20,7 @@ _checking = Override[bool]("debug_checks")
 
 @contextlib.contextmanager
 def debug_checks(enabled: bool = True) -> Iterator[None]:
-    """What is traced inside checks the values of its arguments when it runs.
+    """Makes operators that are traced inside of it check the values of their arguments when the program runs.
 
     Args:
       enabled: False turns the checks off again in a part.

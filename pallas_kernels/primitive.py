@@ -1,14 +1,14 @@
 """An operator as a JAX primitive: an implementation for each platform, and rules for its derivatives.
 
 JAX traces a program before it knows where it will run. A call of an operator is therefore one equation of the traced
-program, and `backend="auto"` takes its implementation when the equation is lowered: of the platform that is lowered
-for, be it that of the arrays, of a mesh, or of `jax.export(..., platforms=["tpu"])`. Meanwhile the reference, traced,
-says what comes out. Where the caller names a backend or a target, it is that implementation that is traced, at once, so
-that what it refuses is an error where it is called.
+program, and `backend="auto"` picks an implementation only when the equation is lowered, by the platform that it is
+lowered for: that of the arrays, of a mesh, or of `jax.export(..., platforms=["tpu"])`. Until then the reference is
+traced, which tells the shapes and dtypes of the result. Where the caller names a backend or a target, that
+implementation is traced at once, so that what it refuses is an error at the call.
 
-Derivatives are again operators. The rule of a derivative takes operands and tangents by name and says what comes out
-and its tangent; in terms of operators that are linear in the tangent, which have a second rule, of their transposes.
-So reverse mode keeps the operands of those operators and nothing else, and derivatives of every order are there.
+Derivatives are operators too. A `jvp` rule takes operands and tangents by name and returns the result and its tangent,
+the latter by operators that are linear in the tangent; these have a second rule, for their transposes. Reverse mode
+thus keeps the operands of those operators and nothing else, and derivatives of every order exist.
 
     tripled = Operator("triple", "triple", jvp=..., transpose=...)    # pallas_kernels/triple/reference.py: triple(x, n)
     tripled("auto", x=x, n=3)
@@ -81,9 +81,9 @@ class Operator:
     Args:
       operator: the package below `pallas_kernels`.
       function: its function, of that name in each of its implementations.
-      linear_in: names of operands, arrays, in each of which the operator is linear while the others stay: all that
-        need be said of its tangents.
-      jvp: (backend, operands, tangents) -> (result, its tangent), where that does not say it. Tangents have the
+      linear_in: names of array operands in each of which the operator is linear while the others are fixed; its
+        tangents follow from that.
+      jvp: (backend, operands, tangents) -> (result, its tangent), where `linear_in` is not given. Tangents have the
         structure of the operands, or are `ad.Zero`.
       transpose: (backend, cotangent, operands) -> the cotangents of those operands that are asked for, by name.
       hidden: names of operands that only the rules see.

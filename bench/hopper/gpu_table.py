@@ -11,7 +11,7 @@ Record = Mapping[str, Any]
 def table(record: Record, markdown: bool = False) -> str:
     """One line a case: our time and rate, the share of this run's floor, the goal, each peer's time and its ratio.
 
-    In Markdown, which is for readers of README, goals and errors are left out and the peers share a column.
+    In Markdown, which is for readers of docs/results.md, goals and errors are left out and the peers share a column.
     """
     if not markdown:
         return format_table(*_cells(record))

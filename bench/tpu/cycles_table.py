@@ -1,4 +1,4 @@
-"""The record of `bench.cycles` as tables: for the terminal, and for README."""
+"""The record of `bench.cycles` as tables: for the terminal, and for docs/results.md."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -45,7 +45,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def block(record: Mapping[str, Any], link: str) -> str:
-    """The Markdown for README: where the figures come from, what they say, a line a case and a column a TPU."""
+    """The Markdown for docs/results.md: where the figures come from, a line a case, a column a TPU, and a summary."""
     rows = record["rows"]
     versions = ", ".join(f"{package} {version}" for package, version in record["versions"].items() if version)
     commits = " and ".join(dict.fromkeys(row["commit"] for row in rows))

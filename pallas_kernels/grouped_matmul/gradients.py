@@ -4,9 +4,9 @@
     correlated(lhs, dout)        [G, K, N]   transposed: both: multiplied
     activated(lhs, rhs, bias)    [M, I]      where a gradient is asked for: multiplied, and the activation in XLA
 
-A factor that was rounded to 8 bits takes part as it was rounded, in all derivatives. Its `_face`, which no
-implementation sees, is what it was rounded from, and there tangents and cotangents pass the rounding by: straight
-through. A QTensor without a face is a constant.
+A factor that was rounded to 8 bits enters all derivatives with its rounded values. Its `_face`, which no implementation
+sees, is the array that it was rounded from: tangents and cotangents go to and from the face, past the rounding
+(straight-through). A QTensor without a face is a constant.
 """
 
 import functools

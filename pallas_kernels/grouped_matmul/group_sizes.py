@@ -18,7 +18,7 @@ _MOST = np.iinfo(np.int32).max
 
 
 def as_group_sizes(group_sizes: jax.Array, num_rows: int) -> jax.Array:
-    """The sizes of groups of M = `num_rows` rows as operators take them, int32 [E]: what is too large stays so.
+    """The sizes of groups of M = `num_rows` rows as operators take them, int32 [E]; what is too large stays too large.
 
     Inside of `pallas_kernels.debug.debug_checks` sizes that are negative or too large are an error when the program
     runs.
@@ -48,7 +48,7 @@ def bounds(group_sizes: jax.Array, num_rows: int) -> tuple[jax.Array, jax.Array]
 
 
 def _sums(group_sizes: jax.Array, num_rows: int) -> tuple[jax.Array, jax.Array]:
-    """The sum of each size and those before it, uint32 [E]; and where it is more than M, and so may be any number."""
+    """The running sums of the sizes, uint32 [E], and where they exceed M; past that point they may have overflowed."""
     rows = jnp.asarray(num_rows, jnp.int32)
     # Neither addend is more than 2³¹ − 1, so the first sum past M has not wrapped round; what follows is past it too.
     sums = jnp.cumsum(jnp.clip(group_sizes, 0, rows), dtype=jnp.uint32)

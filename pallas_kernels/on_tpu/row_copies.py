@@ -3,7 +3,7 @@
 A row of [T, H] lies in main memory as pieces of 128 elements, each in a tile with those of its neighbours, and rows of
 16 or 8 bits share 32-bit words with one or three neighbours. A copy engine can take single rows of 32-bit words out of
 such tiles, so a matrix is looked at as words, [T / packing, H] uint32, and a copy brings the `packing` rows that share
-words. The kernel then picks the row it wants by a shift. So nothing is laid out anew on either side, at the price of
+words. The kernel then picks the row it wants by a shift. So no matrix has to be laid out differently, at the price of
 reading `packing` times the bytes; where the whole matrix fits fast memory it is read once instead, and rows are copied
 from there.
 """
@@ -55,7 +55,7 @@ class Rows:
         """Looks at x [T, H].
 
         Raises:
-          Unsupported: elements are no 1, 2 or 4 bytes long.
+          Unsupported: elements are not 1, 2 or 4 bytes long.
         """
         if x.dtype.itemsize not in (1, 2, _WORD):
             raise Unsupported(f"{operator}: rows have elements of 1, 2 or 4 bytes, got {x.dtype}")
@@ -106,7 +106,7 @@ class Rows:
         """Rows to copy in one step: a multiple of `tile`, as many as keep the copy engine busy.
 
         Args:
-          num_rows: that there are in all.
+          num_rows: how many rows there are in all.
           tile: what the step must be a multiple of.
           factor: copies for each of these rows.
         """
@@ -135,9 +135,9 @@ class Rows:
         return ref.bitcast(jnp.uint32) if ref.dtype != jnp.uint32 else ref
 
     def copies(self, row: jax.Array) -> jax.Array:
-        """What `start` wants to know of the rows to copy: the numbers of their words, −1 for a copy to leave out.
+        """The index that `start` takes for the rows to copy: the numbers of their words, −1 for a copy to leave out.
 
-        From fast memory something is always copied, which costs less than to ask whether.
+        From fast memory a row is always copied, as that costs less than a branch.
         """
         missing = 0 if self.is_resident else -1
         return jnp.where(row >= 0, row // self.packing, missing).astype(jnp.int32)
@@ -196,7 +196,7 @@ def from_words(words: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
 
 
 def _taken(dtype: jnp.dtype) -> jnp.dtype:
-    """What kernels are shown rows of `dtype` as: Mosaic takes no FP16, and bits are all that counts here."""
+    """The dtype as which kernels see rows of `dtype`: Mosaic takes no FP16, and only the bits matter here."""
     return jnp.dtype(jnp.bfloat16) if dtype == jnp.float16 else dtype
 
 

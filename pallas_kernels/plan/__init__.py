@@ -115,7 +115,7 @@ def take_slots(plan: Plan, topk_ids: jax.Array, slots: int, begin: jax.Array | i
 
 
 def each_choice(plan: Plan) -> Plan:
-    """The same rows for the same assignments, each taken for a token of its own: inverse [T·K, 1]."""
+    """The same plan with every assignment as a token of its own with one choice: inverse [T·K, 1]."""
     return dataclasses.replace(plan, inverse=plan.inverse.reshape(-1, 1))
 
 

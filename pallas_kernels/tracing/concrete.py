@@ -32,7 +32,7 @@ def is_less(a: Any, b: Any) -> bool:
 def nan_rows(x: jax.Array, mask: jax.Array | None = None) -> list[int]:
     """The rows (all dimensions but the last, flattened) of `x` that hold NaN; none when its numbers are not known.
 
-    Rows where the bool `mask` [...] is false are passed over.
+    Rows where the bool `mask` [...] is false are skipped.
     """
     if not is_known((x, mask)):
         return []

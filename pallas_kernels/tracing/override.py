@@ -15,8 +15,8 @@ class Override[Value]:
             forced.get()  # config
         forced.get()  # None
 
-    Caches of traced functions do not know of it: trace a jitted function anew for each value. The operators themselves
-    do, as each keeps the values with which it was called (`overrides`).
+    Caches of traced functions do not know of it: a jitted function must be traced again for each value. The operators
+    themselves do, as each keeps the values with which it was called (`overrides`).
     """
 
     def __init__(self, name: str):

@@ -10,11 +10,11 @@ from jax.custom_derivatives import SymbolicZero
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def unless_differentiated(fast: Callable[..., Any], differentiable: Callable[..., Any], *args: Any) -> Any:
-    """fast(*args), or differentiable(*args) inside `jax.grad` and its kin: for what serving can do and training cannot.
+    """fast(*args), but differentiable(*args) inside `jax.grad` and its kin: for what works in serving only.
 
     Args:
-      fast: need have no gradient. Closes over nothing that is traced, as `differentiable`.
-      differentiable: gives the same to rounding.
+      fast: needs no gradient. Like `differentiable`, it must not close over traced values.
+      differentiable: gives the same result up to rounding.
       *args: pytrees of arrays.
     """
     del differentiable
@@ -30,7 +30,7 @@ def _jvp(fast, differentiable, primals, tangents):
 def jvp_of_moving(function: Callable[..., Any], primals: Any, tangents: Any) -> tuple[Any, Any]:
     """`jax.jvp(function, primals, tangents)` of tangents some of which are `SymbolicZero`.
 
-    To JAX they would be numbers like others, and the derivatives for them would be computed.
+    JAX would take these for ordinary zeros and compute the derivatives for them.
     """
     leaves = jax.tree.leaves(primals)
     structure: Any = jax.tree.structure(primals)

@@ -1,13 +1,18 @@
-"""The README's block and the plot."""
+"""The blocks of docs/results.md and the plot."""
 
 import importlib.util
 import json
+import os
+import pathlib
 
 import pytest
 
 from bench.cli import run
 from bench.publish import BEGIN, CYCLES_HEADING, CYCLES_MARKS, END, HEADING, block, main, plot, replace_block
+from bench.tpu.cycles_table import block as cycles_block
 from tests.bench.gpu_records import measurement, record
+
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 def made():
@@ -55,35 +60,54 @@ def files(tmp_path):
     results = tmp_path / "docs" / "results"
     results.mkdir(parents=True)
     (results / "h200.json").write_text(json.dumps(made()))
-    (tmp_path / "README.md").write_text("# x\n")
-    return results / "h200.json", tmp_path / "README.md"
+    (tmp_path / "page.md").write_text("# x\n")
+    return results / "h200.json", tmp_path / "page.md"
 
 
 def test_command_without_matplotlib(files, monkeypatch, capsys):
-    path, readme = files
+    path, page = files
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert run(main, [str(path), "--readme", str(readme)]) == 0
+    assert run(main, [str(path), "--page", str(page)]) == 0
     out, err = capsys.readouterr()
-    assert out == f"wrote {readme}\n"
+    assert out == f"wrote {page}\n"
     assert err.endswith("is left as it is: matplotlib is not installed (pip install -e '.[plots]')\n")
-    text = readme.read_text()
+    text = page.read_text()
     assert text.startswith(f"# x\n\n{HEADING}\n\n{BEGIN}\n`make bench-gpu`")
     assert "(docs/results/h200.json)" in text
     assert "svg" not in text
 
 
 def test_a_record_of_cycles_gets_its_own_section(files):
-    path, readme = files
+    path, page = files
     cell = {"chip": "v6e", "case": "a product", "shape": dict(zip("GMKN", (1, 2, 3, 4), strict=True))}
     figures = {"ours": [{"cycles": 2000}], "tokamax v2": [{"cycles": 4000}]}
     rows = [{**cell, "commit": "abc", "floor_cycles": 1000, "cycles": figures, "instructions": {}}]
     found = {"rows": rows, "versions": {}, "date": "2026-01-01T", "note": "A note."}
     path.write_text(json.dumps(found))
     for _ in range(2):
-        assert run(main, [str(path), "--readme", str(readme)]) == 0
-        text = readme.read_text()
+        assert run(main, [str(path), "--page", str(page)]) == 0
+        text = page.read_text()
         assert text.startswith(f"# x\n\n{CYCLES_HEADING}\n\n{CYCLES_MARKS[0]}\n")
         assert text.count("| a product | 1,2,3,4 | 2 / 4 / -, floor 1 |") == 1
+
+
+def test_the_page_shows_the_records_that_are_stored():
+    page = (ROOT / "docs" / "results.md").read_text()
+    results = ROOT / "docs" / "results"
+    of_gpu = json.loads((results / "h200.json").read_text())
+    assert f"{BEGIN}\n{block(of_gpu, 'results/h200.json', 'results/h200.svg')}\n{END}" in page
+    of_cycles = json.loads((results / "tpu_cycles.json").read_text())
+    first, last = CYCLES_MARKS
+    assert f"{first}\n{cycles_block(of_cycles, 'results/tpu_cycles.json')}\n{last}" in page
+
+
+def test_the_page_is_docs_results_unless_another_is_named(files, monkeypatch):
+    path, page = files
+    page.rename(page.parent / "docs" / "results.md")
+    monkeypatch.chdir(page.parent)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert run(main, [os.path.relpath(path)]) == 0
+    assert "[h200.json](results/h200.json)" in (page.parent / "docs" / "results.md").read_text()
 
 
 def test_command_without_a_record(tmp_path, capsys):

@@ -47,8 +47,9 @@ def platform(monkeypatch):
 def test_every_operator_has_the_reference(name):
     folder = pathlib.Path(pallas_kernels.__file__).parent / name
     assert "xla" in available(name)
-    assert ("pallas_tpu" in available(name)) == (folder / "tpu.py").exists()
-    assert ("pallas_gpu" in available(name)) == (folder / "gpu.py").exists()
+    for module in ("tpu", "gpu"):
+        exists = (folder / f"{module}.py").exists() or (folder / module / "__init__.py").exists()
+        assert (f"pallas_{module}" in available(name)) == exists
 
 
 def test_available_lists_modules_without_importing_them(operator):

@@ -4,8 +4,8 @@
     BF16·BF16, FP16     [G, K, N] or [G, N, K]   -
     FP8·FP8             [G, N, K] (K-major)      lhs per tensor, row, or 1x128; rhs per tensor, channel, or 128x128
 
-e4m3 and e5m2 mix. An operand in 8 bits beside one that is not is dequantised to BF16 first, which reads and writes it
-once more, and float32 beside 8 bits is rounded to BF16: the way of gradients. Float32 alone is left to XLA.
+e4m3 and e5m2 mix. Where only one operand is in 8 bits, as in gradients, it is dequantised to BF16 first, which reads
+and writes it once more; if the other one is float32, that is rounded to BF16. Float32 alone is left to XLA.
 
 The tensor cores add FP8 products with about 13 bits. Scales that come in blocks of 128 also bound how much is added
 that way: their parts are added in float32.

@@ -19,7 +19,7 @@ from pallas_kernels.grouped_matmul.tpu.rows import Tile
 
 @dataclasses.dataclass(frozen=True)
 class Core:
-    """What one core can do. A copy is described anew to be waited for: the same shapes, the same bytes."""
+    """What one core can do. To wait for a copy, describe it again: only its shapes, that is, its bytes, matter."""
 
     operands: Inputs
     out: Any

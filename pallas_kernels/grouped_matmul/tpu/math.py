@@ -89,7 +89,7 @@ def activate(parts: list[jax.Array], arithmetic: Arithmetic) -> jax.Array:
 
 
 def _multiply(lhs: jax.Array, rhs: jax.Array, arithmetic: Arithmetic) -> jax.Array:
-    """Of [rows, k] and [k, columns] ([columns, k] if K-major), in float32."""
+    """The product of [rows, k] and [k, columns] ([columns, k] if K-major), in float32."""
     dtype = arithmetic.multiply
     out = lax.dot_general(
         lhs.astype(dtype),

@@ -13,7 +13,7 @@ _DEPTH = 128
 
 
 def lhs_scales(lhs: Operand) -> tuple[jax.Array, jax.Array | None, jax.Array | None, int]:
-    """Of lhs [M, K].
+    """Splits lhs [M, K] into its values and its scales.
 
     Returns:
       The values; scales [M, 1] or [M, K/block], if any; one scale for all instead, if it has that; and the depth of a
@@ -36,7 +36,7 @@ def lhs_scales(lhs: Operand) -> tuple[jax.Array, jax.Array | None, jax.Array | N
 def rhs_scales(
     rhs: Operand, k_major: bool, tensor_scale: jax.Array | None
 ) -> tuple[jax.Array, jax.Array | None, Literal["channel", "block"] | None, int]:
-    """Of rhs [G, K, N] ([G, N, K] if K-major), times one scale for all of lhs if there is one.
+    """Splits rhs [G, K, N] ([G, N, K] if K-major) into values and scales; these include the one scale of lhs, if any.
 
     Returns:
       The values; scales [G, 1, N] or [G, K/block, N], if any; their kind; and the depth of a block, 0 without.

@@ -122,7 +122,7 @@ def candidates(problem: Problem) -> Iterator[Config]:
 
 
 def _most_rows(problem: Problem) -> int:
-    """Rows that are multiplied at a time at most."""
+    """The most rows that are multiplied at a time."""
     return _CHUNK_M if problem.blocks == 1 else min(_CHUNK_M, _CHUNK_PARTS // (problem.blocks * _CHUNK_N))
 
 
@@ -166,7 +166,7 @@ def _kept_bytes(problem: Problem, config: Config) -> int:
     """What registers cannot hold of a chunk. The weights are not part of it: they go to the matrix unit as they come.
 
     Where scales come in blocks, one block of K is multiplied after the other; gate and up share what they need of lhs,
-    which therefore stays until the end. An element of lhs then takes 16 bits, also if it has 8, and one that is
+    which therefore stays until the end. An element of lhs then takes 16 bits, even if it has 8, and one that is
     multiplied in float32 four times 32, for the parts that full precision is made of.
     """
     kept = problem.blocks if problem.halves > 1 else 1
@@ -202,7 +202,7 @@ def modelled_seconds(chip: Chip, problem: Problem, config: Config) -> float:
 
 
 def _chunks(rows: int, problem: Problem, config: Config) -> list[int]:
-    """The chunks in which so many rows are multiplied."""
+    """The chunks in which a given number of rows is multiplied."""
     strips, chunk = _cdiv(rows, problem.sublanes), config.chunk_m // problem.sublanes
     whole, rest = divmod(strips, chunk)
     last = [min(length for length in chunk_lengths(chunk, problem.blocks) if length >= rest)] if rest else []

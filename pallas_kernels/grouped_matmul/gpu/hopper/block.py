@@ -86,17 +86,18 @@ class Scratch(NamedTuple):
       lhs: ring [stages, row groups, 64, block_k].
       rhs: ring [stages, column groups, wg_columns, block_k] if K-major, else [stages, column groups, windows, block_k,
         wg_width].
-      full: a ring buffer has been filled.
-      empty: a ring buffer has been read.
+      full: [stages] barriers, complete when every copy of a step has landed in its slot.
+      empty: [stages] barriers, complete when every math warpgroup has read the slot.
       out: staging of the result, see `store_rows`.
       lhs_scales: ring of the rows' scales.
       row_scale: scales of the tile's rows.
       column_scale: scales of the tile's columns, [windows · width].
       bias: of the tile's columns, likewise.
-      side_full: the three before have been filled.
-      side_empty: and have been read.
+      side_full: barrier, complete when the copies of a tile's row_scale, column_scale and bias have landed.
+      side_empty: barrier, complete when every math warpgroup has read them.
       out_scales: largest magnitudes and scales of the rows of an FP8 result, [warpgroups, 64].
-      shared_scales: the column groups have written their largest magnitudes.
+      shared_scales: barrier between the column groups, twice a tile: their largest magnitudes in `out_scales` have been
+        written, and have been read.
     """
 
     lhs: Any

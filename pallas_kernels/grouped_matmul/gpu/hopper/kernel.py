@@ -4,6 +4,21 @@ The loading warpgroup streams tiles of both operands through a ring of buffers i
 engine, from one output tile into the next without a pause. The math warpgroups multiply them with `wgmma`, each its
 own rows or columns of the tile, and finish the tile in registers: scales, bias, activation, conversion.
 
+                      full[slot]: every copy of the step has landed
+               +-----------------------------------------------------+
+               |                                                     v
+    +---------------------+    +--------+--------+-----+----------+    +-------------------------+
+    |  loading warpgroup  | => | slot 0 | slot 1 | ... | slot S-1 | => | 1 or 2 math warpgroups  | => out
+    |  (load.Loader)      |    +--------+--------+-----+----------+    | (multiply.Multiplier)   |
+    +---------------------+      lhs, rhs, block scales of a step      +-------------------------+
+               ^                                                     |
+               +-----------------------------------------------------+
+                      empty[slot]: every math warpgroup has read it
+
+Step s of a block, counted over all of its tiles, uses slot s mod S, S = config.num_stages. The loader is thus at most S
+steps ahead. Once a tile, the operands that belong to no step (scales of rows and columns, bias) travel the same way
+through one buffer each, with the barriers side_full and side_empty.
+
     floor in time = max(bytes of lhs, rhs, out / HBM bandwidth, 2·M·K·N / peak)
 
 Tiles begin at their group's first row, so no tile mixes groups. What lies in a tile beyond its group (rows of the next
@@ -56,6 +71,7 @@ def grouped_product(
         warpgroup, number = lax.axis_index("warpgroup"), lax.axis_index("block")
         for_each_tile = functools.partial(shape.walk.for_each, block[0].group_sizes, number, num_blocks)
 
+        # The loader only issues copies and waits: it hands most of its registers to those that hold accumulators.
         @pl.when(warpgroup == config.warpgroups)
         def _():
             if config.warpgroups > 1:
@@ -69,6 +85,7 @@ def grouped_product(
             if config.warpgroups > 1:
                 plgpu.set_max_registers(232, action="increase")
             for_each_tile(Multiplier(*block).compute, jnp.int32(0))
+            # The last stores may still be reading their staging buffers.
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     kernel = plgpu.kernel(

@@ -1,4 +1,16 @@
-"""The loading half of the Hopper kernel: one warpgroup that streams operands from global into shared memory."""
+"""The loading half of the Hopper kernel: one warpgroup that streams operands from global into shared memory.
+
+With S = 3 slots, a step takes the loader through two phases, of which the first is free for the first S steps:
+
+    step     0         1         2         3                    4
+    wait     -         -         -         empty[0] (step 0)    empty[1] (step 1)
+    copy     slot 0    slot 1    slot 2    slot 0               slot 1
+    then     full[0]   full[1]   full[2]   full[0]              full[1]          as the copies land, on their own
+
+Copies are asynchronous: the loader only issues them, and the copy engine arrives at the barrier when the bytes are
+there. `full` expects one arrival from each copy of a step (`loads` in `Scratch.describe`), `empty` one from each math
+warpgroup.
+"""
 
 import functools
 import itertools
@@ -52,10 +64,12 @@ class Loader(Block):
             def one_step(k, step, sweep=sweep):
                 slot = self.slot(step)
 
+                # Wait until the step that used this slot before, S steps ago, has been read.
                 @pl.when(step >= self.config.num_stages)
                 def _():
                     plgpu.barrier_wait(self.scratch.empty.at[slot])
 
+                # Start the copies of this step; they complete full[slot] by themselves.
                 self._copy_operands(tile, group, sweep, k, slot)
                 return step + 1
 
@@ -66,16 +80,21 @@ class Loader(Block):
 
                 @pl.when(is_owned)
                 def _():
+                    # Wait until the tile before has been finished with its scales and bias.
                     @pl.when(tiles > 0)
                     def _():
                         plgpu.barrier_wait(self.scratch.side_empty)
 
+                    # Start the copies of this tile's; they complete side_full.
                     self._copy_sides(tile, group)
 
         return step, tiles + is_owned.astype(jnp.int32)
 
     def drain(self, step, tiles):
-        """Waits until all that was loaded has been read, so that no barrier is left half-way."""
+        """Waits until all that was loaded has been read, so that no barrier is left half-way.
+
+        `load` waits for a slot only when it wants to fill it again: the releases of the last S steps are still to come.
+        """
         if self.stage != "comp":
             first = jnp.maximum(step - self.config.num_stages, 0)
             lax.fori_loop(first, step, lambda i, _: plgpu.barrier_wait(self.scratch.empty.at[self.slot(i)]), None)

@@ -1,4 +1,21 @@
-"""The multiplying half of the Hopper kernel: warpgroups that empty the ring, finish tiles and store them."""
+"""The multiplying half of the Hopper kernel: warpgroups that empty the ring, finish tiles and store them.
+
+`wgmma` is asynchronous and reads its operands from shared memory while it runs. A slot can therefore be released only
+when its product is done, which is one step later, so that the tensor cores always have the next product in hand:
+
+    step        s                       s + 1                       s + 2
+    wait        full[s]                 full[s + 1]                 full[s + 2]          slots are modulo S
+    start       product s               product s + 1               product s + 2
+    wait        product s - 1           product s                   product s + 1
+    release     empty[s - 1]            empty[s]                    empty[s + 1]
+
+After the last step of a tile the accumulators are read, which waits for the last product, and its slot is released.
+With block scales every product has an accumulator of its own, which is scaled and added to the total at the place of
+"release" (see `_sum_by_block`). Without them, one accumulator sums up the whole of K.
+
+A tile ends with `_finish` (side_full -> scales, bias, activation -> side_empty) and `store_rows`, which goes through
+staging buffers of the warpgroup's own, and waits for its own stores instead of at a barrier.
+"""
 
 import functools
 import math
@@ -91,6 +108,7 @@ class Multiplier(Block):
         """Lets a tile go by that has no rows for this warpgroup: the tensor cores are the other one's."""
 
         def one_step(_, step):
+            # The barriers count on every warpgroup: each step is waited for and released, unread.
             self._wait_full(step)
             self._release(self.slot(step))
             return step + 1
@@ -107,10 +125,14 @@ class Multiplier(Block):
 
         def multiply_all(accumulator):
             def one_step(k, step):
+                # The operands of this step have landed.
                 self._wait_full(step)
+                # Start its product.
                 self._multiply(accumulator, self.slot(step))
+                # At most the product that was started last is still running.
                 plgpu.wgmma_wait(1)
 
+                # So the slot of the step before (step - 1 modulo S) may be filled again.
                 @pl.when(k > 0)
                 def _():
                     self._release(self.slot(step + last_slot))
@@ -118,7 +140,7 @@ class Multiplier(Block):
                 return step + 1
 
             lax.fori_loop(0, num_steps, one_step, step)
-            total = accumulator[...]
+            total = accumulator[...]  # waits for the last product
             self._release(self.slot(step + num_steps + last_slot))
             return total
 
@@ -142,18 +164,22 @@ class Multiplier(Block):
             scales = [[weight_scale(group, first + i, p.start) for p in pieces] for i in range(count)]
 
             def multiply_from(i, before, sums):
-                """The steps from i on, while that before is in flight."""
+                """Steps i to `count`; the product of step i - 1 may still be running, into the accumulator `before`."""
                 if i == count:
                     return add(i - 1, before, 0, sums)
 
                 def multiply(accumulator):
+                    # The operands of step i have landed.
                     self._wait_full(step + first + i)
+                    # Start its product.
                     self._multiply(accumulator, self.slot(step + first + i))
+                    # While it runs, scale and add the product before it, and go on.
                     return multiply_from(i + 1, accumulator, sums if before is None else add(i - 1, before, 1, sums))
 
                 return pl.run_scoped(multiply, plgpu.ACC((WGMMA_ROWS, shape.wg_columns), jnp.float32))
 
             def add(i, accumulator, in_flight, sums):
+                """`sums` with the product of step i, once at most `in_flight` products still run; releases its slot."""
                 part = plgpu.wgmma_accumulator_load(accumulator, wait_n=in_flight)
                 row_scale = self._row_scale(tile, self.slot(step + first + i))
                 plgpu.commit_smem()  # the copy engine may overwrite what has been read
@@ -248,9 +274,11 @@ class Multiplier(Block):
         amax = jnp.max(jnp.abs(value), axis=1)
         if self.config.column_groups > 1:
             buffer[self.warpgroup] = amax
+            # Both have written.
             plgpu.barrier_arrive(self.scratch.shared_scales)
             plgpu.barrier_wait(self.scratch.shared_scales)
             amax = jnp.maximum(amax, plgpu.load(buffer.at[1 - self.warpgroup], layout=_ROWS))
+            # Both have read: the buffer may be written for the next tile.
             plgpu.barrier_arrive(self.scratch.shared_scales)
             plgpu.barrier_wait(self.scratch.shared_scales)
         scale = finite_scale(amax, dtype)
