@@ -12,15 +12,15 @@ _FIELDS = "losses", "load", "topk_ids", "topk_weights"
 
 @jax.tree_util.register_pytree_with_keys_class
 class MoEAux(dict[str, Any]):
-    """What a layer says beside its output.
+    """What a layer returns beside its output.
 
-    A dict whose entries are attributes too: of what a call returns in a tuple, `nnx.tabulate` can show arrays and
-    containers of Python only.
+    It is a dict whose entries are attributes too, because `nnx.tabulate` can only show arrays and Python containers
+    in what a call returns.
 
     Attributes:
       losses: the router losses of the configuration, weighted, float32 []; add `loss` to the training loss.
       load: how the tokens fell on the experts, and how many were dropped.
-      topk_ids: int32 [..., K], the choices; −1 where none was made. Give them to a later call to route alike.
+      topk_ids: int32 [..., K], the choices; −1 where none was made. Give them to a later call to route it alike.
       topk_weights: float32 [..., K], what they weigh.
     """
 

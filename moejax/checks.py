@@ -1,4 +1,4 @@
-"""How settings say that they make no sense: the name, what was expected, what came."""
+"""Checks of settings, whose errors give the name, what was expected, and what came."""
 
 import math
 import numbers

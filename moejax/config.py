@@ -38,7 +38,7 @@ class MoEConfig:
       intermediate_size: I, width of one routed expert.
       num_experts: E.
       top_k: K, experts per token.
-      shared_intermediate_size: width of the shared expert that every token passes (all of them together), 0 for none.
+      shared_intermediate_size: width of the shared expert, which sees every token (of several, the sum); 0 for none.
       router: which experts a token goes to, how they are weighted, and the losses that keep them balanced; one of
         `moejax.routers`.
       activation: silu, gelu, gelu_tanh, relu2 or swigluoai.
@@ -53,9 +53,9 @@ class MoEConfig:
       wire_scaling: scaling of the 8-bit rows that "w8a8" sends between chips, in the dtype of `quantization`.
       capacity_factor: None drops nothing. A number, to a thousandth, bounds what an expert takes of T tokens to
         ⌈capacity_factor · T·K / E⌉; what is dropped is counted and returned.
-      capacity_of: the T tokens that a capacity is of: those of the whole "batch", so that the same choices are dropped
-        on every mesh, or of each "chip", which need not be agreed upon.
-      dtype: of the computation: bfloat16, float16 or float32.
+      capacity_of: which T tokens a capacity refers to: those of the whole "batch", so that the same choices are dropped
+        on every mesh, or those of each "chip", so that chips need not tell each other what they chose.
+      dtype: the dtype to compute in: bfloat16, float16 or float32.
       param_dtype: of the parameters.
       backend: "auto", "xla", "pallas_tpu" or "pallas_gpu".
       transport: what carries rows between chips: a name in `sharding.exchange.pick.TRANSPORTS`, or "auto" for the one
@@ -151,7 +151,7 @@ class MoEConfig:
         )
 
     def check_scale_blocks(self, width_parts: int = 1) -> None:
-        """Raises ValueError unless each operand divides into the blocks of its scaling, widths in so many parts."""
+        """Raises ValueError unless each operand, with widths in `width_parts` parts, divides into blocks."""
         q, hidden = self.quantization, self.hidden_size
         operands = [("hidden_size", (1, hidden), self.wire_scaling), ("hidden_size", (1, hidden), q.lhs_scaling)]
         for name in ("intermediate_size", "shared_intermediate_size"):

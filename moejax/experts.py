@@ -76,7 +76,7 @@ class ExpertMath:
         self, rows: Operand, group_sizes: jax.Array, weights: Operand, *, k_major: bool, bias: jax.Array | None = None
     ) -> jax.Array:
         """Kernel one: rows [R, H] -> [R, I], in float32 when kernel two will round it to 8 bits."""
-        # Rounding to BF16 on the way to 8 bits would round twice, and wrongly for one value in thirty.
+        # Rounding to BF16 first and then to 8 bits would give another value in one case out of thirty.
         dtype = self.dtype if self.quantization is None else jnp.dtype(jnp.float32)
         settings = self._gate_up_settings(k_major, bias)
         return grouped_gate_up(rows, weights, group_sizes, preferred_element_type=dtype, **settings)
@@ -186,9 +186,9 @@ def _math(config: MoEConfig) -> ExpertMath:
 
 
 def _ready(weights: Operand, config: MoEConfig) -> Operand:
-    """Weights that are to be rounded to 8 bits are rounded from the precision that they are kept in, if they come so.
+    """Casts weights to `config.dtype`, unless they are, or will be, in 8 bits: those are rounded as they come.
 
-    Over an FSDP axis they have been cast to `config.dtype`, in which they travel.
+    Over an FSDP axis they were cast to `config.dtype` earlier, before they were gathered.
     """
     return weights if config.precision == "w8a8" or isinstance(weights, QTensor) else weights.astype(config.dtype)
 

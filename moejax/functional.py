@@ -51,12 +51,12 @@ def moe(
       mask: bool [...], true for real tokens; None if all are. What is masked takes no expert and no capacity, counts in
         no loss and no load, and comes out as zeros.
       token_ids: integer [...], for routers that go by them; negative for none.
-      topk_ids: integer [..., K], choices to be made again, as `MoEAux.topk_ids` of an earlier call has them; −1 where
-        the router chooses. What is not in [0, E) is as −1, but E and more an error where the ids are known (outside
-        jit). Weights are this call's own.
-      key: random, for the noise of a noisy router in training; None for no noise.
-      mesh: where to run; default is the mesh of `jax.set_mesh`, and one chip when there is none. Inside
-        `jax.shard_map` and `jax.pmap` it is what they leave to be split.
+      topk_ids: integer [..., K], choices to repeat, as `MoEAux.topk_ids` of an earlier call has them; −1 where the
+        router is to choose. Ids outside [0, E) count as −1, but where ids are known (outside jit), one of E or more is
+        an error. The weights are those of this call.
+      key: random key for the noise of a noisy router in training; None for no noise.
+      mesh: where to run; the default is the mesh of `jax.set_mesh`, or one chip if there is none. Inside
+        `jax.shard_map` and `jax.pmap` only the axes that these have not split yet are used.
       partition: which axes of the mesh split what; default is what flax's logical axis rules say, if any are in force,
         else `Partition()`.
 
@@ -99,9 +99,9 @@ def moe_experts(
       topk_ids: integer [..., K], numbers of experts; an id outside [0, E) makes no choice.
       params: see `MoEParams`; the router's are not looked at and may be None.
       config: the layer; its router plays no part.
-      max_choices: all that the [T, K] choices hold at most that are made; None for T·K. Where many are not this keeps
-        the rows in memory to those that are made. Choices beyond it are left out without notice.
-      mask: as for `moe`, as the rest.
+      max_choices: an upper bound of the choices that are made, that is, of ids in [0, E); None for T·K. Where most
+        are −1 it saves the memory of their rows. Choices beyond the bound are left out without notice.
+      mask: as for `moe`, like the arguments that follow.
       mesh: where to run.
       partition: which axes of the mesh split what.
 
@@ -253,7 +253,7 @@ def check_input(x: jax.Array, config: MoEConfig, mask: jax.Array | None = None) 
 
 
 def _readable(x: Any) -> Any:
-    """`x` for programs that look at it here: on the host, where it is bound to other devices than those of the mesh."""
+    """`x` in a place where it can be inspected: on the host if it is committed to devices other than the mesh's."""
     mesh = current_mesh()
     if not isinstance(mesh, Mesh) or not is_known(x) or not getattr(x, "committed", False):
         return x

@@ -55,8 +55,8 @@ def fused_experts(
         as they are.
       layout: "out_in" for w1 [E, 2I, H] and w2 [E, H, I], "in_out" for [E, H, 2I] and [E, I, H]. Hopper GPUs multiply
         8-bit weights in the first only.
-      gate_up_order: where gate and up lie in w1: "gate_first", "up_first" or "interleaved". Kernels take the first; the
-        others are brought into it in every call, so that `pack_experts`, once, is better.
+      gate_up_order: where gate and up lie in w1: "gate_first", "up_first" or "interleaved". Kernels take the first;
+        weights in another order are rearranged in every call, so prefer to call `pack_experts` once.
       ep_axis: inside `jax.shard_map`, the mesh axis that experts are split over: w1, w2, b1 and b2 then hold the
         experts of this chip, hidden_states, topk_weights and topk_ids this chip's tokens, with ids over all chips.
       backend: "auto", "xla", "pallas_tpu" or "pallas_gpu".

@@ -1,7 +1,7 @@
 """Initial values of parameters, of which each chip makes its own share, outside jit too.
 
-Every expert has a key of its own, so that its values are the same on every mesh, to rounding, and experts are made one
-after the other, so that no more than one of them lies in memory beside the result.
+Every expert has a key of its own, so that its values are the same on every mesh up to rounding. Experts are made one
+after the other, so that memory holds no more than one of them beside the result.
 """
 
 import functools
@@ -33,7 +33,7 @@ def initial(
 
     Args:
       row: the parameter; an initialiser of its own comes before `initializer`.
-      initializer: of each of its matrices [in, out], gate and up apart; of all of a bias.
+      initializer: applied to each of its matrices [in, out], gate and up separately, and to a bias as a whole.
       dtype: of the value; state is float32, or what its initialiser makes.
       key: random.
       mesh: where the value is to lie; one chip if None.

@@ -59,7 +59,7 @@ class MoE(nnx.Module):
         y, aux = layer(x)                  # x [batch, sequence, hidden]
         loss = task_loss(y) + aux.loss
         ...
-        layer.update(aux)                  # after the step: moves what no gradient moves
+        layer.update(aux)                  # after the step: adjusts what no gradient trains
 
     Created under `jax.set_mesh(mesh)`, or with `mesh=`, its parameters carry their sharding, each chip makes its own
     share of them, and calls are spread over the mesh; without a mesh everything stays on one chip.
@@ -69,7 +69,7 @@ class MoE(nnx.Module):
       router: the router's parameters, `RouterParams` of nnx.Param and RouterState.
       gate_up, down, …: nnx.Param of the shapes that `MoEParams` states, QuantizedParam in a layer in 8 bits; None where
         the configuration has no such parameter.
-      deterministic: whether a noisy router is quiet; `train()` and `eval()` set it.
+      deterministic: whether a noisy router adds no noise; `train()` and `eval()` set it.
       noise: the stream "router" of random numbers, if the router is noisy.
     """
 
@@ -99,15 +99,15 @@ class MoE(nnx.Module):
 
         Args:
           config: the layer.
-          rngs: its stream "params" initialises, its stream "router" gives a noisy router its noise.
-          mesh: default is that of `jax.set_mesh`, if any.
+          rngs: the stream "params" initialises the parameters, the stream "router" gives a noisy router its noise.
+          mesh: the default is the mesh of `jax.set_mesh`, if any.
           partition: which axes of the mesh split what; default is what flax's logical axis rules say, if any are in
             force, else `Partition()`.
-          kernel_init: of each matrix [in, out] of each expert, gate and up apart.
-          bias_init: of all biases.
-          router_init: of the router's kernels, but those for which the router has its own.
+          kernel_init: initialises each matrix [in, out] of each expert, gate and up separately.
+          bias_init: initialises all biases.
+          router_init: initialises the router's kernels, except those that the router initialises itself.
           deterministic: whether a noisy router is quiet.
-          params: values to take in the place of new ones; see `from_params`.
+          params: values to take instead of new ones; see `from_params`.
 
         Raises:
           ValueError: the mesh lacks an axis or would repeat work, or a size does not divide.
@@ -184,7 +184,7 @@ class MoE(nnx.Module):
           x: [..., H], BF16, FP16 or float32; the last dimension before H is the sequence.
           mask: bool [...], true for real tokens; None if all are.
           token_ids: integer [...], for routers that go by them.
-          topk_ids: integer [..., K], choices to be made again, −1 where the router chooses.
+          topk_ids: integer [..., K], choices to repeat, −1 where the router is to choose.
           train: whether a noisy router adds its noise; None for what `deterministic` says.
 
         Returns:
@@ -212,7 +212,7 @@ class MoE(nnx.Module):
         )
 
     def update(self, aux: MoEAux) -> None:
-        """Applies what no gradient trains, from the aux of a step. Call it after each, where no gradient is taken.
+        """Adjusts what no gradient trains, by the aux of a step. Call it after each step, outside of the gradient.
 
         Raises:
           ValueError: `aux` is not what one step of this layer says.
@@ -235,7 +235,7 @@ class MoE(nnx.Module):
     def causal(self) -> bool:
         """Whether the output of a token never depends on later tokens.
 
-        Where experts have a capacity, the first choices of later tokens take room from second choices of earlier ones.
+        Where experts have a capacity, first choices of later tokens displace second choices of earlier ones.
         """
         has_order = self.config.capacity_factor is None or self.config.top_k == 1
         return has_order and self.config.router.causal

@@ -29,13 +29,13 @@ def MoE(
         y, aux = layer.apply(variables, x, rngs={"router": key})  # to train with a noisy router
         y, aux = layer.apply(variables, x, train=False)           # to use it
 
-    Parameters are in the collection "params", what no gradient trains (the correction bias, the table of hash routing)
-    in "RouterState". Call `apply` under jit: outside, flax makes all parameters anew in each call. Made under a mesh,
-    parameters are boxed as `linen.Partitioned`, as `linen.get_partition_spec` and `linen.scan` expect.
+    Parameters are in the collection "params"; what no gradient trains (the correction bias, the table of hash routing)
+    is in "RouterState". Call `apply` under jit: otherwise flax initialises all parameters again in each call. Under a
+    mesh, parameters are boxed as `linen.Partitioned`, as `linen.get_partition_spec` and `linen.scan` expect.
 
     Args:
       config: the layer.
-      mesh: as for `moejax.MoE`, as the rest.
+      mesh: as for `moejax.MoE`.
       partition: which axes of the mesh split what.
       name: of the module.
       **settings: further ones of `moejax.MoE`, such as `kernel_init`.
@@ -52,9 +52,9 @@ def MoE(
 
 
 class _Layer(layer.MoE):
-    """The layer as flax makes it in every call: its noise is of the stream "router" of that call, or there is none.
+    """The layer as flax makes it in every call; its noise comes from that call's stream "router", if there is one.
 
-    Where `apply` is given no stream, flax makes one that begins alike each time; `init` is quiet without one.
+    Given no stream, `apply` would draw the same noise every time, from a default that flax makes; `init` draws none.
     """
 
     def __init__(self, config: MoEConfig, *, rngs: nnx.Rngs, **settings: Any):
@@ -69,7 +69,7 @@ def quantized(variables: dict[str, Any], config: MoEConfig) -> dict[str, Any]:
     """The variables of a layer for serving in 8 bits, for the module of the same configuration.
 
     Args:
-      variables: what `init` of a `MoE` made, or training made of it.
+      variables: those that `init` of a `MoE` returned, trained or not.
       config: the layer.
 
     Returns:

@@ -22,8 +22,8 @@ class LoadStats:
     Attributes:
       tokens_per_expert: int32 [E], assignments before anything is dropped.
       dropped_per_expert: int32 [E], assignments for which the expert had no room.
-      unrouted: int32 [], tokens without any assignment, as those that no expert took where experts choose. Positions
-        without a token are not among them.
+      unrouted: int32 [], tokens without any assignment, such as those that no expert took in expert choice. Masked
+        positions do not count.
     """
 
     tokens_per_expert: jax.Array
@@ -147,7 +147,7 @@ def specialization_loss(probabilities: jax.Array, tokens: Tokens) -> jax.Array:
 
 
 def _entropy(p: jax.Array) -> jax.Array:
-    """−Σ p ln p, with a finite gradient where a p is 0."""
+    """−Σ p ln p, with a finite gradient where p is 0."""
     return -(p * jnp.log(jnp.maximum(p, jnp.finfo(jnp.float32).tiny))).sum()
 
 

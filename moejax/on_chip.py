@@ -117,8 +117,8 @@ def experts_on_chip(
 def gathered(params: MoEParams, settings: Settings, axes: Axes) -> MoEParams:
     """The parameters with H whole, where it is split over the axes of "embed" (FSDP).
 
-    Matrices of experts are cast to the dtype of the computation before, and travel in 8 bits if they are held so. The
-    gradient of a gather adds up and splits again.
+    Matrices of experts are cast to `config.dtype` before they are gathered; those held in 8 bits are gathered in 8
+    bits. The gradient of a gather is a reduce-scatter.
     """
     if axes.size(axes.embed) == 1:
         return params
@@ -126,7 +126,8 @@ def gathered(params: MoEParams, settings: Settings, axes: Axes) -> MoEParams:
     def gather_matrices(x: jax.Array, dimension: int, has_halves: bool) -> jax.Array:
         if not has_halves:
             return gather(x, axes.embed, dimension)
-        # Joined, as kernels want them: of a gradient in four dimensions XLA for TPUs makes an all-reduce and a slice.
+        # Gate and up joined, as kernels want them: XLA for TPUs turns the reduce-scatter of an array of four dimensions
+        # into an all-reduce and a slice.
         halves, width = x.shape[-2:]
         joined = gather(x.reshape(*x.shape[:-2], -1), axes.embed, dimension)
         return joined.reshape(*joined.shape[:-1], halves, width)
@@ -177,7 +178,7 @@ class LayerExperts:
         self.axes = axes
         self.params = {name: getattr(params, name) for name in (*EXPERT_FIELDS, *SHARED_FIELDS)}
         if axes.tp > 1 and params.down_bias is not None and mlp_rank is not None:
-            # Of the partial sums, one has the bias.
+            # The bias goes into only one of the partial sums.
             self.params["down_bias"] = jnp.where(mlp_rank[0] == 0, params.down_bias, 0)
 
     def __call__(
@@ -227,8 +228,8 @@ def _apply_experts(
 ) -> jax.Array:
     """What the experts make of x [T, H], the shared one too if `params` have it.
 
-    `stays_in_8_bits` rounds x before its rows are copied to their experts, and the rows between the kernels inside the
-    first: with the same result, and without gradients.
+    `stays_in_8_bits` rounds x before its rows are copied to their experts, and the rows between the two kernels inside
+    kernel one. The result is the same; no gradient passes.
     """
     inputs = x
     if config.scale_inputs:

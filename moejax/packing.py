@@ -1,6 +1,6 @@
-"""Weights of experts out of the layouts in which checkpoints hold them.
+"""Brings the weights of experts from the layouts of checkpoints into that of `MoEParams`.
 
-Shapes tell layouts apart only by chance (a square `down` is as good either way round), so that they are named:
+Shapes do not always tell layouts apart (a square `down` looks the same either way round), so layouts are named:
 
     matrices     "out_in"       [E, 2I, H] and [E, H, I]: Mixtral, DeepSeek, Qwen (stacked)
                  "in_out"       [E, H, 2I] and [E, I, H]: gpt-oss, Llama 4
@@ -32,10 +32,10 @@ def pack_experts(
     """The weights of experts as `MoEParams` holds them: gate_up [E, H, 2, I] and down [E, I, H].
 
     Args:
-      gate_up: [E, 2I, H] or [E, H, 2I] as `layout` says; or None, and
+      gate_up: [E, 2I, H] or [E, H, 2I], as `layout` says; None where `gate` and `up` are given.
       down: [E, H, I] or [E, I, H].
-      gate: [E, I, H] or [E, H, I], where gate and up are apart; likewise
-      up: its twin.
+      gate: [E, I, H] or [E, H, I], where a checkpoint holds gate and up separately.
+      up: the same shape.
       layout: of every matrix.
       gate_up_order: where gate and up lie in `gate_up`.
 

@@ -1,4 +1,4 @@
-"""A row of the table of parameters: what is to be known of one of them."""
+"""A row of the table of parameters: all that there is to know about one of them."""
 
 import dataclasses
 from collections.abc import Callable
@@ -34,7 +34,7 @@ class Param:
         return self.axes[-2:] == (None, "mlp")
 
     def k_major(self, entries: tuple[Any, ...]) -> tuple[Any, ...]:
-        """A tuple with an entry for each dimension in the order of 8-bit weights, what is summed over last.
+        """A tuple with an entry for each dimension, in the order of 8-bit weights: the summed dimension comes last.
 
         [..., H, 2, I] -> [..., 2, I, H] for gate and up, [..., I, H] -> [..., H, I] for down.
         """

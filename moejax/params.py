@@ -1,10 +1,10 @@
-"""The parameters of a layer, and the one table that all that concerns them is read from.
+"""The parameters of a layer, and the one table that describes them.
 
     table = param_table(config)          # a MoEParams with a `Param` in every place: shape, logical axes, initialiser
     shapes = param_shapes(config)
     specs = param_specs(params, config, axes)
 
-Kernels, sharding, 8-bit weights, initial values, checkpoints and the oracle all go by it.
+Kernels, sharding, 8-bit weights, initial values, checkpoints and the oracle all read it.
 """
 
 import dataclasses
@@ -107,7 +107,7 @@ def operand_spec(row: Param, value: Operand, axes: Axes) -> Any:
 
 
 def _qtensor_specs(values: PartitionSpec, scale_shape: tuple[int, ...]) -> Any:
-    """How values and scales lie: a scale that stands for a whole dimension, wherever a part of that does."""
+    """How values and scales are split: a scale of a whole dimension is repeated beside every part of it."""
     scale = (None if size == 1 else names for size, names in zip(scale_shape, values, strict=True))
     return QTensor(values, PartitionSpec(*scale))  # type: ignore[arg-type]
 
@@ -166,7 +166,7 @@ def _hint(value: Operand, row: Param, shape: tuple[int, ...]) -> str:
 
 
 def quantize_params(params: MoEParams, config: MoEConfig) -> MoEParams:
-    """The layer for serving in 8 bits: the weights of all experts as QTensors (see `MoEParams`), the rest as it was."""
+    """Rounds the weights of all experts to 8 bits for serving, as QTensors (see `MoEParams`); the rest is unchanged."""
     q = config.quantization
 
     def to_8_bits(weights: Operand | None, row: Param | None) -> Any:
@@ -177,7 +177,7 @@ def quantize_params(params: MoEParams, config: MoEConfig) -> MoEParams:
         spec = spec_in(weights, mesh) if has_explicit_axes(mesh) else None
         if spec is None:
             return round_(weights)
-        # The type of an array in blocks cannot say how a dimension was split that became two: the compiler finds out.
+        # Once a dimension is reshaped into blocks, the type cannot say how it was split; the compiler finds out.
         shapes = jax.eval_shape(round_, jax.ShapeDtypeStruct(weights.shape, weights.dtype))
         specs = _qtensor_specs(PartitionSpec(*row.k_major(tuple(spec))), shapes.scale.shape)
         shardings = jax.tree.map(functools.partial(NamedSharding, mesh), specs)

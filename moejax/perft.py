@@ -1,6 +1,6 @@
 """PERFT: parameter-efficient routed fine-tuning of a Mixture-of-Experts (Liu et al. 2024, arXiv 2411.08212).
 
-The paper's PERFT-R: beside a frozen MoE layer work N small experts with a router of their own,
+This is the paper's PERFT-R: N small experts with a router of their own work beside a frozen MoE layer,
 
     y = MoE(x) + scale · Σ_j softmax(x · W)_j · up_j(act(down_j(x)))        over the K best j
 
@@ -112,7 +112,7 @@ class Perft(nnx.Module):
         self.up = self._new(Param((num_adapters, width, hidden), (None,) * 3, "kernel", zeros), rngs)
 
     def _new(self, row: Param, rngs: nnx.Rngs) -> AdapterParam:
-        """A parameter in its initial value, whole on every chip."""
+        """A parameter at its initial value, whole on every chip."""
         mesh = mesh_here(self.base.mesh)
         spec = PartitionSpec(*row.axes)
         value = initial(row, _KERNEL, self.config.param_dtype, rngs.params(), mesh, spec)

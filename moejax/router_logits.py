@@ -20,7 +20,7 @@ def router_logits(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 @jax.custom_jvp
 def _of_bfloat16(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """The product as it is fastest where it runs. Its derivatives are those of `_in_float32`."""
+    """The product in the way that is fastest on the platform. Its derivatives are those of `_in_float32`."""
     return jax.lax.platform_dependent(x, kernel, cuda=_in_bfloat16, default=_in_float32)
 
 

@@ -8,7 +8,7 @@ _PROOF = {"pallas_kernels": "chips.py", "sharding": "partition.py"}
 
 
 def check_siblings() -> None:
-    """Raises ImportError, naming the file, where another module is found in the place of one of moejax's own."""
+    """Raises ImportError, naming the file, if another module shadows one of moejax's own packages."""
     for name, proof in _PROOF.items():
         spec = importlib.util.find_spec(name)
         if spec is None:

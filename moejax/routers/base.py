@@ -49,7 +49,7 @@ class Decision:
     Attributes:
       routing: topk_ids and topk_weights [T, K], K as the router likes, −1 for a choice that is not made.
       losses: weighted, float32 [] each.
-      max_choices: how many ids of the whole batch are not −1 at most, where that is far below T·K; None for all.
+      max_choices: an upper bound of the ids in the whole batch that are not −1, where it is far below T·K; else None.
       limited: whether the capacity of the layer limits the choices.
     """
 
@@ -62,7 +62,7 @@ class Decision:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What a layer says of its tokens beside its output.
+    """What a layer reports about its tokens beside its output.
 
     Attributes:
       topk_ids: int32 [T, K].

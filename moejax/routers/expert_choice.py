@@ -5,8 +5,8 @@
     y[t] = Σ S[t, e] · expert e (x[t])          over the experts that took t: none, a few, or all
 
 The load is balanced by construction. **Not causal**: whether an expert takes a token depends on all other tokens of
-the call, later ones and those of other sequences among them. A language model trained so sees a little of what it has
-to predict, and at inference, token by token, it routes otherwise than in training.
+the call, including later ones and those of other sequences. A language model that is trained this way sees a little of
+what it has to predict, and at inference, token by token, it routes differently than in training.
 """
 
 import dataclasses

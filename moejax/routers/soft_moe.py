@@ -7,8 +7,8 @@ For each sequence of N tokens, with S slots an expert and Φ of shape [H, E·S]:
     y      = softmax over slots(logits) · expert(slots)
 
 Every expert has equally many rows, none is dropped, and all of it is differentiable. **Not causal**: a slot mixes the
-tokens of the whole sequence, later ones too. A language model trained so sees what it has to predict; compare its
-loss with nothing.
+tokens of the whole sequence, including later ones. A language model that is trained this way sees what it has to
+predict, so its loss cannot be compared with that of any other.
 """
 
 import dataclasses
@@ -42,8 +42,8 @@ class SoftRouter(Router):
 
     Attributes:
       slots_per_expert: S. By default a sequence has as many slots as 256 tokens have choices, ⌈256 · K / E⌉ for each
-        expert. The cost of a sequence does not depend on its length: with sequences of N tokens take N in the place of
-        256 to spend what top-k routing does.
+        expert. The cost of a sequence does not depend on its length: for sequences of N tokens, put N instead of 256
+        into the formula to spend as much as top-k routing does.
     """
 
     causal = False

@@ -7,8 +7,8 @@ Taken from the paper:
 Changed:
 - The paper's common expert is a whole pretrained network. Here it is a bottleneck beside the token,
   x + silu(x · A) · B, trained with the rest.
-- In the paper experts come to differ since the data of its clients do. Data that come shuffled lack that push; in its
-  place stands an explicit objective, the mutual information of token and expert (`specialization_loss`), as
+- In the paper experts come to differ because the data of its clients do. Shuffled data lack that push; an explicit
+  objective replaces it: the mutual information of token and expert (`specialization_loss`), as
   Mod-Squad (arXiv 2212.08066) uses it: each token sure of its experts, all experts used.
 Not implemented: federated rounds, clients and their averaging, and one choice of experts for a client's whole data.
 """
