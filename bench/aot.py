@@ -1,4 +1,4 @@
-"""Compiles the full-size layer for a TPU slice on any machine: does it compile, does it fit, what is in it."""
+"""The full-size layer compiled for a TPU slice on any machine: does it compile, does it fit, what is in it."""
 
 import argparse
 import dataclasses
@@ -6,15 +6,15 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from bench.cli import make_parser, run
-from bench.progress import Progress
-from bench.report import Cell, format_table, write_json
+from bench.command.parser import make_parser, run
+from bench.model.workloads import moe_workload
+from bench.record.progress import Progress
+from bench.record.tables import Cell, format_table, write_json
 from bench.tpu.aot_layer import LayerJob
 from bench.tpu.aot_models import ds_tpu_us, roofline_us
 from bench.tpu.libtpu import CompileError, require_libtpu, run_job
+from bench.tpu.slices import GENERATIONS, parse_slice, slices_for
 from bench.tpu.static_cycles import NOTE, kernel_cycles
-from bench.tpu.tpu_slices import GENERATIONS, parse_slice, slices_for
-from bench.workloads import moe_workload
 from moejax import PRESETS
 from moejax.config import PRECISIONS
 from pallas_kernels.chips import GIB, MIB

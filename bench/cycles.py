@@ -12,16 +12,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.cli import make_parser, run
-from bench.progress import Progress
-from bench.provenance import current_commit, package_version
-from bench.report import write_json
-from bench.roofline import roofline_gemm
+from bench.command.parser import make_parser, run
+from bench.model.roofline import roofline_gemm
+from bench.record.progress import Progress
+from bench.record.provenance import current_commit, package_version
+from bench.record.tables import write_json
 from bench.tpu.cycles_cases import ACTIVATION, GUESSED, KINDS, Case, Choice, all_cases, choices, copied_bytes
 from bench.tpu.cycles_table import table
 from bench.tpu.cycles_worker import FACTS
 from bench.tpu.libtpu import CompileError, require_libtpu, run_job
-from bench.tpu.tpu_slices import GENERATIONS, parse_slice
+from bench.tpu.slices import GENERATIONS, parse_slice
 
 _WORKER = "bench.tpu.cycles_worker"
 _SMALLEST = {"v6e": "2x2", "tpu7x": "2x2x1", "v5e": "2x2", "v5p": "2x2x1"}

@@ -10,17 +10,17 @@ from typing import Any
 
 import jax
 
-from bench.cli import make_parser, run
-from bench.decode_run import TOLERANCE, DecodeRun, run_decode, tokens_of_text
-from bench.devices import Devices, start
-from bench.evaluation import build_evaluation
-from bench.fit import Fit, fit
-from bench.hopper.stages import StageTimes
-from bench.report import format_table, layer_table, write_json
-from bench.roofline import LayerTime, model_layer
-from bench.text import default_text_path, read_text
-from bench.weights import make_params
-from bench.workloads import Workload, moe_workload
+from bench.command.parser import make_parser, run
+from bench.expert_parallel.decode_step import TOLERANCE, DecodeRun, run_decode, tokens_of_text
+from bench.expert_parallel.fit import Fit, fit
+from bench.expert_parallel.layer_stages import StageTimes
+from bench.inputs.text import default_text_path, read_text
+from bench.inputs.weights import make_params
+from bench.measure.devices import Devices, start
+from bench.model.evaluation import build_evaluation
+from bench.model.roofline import LayerTime, model_layer
+from bench.model.workloads import Workload, moe_workload
+from bench.record.tables import format_table, layer_table, write_json
 from moejax import PRESETS, MoEConfig, get_preset
 from moejax.config import PRECISIONS
 from pallas_kernels.chips import CHIPS, chip_of, get_chip

@@ -1,4 +1,4 @@
-"""Modelled time of grouped GEMMs: `python -m bench.gemm --chip v32-run --dtype fp8 --shape 8,48,7168,2048`.
+"""Modelled time of grouped matrix products on any chip; with --device measured on the GPU at hand as well.
 
 With --device the kernels run on the GPU at hand, and what they took stands beside the model.
 """
@@ -8,14 +8,14 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from bench.cli import make_parser, run
-from bench.evaluation import operator_record
-from bench.hopper.overlap import OverlapTimes, measure_overlap
+from bench.command.parser import make_parser, run
 from bench.hopper.products import PRODUCT_DTYPES, Product, hopper_at_hand, make_inputs
-from bench.report import Cell, format_table, write_json
-from bench.roofline import model_gemm
-from bench.timing import copies_of
-from bench.workloads import OPERAND_DTYPES, GemmShape
+from bench.measure.clock import copies_of
+from bench.measure.overlap import OverlapTimes, measure_overlap
+from bench.model.evaluation import operator_record
+from bench.model.roofline import model_gemm
+from bench.model.workloads import OPERAND_DTYPES, GemmShape
+from bench.record.tables import Cell, format_table, write_json
 from pallas_kernels.backend import Unsupported
 from pallas_kernels.chips import CHIPS, Chip, get_chip
 

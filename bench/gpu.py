@@ -1,4 +1,4 @@
-"""Our GPU kernels and their peers on the same inputs in one run: `python -m bench.gpu`."""
+"""Our GPU kernels beside their peers on the same inputs in one run, each with a bar to reach."""
 
 import argparse
 import dataclasses
@@ -11,14 +11,15 @@ from typing import Any
 
 import jax
 
-from bench.cli import make_parser, run
+from bench.command.parser import make_parser, run
+from bench.hopper.cases import CASES, select_cases
 from bench.hopper.ceilings import Ceilings, measure_ceilings
-from bench.hopper.gpu_cases import CASES, Case, select_cases
-from bench.hopper.gpu_measure import case_record, describe, measure_case
-from bench.hopper.gpu_table import ceilings_line, failures, peer_problems, table
-from bench.provenance import provenance
-from bench.report import write_json
-from bench.timing import require_nvidia_gpu
+from bench.hopper.goals import Case
+from bench.hopper.measure_case import case_record, describe, measure_case
+from bench.hopper.table import ceilings_line, failures, peer_problems, table
+from bench.measure.clock import require_nvidia_gpu
+from bench.record.provenance import provenance
+from bench.record.tables import write_json
 from pallas_kernels.chips import Chip, chip_of
 
 _REPEATS = 10

@@ -1,7 +1,7 @@
-"""The MoE-FFN layer, whole and split into router / plan / dispatch / gate-up / down / combine: `python -m bench.layer`.
+"""The layer on one chip, whole and split into router, plan, dispatch, gate-up, down and combine.
 
-Forward, on one chip, for three ways to lay the rows of experts out (`bench.routing.layouts`), which are compared in
-pairs. `bench.routing.records` lists the fields of what it writes.
+Forward, on one chip, for three ways to lay the rows of experts out (`bench.one_chip.layouts`), which are compared in
+pairs. `bench.one_chip.records` lists the fields of what it writes.
 """
 
 import functools
@@ -12,13 +12,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bench.cli import run
-from bench.routing.cases import Case
-from bench.routing.clock import Clock, Step
-from bench.routing.layouts import LAYOUTS, Sizes
-from bench.routing.records import Record
-from bench.routing.system_cli import main_of
-from bench.routing.variants import Variant, distinct, load_of, measure, records_of, variants
+from bench.command.parser import run
+from bench.measure.steps import Clock, Step
+from bench.one_chip.cases import Case
+from bench.one_chip.layouts import LAYOUTS, Sizes
+from bench.one_chip.options import main_of
+from bench.one_chip.records import Record
+from bench.one_chip.variants import Variant, distinct, load_of, measure, records_of, variants
 from moejax import MoEConfig, route
 from pallas_kernels.combine import combine
 from pallas_kernels.dispatch import dispatch

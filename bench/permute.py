@@ -1,7 +1,7 @@
-"""Top-k, plan, pack and combine, alone and together: `python -m bench.permute`.
+"""Top-k, plan, pack and combine on one chip, alone and together.
 
 Together they copy each token to the rows of its experts and sum the copies up again, with weights that sum to 1: the
-tokens as they were, which every run checks. `bench.routing.records` lists the fields of what it writes.
+tokens as they were, which every run checks. `bench.one_chip.records` lists the fields of what it writes.
 """
 
 import functools
@@ -11,14 +11,14 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from bench.cli import run
-from bench.round_trip import there_and_back
-from bench.routing.cases import Case
-from bench.routing.clock import Clock, Step
-from bench.routing.layouts import Sizes
-from bench.routing.records import Record
-from bench.routing.system_cli import main_of
-from bench.routing.variants import Variant, distinct, load_of, logits_of, measure, records_of, variants
+from bench.command.parser import run
+from bench.measure.steps import Clock, Step
+from bench.one_chip.cases import Case
+from bench.one_chip.dispatch_combine import there_and_back
+from bench.one_chip.layouts import Sizes
+from bench.one_chip.options import main_of
+from bench.one_chip.records import Record
+from bench.one_chip.variants import Variant, distinct, load_of, logits_of, measure, records_of, variants
 from pallas_kernels.combine import combine
 from pallas_kernels.dispatch import dispatch
 from pallas_kernels.plan import Plan

@@ -1,4 +1,4 @@
-"""Pictures of what the benches recorded, in one HTML file: `python -m bench.plot RESULTS`.
+"""Pictures of what the other commands recorded, in one HTML file.
 
 The folder holds train.jsonl of `bench.train`, and sweep.jsonl, layer.jsonl, permute.jsonl of the system benches, or
 some of them. A figure whose data is missing is left out, and the report says why.
@@ -11,12 +11,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bench.cli import make_parser, run
-from bench.figures import plot_system, plot_train
-from bench.figures.plot_section import Section, standalone
-from bench.jsonl import read_records
-from bench.report import Cell, cell_text
-from bench.training.train_records import FILE_NAME, Run, read_runs
+from bench.command.parser import make_parser, run
+from bench.figures import one_chip, training
+from bench.figures.section import Section, standalone
+from bench.record.jsonl import read_records
+from bench.record.tables import Cell, cell_text
+from bench.training.records import FILE_NAME, Run, read_runs
 
 REPORT = "report.html"
 _SYSTEM_FILES = ("sweep.jsonl", "layer.jsonl", "permute.jsonl")
@@ -99,7 +99,7 @@ def _read(folder: pathlib.Path) -> tuple[dict[str, Run], list[dict[str, Any]]]:
 
 
 def _sections(runs: Mapping[str, Run], records: Sequence[Mapping[str, Any]]) -> list[Section]:
-    return [*plot_train.sections(runs), *plot_system.sections(records)]
+    return [*training.sections(runs), *one_chip.sections(records)]
 
 
 def _origins(runs: Mapping[str, Run], records: Sequence[Mapping[str, Any]]) -> list[list[Cell]]:

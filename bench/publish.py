@@ -1,6 +1,6 @@
-"""Shows the record of `bench.gpu` in README.md and as a plot: `python -m bench.publish docs/results/h200.json`.
+"""The record of bench.gpu or bench.cycles as a table in README.md, and as a plot.
 
-A record of `bench.cycles` gets a table in a section of its own, and no plot.
+What bench.gpu measured is plotted; what bench.cycles compiled has a section of its own.
 """
 
 import importlib.util
@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.cli import make_parser, run
-from bench.hopper.gpu_table import ceilings_line, measured_peers, table
+from bench.command.parser import make_parser, run
+from bench.hopper.table import ceilings_line, measured_peers, table
 from bench.tpu.cycles_table import block as cycles_block
 
 HEADING = "## Speed on an H200"

@@ -1,8 +1,8 @@
-"""The system benches over grids of sizes and loads: `python -m bench.sweep --out DIR` writes DIR/sweep.jsonl.
+"""Top-k, permute and layer over grids of sizes and loads: --out DIR writes DIR/sweep.jsonl.
 
 Records are written case by case, and a sweep that is started again goes on where it stopped; at its end it makes the
-report of all that is in DIR (`bench.plot`). `bench.routing.records` lists their fields, `bench.routing.sweep_grid` the
-grids.
+report of all that is in DIR (`bench.plot`). `bench.one_chip.records` lists their fields, `bench.one_chip.sweep_grid`
+the grids.
 """
 
 import argparse
@@ -15,13 +15,13 @@ from collections.abc import Sequence
 import bench.layer
 import bench.permute
 import bench.topk
-from bench import cli
+from bench.command import parser as cli
+from bench.command.side_by_side import Share, my_share, prepare_jobs, run_side_by_side
+from bench.one_chip.cases import BENCHES, Case
+from bench.one_chip.options import add_run_options, finish, integers, run, words
+from bench.one_chip.run_cases import Outcome, RunCase
+from bench.one_chip.sweep_grid import full_grid, quick_grid
 from bench.plot import say_report
-from bench.routing.cases import BENCHES, Case
-from bench.routing.run_cases import Outcome, RunCase
-from bench.routing.sweep_grid import full_grid, quick_grid
-from bench.routing.system_cli import add_run_options, finish, integers, run, words
-from bench.side_by_side import Share, my_share, prepare_jobs, run_side_by_side
 
 _EXAMPLES = (
     "--quick --out results",

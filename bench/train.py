@@ -1,7 +1,7 @@
-"""Which router learns better, and at what price: `python -m bench.train`.
+"""Which router learns better, and at what price, in a small transformer over bytes.
 
 A small transformer over bytes is trained on the same text, for the same tokens, once with each router and seed. Records
-go to train.jsonl (see `bench.training.train_records`), the report beside it (see `bench.plot`).
+go to train.jsonl (see `bench.training.records`), the report beside it (see `bench.plot`).
 """
 
 import argparse
@@ -15,19 +15,19 @@ from typing import Any
 
 import jax
 
-from bench.cli import make_parser, run
+from bench.command.parser import make_parser, run
+from bench.command.side_by_side import my_share, my_turns, prepare_jobs, run_side_by_side
+from bench.inputs.corpus import Corpus, load_corpus
+from bench.measure.turns import Turns
 from bench.plot import say_report
-from bench.progress import Progress
-from bench.provenance import chip_name, provenance
-from bench.report import format_table, write_json
-from bench.side_by_side import my_share, my_turns, prepare_jobs, run_side_by_side
+from bench.record.progress import Progress
+from bench.record.provenance import chip_name, provenance
+from bench.record.tables import format_table, write_json
 from bench.training.checkpoints import open_checkpoints, require_orbax
-from bench.training.corpus import Corpus, load_corpus
-from bench.training.train_records import FILE_NAME, Run, read_runs, run_name
-from bench.training.train_run import Variant, compile_variant, fit_steps, train
-from bench.training.train_settings import ROUTERS, Settings, check_router
-from bench.training.train_table import HEADERS, summaries, table_rows, warnings_of
-from bench.turns import Turns
+from bench.training.records import FILE_NAME, Run, read_runs, run_name
+from bench.training.runs import Variant, compile_variant, fit_steps, train
+from bench.training.settings import ROUTERS, Settings, check_router
+from bench.training.table import HEADERS, summaries, table_rows, warnings_of
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 _CHECKPOINTS = "checkpoints"

@@ -1,4 +1,4 @@
-"""Tunes the grouped products on an NVIDIA Hopper GPU: `python -m bench.tune`.
+"""Tunes the tiles of the grouped products on an NVIDIA Hopper GPU.
 
 Times configurations of the kernels product by product, and keeps those that beat the model's choice in the table that
 `pallas_kernels.grouped_matmul.gpu.tiling` reads first.
@@ -16,15 +16,15 @@ from typing import Any
 
 import jax
 
-from bench.cli import make_parser, run
+from bench.command.parser import make_parser, run
 from bench.gemm import parse_shape
 from bench.hopper.products import PRODUCT_DTYPES, Product, hopper_at_hand
 from bench.hopper.tune_measure import ConfigTimer
 from bench.hopper.tune_products import case_products, default_products
 from bench.hopper.tune_search import LEAST_GAIN, Outcome, search
-from bench.progress import Progress
-from bench.provenance import provenance
-from bench.report import Cell, format_table, write_json
+from bench.record.progress import Progress
+from bench.record.provenance import provenance
+from bench.record.tables import Cell, format_table, write_json
 from pallas_kernels.chips import Chip
 from pallas_kernels.grouped_matmul.gpu import tiling, tuned_table
 from pallas_kernels.grouped_matmul.gpu.tuned_table import Key

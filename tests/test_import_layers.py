@@ -73,7 +73,7 @@ def test_every_layer_and_operator_is_looked_at():
         ("pallas_kernels/dispatch/tpu.py", "from pallas_kernels.on_gpu.strips import Strip"),
         ("pallas_kernels/grouped_matmul/gpu/hopper/drhs.py", "from pallas_kernels.grouped_matmul.tpu import tiling"),
         ("sharding/mesh.py", "from moejax import MoE"),
-        ("moejax/layer.py", "try:\n    import bench.timing as t\nexcept ImportError:\n    pass"),
+        ("moejax/layer.py", "try:\n    import bench.measure.clock as t\nexcept ImportError:\n    pass"),
         ("bench/decode.py", "from tests import helpers"),
     ],
 )

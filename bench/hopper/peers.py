@@ -15,8 +15,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from bench.provenance import package_version
-from bench.workloads import GemmShape
+from bench.model.workloads import GemmShape
+from bench.record.provenance import package_version
 from pallas_kernels.quantize import QTensor
 
 

@@ -14,8 +14,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from bench.timing import require_nvidia_gpu
-from bench.workloads import GemmShape
+from bench.measure.clock import require_nvidia_gpu
+from bench.model.workloads import GemmShape
 from pallas_kernels.chips import Chip, chip_of
 from pallas_kernels.grouped_matmul import Operand, gpu
 from pallas_kernels.grouped_matmul.gpu.problem import Stage

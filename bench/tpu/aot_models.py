@@ -2,10 +2,10 @@
 
 import dataclasses
 
-from bench.ds_tpu import OperatorTime, evaluate_exchange
-from bench.roofline import model_gemm, roofline_exchange
-from bench.tpu.tpu_slices import Slice
-from bench.workloads import GemmShape, Matmul, Workload, layer_operators, operand_dtype
+from bench.model.ds_tpu import OperatorTime, evaluate_exchange
+from bench.model.roofline import model_gemm, roofline_exchange
+from bench.model.workloads import GemmShape, Matmul, Workload, layer_operators, operand_dtype
+from bench.tpu.slices import Slice
 from pallas_kernels.chips import Chip, ds_tpu_chip
 
 DS_TPU_CORES = 64

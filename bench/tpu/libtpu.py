@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bench.provenance import package_version
+from bench.record.provenance import package_version
 
 _ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",

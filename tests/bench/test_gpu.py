@@ -9,10 +9,10 @@ import jax
 import pytest
 
 from bench import gpu
-from bench.cli import run
-from bench.hopper.gpu_cases import CASES
+from bench.command.parser import run
+from bench.hopper.cases import CASES
 from pallas_kernels.chips import get_chip
-from tests.bench.gpu_records import CEILINGS, measurement
+from tests.bench.hopper.gpu_records import CEILINGS, measurement
 
 
 @pytest.fixture

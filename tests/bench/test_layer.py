@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import pytest
 
 from bench import layer as bench
-from bench.cli import run
-from bench.routing.clock import Clock
-from bench.routing.layouts import LAYOUTS
+from bench.command.parser import run
+from bench.measure.steps import Clock
+from bench.one_chip.layouts import LAYOUTS
 from moejax import MoEConfig, MoEParams, dense_moe
-from tests.bench.system_cases import lines, small
+from tests.bench.one_chip.small_cases import lines, small
 from tests.helpers import relative_error
 
 STAGES = ("router", "plan", "dispatch", "gate_up", "down", "combine")

@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 
 from bench import permute as bench
-from bench.cli import run
+from bench.command.parser import run
+from bench.inputs.loads import KINDS
+from bench.measure.clock import rotated
+from bench.measure.steps import Clock
+from bench.one_chip.layouts import LAYOUTS
+from bench.one_chip.variants import variants
 from bench.permute import identity_error, main, run_case, steps_of
-from bench.routing.clock import Clock
-from bench.routing.layouts import LAYOUTS
-from bench.routing.loads import KINDS
-from bench.routing.variants import variants
-from bench.timing import rotated
 from pallas_kernels.chips import get_chip
 from pallas_kernels.tracing.target import targeting
-from tests.bench.system_cases import lines, small
+from tests.bench.one_chip.small_cases import lines, small
 
 EVERY = tuple(LAYOUTS)
 SMALL = ["--tokens", "64", "--hidden", "32", "--experts", "4", "--repeats", "2"]

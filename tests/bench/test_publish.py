@@ -5,9 +5,9 @@ import json
 
 import pytest
 
-from bench.cli import run
+from bench.command.parser import run
 from bench.publish import BEGIN, CYCLES_HEADING, CYCLES_MARKS, END, HEADING, block, main, plot, replace_block
-from tests.bench.gpu_records import measurement, record
+from tests.bench.hopper.gpu_records import measurement, record
 
 
 def made():

@@ -6,12 +6,12 @@ import json
 
 import pytest
 
-from bench.cli import run
+from bench.command.parser import run
 from bench.train import main
 from bench.training.checkpoints import open_checkpoints
-from bench.training.train_records import FILE_NAME, Run, read_runs
-from bench.training.train_run import compile_variant, fit_steps, seconds_a_step, summary, train
-from bench.training.train_table import Interval, summaries, table_rows, warnings_of
+from bench.training.records import FILE_NAME, Run, read_runs
+from bench.training.runs import compile_variant, fit_steps, seconds_a_step, summary, train
+from bench.training.table import Interval, summaries, table_rows, warnings_of
 from tests.bench.training.tiny_runs import SETTINGS, SIZES, corpus
 
 HEAD = {"chip": "CPU", "settings": {}}
