@@ -14,7 +14,7 @@ from typing import Any
 from bench.command.parser import make_parser, run
 from bench.figures import one_chip, training
 from bench.figures.section import Section, standalone
-from bench.record.jsonl import read_records
+from bench.record.json_files import read_records
 from bench.record.tables import Cell, cell_text
 from bench.training.records import FILE_NAME, Run, read_runs
 

@@ -29,9 +29,9 @@ def run_case(case: Case, clock: Clock, rounds: int) -> list[Record]:
     steps = []
     for variant in variants(case):
         choose = functools.partial(top_k, k=case.k, backend=variant.backend)
-        steps.append(Step(variant.name("top_k"), choose, ("logits",), variant.name("top_k")))
+        steps.append(Step(variant.name("top_k"), choose, ("logits",)))
     measured = measure(case, clock, steps, {"logits": logits}, rounds)
-    ids = measured.values[steps[0].output].ids
+    ids = measured.values[steps[0].name].ids
     return list(records_of(case, clock, measured, ["top_k"], ids=ids, whole="top_k"))
 
 

@@ -54,3 +54,20 @@ def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None 
             raise
         print(f"error: {message}", file=sys.stderr)
         return 2
+
+
+def listed[Value](parse: Callable[[str], Value], expected: str) -> Callable[[str], list[Value]]:
+    """The `type` of an option that takes several values between commas; `expected` says which, for errors."""
+
+    def values(text: str) -> list[Value]:
+        try:
+            return [parse(part.strip()) for part in text.split(",")]
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be {expected}, got {text!r}") from None
+
+    return values
+
+
+NAMES = listed(str, "names between commas")
+INTEGERS = listed(int, "whole numbers such as 8192,16384")
+NUMBERS = listed(float, "numbers such as 1.0,1.25")

@@ -2,16 +2,16 @@
 
 import dataclasses
 import statistics
-import time
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bench.expert_parallel.layer_stages import StageTimes, time_stages
 from bench.inputs.text import embed, sample_contexts
+from bench.measure.clock import wall_seconds
+from bench.measure.errors import norm_error
 from moejax import LoadStats, MoEConfig, MoEParams, dense_moe, moe, param_specs
 from moejax.functional import axes_on
 from sharding.mesh import EXPERT_AXIS
@@ -62,19 +62,14 @@ def run_decode(x: jax.Array, params: MoEParams, config: MoEConfig, mesh: Mesh, s
     step = jax.jit(lambda x, params: moe(x, params, config, mesh=mesh))
     say("compiling and running the layer")
     y, aux = jax.block_until_ready(step(x, params))
-    times = []
-    for _ in range(_REPEATS):
-        begin = time.perf_counter()
-        jax.block_until_ready(step(x, params))
-        times.append(time.perf_counter() - begin)
+    wall = statistics.median(wall_seconds(step, x, params) for _ in range(_REPEATS))
     num_checked = _num_checked(config, x.shape[0])
     say(f"checking {num_checked} of {x.shape[0]} tokens against the dense oracle")
     error = float(_relative_error(x, y, params, config, mesh, num_checked))
     say("timing the stages one by one")
     stages = time_stages(x, params, config, mesh, say)
     per_chip = np.asarray(aux.load.tokens_per_expert).reshape(mesh.shape[EXPERT_AXIS], -1).sum(1)
-    wall_seconds = statistics.median(times)
-    return DecodeRun(error, num_checked, wall_seconds, stages, aux.load, int(per_chip.max()))
+    return DecodeRun(error, num_checked, wall, stages, aux.load, int(per_chip.max()))
 
 
 def _num_checked(config: MoEConfig, num_tokens: int) -> int:
@@ -109,7 +104,6 @@ def _relative_error(
     def error(x: jax.Array, y: jax.Array, params: MoEParams) -> jax.Array:
         replicate = NamedSharding(mesh, everywhere)
         some_x, some_y = (jax.lax.with_sharding_constraint(a, replicate)[checked] for a in (x, y))
-        ref = sharded(some_x, params)
-        return jnp.linalg.norm(some_y.astype(jnp.float32) - ref) / jnp.linalg.norm(ref)
+        return norm_error(some_y, sharded(some_x, params))
 
     return error(x, y, params)

@@ -55,9 +55,4 @@ def down_kernel(lhs: Operand, group_sizes: jax.Array, params: MoEParams, config:
 def _common(weights: Operand, config: MoEConfig, stage: Stage) -> dict[str, Any]:
     if config.backend not in ("auto", "pallas_gpu"):
         raise Unsupported(f"backend {config.backend} is not the Hopper kernel")
-    return {
-        "group_offset": 0,
-        "transpose_rhs": isinstance(weights, QTensor),
-        "out_dtype": config.dtype,
-        "stage": stage,
-    }
+    return {"group_offset": 0, "transpose_rhs": isinstance(weights, QTensor), "out_dtype": config.dtype, "stage": stage}

@@ -12,7 +12,6 @@ alone and their copies alone.
 import dataclasses
 import functools
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -20,8 +19,8 @@ import jax
 from jax.sharding import Mesh, PartitionSpec
 
 from bench.expert_parallel.hopper_products import down_kernel, gate_up_kernel, lhs_of_kernel
-from bench.measure.clock import is_nvidia, kernel_times
-from bench.measure.overlap import STAGES, OverlapTimes
+from bench.measure.clock import is_nvidia, kernel_times, wall_seconds
+from bench.measure.overlap import KERNEL_STAGES, OverlapTimes
 from moejax import MoEConfig, MoEParams, param_specs
 from moejax.experts import down_projection, gate_up_projection, shared_mlp
 from moejax.functional import axes_on
@@ -35,8 +34,6 @@ from sharding.tokens import Tokens
 from sharding.wire import Wire
 
 _REPEATS = 3
-
-
 _ON_DEVICE = ("dispatch", "routed_gate_up", "routed_down", "combine")
 
 
@@ -130,12 +127,7 @@ class _Clock:
             except RuntimeError as error:  # the driver may forbid it
                 self.has_kernel_times = False
                 self.say(f"wall times in place of kernel times: {error}")
-        times = []
-        for _ in range(_REPEATS):
-            begin = time.perf_counter()
-            jax.block_until_ready(run())
-            times.append(time.perf_counter() - begin)
-        self.times.seconds[name] = statistics.median(times)
+        self.times.seconds[name] = statistics.median(wall_seconds(run) for _ in range(_REPEATS))
         return result
 
     def overlap(self, name: str, kernel: Callable[..., Any], config: MoEConfig, rows: Any, exchange: Any) -> None:
@@ -152,7 +144,7 @@ class _Clock:
         lhs = self._program(ready, (rows,))(self.params, rows)
         args = (lhs, exchange)
         try:
-            programs = [self._program(functools.partial(product, stage=stage), args) for stage in STAGES]
+            programs = [self._program(functools.partial(product, stage=stage), args) for stage in KERNEL_STAGES]
             self.times.overlaps[name] = OverlapTimes(*(self._kernel_us(program, args) for program in programs))
         except Unsupported as reason:
             self.times.overlaps[name] = None

@@ -26,11 +26,7 @@ def sections(records: Sequence[Record]) -> list[Section]:
         _against_experts(sound, "latency", "Time of the layer against experts and k", "layer", _TIME),
         _against_experts(sound, "permute", "Time of pack and combine against experts and k", "permute", _TIME),
         _against_experts(
-            sound,
-            "bandwidth",
-            "Bandwidth of pack and combine against experts and k",
-            "permute",
-            _BANDWIDTH,
+            sound, "bandwidth", "Bandwidth of pack and combine against experts and k", "permute", _BANDWIDTH
         ),
         _split(sound),
     ]

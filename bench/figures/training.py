@@ -6,9 +6,10 @@ from typing import Any
 import numpy as np
 
 from bench.figures.section import Section, drawing, ink, svg_of
+from bench.measure.samples import Interval
 from bench.record.tables import Cell
 from bench.training.records import FILE_NAME, Run
-from bench.training.table import HEADERS, Interval, RouterSummary, summaries, table_rows, warnings_of
+from bench.training.table import HEADERS, RouterSummary, summaries, table_rows, warnings_of
 
 _CURVES, _PARETO, _LOAD = "Held-out loss over training", "Quality against speed", "Load of the experts over training"
 _MAX_LAYERS = 3

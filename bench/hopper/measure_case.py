@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from bench.hopper.ceilings import Ceilings
 from bench.hopper.goals import Case
 from bench.hopper.peers import Implementation, from_torch
-from bench.measure.clock import KernelTime, copies_of, kernel_times, rotated, torch_times, wall_times
+from bench.measure.clock import CallTime, copies_of, kernel_times, rotated, torch_times, wall_times
+from bench.measure.errors import check, describe, relative_error
 from pallas_kernels.chips import Chip
 
 _GOALS_CHIP = "h200"
@@ -27,7 +27,7 @@ class Measurement:
       configuration: the name of the function that was the fastest.
     """
 
-    time: KernelTime
+    time: CallTime
     relative_error: float
     configuration: str = ""
 
@@ -71,81 +71,43 @@ def attempt(
     """Measures `implementation`; whatever it raises becomes the reason, as one case must not end the others."""
     if (reason := implementation.why_not()) is not None:
         return reason
+    outcomes: list[Measurement] = []
+    reasons: list[str] = []
     try:
         args = [implementation.prepare(*one) for one in inputs]
     except Exception as error:
         return describe(error)
-    outcomes: list[Measurement] = []
-    reasons: list[str] = []
+    timed = _by_wall if case.clock == "wall" else _in_torch if implementation.framework == "torch" else _by_kernels
     for name, function in implementation.functions.items():
         try:
-            if case.clock == "wall":
-                to_check = checked or args[0]
-                outcomes.append(_measure_by_wall(case, name, function, args[0], to_check, reference, repeats))
-            else:
-                outcomes.append(_measure(case, implementation.framework, name, function, args, reference, repeats))
+            time, error_ = timed(case, function, args, checked or args[0], reference, repeats)
+            outcomes.append(Measurement(time, error_, name))
         except Exception as error:
             reasons.append(describe(error))
-    if outcomes:
-        return min(outcomes, key=lambda outcome: outcome.time.median_us)
-    return reasons[0]
+    return min(outcomes, key=lambda outcome: outcome.time.median_us) if outcomes else reasons[0]
 
 
-def _measure_by_wall(
-    case: Case,
-    name: str,
-    function: Callable[..., Any],
-    args: Sequence[Any],
-    checked: Sequence[Any],
-    reference: Any,
-    repeats: int,
-) -> Measurement:
+Args = Sequence[Any]
+Function = Callable[..., Any]
+Timed = tuple[CallTime, float]
+"""The time of a call, and the error of its result, which is checked first."""
+
+
+def _by_wall(case: Case, function: Function, args: Args, checked: Args, reference: Any, repeats: int) -> Timed:
     whole = jax.jit(function)
     check(error := relative_error(whole(*checked), reference), case.tolerance)
-    return Measurement(wall_times(whole, *args, repeats=repeats, calls=case.calls), error, name)
+    return wall_times(whole, *args[0], repeats=repeats, calls=case.calls), error
 
 
-def _measure(
-    case: Case,
-    framework: str,
-    name: str,
-    function: Callable[..., Any],
-    args: Sequence[Any],
-    reference: Any,
-    repeats: int,
-) -> Measurement:
-    if framework == "torch":
-        check(error := max(relative_error(from_torch(function(*one)), reference) for one in args), case.tolerance)
-        return Measurement(torch_times(function, args, repeats=repeats), error, name)
+def _in_torch(case: Case, function: Function, args: Args, checked: Args, reference: Any, repeats: int) -> Timed:
+    check(error := max(relative_error(from_torch(function(*one)), reference) for one in args), case.tolerance)
+    return torch_times(function, args, repeats=repeats), error
+
+
+def _by_kernels(case: Case, function: Function, args: Args, checked: Args, reference: Any, repeats: int) -> Timed:
     program = rotated(function)
     check(error := max(relative_error(result, reference) for result in program(args)), case.tolerance)
-    return Measurement(kernel_times(program, args, repeats=repeats, calls=len(args)), error, name)
-
-
-@jax.jit
-def _relative_error(result: Any, reference: Any) -> jax.Array:
-    def one(x, right):
-        return jnp.linalg.norm((x.astype(jnp.float32) - right).ravel()) / jnp.linalg.norm(right.ravel())
-
-    # With jnp.maximum a NaN stays one.
-    return functools.reduce(jnp.maximum, jax.tree.leaves(jax.tree.map(one, result, reference)))
-
-
-def relative_error(result: Any, reference: Any) -> float:
-    """The largest relative error, by norm, of the leaves of `result`."""
-    return float(_relative_error(result, reference))
-
-
-def check(error: float, tolerance: float) -> None:
-    """Raises ValueError if `error` exceeds the tolerance, or is not a number."""
-    if not error <= tolerance:
-        raise ValueError(f"wrong result: relative error {error:.1e}, limit {tolerance:.0e}")
-
-
-def describe(error: Exception) -> str:
-    """One short line on an exception."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}"[:300]
+    return kernel_times(program, args, repeats=repeats, calls=len(args)), error
 
 
 def case_record(case: Case, ours: Outcome, peers: dict[str, Outcome], chip: Chip, ceilings: Ceilings) -> dict[str, Any]:

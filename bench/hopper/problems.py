@@ -13,15 +13,10 @@ import jax
 import jax.numpy as jnp
 
 from bench.hopper.goals import Case, Problem
-from bench.hopper.peers import (
-    Implementation,
-    backward_bf16_peers,
-    layer_fp8_peers,
-    matmul_bf16_peers,
-    matmul_fp8_peers,
-)
+from bench.hopper.peers import Implementation, backward_bf16_peers, layer_fp8_peers, matmul_bf16_peers, matmul_fp8_peers
+from bench.inputs.weights import normal
 from bench.model.workloads import GemmShape
-from bench.one_chip.dispatch_combine import there_and_back
+from bench.one_chip.dispatch_combine import dispatch_and_combine
 from moejax import MoEConfig, Quantization, fused_experts, route
 from pallas_kernels.activations import gated_halves
 from pallas_kernels.grouped_matmul import Operand, grouped_gate_up_in_8_bits, grouped_matmul
@@ -30,10 +25,6 @@ from pallas_kernels.quantize import QTensor, Scaling, dequantize, quantize
 
 PERMUTE_EXPERTS, PERMUTE_TOP_K = 128, 2
 LAYER_TOP_K = 8
-
-
-def _random(*shape: int, seed: int, scale: float = 1.0) -> jax.Array:
-    return jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16) * jnp.bfloat16(scale)
 
 
 def _sizes(shape: GemmShape) -> jax.Array:
@@ -47,12 +38,7 @@ def _ours(function: Callable[..., Any], prepare: Callable[..., tuple[Any, ...]] 
 
 def _product(lhs: Operand, rhs: Operand, group_sizes: jax.Array, transpose_rhs: bool) -> jax.Array:
     return grouped_matmul(
-        lhs,
-        rhs,
-        group_sizes,
-        transpose_rhs=transpose_rhs,
-        preferred_element_type=jnp.bfloat16,
-        backend="pallas_gpu",
+        lhs, rhs, group_sizes, transpose_rhs=transpose_rhs, preferred_element_type=jnp.bfloat16, backend="pallas_gpu"
     )
 
 
@@ -60,7 +46,7 @@ def matmul_bf16(case: Case) -> Problem:
     """A product in BF16, weights as [G, K, N]."""
     s = case.shape
     return Problem(
-        inputs=(_random(s.G * s.M, s.K, seed=0), _random(s.G, s.K, s.N, seed=1, scale=s.K**-0.5), _sizes(s)),
+        inputs=(normal(0, (s.G * s.M, s.K)), normal(1, (s.G, s.K, s.N), scale=s.K**-0.5), _sizes(s)),
         ours=_ours(lambda lhs, rhs, sizes: _product(lhs, rhs, sizes, transpose_rhs=False)),
         peers=matmul_bf16_peers(s),
         reference=lambda lhs, rhs, sizes: _exact(lhs, rhs.mT),
@@ -75,8 +61,8 @@ def matmul_fp8(
 ) -> Problem:
     """A product in FP8. Weights lie as [G, N, K], where a scale for each row is one for each output channel."""
     s = case.shape
-    lhs = _fp8(_random(s.G * s.M, s.K, seed=0), lhs_scaling)
-    rhs = _fp8(_random(s.G, s.N, s.K, seed=1, scale=s.K**-0.5), rhs_scaling)
+    lhs = _fp8(normal(0, (s.G * s.M, s.K)), lhs_scaling)
+    rhs = _fp8(normal(1, (s.G, s.N, s.K), scale=s.K**-0.5), rhs_scaling)
     return Problem(
         inputs=(lhs, rhs, _sizes(s)),
         ours=_ours(lambda lhs, rhs, sizes: _product(lhs, rhs, sizes, transpose_rhs=True)),
@@ -101,9 +87,9 @@ def layer_fp8(case: Case) -> Problem:
     def reference(x, gate_up, down, sizes):
         return _exact(gated_halves(_exact(dequantize(x), dequantize(gate_up)), "silu", None), dequantize(down))
 
-    x = _fp8(_random(s.G * s.M, s.K, seed=0), "per_row")
-    gate_up = _fp8(_random(s.G, 2 * s.N, s.K, seed=1, scale=s.K**-0.5), "per_row")
-    down = _fp8(_random(s.G, s.K, s.N, seed=2, scale=s.N**-0.5), "per_row")
+    x = _fp8(normal(0, (s.G * s.M, s.K)), "per_row")
+    gate_up = _fp8(normal(1, (s.G, 2 * s.N, s.K), scale=s.K**-0.5), "per_row")
+    down = _fp8(normal(2, (s.G, s.K, s.N), scale=s.N**-0.5), "per_row")
     return Problem((x, gate_up, down, _sizes(s)), _ours(ours), layer_fp8_peers(), reference)
 
 
@@ -120,8 +106,8 @@ def backward_bf16(case: Case) -> Problem:
         drhs = _dot("gmk,gmn->gkn", lhs.reshape(by_group), dout.reshape(by_group))
         return _exact(dout, rhs), drhs
 
-    weights = _random(s.G, s.K, s.N, seed=1, scale=s.K**-0.5)
-    inputs = (_random(s.G * s.M, s.K, seed=0), weights, _sizes(s), _random(s.G * s.M, s.N, seed=2))
+    weights = normal(1, (s.G, s.K, s.N), scale=s.K**-0.5)
+    inputs = (normal(0, (s.G * s.M, s.K)), weights, _sizes(s), normal(2, (s.G * s.M, s.N)))
     ours = _ours(lambda pullback, dout: pullback(dout), prepare)
     return Problem(inputs, ours, backward_bf16_peers(), reference)
 
@@ -151,8 +137,9 @@ def whole_layer(case: Case) -> Problem:
     )
 
 
+@functools.partial(jax.jit, static_argnames="scaling")
 def _fp8(x: jax.Array, scaling: Scaling) -> QTensor:
-    return jax.jit(lambda x: quantize(x, scaling=scaling))(x)
+    return quantize(x, scaling=scaling)
 
 
 def _exact(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
@@ -167,15 +154,14 @@ def _dot(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
 
 def permute_inputs(num_tokens: int, hidden: int) -> tuple[jax.Array, jax.Array]:
     """Tokens [T, H] in FP16 and router logits [T, E]."""
-    keys = jax.random.split(jax.random.key(0))
-    x = jax.random.normal(keys[0], (num_tokens, hidden), jnp.float16)
-    return x, jax.random.normal(keys[1], (num_tokens, PERMUTE_EXPERTS), jnp.float32)
+    logits = normal(1, (num_tokens, PERMUTE_EXPERTS), dtype=jnp.float32)
+    return normal(0, (num_tokens, hidden), dtype=jnp.float16), logits
 
 
 def route_and_restore(x: jax.Array, logits: jax.Array, *, backend: str = "auto") -> jax.Array:
     """Routes, copies each token to its experts and sums the copies up: x again, as the weights of a token sum to 1."""
     plan_of = functools.partial(make_plan, num_groups=PERMUTE_EXPERTS, backend=backend)
-    return there_and_back(x, logits, PERMUTE_TOP_K, plan_of, backend)[0]
+    return dispatch_and_combine(x, logits, PERMUTE_TOP_K, plan_of, backend)[0]
 
 
 def layer_inputs(
@@ -183,22 +169,17 @@ def layer_inputs(
 ) -> tuple[Any, ...]:
     """Tokens [T, H] in BF16, and for each layer the router's kernel in BF16, w1 [E, 2I, H] and w2 [E, H, I]."""
 
-    @functools.partial(jax.jit, static_argnums=1)
-    def weights(key, shape):
-        drawn = jax.random.normal(key, shape, jnp.bfloat16) * jnp.bfloat16(shape[-1] ** -0.5)
-        return quantize(drawn, scaling="128x128") if in_8_bits else drawn
+    def weights(seed: int, *shape: int) -> Operand:
+        drawn = normal(seed, shape, scale=shape[-1] ** -0.5)
+        return _fp8(drawn, "128x128") if in_8_bits else drawn
 
-    def one_layer(key):
-        keys = jax.random.split(key, 3)
-        router = jax.random.normal(keys[0], (hidden, num_experts), jnp.bfloat16) * jnp.bfloat16(hidden**-0.5)
-        return (
-            router,
-            weights(keys[1], (num_experts, 2 * width, hidden)),
-            weights(keys[2], (num_experts, hidden, width)),
-        )
+    def one_layer(number: int) -> tuple[Any, ...]:
+        seed = 1 + 3 * number
+        router = normal(seed, (hidden, num_experts), scale=hidden**-0.5)
+        w1 = weights(seed + 1, num_experts, 2 * width, hidden)
+        return router, w1, weights(seed + 2, num_experts, hidden, width)
 
-    x = jax.random.normal(jax.random.key(1), (num_tokens, hidden), jnp.bfloat16)
-    return x, [one_layer(key) for key in jax.random.split(jax.random.key(2), num_layers)]
+    return normal(0, (num_tokens, hidden)), [one_layer(number) for number in range(num_layers)]
 
 
 def layers(config: MoEConfig, in_8_bits: bool, backend: str = "auto") -> Callable[..., jax.Array]:

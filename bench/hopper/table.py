@@ -1,9 +1,10 @@
 """The record of `bench.gpu` as a table, plain or Markdown, and as a list of what went wrong."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from bench.record.tables import Cell, format_table
+from bench.model.workloads import shape_text
+from bench.record.tables import Cell, format_table, markdown_table
 
 Record = Mapping[str, Any]
 
@@ -15,9 +16,7 @@ def table(record: Record, markdown: bool = False) -> str:
     """
     if not markdown:
         return format_table(*_cells(record))
-    headers, rows = _cells_for_readers(record)
-    lines: list[Sequence[Cell]] = [headers, ["---"] * len(headers), *rows]
-    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return markdown_table(*_cells_for_readers(record))
 
 
 def failures(record: Record) -> list[str]:
@@ -67,7 +66,7 @@ def _cells(record: Record) -> tuple[list[str], list[list[Cell]]]:
     rows: list[list[Cell]] = []
     for name, case in cases.items():
         label = f"{name} ({case['note']})" if case["note"] else name
-        shape = _shape(case)
+        shape = shape_text(case)
         goal = [_goal(case["goal"], "bar"), _goal(case["goal"], "aim")]
         others = [_peer(case["peers"].get(peer)) for peer in peers]
         if "error" in case:
@@ -88,12 +87,8 @@ def _cells_for_readers(record: Record) -> tuple[list[str], list[list[Cell]]]:
         peers = [f"{peer} {_peer(case['peers'][peer])}" for peer in measured_peers(case)]
         label = f"{name}: {case['note']}" if case["note"] else name
         share = f"{case['share_of_measured_floor']:.0%}"
-        rows.append([label, _shape(case), _us(case["us"]), _rate(case), share, ", ".join(peers) or "-"])
+        rows.append([label, shape_text(case), _us(case["us"]), _rate(case), share, ", ".join(peers) or "-"])
     return ["case", "G,M,K,N", "µs", "rate", "of floor", "others, µs"], rows
-
-
-def _shape(case: Record) -> str:
-    return ",".join(str(case[dim]) for dim in "GMKN")
 
 
 def _rate(case: Record) -> str:

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bench.inputs.quick_jit import prepared
+from bench.inputs.quick_jit import quick_jit
 from bench.inputs.text import default_text_path, embed, read_text, sample_contexts
 
 Kind = Literal["balanced", "zipf", "text"]
@@ -74,30 +74,19 @@ def make_load(
     """Tokens of a load, equal for equal arguments.
 
     Args:
-      kind: see the module's page.
+      kind: one of `KINDS`.
       num_tokens: T.
-      hidden: H, at least E.
+      hidden: H, at least E, so that a router can tell the experts apart.
       num_experts: E.
-      top_k: K, the choices that are balanced.
+      top_k: K, at most E, the choices that are balanced.
       seed: of all that is random.
       dtype: of the activations and the router.
-      zipf_exponent: s.
+      zipf_exponent: s, at least 0.
       text: a file, or None for a text that Python carries.
 
     Raises:
-      ValueError: the kind is unknown, H is less than E, K is more than E, the exponent is negative, or the file
-        cannot be read.
+      ValueError: the file cannot be read.
     """
-    if kind not in KINDS:
-        raise ValueError(f"load must be one of {', '.join(KINDS)}, got {kind!r}")
-    if hidden < num_experts:
-        raise ValueError(
-            f"hidden must be at least experts={num_experts}, so that a router can tell them apart; got {hidden}"
-        )
-    if not 1 <= top_k <= num_experts:
-        raise ValueError(f"k must be 1 to experts={num_experts}, got {top_k}")
-    if not 0 <= zipf_exponent < math.inf:
-        raise ValueError(f"the exponent of Zipf's law must be at least 0, got {zipf_exponent}")
     rng = np.random.default_rng(seed)
     orthonormal, _ = np.linalg.qr(rng.standard_normal((hidden, num_experts)))
     router = jnp.asarray(orthonormal, jnp.float32)
@@ -144,12 +133,12 @@ def _balanced_logits(rng: np.random.Generator, num_tokens: int, num_experts: int
     return logits
 
 
-@functools.partial(prepared, static_argnames=("hidden", "seed", "dtype"))
+@functools.partial(quick_jit, static_argnames=("hidden", "seed", "dtype"))
 def _embedded(contexts: jax.Array, router: jax.Array, *, hidden: int, seed: int, dtype: jnp.dtype) -> Load:
     return Load(embed(contexts, hidden, seed).astype(dtype), router.astype(dtype))
 
 
-@functools.partial(prepared, static_argnames=("seed", "dtype"))
+@functools.partial(quick_jit, static_argnames=("seed", "dtype"))
 def _with_logits(logits: jax.Array, router: jax.Array, *, seed: int, dtype: jnp.dtype) -> Load:
     """Noise whose product with the router, of orthonormal columns, is changed to `logits`."""
     noise = jax.random.normal(jax.random.key(seed), (logits.shape[0], router.shape[0]), jnp.float32)

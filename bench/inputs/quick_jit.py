@@ -14,7 +14,9 @@ from bench.measure.clock import is_nvidia
 _WITHOUT_SEARCH = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
 
 
-def prepared[**P, Result](function: Callable[P, Result], *, static_argnames: Sequence[str] = ()) -> Callable[P, Result]:
+def quick_jit[**P, Result](
+    function: Callable[P, Result], *, static_argnames: Sequence[str] = ()
+) -> Callable[P, Result]:
     """`function`, jitted without that search."""
 
     @functools.cache

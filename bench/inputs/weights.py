@@ -1,4 +1,4 @@
-"""Random weights for a layer of any size, made where they live."""
+"""Random arrays, and weights for a layer of any size, made where they live."""
 
 import functools
 import itertools
@@ -14,6 +14,14 @@ from moejax.params import map_table
 from pallas_kernels.quantize import Operand
 
 _BIAS = 0.02
+
+
+@functools.partial(jax.jit, static_argnames=("shape", "scale", "dtype"))
+def normal(
+    seed: int, shape: tuple[int, ...], *, scale: float = 1.0, dtype: jax.typing.DTypeLike = jnp.bfloat16
+) -> jax.Array:
+    """Normal numbers of a standard deviation, drawn in their dtype."""
+    return jax.random.normal(jax.random.key(seed), shape, dtype) * jnp.asarray(scale, dtype)
 
 
 def make_params(config: MoEConfig, mesh: Mesh, seed: int) -> MoEParams:

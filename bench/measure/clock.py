@@ -1,4 +1,4 @@
-"""Device time of what runs on an NVIDIA GPU: the sum of its kernels, with inputs that the L2 cache does not hold.
+"""The clocks: wall time, and on an NVIDIA GPU device time, the sum of the kernels.
 
 A kernel that runs again and again on the same weights reads them from the cache, and looks faster than it is in a
 model. So a function is timed over several copies of its inputs, one call after the other in one program, and the time
@@ -25,9 +25,33 @@ _WALL_SECONDS = 0.03  # of a repeat: long enough to make the first launch and th
 _MOST_RUNS = 50
 
 
+class Stopwatch:
+    """Runs from when it is made.
+
+    Args:
+      clock: gives seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter):
+        self._clock = clock
+        self._begin = clock()
+
+    @property
+    def seconds(self) -> float:
+        """Since the beginning."""
+        return self._clock() - self._begin
+
+
+def wall_seconds(f: Callable[..., Any], *args: Any) -> float:
+    """From the call of f(*args) until its result is there."""
+    watch = Stopwatch()
+    jax.block_until_ready(f(*args))
+    return watch.seconds
+
+
 @dataclasses.dataclass(frozen=True)
-class KernelTime:
-    """Device time of one call.
+class CallTime:
+    """Time of one call.
 
     Attributes:
       median_us: median over the repeats.
@@ -42,7 +66,7 @@ class KernelTime:
     kernels: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, times_us: Sequence[float], kernels: Sequence[str] = ()) -> "KernelTime":
+    def of(cls, times_us: Sequence[float], kernels: Sequence[str] = ()) -> "CallTime":
         """The summary of the times of several repeats."""
         least, most = min(times_us), max(times_us)
         return cls(statistics.median(times_us), least, most - least, tuple(dict.fromkeys(kernels)))
@@ -81,9 +105,7 @@ def rotated(f: Callable[..., Any]) -> Callable[[Sequence[Any]], list[Any]]:
     return jax.jit(lambda inputs: [traced_once(*args) for args in inputs])
 
 
-def kernel_times(
-    f: Callable[..., Any], *args: Any, repeats: int = 10, calls: int = 1, detach: bool = True
-) -> KernelTime:
+def kernel_times(f: Callable[..., Any], *args: Any, repeats: int = 10, calls: int = 1, detach: bool = True) -> CallTime:
     """Sums the kernels of f(*args), as CUPTI times them on the device, and divides by `calls`.
 
     Args:
@@ -111,30 +133,27 @@ def kernel_times(
             raise ValueError("the function launches no kernel that could be timed")
         names = [name for name, _ in kernels]
         times.append(sum(milliseconds for _, milliseconds in kernels) * 1e3 / calls)
-    return KernelTime.of(times, names)
+    return CallTime.of(times, names)
 
 
-def wall_times(f: Callable[..., Any], *args: Any, repeats: int = 10, calls: int = 1) -> KernelTime:
+def wall_times(f: Callable[..., Any], *args: Any, repeats: int = 10, calls: int = 1) -> CallTime:
     """Time of f(*args) by the wall clock, divided by `calls`: launches and the gaps between kernels count.
 
     A repeat runs `f` several times on end and waits for the last result only, so that the way to the GPU and back
     hardly counts.
     """
     jax.block_until_ready(f(*args))
-    begin = time.perf_counter()
-    jax.block_until_ready(f(*args))
-    at_once = max(2, min(_MOST_RUNS, math.ceil(_WALL_SECONDS / (time.perf_counter() - begin))))
-    times: list[float] = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        for _ in range(at_once):
-            result = f(*args)
-        jax.block_until_ready(result)
-        times.append((time.perf_counter() - begin) * 1e6 / at_once / calls)
-    return KernelTime.of(times)
+    at_once = max(2, min(_MOST_RUNS, math.ceil(_WALL_SECONDS / wall_seconds(f, *args))))
+
+    def runs() -> Any:
+        for _ in range(at_once - 1):
+            f(*args)
+        return f(*args)
+
+    return CallTime.of([wall_seconds(runs) * 1e6 / at_once / calls for _ in range(repeats)])
 
 
-def torch_times(f: Callable[..., Any], inputs: Sequence[Any], *, repeats: int = 10) -> KernelTime:
+def torch_times(f: Callable[..., Any], inputs: Sequence[Any], *, repeats: int = 10) -> CallTime:
     """Time of f(*args) in torch, the mean over the tuples of arguments in `inputs`.
 
     A CUDA graph of all calls is replayed behind another replay of itself, so that neither Python nor the launch counts.
@@ -171,4 +190,4 @@ def torch_times(f: Callable[..., Any], inputs: Sequence[Any], *, repeats: int = 
         end.record()
         torch.cuda.synchronize()
         times.append(begin.elapsed_time(end) * 1e3 / (sweeps * len(inputs)))
-    return KernelTime.of(times)
+    return CallTime.of(times)

@@ -6,7 +6,7 @@ import pathlib
 
 import jax
 
-from pallas_kernels.chips import chip_of
+from pallas_kernels.chips import Chip, chip_of
 
 MAX_VIRTUAL_DEVICES = 256
 
@@ -31,16 +31,22 @@ class Devices:
         if self.is_virtual:
             return _host_memory_bytes() * jax.process_count()
         stats = jax.local_devices()[0].memory_stats()
-        if stats is not None:
-            per_device = stats["bytes_limit"]
-        elif (chip := chip_of(self.devices[0])) is not None:
-            per_device = int(chip.hbm_bytes)
-        else:
-            raise ValueError(
-                f"{self.note} do not say how much memory they have, and pallas_kernels/chips.py has no row for "
-                f"{self.devices[0].device_kind!r}; add one"
-            )
-        return per_device * len(self.devices)
+        try:
+            per_device = known_chip(self.devices[0]).hbm_bytes if stats is None else stats["bytes_limit"]
+        except ValueError as error:
+            raise ValueError(f"{self.note} do not say how much memory they have, and {error}") from None
+        return int(per_device) * len(self.devices)
+
+
+def known_chip(device: jax.Device) -> Chip:
+    """What a device is.
+
+    Raises:
+      ValueError: it is none of those that are known.
+    """
+    if (chip := chip_of(device)) is None:
+        raise ValueError(f"pallas_kernels/chips.py has no row for {device.device_kind!r}; add one")
+    return chip
 
 
 def start(

@@ -11,7 +11,7 @@ from typing import Any, get_args
 from bench.measure.clock import kernel_times, rotated
 from pallas_kernels.grouped_matmul.gpu.problem import Stage
 
-STAGES: tuple[Stage, ...] = get_args(Stage)
+KERNEL_STAGES: tuple[Stage, ...] = get_args(Stage)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,4 +56,4 @@ def measure_overlap(
         program = rotated(stage_function(stage))
         return kernel_times(program, inputs, repeats=repeats, calls=len(inputs)).median_us
 
-    return OverlapTimes(*map(microseconds, STAGES))
+    return OverlapTimes(*map(microseconds, KERNEL_STAGES))

@@ -72,6 +72,27 @@ def summarise(samples: Sequence[float]) -> Summary:
     return Summary(values.size, mean, std, p50, p95, (mean - half, mean + half))
 
 
+@dataclasses.dataclass(frozen=True)
+class Interval:
+    """A mean and how far it can be trusted.
+
+    Attributes:
+      mean: arithmetic mean.
+      half: half of its 95 % confidence interval, by Student's t; None for a single value.
+    """
+
+    mean: float
+    half: float | None
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Interval":
+        """The mean of at least one value."""
+        if len(values) < 2:
+            return cls(values[0], None)
+        summary = summarise(values)
+        return cls(summary.mean, summary.ci95[1] - summary.mean)
+
+
 def paired(first: Sequence[float], second: Sequence[float]) -> Difference:
     """What `first` takes more than `second`, measured side by side: first[i] and second[i] in round i.
 

@@ -11,14 +11,13 @@ cache does not hold them (`bench.measure.clock`). Elsewhere, and where the drive
 import concurrent.futures
 import dataclasses
 import os
-import time
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
-from bench.measure.clock import copies_of, is_nvidia, kernel_times, num_copies, rotated
+from bench.measure.clock import copies_of, is_nvidia, kernel_times, num_copies, rotated, wall_seconds
 from bench.measure.turns import Turns
 
 ClockName = Literal["kernels", "wall"]
@@ -33,8 +32,7 @@ class Step:
     Attributes:
       name: tells it from the other steps.
       function: what to compile.
-      inputs: names of the values that it takes.
-      output: name of the value that it makes.
+      inputs: names of the values that it takes; the value that it makes has its own name.
       key: what tells the function apart from others of the same name on values of the same shapes.
       is_timed: whether it is measured, or only prepares what others need.
     """
@@ -42,7 +40,6 @@ class Step:
     name: str
     function: Callable[..., Any]
     inputs: tuple[str, ...]
-    output: str
     key: Hashable = None
     is_timed: bool = True
 
@@ -100,7 +97,7 @@ class Clock:
         programs = self._compile(steps, values)
         values = dict(values)
         for step in steps:
-            values[step.output] = _once(programs[step.name], step, values)
+            values[step.name] = _once(programs[step.name], step, values)
         timed = [step for step in steps if step.is_timed]
         inputs = {step.name: _inputs(programs[step.name], step, values) for step in timed}
         samples: dict[str, list[float]] = {step.name: [] for step in timed}
@@ -120,7 +117,7 @@ class Clock:
         # Programs that make what others take first: what the compiler finds out about their products holds for the
         # whole, which consists of the same, too.
         taken = {name for step in steps for name in step.inputs}
-        first = {keys[step.name] for step in steps if step.output in taken}
+        first = {keys[step.name] for step in steps if step.name in taken}
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             for wave in (lowered.keys() & first, lowered.keys() - first):
                 compiled = pool.map(lambda key: lowered[key][1].compile(), wave)
@@ -142,22 +139,20 @@ class Clock:
             key: Hashable = (step.name, step.key, tree, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
             keys[step.name] = key
             if key in self._programs:
-                shapes[step.output] = self._programs[key].result
+                shapes[step.name] = self._programs[key].result
                 continue
             copies = 1
             if self.name == "kernels" and step.is_timed:
                 copies = min(_MOST_COPIES, num_copies(_num_bytes(args)))
             program = jax.jit(rotated(step.function)).lower([args] * copies)
-            shapes[step.output] = program.out_info[0]
+            shapes[step.name] = program.out_info[0]
             lowered[key] = copies, program
         return keys, lowered
 
     def _sample(self, program: _Program, inputs: Sequence[Any]) -> float:
         if self.name == "kernels":
             return kernel_times(program.run, inputs, repeats=1, calls=program.num_copies, detach=False).median_us
-        begin = time.perf_counter()
-        jax.block_until_ready(program.run(inputs))
-        return (time.perf_counter() - begin) * 1e6
+        return wall_seconds(program.run, inputs) * 1e6
 
 
 def _once(program: _Program, step: Step, values: dict[str, Any]) -> Any:

@@ -14,6 +14,10 @@ from bench.model.workloads import OPERAND_DTYPES
 
 LAYER_NAME = "MoE"
 _OPERATOR_TYPES = {"matmul": "MatMulOperator", "dispatch": "DispatchOperator", "combine": "CombineOperator"}
+_ARCHITECTURE = (
+    *("hidden_size", "intermediate_size", "batch_size", "batch_size_local", "q_len", "token_per_ep_group"),
+    *("expert_per_ep_group", "m_per_group", "activated_expert_per_ep_group"),
+)
 
 
 def build_evaluation(
@@ -42,7 +46,7 @@ def build_evaluation(
         raise ValueError(f"num_layers must be at least 1, got {num_layers}")
     workload, chip = layer.workload, layer.chip
     total_us = num_layers * layer.elapsed
-    flops = num_layers * layer.flops
+    flops = num_layers * layer.total("flops")
     peak = chip.peak(OPERAND_DTYPES[workload.dtype][0])
     tps = workload.batch_size * workload.q_len / (total_us * 1e-6)
     evaluation: dict[str, Any] = {
@@ -51,19 +55,16 @@ def build_evaluation(
             **dataclasses.asdict(workload),
             "num_layers": num_layers,
             "chip": {
-                "name": chip.name,
-                "kind": chip.kind,
-                "cores": chip.cores,
+                **_fields(chip, "name", "kind", "cores"),
                 "peak_flops": peak,
-                "hbm_bandwidth": chip.hbm_bandwidth,
-                "link_bandwidth": chip.link_bandwidth,
+                **_fields(chip, "hbm_bandwidth", "link_bandwidth"),
             },
         },
         "performance": {
             "total_elapse_us": total_us,
             "comm_elapse_us": num_layers * layer.comm_elapsed,
             "flops": flops,
-            "dram_occupy": num_layers * _sum(layer, "dram_occupy"),
+            "dram_occupy": num_layers * layer.total("dram_occupy"),
             "mfu": flops / (total_us * 1e-6 * peak),
             "tps": tps,
             "tps_per_batch": tps / workload.batch_size,
@@ -84,28 +85,16 @@ def layer_record(layer: LayerTime) -> dict[str, Any]:
         "layer_type": LAYER_NAME,
         "total_operators": len(layer.operators),
         "perf": {
-            "param": _sum(layer, "param"),
-            "flops": layer.flops,
-            "dram_occupy": _sum(layer, "dram_occupy"),
-            "dram_traffic": _sum(layer, "dram_traffic"),
+            **{name: layer.total(name) for name in ("param", "flops", "dram_occupy", "dram_traffic")},
             "elapse": layer.elapsed,
-            "comp_elapse": layer.comp_elapsed,
-            "dma_elapse": layer.dma_elapsed,
+            "comp_elapse": layer.total("comp_elapsed"),
+            "dma_elapse": layer.total("dma_elapsed"),
             "comm_elapse": layer.comm_elapsed,
-            "comm_size": _sum(layer, "comm_size"),
+            "comm_size": layer.total("comm_size"),
         },
         "arch": {
-            "hidden_size": workload.hidden_size,
-            "intermediate_size": workload.intermediate_size,
-            "batch_size": workload.batch_size,
-            "batch_size_local": workload.batch_size_local,
-            "q_len": workload.q_len,
-            "token_per_ep_group": workload.token_per_ep_group,
-            "expert_per_ep_group": workload.expert_per_ep_group,
-            "m_per_group": workload.m_per_group,
-            "activated_expert_per_ep_group": workload.activated_expert_per_ep_group,
-            "mean_rows": layer.mean_rows,
-            "busiest_rows": layer.busiest_rows,
+            **_fields(workload, *_ARCHITECTURE),
+            **_fields(layer, "mean_rows", "busiest_rows"),
         },
         "comp_operators": [operator_record(op) for op in layer.operators if op.kind == "matmul"],
         "comm_operators": [operator_record(op) for op in layer.operators if op.kind != "matmul"],
@@ -126,18 +115,12 @@ def operator_record(operator: OperatorTime) -> dict[str, Any]:
     return {
         **head,
         "parallel_params": dataclasses.asdict(operator.shape),
-        "param": operator.param,
-        "flops": operator.flops,
-        "dram_occupy": operator.dram_occupy,
-        "dram_traffic": operator.dram_traffic,
-        "elapsed": operator.elapsed,
-        "comp_elapsed": operator.comp_elapsed,
-        "dma_elapsed": operator.dma_elapsed,
+        **_fields(operator, "param", "flops", "dram_occupy", "dram_traffic", "elapsed", "comp_elapsed", "dma_elapsed"),
         "best_tile": dataclasses.asdict(operator.best_tile) if operator.best_tile else None,
         "best_partition": operator.best_partition.as_dict() if operator.best_partition else None,
         "urate": operator.urate,
     }
 
 
-def _sum(layer: LayerTime, field: str) -> int:
-    return sum(getattr(operator, field) for operator in layer.operators)
+def _fields(value: Any, *names: str) -> dict[str, Any]:
+    return {name: getattr(value, name) for name in names}

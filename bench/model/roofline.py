@@ -9,7 +9,7 @@ chip, as that is the one that the others wait for.
 """
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 from bench.model.ds_tpu import OperatorTime, evaluate_exchange, evaluate_gemm
 from bench.model.workloads import GemmShape, Matmul, Workload, layer_operators, operand_dtype
@@ -39,47 +39,42 @@ class LayerTime:
     mean_rows: int
     busiest_rows: float
 
+    def total(self, field: str) -> Any:
+        """The sum over the operators of one of their figures."""
+        return sum(getattr(operator, field) for operator in self.operators)
+
     @property
     def elapsed(self) -> float:
         """µs of the layer: operators run one after the other."""
-        return sum(operator.elapsed for operator in self.operators)
-
-    @property
-    def comp_elapsed(self) -> float:
-        """µs of arithmetic, all operators together."""
-        return sum(operator.comp_elapsed for operator in self.operators)
-
-    @property
-    def dma_elapsed(self) -> float:
-        """µs of main-memory traffic, all operators together."""
-        return sum(operator.dma_elapsed for operator in self.operators)
+        return self.total("elapsed")
 
     @property
     def comm_elapsed(self) -> float:
         """µs of dispatch and combine, part of `elapsed`."""
         return sum(operator.elapsed for operator in self.operators if operator.kind != "matmul")
 
-    @property
-    def flops(self) -> int:
-        """FLOPs of one chip, without padding."""
-        return sum(operator.flops for operator in self.operators)
 
-
-def model_layer(chip: Chip, workload: Workload) -> LayerTime:
+def model_layer(chip: Chip, workload: Workload, *, grad: bool = False) -> LayerTime:
     """Times of every operator of the layer: DS_TPU's model for its chips, the roofline for every other.
 
-    DS_TPU counts the mean rows of a chip; the roofline counts the busiest chip's.
+    DS_TPU counts the mean rows of a chip; the roofline counts the busiest chip's. With `grad` the operators of the
+    gradients, all in BF16, follow each operator.
     """
     is_ds_tpu = chip.kind == "ds_tpu"
     busiest_rows = workload.busiest_rows
-    times = []
+    times: list[OperatorTime] = []
     for operator in layer_operators(workload, None if is_ds_tpu else busiest_rows):
         if isinstance(operator, Matmul):
             times.append(model_gemm(chip, operator.shape, workload.dtype, operator.name))
-        elif is_ds_tpu:
-            times.append(evaluate_exchange(chip, operator.name, operator.num_bytes))
-        else:
-            times.append(roofline_exchange(chip, operator.name, operator.num_bytes, workload.ep))
+            backward = _backward(operator.shape) if grad else ()
+            times += [model_gemm(chip, shape, "bf16", f"{operator.name}_grad") for shape in backward]
+            continue
+        # The gradient of dispatch travels as combine does, in BF16, and that of combine as well.
+        for num_bytes in (operator.num_bytes, *([workload.combine_bytes] if grad else ())):
+            if is_ds_tpu:
+                times.append(evaluate_exchange(chip, operator.name, num_bytes))
+            else:
+                times.append(roofline_exchange(chip, operator.name, num_bytes, workload.ep))
     return LayerTime(
         chip=chip,
         workload=workload,
@@ -88,6 +83,11 @@ def model_layer(chip: Chip, workload: Workload) -> LayerTime:
         mean_rows=workload.token_per_ep_group,
         busiest_rows=busiest_rows,
     )
+
+
+def _backward(shape: GemmShape) -> tuple[GemmShape, GemmShape]:
+    """The products that give the gradients of the rows and of the weights."""
+    return GemmShape(shape.G, shape.M, shape.N, shape.K), GemmShape(shape.G, shape.K, shape.M, shape.N)
 
 
 def model_gemm(chip: Chip, shape: GemmShape, dtype: str, name: str = "gemm") -> OperatorTime:

@@ -6,9 +6,12 @@ knows how long anything takes. Source of the derived numbers: the DS_TPU evaluat
 
 import dataclasses
 import math
-from typing import Literal, Protocol
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from bench.model.busiest_chip import Rounding, activated_experts, expected_busiest_rows
+from moejax import MoEConfig
+from moejax.config import Precision
 
 # What each precision's and each command line's short name stands for: (dtype, bytes of an element).
 OPERAND_DTYPES: dict[str, tuple[str, int]] = {
@@ -19,7 +22,7 @@ OPERAND_DTYPES: dict[str, tuple[str, int]] = {
 }
 OUTPUT_BYTES = 2  # every matmul writes BF16, and combine travels in BF16
 
-Precision = Literal["w8a8", "w16a16"]
+_SIZES_OF_A_LAYER = ("hidden_size", "intermediate_size", "shared_intermediate_size", "num_experts", "top_k")
 
 
 def operand_dtype(name: str) -> tuple[str, int]:
@@ -34,25 +37,6 @@ def operand_dtype(name: str) -> tuple[str, int]:
         raise ValueError(f"dtype must be one of {', '.join(OPERAND_DTYPES)}, got {name!r}") from None
 
 
-class LayerShape(Protocol):
-    """The sizes of a Mixture-of-Experts layer; `moejax.MoEConfig` is one.
-
-    `intermediate_size` is the width of one routed expert, `shared_intermediate_size` the total width of the shared
-    experts, 0 when there are none.
-    """
-
-    @property
-    def hidden_size(self) -> int: ...  # noqa: D102
-    @property
-    def intermediate_size(self) -> int: ...  # noqa: D102
-    @property
-    def shared_intermediate_size(self) -> int: ...  # noqa: D102
-    @property
-    def num_experts(self) -> int: ...  # noqa: D102
-    @property
-    def top_k(self) -> int: ...  # noqa: D102
-
-
 @dataclasses.dataclass(frozen=True)
 class GemmShape:
     """C[g] = A[g] (M × K) · B[g] (K × N) for g = 1..G."""
@@ -65,7 +49,10 @@ class GemmShape:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             if getattr(self, field.name) < 1:
-                raise ValueError(f"{field.name} must be at least 1, got {self}")
+                raise ValueError(f"{field.name} must be at least 1, got {self!r}")
+
+    def __str__(self) -> str:
+        return shape_text(dataclasses.asdict(self))
 
     @property
     def flops(self) -> int:
@@ -76,6 +63,25 @@ class GemmShape:
     def weights(self) -> int:
         """Elements of B over all groups."""
         return self.G * self.K * self.N
+
+
+def parse_shape(text: str) -> GemmShape:
+    """The shape written as "G,M,K,N" on a command line.
+
+    Raises:
+      ValueError: the text is not four positive whole numbers.
+    """
+    try:
+        return GemmShape(*map(int, text.split(",")))
+    except (ValueError, TypeError):
+        raise ValueError(
+            f"--shape must be four positive whole numbers G,M,K,N like 8,48,7168,2048, got {text!r}"
+        ) from None
+
+
+def shape_text(shape: Mapping[str, Any]) -> str:
+    """G,M,K,N of a record, as command lines take them."""
+    return ",".join(str(shape[dim]) for dim in "GMKN")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,16 +194,14 @@ class Workload:
 
 
 def moe_workload(
-    config: LayerShape,
+    config: MoEConfig,
     *,
     batch_size: int,
     ep: int,
-    q_len: int = 1,
     dp: int | None = None,
+    q_len: int = 1,
     moe_tp: int = 1,
-    precision: Precision = "w8a8",
-    quantized_dtype: Literal["fp8", "int8"] = "fp8",
-    rounding: Rounding = "round",
+    **settings: Any,
 ) -> Workload:
     """The workload of the layer `config` under a global batch; arguments as `Workload`'s attributes, dp = ep if None.
 
@@ -205,21 +209,9 @@ def moe_workload(
       ValueError: a size is not positive, dp does not divide batch_size, ep does not divide num_experts, moe_tp does
         not divide the hidden or the expert width, top_k exceeds num_experts, or a name is unknown.
     """
-    return Workload(
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        shared_intermediate_size=config.shared_intermediate_size,
-        num_experts=config.num_experts,
-        top_k=config.top_k,
-        batch_size=batch_size,
-        q_len=q_len,
-        ep=ep,
-        dp=ep if dp is None else dp,
-        moe_tp=moe_tp,
-        precision=precision,
-        quantized_dtype=quantized_dtype,
-        rounding=rounding,
-    )
+    sizes = {name: getattr(config, name) for name in _SIZES_OF_A_LAYER}
+    dp = ep if dp is None else dp
+    return Workload(**sizes, batch_size=batch_size, q_len=q_len, ep=ep, dp=dp, moe_tp=moe_tp, **settings)
 
 
 def layer_operators(workload: Workload, routed_rows: float | None = None) -> tuple[Matmul | Exchange, ...]:

@@ -1,4 +1,4 @@
-"""Tokens to the rows of their experts and back, which the benches of routing and of Hopper kernels both time."""
+"""Dispatch and combine without experts between them, which bench.permute and bench.gpu both time."""
 
 from collections.abc import Callable
 
@@ -10,7 +10,7 @@ from pallas_kernels.plan import Plan
 from pallas_kernels.top_k import top_k as choose
 
 
-def there_and_back(
+def dispatch_and_combine(
     x: jax.Array, logits: jax.Array, top_k: int, plan_of: Callable[[jax.Array], Plan], backend: str
 ) -> tuple[jax.Array, Plan]:
     """Routes tokens x [T, H] by logits [T, E], copies each to its experts' rows and sums the copies up.

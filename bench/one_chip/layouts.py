@@ -94,18 +94,6 @@ def block_plan(topk_ids: jax.Array, num_experts: int, block: int, *, backend: st
     return Plan(order, inverse, blocks * block, offsets, tight.dropped)
 
 
-def _padded_plan(topk_ids: jax.Array, sizes: Sizes) -> Plan:
-    return make_plan(topk_ids, sizes.num_experts, capacity=sizes.capacity, backend=sizes.backend)
-
-
-def _compact_plan(topk_ids: jax.Array, sizes: Sizes) -> Plan:
-    return make_plan(topk_ids, sizes.num_experts, backend=sizes.backend)
-
-
-def _block_plan(topk_ids: jax.Array, sizes: Sizes) -> Plan:
-    return block_plan(topk_ids, sizes.num_experts, sizes.block, backend=sizes.backend)
-
-
 def _batched(rows: jax.Array, weights: jax.Array) -> jax.Array:
     """Rows [E·C, K] · weights [E, K, …] -> [E·C, N] in the dtype of `rows`, added up in float32."""
     by_expert = rows.reshape(weights.shape[0], -1, rows.shape[1])
@@ -119,10 +107,6 @@ def _batched_gate_up(rows: jax.Array, plan: Plan, weights: jax.Array, config: Mo
     return gated_halves(h, config.activation, config.activation_limit).astype(rows.dtype)
 
 
-def _batched_down(h: jax.Array, plan: Plan, weights: jax.Array, config: MoEConfig) -> jax.Array:
-    return _batched(h, weights)
-
-
 def _grouped_gate_up(rows: jax.Array, plan: Plan, weights: jax.Array, config: MoEConfig) -> jax.Array:
     return gate_up_projection(rows, plan.group_sizes, weights, config)
 
@@ -131,16 +115,26 @@ def _grouped_down(h: jax.Array, plan: Plan, weights: jax.Array, config: MoEConfi
     return down_projection(h, plan.group_sizes, weights, config)
 
 
-LAYOUTS: Mapping[str, Layout] = MappingProxyType(
-    {
-        layout.name: layout
-        for layout in (
-            Layout("compact", _compact_plan, _grouped_gate_up, _grouped_down),
-            Layout("padded", _padded_plan, _batched_gate_up, _batched_down, drops=True),
-            Layout("block_sparse", _block_plan, _grouped_gate_up, _grouped_down),
-        )
-    }
+_COMPACT = Layout(
+    "compact",
+    plan=lambda ids, sizes: make_plan(ids, sizes.num_experts, backend=sizes.backend),
+    gate_up=_grouped_gate_up,
+    down=_grouped_down,
 )
+_PADDED = Layout(
+    "padded",
+    plan=lambda ids, sizes: make_plan(ids, sizes.num_experts, capacity=sizes.capacity, backend=sizes.backend),
+    gate_up=_batched_gate_up,
+    down=lambda h, plan, weights, config: _batched(h, weights),
+    drops=True,
+)
+_BLOCK_SPARSE = Layout(
+    "block_sparse",
+    plan=lambda ids, sizes: block_plan(ids, sizes.num_experts, sizes.block, backend=sizes.backend),
+    gate_up=_grouped_gate_up,
+    down=_grouped_down,
+)
+LAYOUTS: Mapping[str, Layout] = MappingProxyType({each.name: each for each in (_COMPACT, _PADDED, _BLOCK_SPARSE)})
 """By name; the first is what the others are compared with."""
 
 

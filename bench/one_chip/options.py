@@ -7,19 +7,28 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from bench.command.parser import make_parser
+from bench.command.parser import INTEGERS, NAMES, NUMBERS, listed, make_parser
 from bench.command.side_by_side import my_turns
 from bench.inputs.loads import KINDS
 from bench.measure.steps import Clock
 from bench.measure.turns import Turns
 from bench.one_chip.cases import DTYPES, Bench, Case
 from bench.one_chip.layouts import LAYOUTS
-from bench.one_chip.records import Origin
+from bench.one_chip.records import Record, origin_of
 from bench.one_chip.run_cases import Outcome, RunCase, run_cases
+from bench.record.json_files import write_json
 from bench.record.progress import Progress
-from bench.record.tables import Cell, format_table, write_json
+from bench.record.tables import Cell, format_table
 
 REPEATS = 10
+
+
+def _pair(text: str) -> tuple[int, int]:
+    batch, length = text.split("x")
+    return int(batch), int(length)
+
+
+_PAIRS = listed(_pair, "pairs such as 32x128,64x256")
 
 
 def main_of(
@@ -56,37 +65,49 @@ def main_of(
 
 def add_size_options(parser: argparse.ArgumentParser, bench: Bench, defaults: Mapping[str, Any]) -> None:
     """Options that make cases; several values each give all combinations."""
-    parser.add_argument("--tokens", metavar="N,...", default=defaults["tokens"], help="tokens (default %(default)s)")
-    parser.add_argument("--batch-length", metavar="BxL,...", help="tokens as sequences x length, in place of --tokens")
-    parser.add_argument(
-        "--hidden", metavar="N,...", default=defaults["hidden"], help="width of a token (default %(default)s)"
+    add = parser.add_argument
+    add("--tokens", type=INTEGERS, metavar="N,...", default=defaults["tokens"], help="tokens (default %(default)s)")
+    add(
+        "--batch-length",
+        type=listed(_pair, "pairs such as 32x128,64x256"),
+        metavar="BxL,...",
+        help="tokens as sequences x length, in place of --tokens",
     )
-    parser.add_argument("--experts", metavar="N,...", default="32", help="experts (default %(default)s)")
-    parser.add_argument("--k", metavar="N,...", default="2", help="experts a token picks (default %(default)s)")
-    parser.add_argument(
+    add(
+        "--hidden",
+        type=INTEGERS,
+        metavar="N,...",
+        default=defaults["hidden"],
+        help="width of a token (default %(default)s)",
+    )
+    add("--experts", type=INTEGERS, metavar="N,...", default="32", help="experts (default %(default)s)")
+    add("--k", type=INTEGERS, metavar="N,...", default="2", help="experts a token picks (default %(default)s)")
+    add(
         "--capacity",
+        type=NUMBERS,
         metavar="F,...",
         default="1.25",
         help="capacity factors: rows of an expert over the mean, in the padded layout (default %(default)s)",
     )
-    parser.add_argument("--load", metavar="NAME,...", default="balanced", help=f"{', '.join(KINDS)} (default balanced)")
-    parser.add_argument("--zipf", type=float, default=1.0, metavar="S", help="exponent of the load zipf (default 1)")
-    parser.add_argument("--text", metavar="FILE", help="text of the load text (default: one that Python carries)")
-    parser.add_argument("--dtype", default=defaults["dtype"], help=f"{', '.join(DTYPES)} (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of all that is random (default 0)")
+    add("--load", type=NAMES, metavar="NAME,...", default="balanced", help=f"{', '.join(KINDS)} (default balanced)")
+    add("--zipf", type=float, default=1.0, metavar="S", help="exponent of the load zipf (default 1)")
+    add("--text", metavar="FILE", help="text of the load text (default: one that Python carries)")
+    add("--dtype", default=defaults["dtype"], help=f"{', '.join(DTYPES)} (default %(default)s)")
+    add("--seed", type=int, default=0, help="of all that is random (default 0)")
     if bench != "topk":
-        parser.add_argument(
+        add(
             "--layout",
+            type=NAMES,
             metavar="NAME,...",
             default=defaults.get("layouts", "compact"),
             help=f"some of {', '.join(LAYOUTS)}; the first is what the others are compared with (default %(default)s)",
         )
-        parser.add_argument("--block", type=int, default=128, help="rows of a block, block_sparse (default 128)")
+        add("--block", type=int, default=128, help="rows of a block, block_sparse (default 128)")
     if bench == "layer":
-        parser.add_argument("--intermediate", type=int, help="width of an expert (default: half of --hidden)")
-        parser.add_argument("--no-split", action="store_true", help="time the whole layer only")
-    parser.add_argument("--backend", default="auto", help="auto, xla, pallas_tpu or pallas_gpu (default auto)")
-    parser.add_argument(
+        add("--intermediate", type=int, help="width of an expert (default: half of --hidden)")
+        add("--no-split", action="store_true", help="time the whole layer only")
+    add("--backend", default="auto", help="auto, xla, pallas_tpu or pallas_gpu (default auto)")
+    add(
         "--xla",
         action=argparse.BooleanOptionalAction,
         default=defaults.get("with_xla", False),
@@ -96,24 +117,20 @@ def add_size_options(parser: argparse.ArgumentParser, bench: Bench, defaults: Ma
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     """Options on how cases are run, and what becomes of the records."""
-    parser.add_argument("--repeats", type=int, default=REPEATS, help="of each measurement (default %(default)s)")
-    parser.add_argument(
-        "--minutes", type=float, default=float("inf"), metavar="N", help="begin no case that would end after N minutes"
-    )
-    parser.add_argument(
-        "--out", metavar="DIR", help="append records to a file in DIR, and skip the cases that it already has"
-    )
-    parser.add_argument("--json", metavar="PATH", help="write the records to PATH as one list, - for standard output")
-    parser.add_argument("--commit", help="what to record as the commit where git does not know it")
+    add = parser.add_argument
+    add("--repeats", type=int, default=REPEATS, help="of each measurement (default %(default)s)")
+    add("--minutes", type=float, default=float("inf"), metavar="N", help="begin no case that would end after N minutes")
+    add("--out", metavar="DIR", help="append records to a file in DIR, and skip the cases that it already has")
+    add("--json", metavar="PATH", help="write the records to PATH as one list, - for standard output")
+    add("--commit", help="what to record as the commit where git does not know it")
 
 
 def combinations(bench: Bench, args: argparse.Namespace) -> list[Case]:
     """The cases that the options of `add_size_options` ask for."""
-    places: list[dict[str, Any]] = [{"tokens": tokens} for tokens in integers("--tokens", args.tokens)]
+    places: list[dict[str, Any]] = [{"tokens": tokens} for tokens in args.tokens]
     if args.batch_length is not None:
-        pairs = batches("--batch-length", args.batch_length)
-        places = [{"tokens": batch * length, "batch": batch, "length": length} for batch, length in pairs]
-    layouts = tuple(words(getattr(args, "layout", "compact")))
+        places = [{"tokens": batch * length, "batch": batch, "length": length} for batch, length in args.batch_length]
+    layouts = tuple(getattr(args, "layout", ["compact"]))
     common = {
         "layouts": layouts,
         "split": () if getattr(args, "no_split", False) else layouts,
@@ -126,14 +143,7 @@ def combinations(bench: Bench, args: argparse.Namespace) -> list[Case]:
         "with_xla": args.xla,
     }
     # Loads vary fastest, as the programs that they run are the same.
-    grid = itertools.product(
-        places,
-        integers("--hidden", args.hidden),
-        integers("--experts", args.experts),
-        integers("--k", args.k),
-        numbers("--capacity", args.capacity),
-        words(args.load),
-    )
+    grid = itertools.product(places, args.hidden, args.experts, args.k, args.capacity, args.load)
     return [
         Case(
             bench=bench,
@@ -148,50 +158,6 @@ def combinations(bench: Bench, args: argparse.Namespace) -> list[Case]:
         )
         for place, hidden, experts, k, capacity, load in grid
     ]
-
-
-def words(text: str) -> list[str]:
-    """The parts between commas."""
-    return [part.strip() for part in text.split(",")]
-
-
-def integers(option: str, text: str) -> list[int]:
-    """Whole numbers between commas.
-
-    Raises:
-      ValueError: a part is none.
-    """
-    return _parsed(option, text, int, "whole numbers such as 8192,16384")
-
-
-def numbers(option: str, text: str) -> list[float]:
-    """Numbers between commas.
-
-    Raises:
-      ValueError: a part is none.
-    """
-    return _parsed(option, text, float, "numbers such as 1.0,1.25")
-
-
-def batches(option: str, text: str) -> list[tuple[int, int]]:
-    """Pairs like 32x128 between commas.
-
-    Raises:
-      ValueError: a part is none.
-    """
-
-    def pair(part: str) -> tuple[int, int]:
-        batch, length = part.split("x")
-        return int(batch), int(length)
-
-    return _parsed(option, text, pair, "pairs such as 32x128,64x256")
-
-
-def _parsed[Value](option: str, text: str, parse: Callable[[str], Value], expected: str) -> list[Value]:
-    try:
-        return [parse(part) for part in words(text)]
-    except ValueError:
-        raise ValueError(f"{option} must be {expected}, got {text!r}") from None
 
 
 def run(
@@ -209,9 +175,9 @@ def run(
         raise ValueError(f"--minutes must be positive, got {args.minutes:g}")
     progress = Progress(len(cases))
     clock = Clock(turns=my_turns(pathlib.Path(args.out)) if args.out else Turns())
-    origin = Origin.of(module, argv, args.commit)
+    origin = origin_of(module, argv, args.commit)
     where = "device time of kernels" if clock.name == "kernels" else "wall time"
-    progress.say(f"{origin.chip}: {where}, {args.repeats} repeats, {len(cases)} cases")
+    progress.say(f"{origin['chip']}: {where}, {args.repeats} repeats, {len(cases)} cases")
     path = pathlib.Path(args.out) / file_name if args.out else None
     return run_cases(
         cases, run_case, clock, origin, path=path, repeats=args.repeats, progress=progress, minutes=args.minutes
@@ -234,21 +200,12 @@ def finish(args: argparse.Namespace, outcome: Outcome) -> int:
 
 
 _HEADERS = (
-    "operator",
-    "layout",
-    "backend",
-    "T,H,E,K",
-    "load",
-    "µs",
-    "± µs",
-    "p95 µs",
-    "TFLOP/s",
-    "bw_32k",
-    "bw_strict",
+    *("operator", "layout", "backend", "T,H,E,K", "load", "µs", "± µs", "p95 µs", "TFLOP/s", "bw_32k", "bw_strict"),
+    *("routing", "dropped", "against"),
 )
 
 
-def table(records: Sequence[Mapping[str, Any]]) -> str:
+def table(records: Sequence[Record]) -> str:
     """Records for people: mean times with half of their confidence intervals, rates, and the comparisons."""
     rows: list[list[Cell]] = []
     for r in records:
@@ -259,14 +216,14 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
         rates = [r["tflops"], r["bw_32k"], r["bw_strict"]]
         rest = [_share(r["routing_share"]), _share(r["drop_rate"]), _comparison(r["paired"])]
         rows.append([*what, *times, *rates, *rest])
-    return format_table([*_HEADERS, "routing", "dropped", "against"], rows)
+    return format_table(_HEADERS, rows)
 
 
 def _share(share: float | None) -> str:
     return "" if share is None else f"{share:.1%}"
 
 
-def _comparison(paired: Mapping[str, Any] | None) -> str:
+def _comparison(paired: Record | None) -> str:
     if paired is None:
         return ""
     low, high = paired["ci95_us"]

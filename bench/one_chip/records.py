@@ -32,9 +32,10 @@ Rates, by the mean time
     bw_strict        GB/s if a token moves 2·(K+1)·H elements: (K+1)·H for pack (read once, written K times), the same
                      for combine. Both count elements of `dtype` (2 bytes in 16 bits), and are null for what is
                      neither pack/dispatch, combine, nor both ("permute")
-    hbm_gb_per_s     GB/s of the least traffic that `pallas_kernels.cost` and `work` count for the operator
+    hbm_gb_per_s     GB/s of the least traffic that `bench.one_chip.work` counts for the operator
 Load
-    load_cv, load_kl, load_entropy, overflow_rate    see `loads.LoadFigures`; overflow against capacity_factor
+    load_cv, load_kl, load_entropy, overflow_rate    see `bench.inputs.loads.LoadFigures`; overflow against the
+                     capacity_factor
     drop_rate        share of the assignments that this layout really dropped; null before the layout
     identity_error   "permute" only: largest |y − x| / max(|x|, 1) over the tokens of which nothing was dropped
     agreement_error  "layer" only: ‖y − y₀‖ / ‖y₀‖ over the tokens of which nothing was dropped, y₀ the result of the
@@ -54,8 +55,6 @@ A case that failed leaves one line with the fields of "What was measured" (opera
 """
 
 import collections
-import dataclasses
-import datetime
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -66,180 +65,121 @@ from bench.inputs.loads import LoadFigures
 from bench.measure.samples import Difference, Summary
 from bench.one_chip.cases import Case
 from bench.one_chip.work import Work
-from bench.record.provenance import chip_name, provenance
+from bench.record.provenance import chip_name, now, provenance
+
+Record = dict[str, Any]
+"""A line of a file, or what there is of it before `lines_of`."""
 
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy")
+_OF_CASE = (
+    *("tokens", "hidden", "experts", "k", "intermediate", "capacity_factor", "dtype", "load"),
+    *("zipf_exponent", "text", "block", "batch", "length", "seed"),
+)
 
 
-@dataclasses.dataclass(frozen=True)
-class Origin:
-    """Where figures come from, equal for all records of a run.
+def origin_of(module: str, argv: Sequence[str], commit: str | None) -> Record:
+    """Where the figures of a run of `module` come from: command, chip, driver, versions and commit."""
+    head = provenance(module, argv, chip_name(), _PACKAGES, commit)
+    del head["date"]  # each line has its own time
+    return head if jax.default_backend() == "gpu" else {**head, "driver": None}
 
-    Attributes:
-      command: what was run.
-      chip: as the device calls itself; a CPU's architecture and cores.
-      driver: of an NVIDIA GPU, else None.
-      versions: of the packages that matter.
-      commit: of this repository.
+
+def comparison(layout: str | None, backend: str, difference: Difference) -> Record:
+    """A variant less the one with another layout and backend, in µs."""
+    return {
+        "layout": layout,
+        "backend": backend,
+        "pairs": difference.pairs,
+        "difference_us": difference.mean,
+        "ci95_us": list(difference.ci95),
+        "ratio": difference.ratio,
+    }
+
+
+def measured_record(
+    case: Case,
+    operator: str,
+    layout: str | None,
+    backend: str,
+    *,
+    clock: str,
+    time_us: Summary,
+    work: Work,
+    load: LoadFigures,
+    program_bytes: int,
+    peak_bytes: int | None = None,
+    drop_rate: float | None = None,
+    paired: Record | None = None,
+    identity_error: float | None = None,
+    agreement_error: float | None = None,
+    stages_us: dict[str, float] | None = None,
+) -> Record:
+    """What was measured of one operator; the module's page tells the fields.
+
+    Raises:
+      ValueError: the operator's result is not finite.
     """
+    for error in (identity_error, agreement_error):
+        if error is not None and not math.isfinite(error):
+            raise ValueError(f"{operator}, layout {layout}, backend {backend}: result is not finite")
 
-    command: str
-    chip: str
-    driver: str | None
-    versions: dict[str, str | None]
-    commit: str
+    def rate(amount: float, unit: float) -> float | None:
+        return amount / (time_us.mean * 1e-6) / unit if amount else None
 
-    @classmethod
-    def of(cls, module: str, argv: Sequence[str], commit: str | None) -> "Origin":
-        """Of the process that runs `module` on the first device."""
-        head = provenance(module, argv, chip_name(), _PACKAGES, commit)
-        driver = head["driver"] if jax.default_backend() == "gpu" else None
-        return cls(head["command"], head["chip"], driver, head["versions"], head["commit"])
-
-
-@dataclasses.dataclass(frozen=True)
-class Paired:
-    """A comparison with another variant of the same operator.
-
-    Attributes:
-      layout: of the other one.
-      backend: of the other one.
-      difference: this variant less the other, in µs.
-    """
-
-    layout: str | None
-    backend: str
-    difference: Difference
-
-    def as_dict(self) -> dict[str, Any]:
-        """Its JSON object."""
-        d = self.difference
-        return {
-            "layout": self.layout,
-            "backend": self.backend,
-            "pairs": d.pairs,
-            "difference_us": d.mean,
-            "ci95_us": list(d.ci95),
-            "ratio": d.ratio,
-        }
+    return {
+        **_what(case, operator, layout, backend),
+        "clock": clock,
+        "repeats": time_us.repeats,
+        "mean_us": time_us.mean,
+        "std_us": time_us.std,
+        "p50_us": time_us.p50,
+        "p95_us": time_us.p95,
+        "ci95_us": list(time_us.ci95),
+        "paired": paired,
+        "tokens_per_s": rate(case.tokens, 1),
+        "tflops": rate(work.flops, 1e12),
+        "bw_32k": rate(work.bytes_32k, 1e9),
+        "bw_strict": rate(work.bytes_strict, 1e9),
+        "hbm_gb_per_s": rate(work.hbm_bytes, 1e9),
+        "load_cv": load.cv,
+        "load_kl": load.kl,
+        "load_entropy": load.entropy,
+        "overflow_rate": load.overflow_rate,
+        "drop_rate": drop_rate,
+        "identity_error": identity_error,
+        "agreement_error": agreement_error,
+        "stages_us": stages_us,
+        "routing_share": _routing_share(stages_us),
+        "program_memory_bytes": program_bytes,
+        "peak_memory_bytes": program_bytes if peak_bytes is None else peak_bytes,
+        "peak_memory_source": "compiled" if peak_bytes is None else "device",
+        "error": None,
+    }
 
 
-@dataclasses.dataclass(frozen=True)
-class Record:
-    """One line of a file; the module's page lists its fields.
-
-    Attributes:
-      case: what was run.
-      operator: of the case.
-      layout: of the operator, None before the layout.
-      backend: of the operator.
-      clock: "kernels" or "wall".
-      time_us: its repeats.
-      work: what they had to do.
-      load: how the assignments fell.
-      program_memory_bytes: of the compiled operator.
-      device_peak_bytes: of the device, None where the platform does not say.
-      drop_rate: share of the assignments dropped.
-      paired: against another variant.
-      identity_error: of pack and combine.
-      agreement_error: of a layer's result with that of the first variant.
-      stages_us: means of the stages that the operator is made of.
-    """
-
-    case: Case
-    operator: str
-    layout: str | None
-    backend: str
-    clock: str
-    time_us: Summary
-    work: Work
-    load: LoadFigures
-    program_memory_bytes: int
-    device_peak_bytes: int | None = None
-    drop_rate: float | None = None
-    paired: Paired | None = None
-    identity_error: float | None = None
-    agreement_error: float | None = None
-    stages_us: dict[str, float] | None = None
-
-    @property
-    def routing_share(self) -> float | None:
-        """What of the stages' time is not the experts'."""
-        if self.stages_us is None or "gate_up" not in self.stages_us:
-            return None
-        experts = self.stages_us["gate_up"] + self.stages_us["down"]
-        return 1 - experts / sum(self.stages_us.values())
-
-    def as_dict(self, origin: Origin) -> dict[str, Any]:
-        """Its JSON object.
-
-        Raises:
-          ValueError: the operator's result is not finite.
-        """
-        for error in (self.identity_error, self.agreement_error):
-            if error is not None and not math.isfinite(error):
-                raise ValueError(f"{self.operator}, layout {self.layout}, backend {self.backend}: result is not finite")
-        t = self.time_us
-        on_device = self.device_peak_bytes is not None
-
-        def rate(amount: float, unit: float) -> float | None:
-            return amount / (t.mean * 1e-6) / unit if amount else None
-
-        return {
-            **_what(self.case, self.operator, self.layout, self.backend),
-            **_where(origin),
-            "clock": self.clock,
-            "repeats": t.repeats,
-            "mean_us": t.mean,
-            "std_us": t.std,
-            "p50_us": t.p50,
-            "p95_us": t.p95,
-            "ci95_us": list(t.ci95),
-            "paired": None if self.paired is None else self.paired.as_dict(),
-            "tokens_per_s": rate(self.case.tokens, 1),
-            "tflops": rate(self.work.flops, 1e12),
-            "bw_32k": rate(self.work.bytes_32k, 1e9),
-            "bw_strict": rate(self.work.bytes_strict, 1e9),
-            "hbm_gb_per_s": rate(self.work.hbm_bytes, 1e9),
-            "load_cv": self.load.cv,
-            "load_kl": self.load.kl,
-            "load_entropy": self.load.entropy,
-            "overflow_rate": self.load.overflow_rate,
-            "drop_rate": self.drop_rate,
-            "identity_error": self.identity_error,
-            "agreement_error": self.agreement_error,
-            "stages_us": self.stages_us,
-            "routing_share": self.routing_share,
-            "program_memory_bytes": self.program_memory_bytes,
-            "peak_memory_bytes": self.device_peak_bytes if on_device else self.program_memory_bytes,
-            "peak_memory_source": "device" if on_device else "compiled",
-            "error": None,
-        }
+def lines_of(records: Sequence[Record], origin: Record) -> list[Record]:
+    """The lines of all records of one case."""
+    return [{**record, "time": now(), **origin, "records_of_case": len(records)} for record in records]
 
 
-def lines_of(records: Sequence[Record], origin: Origin) -> list[dict[str, Any]]:
-    """The JSON objects of all records of one case."""
-    return [{**record.as_dict(origin), "records_of_case": len(records)} for record in records]
-
-
-def failure(case: Case, origin: Origin, reason: str) -> dict[str, Any]:
+def failure(case: Case, origin: Record, reason: str) -> Record:
     """The line of a case that failed."""
-    return {**_what(case, None, None, case.backend), **_where(origin), "records_of_case": 1, "error": reason}
+    return lines_of([{**_what(case, None, None, case.backend), "error": reason}], origin)[0]
 
 
-def _what(case: Case, operator: str | None, layout: str | None, backend: str) -> dict[str, Any]:
+def _what(case: Case, operator: str | None, layout: str | None, backend: str) -> Record:
     fields = {"bench": case.bench, "operator": operator, "layout": layout, "backend": backend}
-    names = ("tokens", "hidden", "experts", "k", "intermediate", "capacity_factor", "dtype", "load")
-    rest = ("zipf_exponent", "text", "block", "batch", "length", "seed")
-    return {**fields, **{name: getattr(case, name) for name in (*names, *rest)}, "case": case.key}
+    return {**fields, **{name: getattr(case, name) for name in _OF_CASE}, "case": case.key}
 
 
-def _where(origin: Origin) -> dict[str, Any]:
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    return {"time": now, **dataclasses.asdict(origin)}
+def _routing_share(stages_us: dict[str, float] | None) -> float | None:
+    """What of the stages' time is not the experts'."""
+    if stages_us is None or "gate_up" not in stages_us:
+        return None
+    return 1 - (stages_us["gate_up"] + stages_us["down"]) / sum(stages_us.values())
 
 
-def measured_cases(records: Sequence[dict[str, Any]], chip: str) -> set[str]:
+def measured_cases(records: Sequence[Record], chip: str) -> set[str]:
     """The keys of the cases of which all records are there, made on `chip`."""
     records = [r for r in records if r["error"] is None and r["chip"] == chip]
     count = collections.Counter(r["case"] for r in records)

@@ -4,12 +4,12 @@ import dataclasses
 import gc
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import Any
 
+from bench.measure.errors import describe
 from bench.measure.steps import Clock
 from bench.one_chip.cases import Case
-from bench.one_chip.records import Origin, Record, failure, lines_of, measured_cases
-from bench.record.jsonl import append_records, read_records
+from bench.one_chip.records import Record, failure, lines_of, measured_cases
+from bench.record.json_files import append_records, read_records
 from bench.record.progress import Progress
 
 IDENTITY_TOLERANCE = 1e-3
@@ -31,7 +31,7 @@ class Outcome:
       num_left: cases that there was no time for.
     """
 
-    records: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    records: list[Record] = dataclasses.field(default_factory=list)
     failures: list[str] = dataclasses.field(default_factory=list)
     num_left: int = 0
 
@@ -40,7 +40,7 @@ def run_cases(
     cases: Sequence[Case],
     run_case: Callable[[Case], RunCase],
     clock: Clock,
-    origin: Origin,
+    origin: Record,
     *,
     path: pathlib.Path | None,
     repeats: int,
@@ -61,7 +61,7 @@ def run_cases(
     """
     outcome = Outcome()
     old = [] if path is None else read_records(path)
-    have = measured_cases(old, origin.chip)
+    have = measured_cases(old, origin["chip"])
     wanted = {case.key for case in cases}
     outcome.records += [r for r in old if r["case"] in wanted & have and r["error"] is None]
     # What failed before comes last, as it may take the process with it.
@@ -86,7 +86,7 @@ def run_cases(
     return outcome
 
 
-def problems(lines: Sequence[dict[str, Any]]) -> list[str]:
+def problems(lines: Sequence[Record]) -> list[str]:
     """A sentence for each record that says of a fault."""
     found = []
     for line in lines:
@@ -100,10 +100,10 @@ def problems(lines: Sequence[dict[str, Any]]) -> list[str]:
     return found
 
 
-def _run(case: Case, run_case: RunCase, clock: Clock, origin: Origin, repeats: int) -> list[dict[str, Any]]:
+def _run(case: Case, run_case: RunCase, clock: Clock, origin: Record, repeats: int) -> list[Record]:
     try:
         return lines_of(run_case(case, clock, repeats), origin)
     except Exception as error:  # inputs that do not fit into memory, say; the other cases still count
         clock.forget()
         gc.collect()
-        return [failure(case, origin, f"{type(error).__name__}: {' '.join(str(error).split())}"[:300])]
+        return [failure(case, origin, describe(error))]

@@ -5,19 +5,19 @@ operator and its variant, "pack/compact/auto"; what comes before the layout is s
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from bench.inputs.loads import Load, LoadFigures, load_figures, make_load
-from bench.inputs.quick_jit import prepared
+from bench.inputs.loads import Load, load_figures, make_load
+from bench.inputs.quick_jit import quick_jit
 from bench.measure.samples import paired, summarise
 from bench.measure.steps import Clock, Measured, Step, device_peak_bytes
 from bench.one_chip.cases import Case
 from bench.one_chip.layouts import Layout, Sizes, get_layout
-from bench.one_chip.records import Paired, Record
+from bench.one_chip.records import Record, comparison, measured_record
 from bench.one_chip.work import works
 from moejax.router_logits import router_logits
 
@@ -75,7 +75,7 @@ def logits_of(load: Load) -> jax.Array:
     return jax.block_until_ready(_router_logits(load.x, load.router))
 
 
-_router_logits = prepared(router_logits)
+_router_logits = quick_jit(router_logits)
 
 
 def distinct(steps: Iterable[Step]) -> list[Step]:
@@ -91,12 +91,6 @@ def measure(case: Case, clock: Clock, steps: Sequence[Step], values: dict[str, A
     return clock.measure(steps, values, scope=case.programs_key, rounds=rounds)
 
 
-def figures_of(ids: jax.Array, case: Case) -> LoadFigures:
-    """How the choice topk_ids [T, K] falls on the experts."""
-    counts = np.bincount(np.asarray(ids).ravel(), minlength=case.experts)
-    return load_figures(counts, case.sizes.capacity)
-
-
 def records_of(
     case: Case,
     clock: Clock,
@@ -105,8 +99,7 @@ def records_of(
     *,
     ids: jax.Array,
     whole: str,
-    identity_error: Callable[[Variant], float] | None = None,
-    agreement_error: Callable[[Variant], float] | None = None,
+    errors: Mapping[str, Callable[[Variant], float]] | None = None,
 ) -> Iterator[Record]:
     """A record for each operator of each variant that was timed.
 
@@ -118,54 +111,44 @@ def records_of(
       ids: topk_ids [T, K].
       whole: the operator that is all of the others, by which variants are compared. Where rows are laid out, its
         value begins with the result and the plan's inverse [T, K].
-      identity_error: of a variant, for the record of the whole.
-      agreement_error: likewise.
+      errors: of a variant, by their names in the record of the whole.
     """
-    load, peak = figures_of(ids, case), device_peak_bytes()
-    touched = int(np.unique(np.asarray(ids)).size)
+    tokens_per_expert = np.bincount(np.asarray(ids).ravel(), minlength=case.experts)
+    load, peak = load_figures(tokens_per_expert, case.sizes.capacity), device_peak_bytes()
     assignments = case.tokens * case.k
     samples = measured.samples_us
     seen: set[str] = set()
     first = variants(case)[0]
     for variant in variants(case):
-        lost = 0 if whole in OUTSIDE_LAYOUTS else num_dropped(measured.values[variant.name(whole)][1])
-        work = works(case, assignments - lost, touched)
+        lost = 0 if whole in OUTSIDE_LAYOUTS else int((measured.values[variant.name(whole)][1] < 0).sum())
+        work = works(case, assignments - lost, int(np.count_nonzero(tokens_per_expert)))
         for operator in operators:
-            name = variant.name(operator)
+            name, first_name = variant.name(operator), first.name(operator)
             if name in seen or name not in samples:
                 continue
             seen.add(name)
             has_layout = operator not in OUTSIDE_LAYOUTS
-            against = None
-            if operator == whole and name != first.name(operator):
-                difference = paired(samples[name], samples[first.name(operator)])
-                against = Paired(first.layout.name if has_layout else None, first.backend, difference)
-            is_whole = operator == whole
-            yield Record(
+            of_the_whole: Record = {}
+            if operator == whole:
+                if name != first_name:
+                    difference = paired(samples[name], samples[first_name])
+                    layout = first.layout.name if has_layout else None
+                    of_the_whole["paired"] = comparison(layout, first.backend, difference)
+                if variant.is_split:
+                    parts = [part for part in operators if part != whole]
+                    of_the_whole["stages_us"] = {p: summarise(samples[variant.name(p)]).mean for p in parts}
+                of_the_whole |= {field: error(variant) for field, error in (errors or {}).items()}
+            yield measured_record(
                 case,
                 operator,
                 variant.layout.name if has_layout else None,
                 variant.backend,
-                clock.name,
-                summarise(samples[name]),
-                work[operator],
-                load,
-                measured.program_bytes[name],
-                peak,
+                clock=clock.name,
+                time_us=summarise(samples[name]),
+                work=work[operator],
+                load=load,
+                program_bytes=measured.program_bytes[name],
+                peak_bytes=peak,
                 drop_rate=lost / assignments if has_layout else None,
-                paired=against,
-                identity_error=identity_error(variant) if is_whole and identity_error else None,
-                agreement_error=agreement_error(variant) if is_whole and agreement_error else None,
-                stages_us=_stages(samples, variant, operators, whole) if is_whole and variant.is_split else None,
+                **of_the_whole,
             )
-
-
-def _stages(
-    samples: dict[str, list[float]], variant: Variant, operators: Sequence[str], whole: str
-) -> dict[str, float]:
-    return {o: summarise(samples[variant.name(o)]).mean for o in operators if o != whole}
-
-
-def num_dropped(inverse: jax.Array) -> int:
-    """Assignments that a plan with this inverse [T, K] gives no row."""
-    return int((inverse < 0).sum())

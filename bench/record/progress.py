@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable
 from typing import TextIO
 
+from bench.measure.clock import Stopwatch
+
 
 class Progress:
     """The line, and the time since it began.
@@ -23,13 +25,12 @@ class Progress:
     def __init__(self, total: int, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic):
         self._total = total
         self._stream = sys.stderr if stream is None else stream
-        self._clock = clock
-        self._begin = clock()
+        self._watch = Stopwatch(clock)
 
     @property
     def seconds(self) -> float:
         """Since the beginning."""
-        return self._clock() - self._begin
+        return self._watch.seconds
 
     def show(self, done: int, doing: str, at_most: float = float("inf")) -> None:
         """Says that `done` steps are done and what is being done.

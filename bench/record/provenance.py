@@ -25,13 +25,23 @@ def provenance(
       commit: what to record where git does not know it.
     """
     return {
-        "command": shlex.join(["python", "-m", module, *argv]),
+        "command": command_line(module, argv),
         "chip": chip,
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or "unknown",
         "versions": {package: package_version(package) for package in packages},
         "commit": commit or current_commit(),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "date": now(),
     }
+
+
+def command_line(module: str, argv: Sequence[str]) -> str:
+    """What was typed."""
+    return shlex.join(["python", "-m", module, *argv])
+
+
+def now() -> str:
+    """The time in UTC, as ISO 8601 has it."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def package_version(package: str) -> str | None:

@@ -10,7 +10,10 @@ import re
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
-from pallas_kernels.chips import Chip, get_chip
+from bench.model.workloads import operand_dtype
+from pallas_kernels.chips import Chip, ds_tpu_chip, get_chip
+
+DS_TPU_CORES = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +84,13 @@ class Slice:
             hbm_bytes=chip.hbm_bytes / share,
             link_bandwidth=chip.link_bandwidth / share,
         )
+
+
+def as_ds_tpu(device: Chip, dtype: str) -> Chip:
+    """A chip for DS_TPU's model with a device's peak at `dtype`, its bandwidth and its links."""
+    peak, bandwidth = device.peak(operand_dtype(dtype)[0]) / 1e12, device.hbm_bandwidth / 1e9
+    chip = ds_tpu_chip(device.name, DS_TPU_CORES, peak, bandwidth, "this device, as DS_TPU's")
+    return dataclasses.replace(chip, link_bandwidth=device.link_bandwidth)
 
 
 def parse_slice(name: str) -> Slice:

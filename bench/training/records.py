@@ -23,7 +23,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from bench.record.jsonl import append_records, read_records
+from bench.record.json_files import append_records, read_records
 
 FILE_NAME = "train.jsonl"
 

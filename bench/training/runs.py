@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import math
 import pathlib
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ import jax
 import numpy as np
 
 from bench.inputs.corpus import Corpus
+from bench.measure.clock import Stopwatch
 from bench.training.checkpoints import Checkpoints
 from bench.training.learner import Learner, Metrics, State
 from bench.training.records import Run, append, read_runs, run_name
@@ -45,21 +45,21 @@ def compile_variant(name: str, settings: Settings, corpus: Corpus) -> Variant:
       ValueError: there is no such router, or the settings do not suit it.
     """
     learner = Learner(functools.partial(make_model, name, settings), settings.recipe)
-    begin = time.perf_counter()
+    watch = Stopwatch()
     state, _ = learner.step(learner.start(0), corpus.train_batch(settings.batch_size, seed=0, step=0), 0.0)
     jax.block_until_ready(learner.evaluate(state, corpus.held_out_batches(settings.batch_size, 1)))
-    return Variant(name, learner, time.perf_counter() - begin)
+    return Variant(name, learner, watch.seconds)
 
 
 def seconds_a_step(variant: Variant, settings: Settings, corpus: Corpus, steps: int = 5) -> float:
     """What a step takes, by a short run that is thrown away."""
     state = variant.learner.start(0)
     batches = [corpus.train_batch(settings.batch_size, seed=0, step=step) for step in range(steps)]
-    begin = time.perf_counter()
+    watch = Stopwatch()
     for batch in batches:
         state, metrics = variant.learner.step(state, batch, 0.0)
     jax.block_until_ready(metrics)
-    return (time.perf_counter() - begin) / steps
+    return watch.seconds / steps
 
 
 def fit_steps(settings: Settings, variants: Sequence[Variant], seeds: int, corpus: Corpus, seconds: float) -> Settings:
@@ -133,13 +133,13 @@ def train(
     while done < settings.steps and finite:
         until = min(settings.steps, *(done // every * every + every for every in stops))
         metrics = []
-        begin = time.perf_counter()
+        watch = Stopwatch()
         for step in range(done, until):
             batch = corpus.train_batch(settings.batch_size, seed=seed, step=step)
             state, found = learner.step(state, batch, rates[step])
             metrics.append(found)
         jax.block_until_ready(metrics)
-        seconds = (time.perf_counter() - begin) / (until - done)
+        seconds = watch.seconds / (until - done)
         done = until
         figures = _step_figures(metrics, seconds, settings)
         finite = math.isfinite(figures["loss"])

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from bench.measure.samples import summarise
+from bench.measure.samples import Interval
 from bench.record.tables import Cell
 from bench.training.records import Run
 
@@ -15,27 +15,6 @@ HEADERS = (
     "router", "seeds", "held-out loss", "± 95 %", f"against {_BASELINE}", "± 95 %", "bits/byte", "ms/step", "tokens/s",
     "drops %", "load CV", "least entropy", "M params", "M active", "notes",
 )  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True)
-class Interval:
-    """A mean over seeds.
-
-    Attributes:
-      mean: arithmetic mean.
-      half: half of its 95 % confidence interval, by Student's t; None for a single seed.
-    """
-
-    mean: float
-    half: float | None
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> "Interval":
-        """The mean of at least one value."""
-        if len(values) < 2:
-            return cls(values[0], None)
-        summary = summarise(values)
-        return cls(summary.mean, summary.ci95[1] - summary.mean)
 
 
 @dataclasses.dataclass(frozen=True)

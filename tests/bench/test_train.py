@@ -7,11 +7,12 @@ import json
 import pytest
 
 from bench.command.parser import run
+from bench.measure.samples import Interval
 from bench.train import main
 from bench.training.checkpoints import open_checkpoints
 from bench.training.records import FILE_NAME, Run, read_runs
 from bench.training.runs import compile_variant, fit_steps, seconds_a_step, summary, train
-from bench.training.table import Interval, summaries, table_rows, warnings_of
+from bench.training.table import summaries, table_rows, warnings_of
 from tests.bench.training.tiny_runs import SETTINGS, SIZES, corpus
 
 HEAD = {"chip": "CPU", "settings": {}}

@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from bench.decode import _measured_stages, _stages_table
 from bench.expert_parallel import layer_stages as stages
+from bench.expert_parallel.report import stages_record, stages_table
 from bench.inputs.weights import make_params
-from bench.measure.clock import KernelTime
+from bench.measure.clock import CallTime
 from bench.measure.overlap import OverlapTimes
 from moejax import MoEConfig
 from pallas_kernels.quantize import Quantization
@@ -32,7 +32,7 @@ def nvidia(monkeypatch):
     def kernel_times(program, *args, repeats, calls):
         assert calls == 1
         timed.append(program.trace(*args))
-        return KernelTime.of([10.0 * len(timed)])
+        return CallTime.of([10.0 * len(timed)])
 
     monkeypatch.setattr(stages, "is_nvidia", lambda device: True)
     monkeypatch.setattr(stages, "kernel_times", kernel_times)
@@ -44,8 +44,8 @@ def test_without_a_gpu_all_is_wall_time():
     result = times(said)
     assert list(result.seconds) == NAMES
     assert (result.by_kernels, result.overlaps, said) == (set(), {}, [])
-    assert list(_measured_stages(result)) == ["stages_us"]
-    assert _stages_table(result).splitlines()[0].split() == ["stage,", "run", "by", "itself", "wall", "ms"]
+    assert list(stages_record(result)) == ["stages_us"]
+    assert stages_table(result).splitlines()[0].split() == ["stage,", "run", "by", "itself", "wall", "ms"]
 
 
 @pytest.mark.parametrize("precision", ["w16a16", "w8a8"])
@@ -67,7 +67,7 @@ def test_kernel_times_and_their_parts(nvidia, precision):
 
 def test_what_is_printed_and_written(nvidia):
     result = times([])
-    measured = _measured_stages(result)
+    measured = stages_record(result)
     assert list(measured["stages_us"]) == NAMES
     assert measured["stages_clock"] == {name: "wall" if name == "gate" else "kernels" for name in NAMES}
     assert measured["products_us"]["routed_gate_up"] == {
@@ -76,7 +76,7 @@ def test_what_is_printed_and_written(nvidia):
         "dma_elapsed": 50.0,
         "overlap": 1.5,
     }
-    rows = {line.split()[0]: line.split()[1:] for line in _stages_table(result).splitlines()}
+    rows = {line.split()[0]: line.split()[1:] for line in stages_table(result).splitlines()}
     assert rows["routed_gate_up"] == ["-", "0.020", "30.000", "40.000", "50.000", "1.500"]
     assert rows["combine"] == ["-", "0.100", "-", "-", "-", "-"]
 
@@ -94,7 +94,7 @@ def test_products_without_a_kernel_are_told(nvidia, changes, reason):
     assert result.overlaps == dict.fromkeys(PRODUCTS)
     assert len(said) == 2
     assert all(reason in line for line in said)
-    assert _measured_stages(result)["products_us"] == dict.fromkeys(PRODUCTS)
+    assert stages_record(result)["products_us"] == dict.fromkeys(PRODUCTS)
 
 
 def test_wall_times_where_the_driver_gives_no_kernel_times(nvidia, monkeypatch):

@@ -4,14 +4,14 @@ from bench.gpu import make_record
 from bench.hopper.cases import CASES
 from bench.hopper.ceilings import Ceilings
 from bench.hopper.measure_case import Measurement, case_record
-from bench.measure.clock import KernelTime
+from bench.measure.clock import CallTime
 from pallas_kernels.chips import get_chip
 
 CEILINGS = Ceilings(read_bandwidth=4.65e12, bf16_flops=794e12, fp8_flops=1392e12)
 
 
 def measurement(microseconds, error=1.6e-3, configuration=""):
-    return Measurement(KernelTime(microseconds, microseconds - 1, 2.0, ("kernel",)), error, configuration)
+    return Measurement(CallTime(microseconds, microseconds - 1, 2.0, ("kernel",)), error, configuration)
 
 
 def record(ours, peers=None, chip="h200", ceilings=CEILINGS):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bench.measure.clock import KernelTime, copies_of, kernel_times, num_copies, require_nvidia_gpu, rotated
+from bench.measure.clock import CallTime, copies_of, kernel_times, num_copies, require_nvidia_gpu, rotated
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def test_a_rotated_function_is_traced_once_and_called_on_each():
 
 
 def test_summary_of_repeats():
-    assert KernelTime.of([5.0, 3.0, 4.0, 9.0], ["a", "b", "a"]) == KernelTime(4.5, 3.0, 6.0, ("a", "b"))
+    assert CallTime.of([5.0, 3.0, 4.0, 9.0], ["a", "b", "a"]) == CallTime(4.5, 3.0, 6.0, ("a", "b"))
 
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="there is a GPU")

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import pytest
 
 from bench.measure import overlap
-from bench.measure.clock import KernelTime
+from bench.measure.clock import CallTime
 from bench.measure.overlap import OverlapTimes, measure_overlap
 
 
@@ -30,7 +30,7 @@ def test_each_stage_is_timed_over_all_inputs(monkeypatch):
 
     def kernel_times(program, inputs, *, repeats, calls):
         timed.append([float(x) for x in program(inputs)])
-        return KernelTime.of([float(len(timed))])
+        return CallTime.of([float(len(timed))])
 
     monkeypatch.setattr(overlap, "kernel_times", kernel_times)
     factor = {"full": 1.0, "comp": 2.0, "dma": 3.0}

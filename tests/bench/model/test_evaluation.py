@@ -73,7 +73,7 @@ def test_rates():
     assert performance["tps"] == pytest.approx(1536 / seconds)
     assert performance["tps_per_batch"] == pytest.approx(1 / seconds)
     assert performance["tps_per_chip"] == pytest.approx(48 / seconds)
-    assert performance["mfu"] == pytest.approx(LAYER.flops / (768e12 * seconds))
+    assert performance["mfu"] == pytest.approx(LAYER.total("flops") / (768e12 * seconds))
 
 
 def test_layers_multiply_time_and_divide_rates():

@@ -52,6 +52,10 @@ def test_capacity_is_that_of_the_mean_load():
         ({"split": ("padded",)}, "split must be some of the layouts compact, got"),
         ({"bench": "layer"}, "intermediate must be at least 1, got 0"),
         ({"bench": "gemm"}, "bench must be one of topk, permute, layer, got 'gemm'"),
+        ({"load": "uniform"}, "load must be one of balanced, zipf, text, got 'uniform'"),
+        ({"zipf_exponent": -1.0}, "zipf exponent must be at least 0, got -1.0"),
+        ({"hidden": 3}, "hidden must be at least experts=4, got 3"),
+        ({"k": 5}, "k must be at most experts=4, got 5"),
         ({"layouts": ()}, "layouts must be some of compact, padded, block_sparse"),
     ],
 )

@@ -7,19 +7,18 @@ import pytest
 
 from bench.inputs.loads import LoadFigures
 from bench.measure.samples import paired, summarise
-from bench.one_chip.records import (
-    Origin,
-    Paired,
-    Record,
-    failure,
-    lines_of,
-    measured_cases,
-)
+from bench.one_chip.records import comparison, failure, lines_of, measured_cases, measured_record
 from bench.one_chip.work import Work
-from bench.record.jsonl import append_records, read_records
+from bench.record.json_files import append_records, read_records
 from tests.bench.one_chip.small_cases import small
 
-ORIGIN = Origin("python -m bench.layer", "chip", None, {"jax": "1"}, "abc")
+ORIGIN = {
+    "command": "python -m bench.layer",
+    "chip": "chip",
+    "driver": None,
+    "versions": {"jax": "1"},
+    "commit": "abc",
+}
 LOAD = LoadFigures(0.5, 0.1, 0.9, 0.2)
 
 
@@ -33,22 +32,22 @@ def record(**changes):
         "time_us": summarise([90.0, 110.0]),
         "work": Work(flops=10**9, hbm_bytes=10**7),
         "load": LOAD,
-        "program_memory_bytes": 123,
+        "program_bytes": 123,
     }
-    return Record(**(fields | changes))
+    return measured_record(**(fields | changes))
 
 
 def test_rates_are_work_over_the_mean_time():
-    line = record(work=Work(2 * 10**9, 3 * 10**6, 4 * 10**6, 5 * 10**6)).as_dict(ORIGIN)
+    line = record(work=Work(2 * 10**9, 3 * 10**6, 4 * 10**6, 5 * 10**6))
     assert line["mean_us"] == line["p50_us"] == 100
     assert line["tokens_per_s"] == pytest.approx(64 / 100e-6)
     assert line["tflops"] == pytest.approx(20)
     assert (line["hbm_gb_per_s"], line["bw_32k"], line["bw_strict"]) == pytest.approx((30, 40, 50))
-    assert record().as_dict(ORIGIN)["bw_32k"] is None
+    assert record()["bw_32k"] is None
 
 
 def test_fields_of_where_what_and_load():
-    line = record(drop_rate=0.25).as_dict(ORIGIN)
+    (line,) = lines_of([record(drop_rate=0.25)], ORIGIN)
     assert (line["chip"], line["commit"], line["versions"], line["seed"]) == ("chip", "abc", {"jax": "1"}, 0)
     assert line["time"].endswith("+00:00")
     assert (line["load_cv"], line["load_kl"], line["load_entropy"], line["overflow_rate"]) == (0.5, 0.1, 0.9, 0.2)
@@ -59,19 +58,19 @@ def test_fields_of_where_what_and_load():
 
 def test_routing_share_is_what_is_not_the_experts():
     stages = {"router": 1.0, "plan": 2.0, "dispatch": 3.0, "gate_up": 8.0, "down": 4.0, "combine": 2.0}
-    assert record(stages_us=stages).as_dict(ORIGIN)["routing_share"] == pytest.approx(8 / 20)
-    assert record().as_dict(ORIGIN)["routing_share"] is None
-    assert record(stages_us={"plan": 1.0, "pack": 1.0}).as_dict(ORIGIN)["routing_share"] is None
+    assert record(stages_us=stages)["routing_share"] == pytest.approx(8 / 20)
+    assert record()["routing_share"] is None
+    assert record(stages_us={"plan": 1.0, "pack": 1.0})["routing_share"] is None
 
 
 def test_memory_names_its_source():
-    compiled, device = record().as_dict(ORIGIN), record(device_peak_bytes=456).as_dict(ORIGIN)
+    compiled, device = record(), record(peak_bytes=456)
     assert (compiled["peak_memory_bytes"], compiled["peak_memory_source"]) == (123, "compiled")
     assert (device["peak_memory_bytes"], device["peak_memory_source"]) == (456, "device")
 
 
 def test_comparison():
-    line = record(paired=Paired("compact", "auto", paired([1.0, 2.0], [2.0, 4.0]))).as_dict(ORIGIN)
+    line = record(paired=comparison("compact", "auto", paired([1.0, 2.0], [2.0, 4.0])))
     assert {name: value for name, value in line["paired"].items() if name != "ci95_us"} == {
         "layout": "compact",
         "backend": "auto",
@@ -84,7 +83,7 @@ def test_comparison():
 @pytest.mark.parametrize("error", [math.inf, math.nan])
 def test_a_result_that_is_not_finite_is_no_record(error):
     with pytest.raises(ValueError, match="layer, layout padded, backend auto: result is not finite"):
-        record(identity_error=error).as_dict(ORIGIN)
+        record(identity_error=error)
 
 
 def test_a_file_that_was_cut_off_goes_on_behind_its_last_whole_case(tmp_path):

@@ -6,12 +6,11 @@ import pytest
 
 from bench import topk
 from bench.measure.steps import Clock
-from bench.one_chip.records import Origin
 from bench.one_chip.run_cases import problems, run_cases
 from bench.record.progress import Progress
 from tests.bench.one_chip.small_cases import lines, small
 
-ORIGIN = Origin("command", "chip", None, {}, "abc")
+ORIGIN = {"command": "command", "chip": "chip", "driver": None, "versions": {}, "commit": "abc"}
 CASES = [small("topk", k=k) for k in (1, 2, 3)]
 
 

@@ -1,10 +1,12 @@
-"""Files of records, one JSON object a line, that outlive an interruption: at most the last line is lost."""
+"""JSON files, and files of records, one JSON object a line, of which an interruption costs at most the last line."""
 
 import json
 import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any
+
+import numpy as np
 
 from bench.record.file_lock import lock
 
@@ -46,3 +48,27 @@ def append_records(path: pathlib.Path, records: Sequence[dict[str, Any]]) -> Non
                 file.seek(0)
                 file.truncate(file.read().rfind(b"\n") + 1)
         file.write(text.encode())  # at the end, wherever was read
+
+
+def write_json(data: Any, path: str) -> None:
+    """Write `data` as JSON to the file `path`, or to standard output when it is "-".
+
+    Raises:
+      OSError: the file cannot be written.
+      ValueError: `data` holds a NaN or an infinity, which JSON has no way to say.
+    """
+    text = json.dumps(data, indent=2, allow_nan=False, default=_plain)
+    if path == "-":
+        print(text)
+        return
+    try:
+        pathlib.Path(path).write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        reason = error.strerror or error
+        raise OSError(f"cannot write {path}: {reason}; give a writable file, or - for standard output") from error
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"{type(value).__name__} has no JSON form: {value!r}")
