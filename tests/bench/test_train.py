@@ -200,6 +200,13 @@ def test_a_loss_that_is_not_finite_is_reported():
     assert warnings_of(rows) == ["softmax diverged with the seeds 0"]
 
 
+@pytest.mark.parametrize(("losses_", "diverged"), [((2.0, 1.5), False), ((2.0, None), True)])
+def test_a_run_diverges_with_its_last_step(losses_, diverged):
+    run_ = a_run(2.0)
+    steps = [{**run_.steps[0], "step": step, "loss": loss} for step, loss in enumerate(losses_, 1)]
+    assert summary(Run(run_.head, steps, run_.held_out), SETTINGS)["diverged"] == diverged
+
+
 def test_losses_are_compared_with_those_of_the_same_seed():
     softmax = [a_run(2.0, seed=0), a_run(1.5, seed=1), a_run(None, seed=2)]
     hashed = [a_run(loss, "hash", seed) for seed, loss in enumerate((1.8, 1.2, 9.0, 1.0))]

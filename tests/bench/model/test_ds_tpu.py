@@ -153,6 +153,22 @@ def test_tile_search_finds_what_exhaustive_search_finds(m, n, k, operand_bytes, 
     assert tile.K < 32 or tile.K % 32 == 0 or k == tile.K
 
 
+@pytest.mark.parametrize(
+    ("order", "operands"),
+    [
+        ("mnk", 64 * 96 * 2 * 2 + 96 * 32 * 2 * 4),
+        # One operand comes once a block: B, cut along K only; A, cut along K, and once more for each half of N.
+        ("nkm", 64 * 96 * 2 * 2 + 96 * 32 * 2 * 1),
+        ("mkn", 64 * 96 * 2 * 2 + 96 * 32 * 2 * 4),
+    ],
+)
+def test_partial_sums_that_leave_fast_memory_are_written_and_read_in_float32(order, operands):
+    """4 × 2 tiles of a 64 × 32 result in two blocks of columns, and 3 steps along K = 96."""
+    spilled = 0 if order == "mnk" else 64 * 32 * (4 + 4) * 2
+    found = ds_tpu._traffic(order, 64, 32, 96, counts=(4, 2, 3), parts=(1, 2, 1), operand_bytes=2)
+    assert found == operands + 64 * 32 * 2 + spilled
+
+
 def oracle_chip_traffic(shape, procs, tile, operand_bytes):
     """Traffic summed core by core, each with its own block."""
 

@@ -66,6 +66,22 @@ def test_values():
     assert layer["arch"]["busiest_rows"] > 384
 
 
+@pytest.mark.parametrize(("precision", "width"), [("w8a8", 1), ("w16a16", 2)])
+@pytest.mark.parametrize("chip", ["v32-run", "h200"])
+def test_times_are_microseconds_and_sizes_bytes(chip, precision, width):
+    layer = model_layer(get_chip(chip), dataclasses.replace(DECODE, precision=precision))
+    performance = build_evaluation(layer)["performance"]
+    weights = 7168 * (256 + 3 * 2048 + 8 * 3 * 2048)
+    assert performance["layers"]["MoE"]["perf"]["param"] == weights
+    assert performance["dram_occupy"] == performance["layers"]["MoE"]["perf"]["dram_occupy"] == width * weights
+    sent = 384 * 7168 * (width + 2)  # dispatch at the operands' width, combine in BF16
+    bandwidth = get_chip(chip).link_bandwidth
+    seconds = sent / (0.95 * bandwidth) + 2 * 0.59e-6 if chip == "v32-run" else sent * 31 / 32 / bandwidth
+    assert performance["comm_elapse_us"] == pytest.approx(seconds * 1e6)
+    assert performance["layers"]["MoE"]["perf"]["comm_elapse"] == pytest.approx(seconds * 1e6)
+    assert performance["total_elapse_us"] == pytest.approx(1536 / performance["tps"] * 1e6)
+
+
 def test_rates():
     performance = build_evaluation(LAYER)["performance"]
     seconds = LAYER.elapsed * 1e-6

@@ -57,6 +57,12 @@ def test_rows_are_padded_to_the_chip_and_on_request():
         roofline_gemm(chip, shape, "fp8", block_m=0)
 
 
+@pytest.mark.parametrize(("dtype", "width"), [("fp8", 1), ("int8", 1), ("bf16", 2), ("fp16", 2)])
+def test_weights_occupy_bytes(dtype, width):
+    time = roofline_gemm(get_chip("h200"), GemmShape(8, 48, 7168, 2048), dtype)
+    assert (time.param, time.dram_occupy) == (8 * 7168 * 2048, width * 8 * 7168 * 2048)
+
+
 def test_exchange_keeps_its_own_share_at_home():
     time = roofline_exchange(get_chip("h200"), "dispatch", 1024 * 7168, ep=8)
     assert time.elapsed == time.link_elapsed == pytest.approx(14.3, abs=0.05)
