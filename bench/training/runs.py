@@ -110,22 +110,22 @@ def train(
         done = checkpoints.latest
         state = checkpoints.restore(done, state)
     held_out = corpus.held_out_batches(settings.batch_size, settings.held_out_batches)
-    append(
-        file,
-        {
-            "kind": "run",
-            "run": name,
-            "router": variant.name,
-            "seed": seed,
-            "causal": state.model.causal,
-            "resumed_from": done,
-            "compile_seconds": round(variant.compile_seconds, 3),
-            **count_parameters(state.params),
-            **head,
-        },
+
+    def note(kind: str, **figures: Any) -> None:
+        append(file, {"kind": kind, "run": name, **figures})
+
+    note(
+        "run",
+        router=variant.name,
+        seed=seed,
+        causal=state.model.causal,
+        resumed_from=done,
+        compile_seconds=round(variant.compile_seconds, 3),
+        **count_parameters(state.params),
+        **head,
     )
     if not done:
-        append(file, {"kind": "held_out", "run": name, "step": 0, **_held_out_figures(learner, state, held_out)})
+        note("held_out", step=0, **_held_out_figures(learner, state, held_out))
 
     rates = settings.recipe.learning_rates()
     stops = [settings.log_every, settings.evaluate_every, *([checkpoint_every] if checkpoint_every else [])]
@@ -143,13 +143,13 @@ def train(
         done = until
         figures = _step_figures(metrics, seconds, settings)
         finite = math.isfinite(figures["loss"])
-        append(file, {"kind": "step", "run": name, "step": done, "learning_rate": float(rates[done - 1]), **figures})
+        note("step", step=done, learning_rate=float(rates[done - 1]), **figures)
         show(done, _line(figures))
         if not finite or done % settings.evaluate_every == 0 or done == settings.steps:
-            append(file, {"kind": "held_out", "run": name, "step": done, **_held_out_figures(learner, state, held_out)})
+            note("held_out", step=done, **_held_out_figures(learner, state, held_out))
         if finite and checkpoints is not None and checkpoint_every and done % checkpoint_every == 0:
             checkpoints.save(done, state)
-    append(file, {"kind": "end", "run": name, "step": done, **summary(read_runs(file)[name], settings)})
+    note("end", step=done, **summary(read_runs(file)[name], settings))
 
 
 def summary(run: Run, settings: Settings) -> dict[str, Any]:
