@@ -1,6 +1,6 @@
 """Pictures of what the other commands recorded, in one HTML file.
 
-The folder holds train.jsonl of `bench.train`, and sweep.jsonl, layer.jsonl, permute.jsonl of the system benches, or
+The folder holds train.jsonl, sweep.jsonl, layer.jsonl and permute.jsonl of the commands that are called so, or
 some of them. A figure whose data is missing is left out, and the report says why.
 """
 
@@ -19,7 +19,7 @@ from bench.record.tables import Cell, cell_text
 from bench.training.records import FILE_NAME, Run, read_runs
 
 REPORT = "report.html"
-_SYSTEM_FILES = ("sweep.jsonl", "layer.jsonl", "permute.jsonl")
+_ONE_CHIP_FILES = ("sweep.jsonl", "layer.jsonl", "permute.jsonl")
 
 _STYLE = """
 :root { color-scheme: light dark; --page: #ffffff; --ink: #1f2328; --soft: #59636e; --line: #d1d9e0; }
@@ -89,10 +89,10 @@ def _read(folder: pathlib.Path) -> tuple[dict[str, Run], list[dict[str, Any]]]:
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError("figures need matplotlib, which is not installed: pip install -e '.[plots]'")
     runs = read_runs(folder / FILE_NAME)
-    records = [record for name in _SYSTEM_FILES for record in read_records(folder / name)]
+    records = [record for name in _ONE_CHIP_FILES for record in read_records(folder / name)]
     if not runs and not records:
         raise ValueError(
-            f"{folder} has none of {', '.join((FILE_NAME, *_SYSTEM_FILES))} with records in it; make some with "
+            f"{folder} has none of {', '.join((FILE_NAME, *_ONE_CHIP_FILES))} with records in it; make some with "
             f"python -m bench.train --quick --out {folder}"
         )
     return runs, records

@@ -1,4 +1,4 @@
-"""Figures of the system benches: time and bandwidth against experts and k, and the layer split into its stages."""
+"""Figures of the benches of one chip: time and bandwidth against experts and k, and the layer split into its stages."""
 
 import collections
 from collections.abc import Mapping, Sequence

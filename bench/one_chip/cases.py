@@ -1,4 +1,4 @@
-"""A case of the system benches: which operators, at which sizes, under which load. One idea of equality for all files.
+"""A case of topk, permute or layer: which operators, at which sizes, under which load. One idea of equality for all.
 
 case = Case("permute", tokens=8192, hidden=2048, experts=32, k=2)
 case.key   # "permute tokens=8192 hidden=2048 experts=32 k=2 … seed=0": what a file is searched for to resume

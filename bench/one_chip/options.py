@@ -1,4 +1,4 @@
-"""What the command lines of the system benches share: options, the run, the table."""
+"""What the command lines of topk, permute, layer and sweep share: options, the run, the table."""
 
 import argparse
 import itertools
@@ -67,12 +67,7 @@ def add_size_options(parser: argparse.ArgumentParser, bench: Bench, defaults: Ma
     """Options that make cases; several values each give all combinations."""
     add = parser.add_argument
     add("--tokens", type=INTEGERS, metavar="N,...", default=defaults["tokens"], help="tokens (default %(default)s)")
-    add(
-        "--batch-length",
-        type=listed(_pair, "pairs such as 32x128,64x256"),
-        metavar="BxL,...",
-        help="tokens as sequences x length, in place of --tokens",
-    )
+    add("--batch-length", type=_PAIRS, metavar="BxL,...", help="tokens as sequences x length, in place of --tokens")
     add(
         "--hidden",
         type=INTEGERS,

@@ -1,4 +1,4 @@
-"""Records of the system benches: one JSON object a line, a line for each operator of each case.
+"""Records of the benches of one chip: one JSON object a line, a line for each operator of each case.
 
 `bench.sweep`, `bench.layer`, `bench.permute` and `bench.topk` write `sweep.jsonl`, `layer.jsonl`, `permute.jsonl` and
 `topk.jsonl` below `--out DIR`. All lines have the same fields; what does not apply is null.

@@ -1,4 +1,4 @@
-"""What the operators of the system benches have to do at the least, for rates.
+"""What the operators of one chip have to do at the least, for rates.
 
 Bytes of moving rows are also counted by two conventions that papers and programs use, for T tokens and R rows (R = T·K
 when nothing is dropped) of H elements:

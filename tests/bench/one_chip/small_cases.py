@@ -1,4 +1,4 @@
-"""Small cases of the system benches, and what their files hold."""
+"""Small cases of the benches of one chip, and what their files hold."""
 
 import json
 
