@@ -1,4 +1,4 @@
-"""Compiles the full-size layer for a TPU slice on any machine: does it compile, does it fit, what is in it."""
+"""The full-size layer compiled for a TPU slice on any machine: does it compile, does it fit, what is in it."""
 
 import argparse
 import dataclasses
@@ -6,18 +6,19 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from bench.cli import make_parser, run
-from bench.progress import Progress
-from bench.report import Cell, format_table, write_json
+from bench.command.parser import make_parser, run
+from bench.model.roofline import model_layer
+from bench.model.workloads import moe_workload
+from bench.record.json_files import write_json
+from bench.record.progress import Progress
+from bench.record.tables import Cell, format_table
 from bench.tpu.aot_layer import LayerJob
-from bench.tpu.aot_models import ds_tpu_us, roofline_us
 from bench.tpu.libtpu import CompileError, require_libtpu, run_job
+from bench.tpu.slices import GENERATIONS, as_ds_tpu, parse_slice, slices_for
 from bench.tpu.static_cycles import NOTE, kernel_cycles
-from bench.tpu.tpu_slices import GENERATIONS, parse_slice, slices_for
-from bench.workloads import moe_workload
 from moejax import PRESETS
 from moejax.config import PRECISIONS
-from pallas_kernels.chips import GIB, MIB
+from pallas_kernels.chips import GIB, MIB, Chip
 
 _WORKER = "bench.tpu.aot_worker"
 _DECODE_BATCH, _TRAINING_BATCH = 48, 1024  # tokens a device
@@ -71,31 +72,26 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="every kind of TPU, with the smallest slice of 32 devices or more that has ep",
     )
-    parser.add_argument("--model", default="deepseek-v3", help=f"one of {', '.join(PRESETS)} (default deepseek-v3)")
-    parser.add_argument("--ep", type=int, default=32, help="devices that share the experts (default 32)")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--model", default="deepseek-v3", help=f"one of {', '.join(PRESETS)} (default deepseek-v3)")
+    add("--ep", type=int, default=32, help="devices that share the experts (default 32)")
+    add(
         "--precision",
         action="append",
         metavar="MODE",
         help=f"{' or '.join(PRECISIONS)}; give it again for both (default w8a8)",
     )
-    parser.add_argument(
-        "--weights", choices=tuple(_WEIGHTS), help="the 8 bits of w8a8 (default: what the TPU multiplies natively)"
-    )
-    parser.add_argument(
-        "--grad", action="store_true", help="the gradients of a training step instead of a forward pass"
-    )
-    parser.add_argument(
+    add("--weights", choices=tuple(_WEIGHTS), help="the 8 bits of w8a8 (default: what the TPU multiplies natively)")
+    add("--grad", action="store_true", help="the gradients of a training step instead of a forward pass")
+    add(
         "--batch",
         type=int,
         help=f"tokens over the slice (default {_DECODE_BATCH} a device, with --grad {_TRAINING_BATCH})",
     )
-    parser.add_argument("--backend", default="auto", help="auto, xla or pallas_tpu (default auto)")
-    parser.add_argument("--reduce", type=int, default=1, metavar="N", help="divide the widths by N (default 1)")
-    parser.add_argument(
-        "--no-kernel-cycles", action="store_true", help="leave out the cycles of Pallas kernels, and their compiles"
-    )
-    parser.add_argument(
+    add("--backend", default="auto", help="auto, xla or pallas_tpu (default auto)")
+    add("--reduce", type=int, default=1, metavar="N", help="divide the widths by N (default 1)")
+    add("--no-kernel-cycles", action="store_true", help="leave out the cycles of Pallas kernels, and their compiles")
+    add(
         "--json",
         metavar="FILE",
         help="write JSON to FILE, - for standard output: an object, for several compiles a list",
@@ -168,7 +164,7 @@ def compile_record(job: LayerJob, quantized: str, *, with_cycles: bool = True) -
         batch_size=job.batch // job.dp,
         ep=job.ep,
         precision=job.precision,
-        quantized_dtype=quantized,  # type: ignore[arg-type]
+        quantized_dtype=quantized,
     )
     return {
         **record,
@@ -180,8 +176,8 @@ def compile_record(job: LayerJob, quantized: str, *, with_cycles: bool = True) -
         "clock_hz": slice_.generation.clock_hz,
         "kernels_us": sum(kernel["us"] or 0 for kernel in kernels),
         "xla_us": compiled["xla_cycles"] / clock,
-        "roofline_us": roofline_us(slice_, workload, job.grad),
-        "ds_tpu_us": ds_tpu_us(slice_, workload, job.grad),
+        "roofline_us": model_layer(device, workload, grad=job.grad).elapsed,
+        "ds_tpu_us": model_layer(as_ds_tpu(device, workload.dtype), workload, grad=job.grad).elapsed,
     }
 
 
@@ -190,22 +186,8 @@ def _title(job: LayerJob) -> str:
 
 
 def _summary(records: Sequence[dict[str, Any]]) -> str:
-    headers = [
-        "topology",
-        "precision",
-        "pass",
-        "compiles",
-        "s",
-        "HBM GiB",
-        "of",
-        "VMEM MiB",
-        "of",
-        "collectives MB",
-        "kernels µs",
-        "XLA µs",
-        "roofline µs",
-        "DS_TPU µs",
-    ]
+    headers = ["topology", "precision", "pass", "compiles", "s", "HBM GiB", "of", "VMEM MiB", "of", "collectives MB"]
+    headers += ["kernels µs", "XLA µs", "roofline µs", "DS_TPU µs"]
     rows: list[list[Cell]] = []
     for record in records:
         job = record["job"]
@@ -213,56 +195,34 @@ def _summary(records: Sequence[dict[str, Any]]) -> str:
         if not record["ok"]:
             rows.append([*head, "no", *[None] * (len(headers) - 4)])
             continue
-        rows.append(
-            [
-                *head,
-                "yes" if record["fits_hbm"] else "too large",
-                record["compile_s"],
-                record["memory"]["peak_bytes"] / GIB,
-                record["hbm_bytes"] / GIB,
-                record["vmem_bytes"] / MIB,
-                record["vmem_capacity_bytes"] / MIB,
-                sum(collectives["bytes"] for collectives in record["collectives"]) / 1e6,
-                record["kernels_us"],
-                record["xla_us"],
-                record["roofline_us"],
-                record["ds_tpu_us"],
-            ]
-        )
+        hbm = record["memory"]["peak_bytes"] / GIB, record["hbm_bytes"] / GIB
+        vmem = record["vmem_bytes"] / MIB, record["vmem_capacity_bytes"] / MIB
+        sent = sum(collectives["bytes"] for collectives in record["collectives"]) / 1e6
+        times = [record[name] for name in ("kernels_us", "xla_us", "roofline_us", "ds_tpu_us")]
+        fits = "yes" if record["fits_hbm"] else "too large"
+        rows.append([*head, fits, record["compile_s"], *hbm, *vmem, sent, *times])
     return format_table(headers, rows)
 
 
 def _details(record: dict[str, Any]) -> str:
-    memory = record["memory"]
-    parts = [
-        format_table(
-            ["HBM of a device", "bytes"],
-            [[name.removesuffix("_bytes"), size] for name, size in memory.items()],
-        ),
-        format_table(
-            ["collective", "count", "bytes"],
-            [[each["kind"], each["count"], each["bytes"]] for each in record["collectives"]],
-        ),
-    ]
-    if record["kernels"]:
-        bandwidth = LayerJob(**record["job"]).slice.device.hbm_bandwidth
-        rows: list[list[Cell]] = []
-        for kernel in record["kernels"]:
-            moved = kernel["hbm_bytes"]
-            rows.append(
-                [
-                    kernel["name"],
-                    kernel["calls"],
-                    kernel.get("cycles"),
-                    kernel["us"],
-                    None if moved is None else kernel["calls"] * moved / bandwidth * 1e6,
-                    kernel.get("no_cycles", ""),
-                ]
-            )
-        parts.append(format_table(["Pallas kernel", "calls", "cycles of one", "µs", "its bytes, µs", ""], rows))
+    memory = [[name.removesuffix("_bytes"), size] for name, size in record["memory"].items()]
+    collectives = [[each["kind"], each["count"], each["bytes"]] for each in record["collectives"]]
+    kernels = [_kernel_row(kernel, LayerJob(**record["job"]).slice.device) for kernel in record["kernels"]]
     operations = [[row["name"], row["calls"], row["cycles"], row["us"]] for row in record["xla_operations"][:_SHOWN]]
-    parts.append(format_table(["XLA operations", "calls", "cycles", "µs"], operations))
-    return "\n" + "\n\n".join(parts)
+    tables = [
+        (["HBM of a device", "bytes"], memory),
+        (["collective", "count", "bytes"], collectives),
+        *([(["Pallas kernel", "calls", "cycles of one", "µs", "its bytes, µs", ""], kernels)] if kernels else []),
+        (["XLA operations", "calls", "cycles", "µs"], operations),
+    ]
+    return "\n" + "\n\n".join(format_table(*each) for each in tables)
+
+
+def _kernel_row(kernel: dict[str, Any], device: Chip) -> list[Cell]:
+    moved = kernel["hbm_bytes"]
+    moved_us = None if moved is None else kernel["calls"] * moved / device.hbm_bandwidth * 1e6
+    cycles = kernel.get("cycles")
+    return [kernel["name"], kernel["calls"], cycles, kernel["us"], moved_us, kernel.get("no_cycles", "")]
 
 
 def _notes(records: Sequence[dict[str, Any]]) -> str:

@@ -2,26 +2,25 @@
 
 import concurrent.futures
 import dataclasses
-import datetime
 import json
 import re
-import shlex
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.cli import make_parser, run
-from bench.progress import Progress
-from bench.provenance import current_commit, package_version
-from bench.report import write_json
-from bench.roofline import roofline_gemm
+from bench.command.parser import make_parser, run
+from bench.model.roofline import roofline_gemm
+from bench.record.json_files import write_json
+from bench.record.progress import Progress
+from bench.record.provenance import command_line, current_commit, now, package_version
 from bench.tpu.cycles_cases import ACTIVATION, GUESSED, KINDS, Case, Choice, all_cases, choices, copied_bytes
 from bench.tpu.cycles_table import table
 from bench.tpu.cycles_worker import FACTS
 from bench.tpu.libtpu import CompileError, require_libtpu, run_job
-from bench.tpu.tpu_slices import GENERATIONS, parse_slice
+from bench.tpu.slices import GENERATIONS, parse_slice
+from bench.tpu.static_cycles import profiled_cycles
 
 _WORKER = "bench.tpu.cycles_worker"
 _SMALLEST = {"v6e": "2x2", "tpu7x": "2x2x1", "v5e": "2x2", "v5p": "2x2x1"}
@@ -51,12 +50,13 @@ def main(argv: Sequence[str]) -> None:
             "--json docs/results/tpu_cycles.json",
         ),
     )
-    parser.add_argument("--chip", action="append", choices=tuple(GENERATIONS), help="a TPU; again for more (all)")
-    parser.add_argument("--case", default="", metavar="WORDS", help="only cases whose names have all these words")
-    parser.add_argument("--json", metavar="FILE", help="write JSON to FILE, - for standard output only")
-    parser.add_argument("--jobs", type=int, default=2, help="programs to compile at once (default: %(default)s)")
-    parser.add_argument("--timeout", type=int, default=_TIMEOUT, help="seconds for one program (default: %(default)s)")
-    parser.add_argument("--anew", action="store_true", help="keep nothing of what FILE holds")
+    add = parser.add_argument
+    add("--chip", action="append", choices=tuple(GENERATIONS), help="a TPU; again for more (all)")
+    add("--case", default="", metavar="WORDS", help="only cases whose names have all these words")
+    add("--json", metavar="FILE", help="write JSON to FILE, - for standard output only")
+    add("--jobs", type=int, default=2, help="programs to compile at once (default: %(default)s)")
+    add("--timeout", type=int, default=_TIMEOUT, help="seconds for one program (default: %(default)s)")
+    add("--anew", action="store_true", help="keep nothing of what FILE holds")
     args = parser.parse_args(argv)
 
     cases = [case for case in all_cases() if all(word in case.name for word in args.case.split())]
@@ -67,11 +67,11 @@ def main(argv: Sequence[str]) -> None:
             raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
     require_libtpu()
     record: dict[str, Any] = {
-        "command": shlex.join(["python", "-m", "bench.cycles", *argv]),
+        "command": command_line("bench.cycles", argv),
         "note": NOTE,
         "versions": {package: package_version(package) for package in _PACKAGES},
         "commit": current_commit(),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "date": now(),
         "rows": [],
     }
     path = None if args.json in (None, "-") else Path(args.json)
@@ -187,13 +187,6 @@ def figure(chip: str, case: Case, kind: str, choice: Choice, timeout: float = _T
     if is_guess or (choice.implementation != ACTIVATION and cycles < new_row(chip, case)["arithmetic_cycles"]):
         return {**answer, "reason": GUESSED}
     return {**answer, "cycles": cycles}
-
-
-def profiled_cycles(folder: Path, all_of_them: bool) -> int | None:
-    """The cycles of the operation that takes most, or of all: around a kernel alone there are only trifles."""
-    texts = [path.read_text() for path in folder.glob("*.textproto")]
-    cycles = [int(number) for text in texts for number in re.findall(r"estimated_cycles: (\d+)", text)]
-    return None if not cycles else sum(cycles) if all_of_them else max(cycles)
 
 
 def _short(reason: str) -> str:

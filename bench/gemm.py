@@ -1,4 +1,4 @@
-"""Modelled time of grouped GEMMs: `python -m bench.gemm --chip v32-run --dtype fp8 --shape 8,48,7168,2048`.
+"""Modelled time of grouped matrix products on any chip; with --device measured on the GPU at hand as well.
 
 With --device the kernels run on the GPU at hand, and what they took stands beside the model.
 """
@@ -8,33 +8,19 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from bench.cli import make_parser, run
-from bench.evaluation import operator_record
-from bench.hopper.overlap import OverlapTimes, measure_overlap
+from bench.command.parser import make_parser, run
 from bench.hopper.products import PRODUCT_DTYPES, Product, hopper_at_hand, make_inputs
-from bench.report import Cell, format_table, write_json
-from bench.roofline import model_gemm
-from bench.timing import copies_of
-from bench.workloads import OPERAND_DTYPES, GemmShape
+from bench.measure.clock import copies_of
+from bench.measure.overlap import OverlapTimes, measure_overlap
+from bench.model.evaluation import operator_record
+from bench.model.roofline import model_gemm
+from bench.model.workloads import OPERAND_DTYPES, GemmShape, parse_shape, shape_text
+from bench.record.json_files import write_json
+from bench.record.tables import Cell, format_table
 from pallas_kernels.backend import Unsupported
 from pallas_kernels.chips import CHIPS, Chip, get_chip
 
 _DEFAULT_CHIP = "v32-run"
-
-
-def parse_shape(text: str) -> GemmShape:
-    """The shape written as "G,M,K,N".
-
-    Raises:
-      ValueError: the text is not four positive whole numbers.
-    """
-    try:
-        shape = GemmShape(*map(int, text.split(",")))
-    except (ValueError, TypeError):
-        raise ValueError(
-            f"--shape must be four positive whole numbers G,M,K,N like 8,48,7168,2048, got {text!r}"
-        ) from None
-    return shape
 
 
 def gemm_record(chip: Chip, shape: GemmShape, dtype: str) -> dict[str, Any]:
@@ -75,23 +61,20 @@ def main(argv: Sequence[str]) -> None:
             "--device --dtype bf16 --shape 8,48,7168,2048 --shape 8,4096,7168,4096   (on an NVIDIA Hopper GPU)",
         ),
     )
-    parser.add_argument(
-        "--shape", action="append", required=True, metavar="G,M,K,N", help="a product; give it again for more"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--shape", action="append", required=True, metavar="G,M,K,N", help="a product; give it again for more")
+    add(
         "--chip",
         help=f"{', '.join(CHIPS)}, or a description like cores=64,tflops=768,gbps=8601.6 (default: {_DEFAULT_CHIP}, "
         "with --device the chip at hand)",
     )
-    parser.add_argument(
+    add(
         "--device",
         action="store_true",
         help="measure the kernel, its arithmetic alone and its copies alone on the NVIDIA Hopper GPU at hand",
     )
-    parser.add_argument(
-        "--dtype", default="fp8", choices=tuple(OPERAND_DTYPES), help="of both operands (default: %(default)s)"
-    )
-    parser.add_argument(
+    add("--dtype", default="fp8", choices=tuple(OPERAND_DTYPES), help="of both operands (default: %(default)s)")
+    add(
         "--json", metavar="PATH", help="write JSON to PATH, - for standard output: an object, for several shapes a list"
     )
     args = parser.parse_args(argv)
@@ -114,17 +97,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _table(records: Sequence[dict[str, Any]]) -> str:
-    headers = [
-        "G,M,K,N",
-        "comp µs",
-        "dma µs",
-        "elapsed µs",
-        "traffic MB",
-        "urate %",
-        "tile M,N,K",
-        "order",
-        "P_G,M,N,K",
-    ]
+    times_of = ["comp µs", "dma µs", "elapsed µs", "traffic MB", "urate %"]
     rows: list[list[Cell]] = []
     for record in records:
         times: list[Cell] = [record["comp_elapsed"], record["dma_elapsed"], record["elapsed"]]
@@ -132,16 +105,15 @@ def _table(records: Sequence[dict[str, Any]]) -> str:
         if tile := record["best_tile"]:
             procs = record["best_partition"]["procs"]
             choices = [_join(tile[dim] for dim in "MNK"), tile["order"], _join(procs)]
-        shape = _join(record[dim] for dim in "GMKN")
-        rows.append([shape, *times, record["dram_traffic"] / 1e6, record["urate"] * 100, *choices])
-    return format_table(headers, rows)
+        rows.append([shape_text(record), *times, record["dram_traffic"] / 1e6, record["urate"] * 100, *choices])
+    return format_table(["G,M,K,N", *times_of, "tile M,N,K", "order", "P_G,M,N,K"], rows)
 
 
 def _measured_table(records: Sequence[dict[str, Any]]) -> str:
     headers = ["G,M,K,N", "", "comp µs", "dma µs", "elapsed µs", "overlap"]
     rows: list[list[Cell]] = []
     for record in records:
-        shape = _join(record[dim] for dim in "GMKN")
+        shape = shape_text(record)
         for name, times in (("measured", record["measured"]), ("modelled", record)):
             cells = [times[key] for key in ("comp_elapsed", "dma_elapsed", "elapsed")]
             rows.append([shape, name, *cells, times.get("overlap")])

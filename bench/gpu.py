@@ -1,25 +1,27 @@
-"""Our GPU kernels and their peers on the same inputs in one run: `python -m bench.gpu`."""
+"""Our GPU kernels beside their peers on the same inputs in one run, each with a bar to reach."""
 
 import argparse
 import dataclasses
 import gc
 import os
 import sys
-import time
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 
-from bench.cli import make_parser, run
+from bench.command.parser import NAMES, make_parser, run
+from bench.hopper.cases import CASES, select_cases
 from bench.hopper.ceilings import Ceilings, measure_ceilings
-from bench.hopper.gpu_cases import CASES, Case, select_cases
-from bench.hopper.gpu_measure import case_record, describe, measure_case
-from bench.hopper.gpu_table import ceilings_line, failures, peer_problems, table
-from bench.provenance import provenance
-from bench.report import write_json
-from bench.timing import require_nvidia_gpu
-from pallas_kernels.chips import Chip, chip_of
+from bench.hopper.goals import Case
+from bench.hopper.measure_case import case_record, measure_case
+from bench.hopper.table import ceilings_line, failures, peer_problems, table
+from bench.measure.clock import Stopwatch, require_nvidia_gpu
+from bench.measure.devices import known_chip
+from bench.measure.errors import describe
+from bench.record.json_files import write_json
+from bench.record.provenance import provenance
+from pallas_kernels.chips import Chip
 
 _REPEATS = 10
 _QUICK_REPEATS = 3
@@ -34,18 +36,15 @@ def main(argv: Sequence[str]) -> int:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     require_nvidia_gpu()
     device = jax.devices()[0]
-    chip = chip_of(device)
-    if chip is None:
-        raise ValueError(f"pallas_kernels/chips.py has no row for {device.device_kind!r}; add one")
-
-    begin = time.monotonic()
+    chip = known_chip(device)
+    watch = Stopwatch()
     repeats = _QUICK_REPEATS if args.quick else _REPEATS
     ceilings = measure_ceilings(repeats)
     record = make_record(device.device_kind, argv, args.commit, ceilings)
     _say(f"{device.device_kind}: {ceilings_line(record)}")
     for number, case in enumerate(cases, 1):
         record["cases"][case.name] = _run(case, chip, ceilings, repeats, with_peers=not args.quick)
-        _say(f"[{number}/{len(cases)}, {time.monotonic() - begin:.0f} s] {_summary(case, record['cases'][case.name])}")
+        _say(f"[{number}/{len(cases)}, {watch.seconds:.0f} s] {_summary(case, record['cases'][case.name])}")
         if args.json not in (None, "-"):  # after each, so that a crash of the driver leaves those before it
             write_json(record, args.json)
 
@@ -80,13 +79,12 @@ def _parser() -> argparse.ArgumentParser:
         f"bar. Cases: {', '.join(CASES)}.",
         ("--json docs/results/h200.json", "--cases decode-fp8,down-fp8 --quick", "--md"),
     )
-    parser.add_argument("--cases", metavar="NAME,...", help="measure these only (default: all)")
-    parser.add_argument(
-        "--quick", action="store_true", help=f"ours only, {_QUICK_REPEATS} repeats instead of {_REPEATS}"
-    )
-    parser.add_argument("--json", metavar="PATH", help="write the record to PATH, - for standard output only")
-    parser.add_argument("--md", action="store_true", help="print the table as Markdown")
-    parser.add_argument("--commit", help="what to record as the commit where git does not know it")
+    add = parser.add_argument
+    add("--cases", type=NAMES, metavar="NAME,...", help="measure these only (default: all)")
+    add("--quick", action="store_true", help=f"ours only, {_QUICK_REPEATS} repeats instead of {_REPEATS}")
+    add("--json", metavar="PATH", help="write the record to PATH, - for standard output only")
+    add("--md", action="store_true", help="print the table as Markdown")
+    add("--commit", help="what to record as the commit where git does not know it")
     return parser
 
 

@@ -1,7 +1,7 @@
-"""The MoE-FFN layer, whole and split into router / plan / dispatch / gate-up / down / combine: `python -m bench.layer`.
+"""The layer on one chip, whole and split into router, plan, dispatch, gate-up, down and combine.
 
-Forward, on one chip, for three ways to lay the rows of experts out (`bench.routing.layouts`), which are compared in
-pairs. `bench.routing.records` lists the fields of what it writes.
+Forward, on one chip, for three ways to lay the rows of experts out (`bench.one_chip.layouts`), which are compared in
+pairs. `bench.one_chip.records` lists the fields of what it writes.
 """
 
 import functools
@@ -12,13 +12,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bench.cli import run
-from bench.routing.cases import Case
-from bench.routing.clock import Clock, Step
-from bench.routing.layouts import LAYOUTS, Sizes
-from bench.routing.records import Record
-from bench.routing.system_cli import main_of
-from bench.routing.variants import Variant, distinct, load_of, measure, records_of, variants
+from bench.command.parser import run
+from bench.inputs.weights import normal
+from bench.measure.errors import relative_error
+from bench.measure.steps import Clock, Step
+from bench.one_chip.cases import Case
+from bench.one_chip.layouts import LAYOUTS, Sizes
+from bench.one_chip.options import main_of
+from bench.one_chip.records import Record
+from bench.one_chip.variants import Variant, distinct, load_of, measure, records_of, variants
 from moejax import MoEConfig, route
 from pallas_kernels.combine import combine
 from pallas_kernels.dispatch import dispatch
@@ -71,30 +73,18 @@ def run_case(case: Case, clock: Clock, rounds: int) -> list[Record]:
 
     def error(variant: Variant) -> float:
         y, inverse, _ = measured.values[variant.name("layer")]
-        return float(_agreement_error(y, inverse, first_y, first_inverse))
+        is_whole = ((inverse >= 0) & (first_inverse >= 0)).all(1)
+        return relative_error(y, first_y, is_whole)
 
-    return list(records_of(case, clock, measured, OPERATORS, ids=ids, whole="layer", agreement_error=error))
+    return list(records_of(case, clock, measured, OPERATORS, ids=ids, whole="layer", errors={"agreement_error": error}))
 
 
 # Cases that follow one another often have the same experts.
 @functools.lru_cache(maxsize=1)
 def expert_weights(num_experts: int, hidden: int, intermediate: int, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
     """Random gate_up [E, H, 2, I] and down [E, I, H], which keep the size of what they multiply."""
-    keys = jax.random.split(jax.random.key(0))
-    gate_up = _draw(keys[0], (num_experts, hidden, 2, intermediate), dtype)
-    return gate_up, _draw(keys[1], (num_experts, intermediate, hidden), dtype)
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _draw(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
-    return jax.random.normal(key, shape, dtype) * jnp.asarray(shape[1] ** -0.5, dtype)
-
-
-@jax.jit
-def _agreement_error(y: jax.Array, inverse: jax.Array, first_y: jax.Array, first_inverse: jax.Array) -> jax.Array:
-    is_whole = ((inverse >= 0) & (first_inverse >= 0)).all(1)[:, None]
-    y, first_y = (jnp.where(is_whole, a.astype(jnp.float32), 0) for a in (y, first_y))
-    return jnp.linalg.norm(y - first_y) / jnp.maximum(jnp.linalg.norm(first_y), jnp.finfo(jnp.float32).tiny)
+    gate_up = normal(0, (num_experts, hidden, 2, intermediate), scale=hidden**-0.5, dtype=dtype)
+    return gate_up, normal(1, (num_experts, intermediate, hidden), scale=intermediate**-0.5, dtype=dtype)
 
 
 def _config(case: Case, backend: str) -> MoEConfig:
@@ -118,7 +108,7 @@ def _steps(case: Case, variant: Variant) -> list[Step]:
     name, layout, backend, sizes = variant.name, variant.layout, variant.backend, variant.sizes(case)
     config = _config(case, backend)
     whole = functools.partial(layer, variant=variant, sizes=sizes, config=config)
-    together = Step(name("layer"), whole, ("x", "router", "gate_up", "down"), name("layer"), key=sizes)
+    together = Step(name("layer"), whole, ("x", "router", "gate_up", "down"), key=sizes)
     if not variant.is_split:
         return [together]
 
@@ -135,7 +125,7 @@ def _steps(case: Case, variant: Variant) -> list[Step]:
         return layout.down(h, plan, weights, config)
 
     def step(operator: str, function: Any, *inputs: str) -> Step:
-        return Step(name(operator), function, inputs, name(operator), key=sizes)
+        return Step(name(operator), function, inputs, key=sizes)
 
     return [
         step("router", functools.partial(choose, config=config), "x", "router"),

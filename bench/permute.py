@@ -1,7 +1,7 @@
-"""Top-k, plan, pack and combine, alone and together: `python -m bench.permute`.
+"""Top-k, plan, pack and combine on one chip, alone and together.
 
 Together they copy each token to the rows of its experts and sum the copies up again, with weights that sum to 1: the
-tokens as they were, which every run checks. `bench.routing.records` lists the fields of what it writes.
+tokens as they were, which every run checks. `bench.one_chip.records` lists the fields of what it writes.
 """
 
 import functools
@@ -9,16 +9,16 @@ import sys
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 
-from bench.cli import run
-from bench.round_trip import there_and_back
-from bench.routing.cases import Case
-from bench.routing.clock import Clock, Step
-from bench.routing.layouts import Sizes
-from bench.routing.records import Record
-from bench.routing.system_cli import main_of
-from bench.routing.variants import Variant, distinct, load_of, logits_of, measure, records_of, variants
+from bench.command.parser import run
+from bench.measure.errors import largest_error
+from bench.measure.steps import Clock, Step
+from bench.one_chip.cases import Case
+from bench.one_chip.dispatch_combine import dispatch_and_combine
+from bench.one_chip.layouts import Sizes
+from bench.one_chip.options import main_of
+from bench.one_chip.records import Record
+from bench.one_chip.variants import Variant, distinct, load_of, logits_of, measure, records_of, variants
 from pallas_kernels.combine import combine
 from pallas_kernels.dispatch import dispatch
 from pallas_kernels.plan import Plan
@@ -35,21 +35,8 @@ _EXAMPLES = (
 
 def permute(x: jax.Array, logits: jax.Array, *, k: int, variant: Variant, sizes: Sizes) -> tuple[jax.Array, jax.Array]:
     """Routes, copies each token to its experts and sums the copies up: x again, and the plan's inverse."""
-    y, plan = there_and_back(x, logits, k, lambda ids: variant.layout.plan(ids, sizes), variant.backend)
+    y, plan = dispatch_and_combine(x, logits, k, lambda ids: variant.layout.plan(ids, sizes), variant.backend)
     return y, plan.inverse
-
-
-def identity_error(x: jax.Array, y: jax.Array, inverse: jax.Array) -> float:
-    """Largest |y − x| / max(|x|, 1) over the tokens of which the plan dropped nothing; infinite if y is not finite."""
-    return float(_identity_error(x, y, inverse))
-
-
-@jax.jit
-def _identity_error(x: jax.Array, y: jax.Array, inverse: jax.Array) -> jax.Array:
-    x, y = x.astype(jnp.float32), y.astype(jnp.float32)
-    error = jnp.abs(y - x) / jnp.maximum(jnp.abs(x), 1)
-    error = jnp.where(jnp.isfinite(y), error, jnp.inf)
-    return jnp.where((inverse >= 0).all(1)[:, None], error, 0).max()
 
 
 def run_case(case: Case, clock: Clock, rounds: int) -> list[Record]:
@@ -60,10 +47,11 @@ def run_case(case: Case, clock: Clock, rounds: int) -> list[Record]:
     measured = measure(case, clock, steps_of(case), {"x": load.x, "logits": logits}, rounds)
 
     def error(variant: Variant) -> float:
-        return identity_error(load.x, *measured.values[variant.name("permute")])
+        y, inverse = measured.values[variant.name("permute")]
+        return largest_error(y, load.x, (inverse >= 0).all(1))
 
-    records = records_of(case, clock, measured, OPERATORS, ids=ids, whole="permute", identity_error=error)
-    return list(records)
+    errors = {"identity_error": error}
+    return list(records_of(case, clock, measured, OPERATORS, ids=ids, whole="permute", errors=errors))
 
 
 def steps_of(case: Case) -> list[Step]:
@@ -74,7 +62,7 @@ def steps_of(case: Case) -> list[Step]:
 def _steps(case: Case, variant: Variant) -> list[Step]:
     name, backend, sizes = variant.name, variant.backend, variant.sizes(case)
     whole = functools.partial(permute, k=case.k, variant=variant, sizes=sizes)
-    together = Step(name("permute"), whole, ("x", "logits"), name("permute"), key=sizes)
+    together = Step(name("permute"), whole, ("x", "logits"), key=sizes)
     if not variant.is_split:
         return [together]
 
@@ -86,11 +74,11 @@ def _steps(case: Case, variant: Variant) -> list[Step]:
 
     choose = functools.partial(top_k, k=case.k, backend=backend)
     return [
-        Step(name("top_k"), choose, ("logits",), name("top_k")),
-        Step("weights", _softmax, (name("top_k"),), "weights", is_timed=False),
-        Step(name("plan"), plan, (name("top_k"),), name("plan"), key=sizes),
-        Step(name("pack"), functools.partial(dispatch, backend=backend), ("x", name("plan")), name("pack")),
-        Step(name("combine"), unpack, (name("pack"), name("plan"), "weights"), name("combine")),
+        Step(name("top_k"), choose, ("logits",)),
+        Step("weights", _softmax, (name("top_k"),), is_timed=False),
+        Step(name("plan"), plan, (name("top_k"),), key=sizes),
+        Step(name("pack"), functools.partial(dispatch, backend=backend), ("x", name("plan"))),
+        Step(name("combine"), unpack, (name("pack"), name("plan"), "weights")),
         together,
     ]
 

@@ -1,6 +1,6 @@
-"""Pictures of what the benches recorded, in one HTML file: `python -m bench.plot RESULTS`.
+"""Pictures of what the other commands recorded, in one HTML file.
 
-The folder holds train.jsonl of `bench.train`, and sweep.jsonl, layer.jsonl, permute.jsonl of the system benches, or
+The folder holds train.jsonl, sweep.jsonl, layer.jsonl and permute.jsonl of the commands that are called so, or
 some of them. A figure whose data is missing is left out, and the report says why.
 """
 
@@ -11,15 +11,15 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bench.cli import make_parser, run
-from bench.figures import plot_system, plot_train
-from bench.figures.plot_section import Section, standalone
-from bench.jsonl import read_records
-from bench.report import Cell, cell_text
-from bench.training.train_records import FILE_NAME, Run, read_runs
+from bench.command.parser import make_parser, run
+from bench.figures import one_chip, training
+from bench.figures.section import Section, standalone
+from bench.record.json_files import read_records
+from bench.record.tables import Cell, cell_text
+from bench.training.records import FILE_NAME, Run, read_runs
 
 REPORT = "report.html"
-_SYSTEM_FILES = ("sweep.jsonl", "layer.jsonl", "permute.jsonl")
+_ONE_CHIP_FILES = ("sweep.jsonl", "layer.jsonl", "permute.jsonl")
 
 _STYLE = """
 :root { color-scheme: light dark; --page: #ffffff; --ink: #1f2328; --soft: #59636e; --line: #d1d9e0; }
@@ -89,17 +89,17 @@ def _read(folder: pathlib.Path) -> tuple[dict[str, Run], list[dict[str, Any]]]:
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError("figures need matplotlib, which is not installed: pip install -e '.[plots]'")
     runs = read_runs(folder / FILE_NAME)
-    records = [record for name in _SYSTEM_FILES for record in read_records(folder / name)]
+    records = [record for name in _ONE_CHIP_FILES for record in read_records(folder / name)]
     if not runs and not records:
         raise ValueError(
-            f"{folder} has none of {', '.join((FILE_NAME, *_SYSTEM_FILES))} with records in it; make some with "
+            f"{folder} has none of {', '.join((FILE_NAME, *_ONE_CHIP_FILES))} with records in it; make some with "
             f"python -m bench.train --quick --out {folder}"
         )
     return runs, records
 
 
 def _sections(runs: Mapping[str, Run], records: Sequence[Mapping[str, Any]]) -> list[Section]:
-    return [*plot_train.sections(runs), *plot_system.sections(records)]
+    return [*training.sections(runs), *one_chip.sections(records)]
 
 
 def _origins(runs: Mapping[str, Run], records: Sequence[Mapping[str, Any]]) -> list[list[Cell]]:

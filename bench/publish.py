@@ -1,6 +1,6 @@
-"""Shows the record of `bench.gpu` in docs/results.md and as a plot: `python -m bench.publish docs/results/h200.json`.
+"""Shows the record of bench.gpu or bench.cycles as a table in docs/results.md, and as a plot.
 
-A record of `bench.cycles` gets a table in a section of its own, and no plot.
+What bench.gpu measured is plotted; what bench.cycles compiled has a section of its own.
 """
 
 import importlib.util
@@ -12,8 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.cli import make_parser, run
-from bench.hopper.gpu_table import ceilings_line, measured_peers, table
+from bench.command.parser import make_parser, run
+from bench.figures.section import drawing, ink, standalone, svg_of
+from bench.hopper.table import ceilings_line, measured_peers, table
 from bench.tpu.cycles_table import block as cycles_block
 
 HEADING = "## Speed on an H200"
@@ -97,11 +98,12 @@ def replace_block(text: str, content: str, heading: str = HEADING, marks: tuple[
 
 def plot(record: Mapping[str, Any], path: Path) -> None:
     """Bars of each implementation's time over the floor of the run, a group for each case; needs matplotlib."""
-    import matplotlib
+    with drawing("h200") as pyplot:
+        path.write_text(standalone(svg_of(_bars(record, pyplot))), encoding="utf-8")
 
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "h200"  # the same figures give the same file
-    from matplotlib import pyplot, ticker
+
+def _bars(record: Mapping[str, Any], pyplot: Any) -> Any:
+    from matplotlib import ticker
 
     cases = {name: case for name, case in record["cases"].items() if "us" in case}
     names = ["ours", *dict.fromkeys(peer for case in cases.values() for peer in measured_peers(case))]
@@ -114,7 +116,7 @@ def plot(record: Mapping[str, Any], path: Path) -> None:
             y = row - _BAR / 2 + (place + 0.5) * height
             axes.barh(y, microseconds / case["measured_floor_us"], height, color=colours[name])
             axes.text(microseconds / case["measured_floor_us"], y, f" {microseconds:,.0f} µs", va="center", fontsize=7)
-    axes.axvline(1, color="black", linewidth=0.8)
+    axes.axvline(1, color=ink(), linewidth=0.8)
     axes.set_xscale("log")
     axes.margins(x=0.1)
     axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
@@ -124,9 +126,7 @@ def plot(record: Mapping[str, Any], path: Path) -> None:
     axes.invert_yaxis()
     axes.set_xlabel(f"device time over the floor of the run, {record['chip']} (less is better)")
     axes.legend([pyplot.Rectangle((0, 0), 1, 1, color=colours[name]) for name in names], names, fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
-    pyplot.close(figure)
+    return figure
 
 
 if __name__ == "__main__":

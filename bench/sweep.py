@@ -1,8 +1,8 @@
-"""The system benches over grids of sizes and loads: `python -m bench.sweep --out DIR` writes DIR/sweep.jsonl.
+"""Top-k, permute and layer over grids of sizes and loads: --out DIR writes DIR/sweep.jsonl.
 
 Records are written case by case, and a sweep that is started again goes on where it stopped; at its end it makes the
-report of all that is in DIR (`bench.plot`). `bench.routing.records` lists their fields, `bench.routing.sweep_grid` the
-grids.
+report of all that is in DIR (`bench.plot`). `bench.one_chip.records` lists their fields, `bench.one_chip.sweep_grid`
+the grids.
 """
 
 import argparse
@@ -15,13 +15,13 @@ from collections.abc import Sequence
 import bench.layer
 import bench.permute
 import bench.topk
-from bench import cli
+from bench.command import parser as cli
+from bench.command.side_by_side import Share, my_share, prepare_jobs, run_side_by_side
+from bench.one_chip.cases import BENCHES, Case
+from bench.one_chip.options import add_run_options, finish, run
+from bench.one_chip.run_cases import Outcome, RunCase
+from bench.one_chip.sweep_grid import full_grid, quick_grid
 from bench.plot import say_report
-from bench.routing.cases import BENCHES, Case
-from bench.routing.run_cases import Outcome, RunCase
-from bench.routing.sweep_grid import full_grid, quick_grid
-from bench.routing.system_cli import add_run_options, finish, integers, run, words
-from bench.side_by_side import Share, my_share, prepare_jobs, run_side_by_side
 
 _EXAMPLES = (
     "--quick --out results",
@@ -80,15 +80,16 @@ def _parser() -> argparse.ArgumentParser:
         "given pick cases out of the grid. The exit status is 1 if a case failed or gave a wrong result.",
         _EXAMPLES,
     )
-    parser.add_argument("--quick", action="store_true", help="a grid of small cases: a minute or so on two CPU cores")
-    parser.add_argument("--list", action="store_true", help="print the cases and stop")
-    parser.add_argument("--bench", metavar="NAME,...", default=",".join(BENCHES), help="some of %(default)s")
+    add = parser.add_argument
+    add("--quick", action="store_true", help="a grid of small cases: a minute or so on two CPU cores")
+    add("--list", action="store_true", help="print the cases and stop")
+    add("--bench", type=cli.NAMES, metavar="NAME,...", default=",".join(BENCHES), help="some of %(default)s")
     for name in ("tokens", "hidden", "experts", "k"):
-        parser.add_argument(f"--{name}", metavar="N,...", help="only cases with one of these")
-    parser.add_argument("--load", metavar="NAME,...", help="only cases with one of these")
-    parser.add_argument("--zipf", type=float, default=1.0, metavar="S", help="exponent of the load zipf (default 1)")
-    parser.add_argument("--text", metavar="FILE", help="text of the load text (default: one that Python carries)")
-    parser.add_argument(
+        add(f"--{name}", type=cli.INTEGERS, metavar="N,...", help="only cases with one of these")
+    add("--load", type=cli.NAMES, metavar="NAME,...", help="only cases with one of these")
+    add("--zipf", type=float, default=1.0, metavar="S", help="exponent of the load zipf (default 1)")
+    add("--text", metavar="FILE", help="text of the load text (default: one that Python carries)")
+    add(
         "--jobs",
         type=int,
         default=1,
@@ -107,13 +108,9 @@ def _select(cases: Sequence[Case], args: argparse.Namespace) -> list[Case]:
       ValueError: they leave none.
     """
     zipf, text = {"zipf_exponent": args.zipf}, {"text": args.text}
-    chosen = {"bench": words(args.bench), "load": None if args.load is None else words(args.load)}
-    wanted: dict[str, Sequence[object] | None] = {**chosen}
-    for name in ("tokens", "hidden", "experts", "k"):
-        given = getattr(args, name)
-        wanted[name] = None if given is None else integers(f"--{name}", given)
     left = list(cases)
-    for name, allowed in wanted.items():
+    for name in ("bench", "load", "tokens", "hidden", "experts", "k"):
+        allowed = getattr(args, name)
         have = sorted({getattr(case, name) for case in cases})
         if allowed is not None and (strange := [value for value in allowed if value not in have]):
             raise ValueError(f"--{name} must be among those of the grid, {', '.join(map(str, have))}; got {strange[0]}")

@@ -1,18 +1,18 @@
-"""Top-k alone, ours against that of XLA: `python -m bench.topk`.
+"""Top-k alone, ours against that of XLA.
 
-`bench.routing.records` lists the fields of what it writes.
+`bench.one_chip.records` lists the fields of what it writes.
 """
 
 import functools
 import sys
 from collections.abc import Sequence
 
-from bench.cli import run
-from bench.routing.cases import Case
-from bench.routing.clock import Clock, Step
-from bench.routing.records import Record
-from bench.routing.system_cli import main_of
-from bench.routing.variants import load_of, logits_of, measure, records_of, variants
+from bench.command.parser import run
+from bench.measure.steps import Clock, Step
+from bench.one_chip.cases import Case
+from bench.one_chip.options import main_of
+from bench.one_chip.records import Record
+from bench.one_chip.variants import load_of, logits_of, measure, records_of, variants
 from pallas_kernels.top_k import top_k
 
 _EXAMPLES = (
@@ -29,9 +29,9 @@ def run_case(case: Case, clock: Clock, rounds: int) -> list[Record]:
     steps = []
     for variant in variants(case):
         choose = functools.partial(top_k, k=case.k, backend=variant.backend)
-        steps.append(Step(variant.name("top_k"), choose, ("logits",), variant.name("top_k")))
+        steps.append(Step(variant.name("top_k"), choose, ("logits",)))
     measured = measure(case, clock, steps, {"logits": logits}, rounds)
-    ids = measured.values[steps[0].output].ids
+    ids = measured.values[steps[0].name].ids
     return list(records_of(case, clock, measured, ["top_k"], ids=ids, whole="top_k"))
 
 

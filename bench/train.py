@@ -1,94 +1,67 @@
-"""Which router learns better, and at what price: `python -m bench.train`.
+"""Which router learns better, and at what price, in a small transformer over bytes.
 
 A small transformer over bytes is trained on the same text, for the same tokens, once with each router and seed. Records
-go to train.jsonl (see `bench.training.train_records`), the report beside it (see `bench.plot`).
+go to train.jsonl (see `bench.training.records`), the report beside it (see `bench.plot`).
 """
 
 import argparse
+import contextlib
 import dataclasses
 import pathlib
 import shutil
 import sys
-import time
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 
-from bench.cli import make_parser, run
+from bench.command.parser import NAMES, make_parser, run
+from bench.command.side_by_side import my_share, my_turns, prepare_jobs, run_side_by_side
+from bench.inputs.corpus import Corpus, load_corpus
+from bench.measure.clock import Stopwatch
 from bench.plot import say_report
-from bench.progress import Progress
-from bench.provenance import chip_name, provenance
-from bench.report import format_table, write_json
-from bench.side_by_side import my_share, my_turns, prepare_jobs, run_side_by_side
+from bench.record.json_files import write_json
+from bench.record.progress import Progress
+from bench.record.provenance import chip_name, provenance
+from bench.record.tables import format_table
 from bench.training.checkpoints import open_checkpoints, require_orbax
-from bench.training.corpus import Corpus, load_corpus
-from bench.training.train_records import FILE_NAME, Run, read_runs, run_name
-from bench.training.train_run import Variant, compile_variant, fit_steps, train
-from bench.training.train_settings import ROUTERS, Settings, check_router
-from bench.training.train_table import HEADERS, summaries, table_rows, warnings_of
-from bench.turns import Turns
+from bench.training.records import FILE_NAME, Run, read_runs, run_name
+from bench.training.runs import Variant, compile_variant, fit_steps, train
+from bench.training.settings import ROUTERS, Settings, check_router
+from bench.training.table import HEADERS, summaries, table_rows, warnings_of
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 _CHECKPOINTS = "checkpoints"
 
-_SIZES: dict[str, dict[str, Any]] = {
-    "quick": {
-        "hidden_size": 64,
-        "intermediate_size": 64,
-        "num_experts": 8,
-        "top_k": 2,
-        "num_layers": 2,
-        "num_heads": 4,
-        "batch_size": 8,
-        "length": 128,
-        "steps": 100,
-        "seeds": 3,
-        "learning_rate": 3e-3,
-        "evaluations": 5,
-    },
-    "cpu": {
-        "hidden_size": 128,
-        "intermediate_size": 128,
-        "num_experts": 8,
-        "top_k": 2,
-        "num_layers": 4,
-        "num_heads": 4,
-        "batch_size": 16,
-        "length": 256,
-        "steps": 1000,
-        "seeds": 3,
-        "learning_rate": 2e-3,
-    },
-    "accelerator": {
-        "hidden_size": 512,
-        "intermediate_size": 512,
-        "num_experts": 16,
-        "top_k": 2,
-        "num_layers": 6,
-        "num_heads": 8,
-        "batch_size": 32,
-        "length": 512,
-        "steps": 2000,
-        "seeds": 3,
-        "learning_rate": 1e-3,
-    },
-}
+_KINDS = ("quick", "cpu", "accelerator")
+_SIZES: tuple[tuple[str, str, str, tuple[float, ...]], ...] = (
+    ("--hidden", "hidden_size", "H, width of a token", (64, 128, 512)),
+    ("--intermediate", "intermediate_size", "I, width of an expert", (64, 128, 512)),
+    ("--experts", "num_experts", "E, experts of a layer", (8, 8, 16)),
+    ("--top-k", "top_k", "K, experts a token (1 with the switch router, whatever this is)", (2, 2, 2)),
+    ("--layers", "num_layers", "blocks of attention and experts", (2, 4, 6)),
+    ("--heads", "num_heads", "heads of the attention", (4, 4, 8)),
+    ("--batch", "batch_size", "sequences in a step", (8, 16, 32)),
+    ("--length", "length", "bytes of a sequence", (128, 256, 512)),
+    ("--steps", "steps", "steps of each run", (100, 1000, 2000)),
+    ("--evaluations", "evaluations", "looks at the held-out text", (5, 10, 10)),
+    ("--learning-rate", "learning_rate", "the peak", (3e-3, 2e-3, 1e-3)),
+)
+"""Options that are fields of `Settings`: what they mean, and their defaults for each of `_KINDS`."""
 
 
 def main(argv: Sequence[str]) -> int:
     """Trains, records, prints the table, and makes the report; 1 when a run diverged."""
     args = _parser().parse_args(argv)
-    names = _router_names(args.routers)
+    names = list(dict.fromkeys(args.routers or ROUTERS))
+    for name in names:
+        check_router(name)
     prepare_jobs(args.jobs)
     if args.checkpoint_every:
         require_orbax()
-    on_cpu = jax.default_backend() == "cpu"
-    sizes = _sizes(args, "quick" if args.quick else "cpu" if on_cpu else "accelerator")
-    seeds = sizes.pop("seeds")
-    if seeds < 1 or args.checkpoint_every < 0:
+    if args.seeds < 1 or args.checkpoint_every < 0:
         raise ValueError(
-            f"--seeds must be at least 1, --checkpoint-every at least 0; got {seeds}, {args.checkpoint_every}"
+            f"--seeds must be at least 1, --checkpoint-every at least 0; got {args.seeds}, {args.checkpoint_every}"
         )
     if args.minutes is not None and (args.resume or args.steps is not None or args.jobs > 1 or not args.minutes > 0):
         raise ValueError(
@@ -96,7 +69,7 @@ def main(argv: Sequence[str]) -> int:
             "which needs the steps that the runs began with; and without --jobs, whose processes have to know them "
             "beforehand: pass --steps"
         )
-    settings = Settings(**sizes, dtype=args.dtype or ("float32" if on_cpu else "bfloat16"), backend=args.backend)
+    settings = _settings(args)
     corpus = load_corpus(args.text, settings.length)
     corpus.held_out_batches(settings.batch_size, 1)
 
@@ -104,7 +77,7 @@ def main(argv: Sequence[str]) -> int:
     file = out / FILE_NAME
     head = _head(argv, args.commit, settings, corpus)
     if (share := my_share()) is not None:
-        _train_routers(share.of(names), seeds, settings, corpus, head, args)
+        _train_routers(share.of(names), settings, corpus, head, args)
         return 0
     _prepare(out, args)
     _check_same(read_runs(file), head, file)
@@ -112,7 +85,7 @@ def main(argv: Sequence[str]) -> int:
     if args.jobs > 1:
         failed = any(run_side_by_side("bench.train", argv, args.jobs, out))
     else:
-        settings = _train_routers(names, seeds, settings, corpus, head, args)
+        settings = _train_routers(names, settings, corpus, head, args)
 
     runs = {name: run for name, run in read_runs(file).items() if run.head["router"] in names}
     shown = summaries(runs.values())
@@ -144,31 +117,19 @@ def _parser() -> argparse.ArgumentParser:
             "--hidden 1024 --layers 8 --experts 64 --top-k 4 --batch 64 --length 1024 --steps 5000",
         ),
     )
-    parser.add_argument("--routers", metavar="NAME,...", help="train these only (default: all)")
-    parser.add_argument("--seeds", type=int, metavar="N", help="runs of each router, seeds 0 to N − 1 (default: 3)")
-    parser.add_argument(
-        "--text", type=pathlib.Path, metavar="PATH", help="file or folder (default: sources of the standard library)"
+    add = parser.add_argument
+    add("--routers", type=NAMES, metavar="NAME,...", help="train these only (default: all)")
+    add(
+        "--seeds", type=int, default=3, metavar="N", help="runs of each router, seeds 0 to N − 1 (default: %(default)s)"
     )
-    parser.add_argument(
-        "--out", type=pathlib.Path, default=pathlib.Path("results"), metavar="DIR", help="default: %(default)s"
-    )
-    parser.add_argument("--quick", action="store_true", help="a tiny model and few steps")
-    sizes = (
-        ("--hidden", "hidden_size", "H, width of a token"),
-        ("--intermediate", "intermediate_size", "I, width of an expert"),
-        ("--experts", "num_experts", "E, experts of a layer"),
-        ("--top-k", "top_k", "K, experts a token (1 with the switch router, whatever this is)"),
-        ("--layers", "num_layers", "blocks of attention and experts"),
-        ("--heads", "num_heads", "heads of the attention"),
-        ("--batch", "batch_size", "sequences in a step"),
-        ("--length", "length", "bytes of a sequence"),
-        ("--steps", "steps", "steps of each run"),
-    )
-    for option, name, meaning in sizes:
-        values = ", ".join(str(table[name]) for table in _SIZES.values())
-        parser.add_argument(option, type=int, dest=name, metavar="N", help=f"{meaning} (default: {values})")
-    parser.add_argument("--minutes", type=float, help="as many steps, the same for every run, as all runs fit into")
-    parser.add_argument(
+    add("--text", type=pathlib.Path, metavar="PATH", help="file or folder (default: sources of the standard library)")
+    add("--out", type=pathlib.Path, default=pathlib.Path("results"), metavar="DIR", help="default: %(default)s")
+    add("--quick", action="store_true", help="a tiny model and few steps")
+    for option, name, meaning, values in _SIZES:
+        kind, shown = type(values[0]), ", ".join(map(str, values))
+        add(option, type=kind, dest=name, metavar="N" if kind is int else "X", help=f"{meaning} (default: {shown})")
+    add("--minutes", type=float, help="as many steps, the same for every run, as all runs fit into")
+    add(
         "--jobs",
         type=int,
         default=1,
@@ -176,38 +137,26 @@ def _parser() -> argparse.ArgumentParser:
         help="processes that trace and compile their routers side by side and train one at a time (default: "
         "%(default)s): on an accelerator one for each router, if there are as many CPU cores",
     )
-    parser.add_argument("--learning-rate", type=float, metavar="X", help="the peak (default: 3e-3, 2e-3, 1e-3)")
-    parser.add_argument("--capacity-factor", type=float, metavar="X", help="of experts (default: drop nothing)")
-    parser.add_argument(
-        "--evaluations", type=int, metavar="N", help="looks at the held-out text (default: 10, --quick 5)"
-    )
-    parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32 on a CPU, bfloat16 elsewhere"
-    )
-    parser.add_argument("--backend", default="auto", help="of the layer's operators (default: %(default)s)")
-    parser.add_argument(
-        "--checkpoint-every", type=int, default=0, metavar="N", help="keep the state of every run each N steps"
-    )
-    parser.add_argument(
-        "--resume", action="store_true", help="add to the runs in DIR: finished ones stay, others go on or begin"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="remove the runs in DIR first")
-    parser.add_argument("--json", metavar="PATH", help="write the table to PATH as JSON, - for standard output only")
-    parser.add_argument("--commit", help="what to record as the commit where git does not know it")
+    add("--capacity-factor", type=float, metavar="X", help="of experts (default: drop nothing)")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32 on a CPU, bfloat16 elsewhere")
+    add("--backend", default="auto", help="of the layer's operators (default: %(default)s)")
+    add("--checkpoint-every", type=int, default=0, metavar="N", help="keep the state of every run each N steps")
+    add("--resume", action="store_true", help="add to the runs in DIR: finished ones stay, others go on or begin")
+    add("--overwrite", action="store_true", help="remove the runs in DIR first")
+    add("--json", metavar="PATH", help="write the table to PATH as JSON, - for standard output only")
+    add("--commit", help="what to record as the commit where git does not know it")
     return parser
 
 
-def _router_names(given: str | None) -> list[str]:
-    names = list(ROUTERS) if given is None else list(dict.fromkeys(given.split(",")))
-    for name in names:
-        check_router(name)
-    return names
-
-
-def _sizes(args: argparse.Namespace, kind: str) -> dict[str, Any]:
-    names = {*_SIZES[kind], "capacity_factor", "evaluations"}
-    given = {name: value for name in names if (value := getattr(args, name)) is not None}
-    return {**_SIZES[kind], **given}
+def _settings(args: argparse.Namespace) -> Settings:
+    on_cpu = jax.default_backend() == "cpu"
+    kind = _KINDS.index("quick" if args.quick else "cpu" if on_cpu else "accelerator")
+    given = {name: getattr(args, name) for _, name, _, _ in _SIZES}
+    sizes: dict[str, Any] = {
+        name: values[kind] if given[name] is None else given[name] for _, name, _, values in _SIZES
+    }
+    dtype = args.dtype or ("float32" if on_cpu else "bfloat16")
+    return Settings(**sizes, dtype=dtype, backend=args.backend, capacity_factor=args.capacity_factor)
 
 
 def _prepare(out: pathlib.Path, args: argparse.Namespace) -> None:
@@ -225,15 +174,6 @@ def _prepare(out: pathlib.Path, args: argparse.Namespace) -> None:
             "puts the new ones elsewhere"
         )
     out.mkdir(parents=True, exist_ok=True)
-
-
-def _compile(names: Sequence[str], settings: Settings, corpus: Corpus) -> list[Variant]:
-    progress = Progress(len(names))
-    variants = []
-    for done, name in enumerate(names):
-        progress.show(done, f"compiling {name}")
-        variants.append(compile_variant(name, settings, corpus))
-    return variants
 
 
 def _head(argv: Sequence[str], commit: str | None, settings: Settings, corpus: Corpus) -> dict[str, Any]:
@@ -261,59 +201,49 @@ def _what_made(head: dict[str, Any]) -> dict[str, Any]:
 
 
 def _train_routers(
-    names: Sequence[str],
-    seeds: int,
-    settings: Settings,
-    corpus: Corpus,
-    head: dict[str, Any],
-    args: argparse.Namespace,
+    names: Sequence[str], settings: Settings, corpus: Corpus, head: dict[str, Any], args: argparse.Namespace
 ) -> Settings:
     """Compiles the routers that have runs to do, and does them; the settings with the steps that --minutes found."""
-    begin = time.monotonic()
-    finished = {name for name, run in read_runs(args.out / FILE_NAME).items() if run.end is not None}
-    todo = [name for name in names if any(run_name(name, seed) not in finished for seed in range(seeds))]
-    turns = my_turns(args.out)
-    with turns.beside():
-        variants = _compile(todo, settings, corpus)
-    if args.minutes is not None:
-        settings = fit_steps(settings, variants, seeds, corpus, 60 * args.minutes - (time.monotonic() - begin))
-        head = {**head, "settings": dataclasses.asdict(settings)}
-    _train_all(variants, seeds, settings, corpus, head, args, finished, turns)
-    return settings
-
-
-def _train_all(
-    variants: Sequence[Variant],
-    seeds: int,
-    settings: Settings,
-    corpus: Corpus,
-    head: dict[str, Any],
-    args: argparse.Namespace,
-    finished: set[str],
-    turns: Turns,
-) -> None:
-    # Seed by seed, so that what is done when a run is cut short compares all routers.
-    todo = [(v, seed) for seed in range(seeds) for v in variants if run_name(v.name, seed) not in finished]
-    progress = Progress(len(todo) * settings.steps)
+    watch, turns = Stopwatch(), my_turns(args.out)
     begun = read_runs(args.out / FILE_NAME)
-    for number, (variant, seed) in enumerate(todo):
+    finished = {name for name, run in begun.items() if run.end is not None}
+    # Seed by seed, so that what is done when a run is cut short compares all routers.
+    todo = [(name, seed) for seed in range(args.seeds) for name in names if run_name(name, seed) not in finished]
+    variants: dict[str, Variant] = {}
+    with turns.beside():
+        routers = list(dict.fromkeys(name for name, _ in todo))
+        progress = Progress(len(routers))
+        for name in routers:
+            progress.show(len(variants), f"compiling {name}")
+            variants[name] = compile_variant(name, settings, corpus)
+    if args.minutes is not None:
+        seconds = 60 * args.minutes - watch.seconds
+        settings = fit_steps(settings, list(variants.values()), args.seeds, corpus, seconds)
+        head = {**head, "settings": dataclasses.asdict(settings)}
+    progress = Progress(len(todo) * settings.steps)
+    for number, (name, seed) in enumerate(todo):
 
-        def show(step: int, line: str, number: int = number, variant: Variant = variant, seed: int = seed) -> None:
+        def show(step: int, line: str, number: int = number, name: str = name, seed: int = seed) -> None:
             if sys.stderr.isatty() or step % settings.evaluate_every == 0:
-                done = number * settings.steps + step
-                progress.show(done, f"{variant.name}, seed {seed}, step {step}: {line}")
+                progress.show(number * settings.steps + step, f"{name}, seed {seed}, step {step}: {line}")
 
-        name = run_name(variant.name, seed)
-        folder = args.out / _CHECKPOINTS / name
-        arguments = (variant, seed, settings, corpus, args.out / FILE_NAME, head)
-        if name not in begun:
+        folder = args.out / _CHECKPOINTS / run_name(name, seed)
+        if run_name(name, seed) not in begun:
             shutil.rmtree(folder, ignore_errors=True)
-        with turns.alone():
-            if args.checkpoint_every or folder.exists():
-                with open_checkpoints(folder) as checkpoints:
-                    train(*arguments, checkpoints=checkpoints, checkpoint_every=args.checkpoint_every, show=show)
-            else:
-                train(*arguments, show=show)
+        keeps = args.checkpoint_every or folder.exists()
+        with turns.alone(), open_checkpoints(folder) if keeps else contextlib.nullcontext() as checkpoints:
+            train(
+                variants[name],
+                seed,
+                settings,
+                corpus,
+                args.out / FILE_NAME,
+                head,
+                checkpoints=checkpoints,
+                checkpoint_every=args.checkpoint_every,
+                show=show,
+            )
+    return settings
 
 
 def _budget(settings: Settings, corpus: Corpus) -> str:

@@ -1,4 +1,4 @@
-"""Tunes the grouped products on an NVIDIA Hopper GPU: `python -m bench.tune`.
+"""Tunes the tiles of the grouped products on an NVIDIA Hopper GPU.
 
 Times configurations of the kernels product by product, and keeps those that beat the model's choice in the table that
 `pallas_kernels.grouped_matmul.gpu.tiling` reads first.
@@ -16,17 +16,20 @@ from typing import Any
 
 import jax
 
-from bench.cli import make_parser, run
-from bench.gemm import parse_shape
+from bench.command.parser import make_parser, run
 from bench.hopper.products import PRODUCT_DTYPES, Product, hopper_at_hand
 from bench.hopper.tune_measure import ConfigTimer
 from bench.hopper.tune_products import case_products, default_products
 from bench.hopper.tune_search import LEAST_GAIN, Outcome, search
-from bench.progress import Progress
-from bench.provenance import provenance
-from bench.report import Cell, format_table, write_json
+from bench.measure.errors import one_line
+from bench.model.workloads import parse_shape
+from bench.record.json_files import write_json
+from bench.record.progress import Progress
+from bench.record.provenance import provenance
+from bench.record.tables import Cell, format_table
 from pallas_kernels.chips import Chip
 from pallas_kernels.grouped_matmul.gpu import tiling, tuned_table
+from pallas_kernels.grouped_matmul.gpu.problem import Config
 from pallas_kernels.grouped_matmul.gpu.tuned_table import Key
 
 _MINUTES = 5.5
@@ -61,7 +64,7 @@ def main(argv: Sequence[str]) -> int:
             outcome = tune(product, chip, progress, args)
         except Exception as error:  # inputs that do not fit into memory, say; the other products still count
             failed += 1
-            progress.say(f"FAILED: {product.name}: {' '.join(str(error).split())[:300]}")
+            progress.say(f"FAILED: {product.name}: {one_line(error)}")
             continue
         finally:
             jax.clear_caches()  # each product needs most of the memory at times
@@ -92,14 +95,7 @@ def key_of(product: Product) -> Key:
     shape = product.shape
     rows = tiling.rows_of_a_group(product.lhs_rows, shape.G)
     return Key.of(
-        product.operand,
-        product.block_scales,
-        product.fused,
-        product.result_in_8_bits,
-        shape.G,
-        rows,
-        shape.K,
-        shape.N,
+        product.operand, product.block_scales, product.fused, product.result_in_8_bits, shape.G, rows, shape.K, shape.N
     )
 
 
@@ -128,29 +124,26 @@ def _parser() -> argparse.ArgumentParser:
             "--shape 32,16,7168,4096 --dtype fp8-blocks --fused",
         ),
     )
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "--shape",
         action="append",
         metavar="G,M,K,N",
         help="a product; give it again for more (default: those of bench.gpu and of some published models)",
     )
-    parser.add_argument(
-        "--dtype", default="bf16", choices=tuple(PRODUCT_DTYPES), help="of --shape's operands (default: %(default)s)"
-    )
-    parser.add_argument("--fused", action="store_true", help="N of --shape counts gate and up, multiplied together")
-    parser.add_argument("--result-in-8-bits", action="store_true", help="with --fused: the result is rounded to FP8")
-    parser.add_argument(
-        "--quick", action="store_true", help=f"products of bench.gpu only, {_QUICK_REPEATS} repeats, not {_REPEATS}"
-    )
-    parser.add_argument("--exhaustive", action="store_true", help="time all combinations, not one choice at a time")
-    parser.add_argument(
+    add("--dtype", default="bf16", choices=tuple(PRODUCT_DTYPES), help="of --shape's operands (default: %(default)s)")
+    add("--fused", action="store_true", help="N of --shape counts gate and up, multiplied together")
+    add("--result-in-8-bits", action="store_true", help="with --fused: the result is rounded to FP8")
+    add("--quick", action="store_true", help=f"products of bench.gpu only, {_QUICK_REPEATS} repeats, not {_REPEATS}")
+    add("--exhaustive", action="store_true", help="time all combinations, not one choice at a time")
+    add(
         "--minutes",
         type=float,
         default=_MINUTES,
         help="begin no product after so many; the most wanted come first (default: %(default)s)",
     )
-    parser.add_argument("--output", metavar="PATH", help="the table, - for standard output (default: the package's)")
-    parser.add_argument("--commit", help="what to record as the commit where git does not know it")
+    add("--output", metavar="PATH", help="the table, - for standard output (default: the package's)")
+    add("--commit", help="what to record as the commit where git does not know it")
     return parser
 
 
@@ -171,19 +164,12 @@ def _read_entries(path: str) -> dict[Key, dict[str, Any]]:
 
 def _row(product: Product, outcome: Outcome) -> list[Cell]:
     best = _text(outcome.best) if outcome.is_worth_it else "as modelled"
-    return [
-        product.name,
-        outcome.num_timed,
-        outcome.model_us,
-        outcome.best_us,
-        outcome.gain * 100,
-        _text(outcome.model),
-        best,
-    ]
+    times: list[Cell] = [outcome.num_timed, outcome.model_us, outcome.best_us, outcome.gain * 100]
+    return [product.name, *times, _text(outcome.model), best]
 
 
-def _text(config) -> str:
-    return ",".join(str(getattr(config, field.name)) for field in dataclasses.fields(config))
+def _text(config: Config) -> str:
+    return ",".join(map(str, dataclasses.astuple(config)))
 
 
 def _table(rows: Sequence[Sequence[Cell]], chip: Chip) -> str:

@@ -99,9 +99,3 @@ def combine_cost(num_tokens: int, num_rows: int, hidden: int, *, dtype: jax.typi
         flops=2 * num_rows * hidden,
         hbm_bytes=num_rows * (hidden * _size(dtype) + 8) + num_tokens * hidden * _size(dtype),
     )
-
-
-def all_to_all_cost(num_rows: int, hidden: int, ep: int, *, dtype: jax.typing.DTypeLike = jnp.bfloat16) -> Cost:
-    """`num_rows` rows leave each of `ep` chips for evenly spread destinations; its own share stays at home."""
-    payload = num_rows * hidden * _size(dtype)
-    return Cost(hbm_bytes=2 * payload, link_bytes=payload * (ep - 1) // ep)

@@ -86,7 +86,7 @@ def test_every_layer_and_operator_is_looked_at():
         ("sharding/exchange/dense.py", "from sharding.exchange import one_chip"),
         ("sharding/exchange/one_chip.py", "from sharding.exchange.dense import send"),
         ("sharding/mesh.py", "from moejax import MoE"),
-        ("moejax/layer.py", "try:\n    import bench.timing as t\nexcept ImportError:\n    pass"),
+        ("moejax/layer.py", "try:\n    import bench.measure.clock as t\nexcept ImportError:\n    pass"),
         ("bench/decode.py", "from tests import helpers"),
     ],
 )

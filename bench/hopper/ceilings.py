@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from bench.hopper.peers import why_not_torch
-from bench.timing import kernel_times, torch_times
+from bench.measure.clock import kernel_times, torch_times
 from pallas_kernels.chips import Chip
 
 _ROWS, _COLUMNS = 1 << 15, 1 << 14  # 2.1 GB of float32

@@ -3,7 +3,7 @@
 An `Implementation` is one way to do a case: ours, or a peer's. Peers that are not installed say so.
 
     for peer in matmul_bf16_peers(GemmShape(8, 48, 7168, 2048)):
-        print(peer.name, peer.version(), peer.why_not() or "is here")
+        print(peer.name, peer.why_not() or "is here")
 """
 
 import dataclasses
@@ -15,8 +15,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from bench.provenance import package_version
-from bench.workloads import GemmShape
+from bench.model.workloads import GemmShape
 from pallas_kernels.quantize import QTensor
 
 
@@ -47,10 +46,6 @@ class Implementation:
         if self.framework == "torch":
             return why_not_torch()
         return None if importlib.util.find_spec(self.package) else f"{self.package} is not installed"
-
-    def version(self) -> str | None:
-        """The version of its package, None if that is not installed."""
-        return package_version(self.package)
 
 
 @functools.cache

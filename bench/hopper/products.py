@@ -14,9 +14,11 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from bench.timing import require_nvidia_gpu
-from bench.workloads import GemmShape
-from pallas_kernels.chips import Chip, chip_of
+from bench.inputs.weights import normal
+from bench.measure.clock import require_nvidia_gpu
+from bench.measure.devices import known_chip
+from bench.model.workloads import GemmShape
+from pallas_kernels.chips import Chip
 from pallas_kernels.grouped_matmul import Operand, gpu
 from pallas_kernels.grouped_matmul.gpu.problem import Stage
 from pallas_kernels.quantize import QTensor, quantize
@@ -84,10 +86,7 @@ class Product:
     @property
     def name(self) -> str:
         """What it is, in a few words."""
-        shape = self.shape
-        return f"{shape.G},{shape.M},{shape.K},{shape.N} {self.dtype}{' gate/up' if self.fused else ''}" + (
-            " to fp8" if self.result_in_8_bits else ""
-        )
+        return f"{self.shape} {self.dtype}" + " gate/up" * self.fused + " to fp8" * self.result_in_8_bits
 
     def run(self, lhs: Operand, rhs: Operand, group_sizes: jax.Array, stage: Stage = "full") -> Any:
         """The kernel, all of it or one of its stages.
@@ -112,9 +111,9 @@ def make_inputs(product: Product) -> tuple[Operand, Operand, jax.Array]:
     """Random lhs, rhs and group sizes; all groups have the same weights, which are drawn once."""
     shape = product.shape
     dtype, lhs_scaling, rhs_scaling = PRODUCT_DTYPES[product.dtype]
-    lhs = _operand(_random((product.lhs_rows, shape.K), 0), dtype, lhs_scaling)
+    lhs = _operand(normal(0, (product.lhs_rows, shape.K)), dtype, lhs_scaling)
     layout = (shape.N, shape.K) if product.k_major else (shape.K, shape.N)
-    one = _operand(_random(layout, 1) * shape.K**-0.5, dtype, rhs_scaling)
+    one = _operand(normal(1, layout, scale=shape.K**-0.5), dtype, rhs_scaling)
     rhs = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (shape.G, *leaf.shape)), one)
     return lhs, rhs, jnp.full(shape.G, shape.M, jnp.int32)
 
@@ -129,13 +128,7 @@ def hopper_at_hand() -> Chip:
     device = jax.devices()[0]
     if device.compute_capability != "9.0":
         raise ValueError(f"the kernels need an NVIDIA Hopper GPU, and jax runs on {device.device_kind} here")
-    if (chip := chip_of(device)) is None:
-        raise ValueError(f"pallas_kernels/chips.py has no row for {device.device_kind!r}; add one")
-    return chip
-
-
-def _random(shape: tuple[int, ...], seed: int) -> jax.Array:
-    return jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16)
+    return known_chip(device)
 
 
 def _operand(x: jax.Array, dtype: str, scaling: str | None) -> jax.Array | QTensor:

@@ -8,9 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bench.hopper.gpu_measure import check, describe, relative_error
 from bench.hopper.products import Product, make_inputs
-from bench.timing import copies_of, kernel_times, rotated
+from bench.measure.clock import copies_of, kernel_times, rotated
+from bench.measure.errors import check, describe, relative_error
 from pallas_kernels.grouped_matmul.gpu import tiling
 from pallas_kernels.grouped_matmul.gpu.problem import Config
 from pallas_kernels.quantize import QTensor, dequantize

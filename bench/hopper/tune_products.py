@@ -7,9 +7,9 @@ evenly; the buffers are as long as the exchange makes them.
 
 from collections.abc import Iterator
 
-from bench.hopper.gpu_cases import CASES
+from bench.hopper.cases import CASES
 from bench.hopper.products import Product, ProductDtype
-from bench.workloads import GemmShape
+from bench.model.workloads import GemmShape
 from moejax import MoEConfig, get_preset
 from sharding.exchange.plan import slab_size
 

@@ -76,10 +76,10 @@ def search(product: Product, chip: Chip, timer: Timer, *, exhaustive: bool = Fal
         return min(times, key=times.__getitem__)
 
     if exhaustive:
-        time_new(v for tile in tiles for strip in strips(product, tile) for v in (strip, *shorter_rings(strip)))
+        time_new(v for tile in tiles for strip in other_strips(product, tile) for v in (strip, *shorter_rings(strip)))
     else:
         time_new(config for config, seconds in tiles.items() if seconds <= MODEL_SLACK * least)
-        time_new(strips(product, best()))
+        time_new(other_strips(product, best()))
         time_new(shorter_rings(best()))
     winner = best()
     if winner == model:
@@ -113,7 +113,7 @@ def by_modelled_time(product: Product, chip: Chip) -> dict[Config, float]:
     return dict(sorted(times.items(), key=lambda item: item[1]))
 
 
-def strips(product: Product, config: Config) -> list[Config]:
+def other_strips(product: Product, config: Config) -> list[Config]:
     """`config` with every other width of a strip; itself alone where a group has one row of tiles, in any order."""
     if config.block_m >= product.shape.M:
         return [config]

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from bench.fit import reduce_width
-from bench.tpu.tpu_slices import Slice, parse_slice
+from bench.expert_parallel.fit import reduce_width
+from bench.tpu.slices import Slice, parse_slice
 from moejax import MoEConfig, MoEParams, get_preset, moe, param_specs, quantize_params
 from moejax.config import Precision
 from moejax.functional import axes_on

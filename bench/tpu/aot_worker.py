@@ -1,6 +1,5 @@
 """Compiles one layer for one slice and reads off the result what there is to read: the other end of `bench.aot`."""
 
-import time
 import warnings
 from typing import Any
 
@@ -8,9 +7,11 @@ import jax
 import jaxlib
 from jax.experimental import topologies
 
+from bench.measure.clock import Stopwatch
+from bench.measure.errors import one_line
 from bench.tpu.aot_layer import LayerJob
 from bench.tpu.hlo_text import Program, parse_program
-from bench.tpu.libtpu import libtpu_version, one_line, serve
+from bench.tpu.libtpu import libtpu_version, serve
 from bench.tpu.pallas_calls import find_kernels
 from bench.tpu.static_cycles import compile_alone
 from pallas_kernels.chips import get_chip
@@ -34,29 +35,29 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
 def compile_layer(layer: LayerJob) -> dict[str, Any]:
     """Compiles a layer; sizes are bytes of a device."""
     topology = _topology(layer)
-    begin = time.perf_counter()
+    watch = Stopwatch()
     with warnings.catch_warnings(record=True) as notes, targeting(get_chip(layer.slice.generation.chip)):
         warnings.simplefilter("always")
         function, shapes = layer.program(topology.devices)
         traced = function.trace(*shapes)
         lowered = traced.lower()
-    middle = time.perf_counter()
+    trace_seconds = watch.seconds
     compiled = lowered.compile()
-    end = time.perf_counter()
+    compile_seconds = watch.seconds - trace_seconds
     program = parse_program(compiled.as_text())
     return {
         "device_kind": topology.devices[0].device_kind,
-        "trace_s": round(middle - begin, 2),
-        "compile_s": round(end - middle, 2),
+        "trace_s": round(trace_seconds, 2),
+        "compile_s": round(compile_seconds, 2),
         "memory": memory_record(compiled.memory_analysis()),
         "vmem_bytes": max((operation.vmem_bytes for operation, _ in program.executed()), default=0),
-        "collectives": [vars(collectives) for collectives in program.collectives()],
+        "collectives": program.collectives(),
         **_operations(program),
         "kernels": [
             {"name": kernel.name, "calls": kernel.calls, "hbm_bytes": kernel.hbm_bytes}
             for kernel in find_kernels(traced.jaxpr)
         ],
-        "notes": sorted({one_line(str(note.message)) for note in notes if issubclass(note.category, UserWarning)}),
+        "notes": sorted({one_line(note.message, 400) for note in notes if issubclass(note.category, UserWarning)}),
         "versions": {"jax": jax.__version__, "jaxlib": jaxlib.__version__, "libtpu": libtpu_version()},
     }
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bench.workloads import GemmShape
+from bench.model.workloads import GemmShape
 from moejax import get_preset
 from pallas_kernels.activations import gated_halves
 from pallas_kernels.grouped_matmul import grouped_gate_up, grouped_matmul

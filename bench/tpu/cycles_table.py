@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.report import Cell, format_table
+from bench.model.workloads import shape_text
+from bench.record.tables import Cell, format_table, markdown_table
 from bench.tpu.cycles_cases import ACTIVATION, FUSED, GUESSED, INSTRUCTIONS, MEGABLOX, OURS, TOKAMAX, WAITS
 
 Row = Mapping[str, Any]
@@ -40,7 +41,7 @@ def table(rows: Sequence[Row]) -> str:
             figures = [_cell(row, kind, name) for name in (OURS, MEGABLOX, *TOKAMAX)]
             ratios = [_times(over_tokamax(row, kind)), _times(over_unfused(row) if kind == WAITS else None)]
             floor = row["floor_cycles" if kind == WAITS else "arithmetic_cycles"]
-            lines.append([row["chip"], row["case"], _shape(row), kind, floor, *figures, *ratios])
+            lines.append([row["chip"], row["case"], shape_text(row["shape"]), kind, floor, *figures, *ratios])
     return format_table(headers, lines)
 
 
@@ -57,12 +58,12 @@ def block(record: Mapping[str, Any], link: str) -> str:
         f"All figures, tiles and reasons: [{Path(link).name}]({link})."
     )
     chips = list(dict.fromkeys(row["chip"] for row in rows))
-    lines: list[Sequence[str]] = [["case", "G,M,K,N", *chips], ["---"] * (2 + len(chips))]
+    lines: list[list[Cell]] = []
     for case in dict.fromkeys(row["case"] for row in rows):
         of_case = {row["chip"]: row for row in rows if row["case"] == case}
-        shape = _shape(next(iter(of_case.values())))
+        shape = shape_text(next(iter(of_case.values()))["shape"])
         lines.append([case, shape, *(_readers_cell(of_case.get(chip)) for chip in chips)])
-    return "\n\n".join([about, "\n".join("| " + " | ".join(line) + " |" for line in lines), summary(rows)])
+    return "\n\n".join([about, markdown_table(["case", "G,M,K,N", *chips], lines), summary(rows)])
 
 
 def summary(rows: Sequence[Row]) -> str:
@@ -134,10 +135,6 @@ def _figures(row: Row, kind: str, name: str) -> Sequence[Mapping[str, Any]]:
     """
     guesses = [figure for figure in row[INSTRUCTIONS].get(name, []) if figure.get("reason") == GUESSED]
     return guesses or row[kind].get(name, [])
-
-
-def _shape(row: Row) -> str:
-    return ",".join(str(row["shape"][dim]) for dim in "GMKN")
 
 
 def _times(ratio: float | None) -> str:

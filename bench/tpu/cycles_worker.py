@@ -12,12 +12,12 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from bench.model.workloads import GemmShape
 from bench.tpu.cycles_cases import ACTIVATION, FUSED, INSTRUCTIONS, OURS, Case, Choice, function_of
 from bench.tpu.libtpu import serve
 from bench.tpu.pallas_calls import PallasCall, find_kernels
+from bench.tpu.slices import parse_slice
 from bench.tpu.static_twin import without_copies
-from bench.tpu.tpu_slices import parse_slice
-from bench.workloads import GemmShape
 from pallas_kernels.chips import Chip, get_chip
 from pallas_kernels.on_tpu.device import cores_of_a_device
 from pallas_kernels.tracing.target import targeting

@@ -7,6 +7,7 @@ The compiler notes its own estimate beside most operations. It knows neither a l
 import dataclasses
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -79,15 +80,6 @@ class Operation:
 
 
 @dataclasses.dataclass(frozen=True)
-class Collectives:
-    """All collectives of one kind: how many a device takes part in, and the bytes of their results there."""
-
-    kind: str
-    count: int
-    bytes: int
-
-
-@dataclasses.dataclass(frozen=True)
 class Program:
     """A compiled programme.
 
@@ -124,13 +116,13 @@ class Program:
         operations = [op for operations in self.computations.values() for op in operations]
         return any(op.opcode == "while" and '"known_trip_count"' not in op.attributes for op in operations)
 
-    def collectives(self) -> list[Collectives]:
-        """The collectives by kind."""
+    def collectives(self) -> list[dict[str, Any]]:
+        """The collectives by kind: how many a device takes part in, and the bytes of their results there."""
         found: dict[str, list[int]] = {}
         for operation, times in self.executed():
             if kind := operation.collective:
                 found.setdefault(kind, []).extend([operation.result_bytes] * times)
-        return [Collectives(kind, len(sizes), sum(sizes)) for kind, sizes in sorted(found.items())]
+        return [{"kind": kind, "count": len(sizes), "bytes": sum(sizes)} for kind, sizes in sorted(found.items())]
 
 
 def parse_program(text: str) -> Program:

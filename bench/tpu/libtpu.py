@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bench.provenance import package_version
+from bench.measure.errors import describe, one_line
+from bench.record.provenance import package_version
 
 _ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
@@ -26,7 +27,7 @@ _ENVIRONMENT = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_WORKER_ID": "0",
 }
-_LONGEST_REASON = 400
+_LONGEST_REASON = 400  # characters
 
 
 class CompileError(Exception):
@@ -102,7 +103,7 @@ def serve(work) -> None:
         import traceback
 
         traceback.print_exc()
-        answer = {"error": one_line(f"{type(error).__name__}: {error}")}
+        answer = {"error": describe(error, _LONGEST_REASON)}
     path = Path(sys.argv[1])
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(answer))
@@ -115,11 +116,5 @@ def reason_of(stderr: str) -> str:
     for pattern in (r"Check failed|LLO_CHECK", r"Error\b|ERROR|error:"):
         for line in lines:
             if re.search(pattern, line):
-                return one_line(line)
-    return one_line(lines[-1]) if lines else "no reason given"
-
-
-def one_line(message: str) -> str:
-    """The first lines of a message as one, cut where it gets long."""
-    text = " ".join(message.split())
-    return text if len(text) <= _LONGEST_REASON else text[: _LONGEST_REASON - 1] + "…"
+                return one_line(line, _LONGEST_REASON)
+    return one_line(lines[-1], _LONGEST_REASON) if lines else "no reason given"

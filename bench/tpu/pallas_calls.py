@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.extend import core
 
-from bench.tpu.static_twin import kernel_jaxpr, reads_scalars, with_scalars
+from bench.tpu.static_twin import dynamic_dims, inner_jaxprs, kernel_jaxpr, reads_scalars, with_scalars
 
 _KERNELS = ("pallas_call", "mpmd_map")
 """Primitives that are kernels: of `pl.pallas_call` and, over the cores of a device, of `pl.kernel`."""
@@ -50,7 +50,7 @@ class PallasCall:
     @property
     def dynamic_dims(self) -> int:
         """Grid dimensions that the data give."""
-        return _dynamic_dims(self.equation)
+        return dynamic_dims(self.equation)
 
     @property
     def is_static(self) -> bool:
@@ -93,7 +93,7 @@ def find_kernels(traced: core.Jaxpr, known: Mapping[int, Any] | None = None) -> 
     values = {variable: (known or {}).get(i) for i, variable in enumerate(traced.invars)} | _constants(traced)
     found: dict[str, PallasCall] = {}
     for equation, calls, inputs in _walk(traced, values, 1, known is not None):
-        bounds = inputs[: _dynamic_dims(equation)]
+        bounds = inputs[: dynamic_dims(equation)]
         grid = tuple(int(bound) for bound in bounds) if bounds and all(x is not None for x in bounds) else None
         scalars = {place: np.asarray(inputs[place]) for place in reads_scalars(equation) if inputs[place] is not None}
         operands = [str(variable.aval) for variable in equation.invars]
@@ -128,8 +128,7 @@ def _walk(
         if works_out and is_small and all(value is not None for value in inputs) and not _has_kernel(equation):
             _evaluate(equation, inputs, values)
             continue
-        leaves = jax.tree.leaves(dict(equation.params), is_leaf=_is_jaxpr)
-        inner = [leaf for leaf in leaves if _is_jaxpr(leaf)]
+        inner = inner_jaxprs(dict(equation.params))
         binds = equation.primitive.name not in _OWN_ARGUMENTS
         for body in inner:
             binds = binds and len(body.invars) == len(inputs)
@@ -139,11 +138,6 @@ def _walk(
             if binds and len(inner) == 1:
                 for outer, result in zip(equation.outvars, body.outvars, strict=True):
                     values[outer] = result.val if isinstance(result, core.Literal) else below.get(result)
-
-
-def _dynamic_dims(equation: Any) -> int:
-    mapping = equation.params.get("grid_mapping")
-    return 0 if mapping is None else mapping.num_dynamic_grid_bounds
 
 
 def _size(variable: Any) -> int:
@@ -157,20 +151,8 @@ def _evaluate(equation: Any, inputs: list[Any], values: dict[Any, Any]) -> None:
 
 
 def _has_kernel(equation: Any) -> bool:
-    bodies = [leaf for leaf in jax.tree.leaves(dict(equation.params), is_leaf=_is_jaxpr) if _is_jaxpr(leaf)]
-    return any(inner.primitive.name in _KERNELS for body in bodies for inner in _equations(body))
-
-
-def _equations(jaxpr: core.Jaxpr) -> Iterator[Any]:
-    for equation in jaxpr.eqns:
-        yield equation
-        for leaf in jax.tree.leaves(dict(equation.params), is_leaf=_is_jaxpr):
-            if _is_jaxpr(leaf):
-                yield from _equations(leaf)
-
-
-def _is_jaxpr(value: Any) -> bool:
-    return isinstance(value, core.Jaxpr)
+    bodies = inner_jaxprs(dict(equation.params))
+    return any(inner.primitive.name in _KERNELS or _has_kernel(inner) for body in bodies for inner in body.eqns)
 
 
 def _constants(jaxpr: core.Jaxpr) -> dict[Any, Any]:

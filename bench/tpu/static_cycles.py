@@ -19,7 +19,8 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from bench.tpu.libtpu import CompileError, one_line, run_job
+from bench.measure.errors import describe
+from bench.tpu.libtpu import CompileError, run_job
 from bench.tpu.pallas_calls import PallasCall
 
 _CURRENT = "current"
@@ -57,7 +58,7 @@ def kernel_cycles(module: str, job: Mapping[str, Any], count: int, timeout: floa
             last = int(current.read_text()) if current.exists() else rest[0]
             for kernel in range(rest[0], last + 1):
                 done = Path(folder, str(kernel))
-                cycles = read_profiles(done if done.exists() else Path(folder))
+                cycles = profiled_cycles(done if done.exists() else Path(folder))
                 answers.append(cycles if cycles is not None else reasons.get(str(kernel), died or "no profile written"))
             if died is None and last < rest[-1]:
                 raise RuntimeError(f"{module} compiled kernels up to {last} of {rest}")
@@ -79,7 +80,7 @@ def compile_alone(kernels: Sequence[PallasCall], job: Mapping[str, Any]) -> dict
                 lowered = function.lower(*kernels[index].arguments(sharding))
             lowered.compile()
         except Exception as error:  # the compiler's reason is the result; the other kernels go on
-            reasons[index] = one_line(f"{type(error).__name__}: {error}")
+            reasons[index] = describe(error, 400)
         done = Path(folder, str(index))
         done.mkdir()
         for profile in folder.glob("*.textproto"):
@@ -87,8 +88,11 @@ def compile_alone(kernels: Sequence[PallasCall], job: Mapping[str, Any]) -> dict
     return {"reasons": reasons}
 
 
-def read_profiles(folder: Path) -> int | None:
-    """The most cycles of an operation in the profiles of a folder; around a kernel alone there are only trifles."""
+def profiled_cycles(folder: Path, all_of_them: bool = False) -> int | None:
+    """The cycles in a folder's profiles of the operation that takes most, or of all; None where there is no profile.
+
+    Around a kernel alone there are only trifles.
+    """
     texts = [path.read_text() for path in folder.glob("*.textproto")]
     cycles = [int(number) for text in texts for number in re.findall(r"estimated_cycles: (\d+)", text)]
-    return max(cycles, default=None)
+    return None if not cycles else sum(cycles) if all_of_them else max(cycles)

@@ -30,7 +30,7 @@ def kernel_jaxpr(equation: Any) -> core.Jaxpr:
 
 def reads_scalars(equation: Any) -> list[int]:
     """The positions of a kernel's arguments that are in scalar memory."""
-    skipped = _skipped(equation)
+    skipped = dynamic_dims(equation)
     inputs = kernel_jaxpr(equation).invars[: len(equation.invars) - skipped]
     return [skipped + place for place, variable in enumerate(inputs) if _is_scalars(variable)]
 
@@ -40,7 +40,7 @@ def with_scalars(equation: Any, scalars: Mapping[int, Any]) -> dict[str, Any]:
     params = dict(equation.params)
     if not scalars:
         return params
-    kernel, skipped = kernel_jaxpr(equation), _skipped(equation)
+    kernel, skipped = kernel_jaxpr(equation), dynamic_dims(equation)
     targets = [kernel.invars[place - skipped] for place in scalars]
     rank = len(params["grid_mapping"].grid) if "grid_mapping" in params else 0
     writes = _writes([np.asarray(value) for value in scalars.values()], rank)
@@ -49,25 +49,18 @@ def with_scalars(equation: Any, scalars: Mapping[int, Any]) -> dict[str, Any]:
         written.replace(invars=[x if isinstance(x, core.Literal) else names.get(x, x) for x in written.invars])
         for written in writes.eqns
     ]
-    twin = kernel.replace(eqns=[*begin, *kernel.eqns])
-    if "jaxpr" in params:
-        params["jaxpr"] = twin
-    else:
-        params["jaxprs"] = (twin, *params["jaxprs"][1:])
-    return params
+    return _with_kernel(params, kernel.replace(eqns=[*begin, *kernel.eqns]))
 
 
 def without_copies(equation: Any) -> Any:
     """The equation of a kernel that starts and awaits no copies; None where it has none of its own to leave out."""
-    params, kernel = dict(equation.params), kernel_jaxpr(equation)
-    bare, left_out = _without_copies(kernel)
-    if not left_out:
-        return None
-    if "jaxpr" in params:
-        params["jaxpr"] = bare
-    else:
-        params["jaxprs"] = (bare, *params["jaxprs"][1:])
-    return equation.replace(params=params)
+    bare, left_out = _without_copies(kernel_jaxpr(equation))
+    return equation.replace(params=_with_kernel(dict(equation.params), bare)) if left_out else None
+
+
+def _with_kernel(params: dict[str, Any], kernel: core.Jaxpr) -> dict[str, Any]:
+    """The parameters of an equation with another kernel."""
+    return params | ({"jaxpr": kernel} if "jaxpr" in params else {"jaxprs": (kernel, *params["jaxprs"][1:])})
 
 
 def _without_copies(jaxpr: core.Jaxpr) -> tuple[core.Jaxpr, int]:
@@ -75,7 +68,7 @@ def _without_copies(jaxpr: core.Jaxpr) -> tuple[core.Jaxpr, int]:
 
     def inner(leaf: Any) -> Any:
         nonlocal left_out
-        if not isinstance(leaf, core.Jaxpr):
+        if not is_jaxpr(leaf):
             return leaf
         bare, count = _without_copies(leaf)
         left_out += count
@@ -86,19 +79,27 @@ def _without_copies(jaxpr: core.Jaxpr) -> tuple[core.Jaxpr, int]:
             left_out += 1
             continue
         params = {
-            name: jax.tree.map(inner, value, is_leaf=_is_jaxpr) if _has_jaxpr(value) else value
+            name: jax.tree.map(inner, value, is_leaf=is_jaxpr) if inner_jaxprs(value) else value
             for name, value in equation.params.items()
         }
         kept.append(equation.replace(params=params))
     return jaxpr.replace(eqns=kept), left_out
 
 
-def _has_jaxpr(value: Any) -> bool:
-    return any(_is_jaxpr(leaf) for leaf in jax.tree.leaves(value, is_leaf=_is_jaxpr))
-
-
-def _is_jaxpr(value: Any) -> bool:
+def is_jaxpr(value: Any) -> bool:
+    """Whether a parameter of an equation is a function."""
     return isinstance(value, core.Jaxpr)
+
+
+def inner_jaxprs(params: Any) -> list[core.Jaxpr]:
+    """The functions among parameters of an equation, or inside one of them."""
+    return [leaf for leaf in jax.tree.leaves(params, is_leaf=is_jaxpr) if is_jaxpr(leaf)]
+
+
+def dynamic_dims(equation: Any) -> int:
+    """Grid dimensions that the data give: the first arguments of an equation, which its kernel does not take."""
+    mapping = equation.params.get("grid_mapping")
+    return 0 if mapping is None else mapping.num_dynamic_grid_bounds
 
 
 def _writes(values: Sequence[np.ndarray], rank: int) -> core.Jaxpr:
@@ -121,12 +122,6 @@ def _writes(values: Sequence[np.ndarray], rank: int) -> core.Jaxpr:
     call = pl.pallas_call(body, out_shape=[], grid=(1,) * rank, in_specs=[in_scalar_memory] * len(values), out_specs=[])
     (equation,) = [e for e in jax.make_jaxpr(call)(*shapes).eqns if e.primitive.name == "pallas_call"]
     return kernel_jaxpr(equation)
-
-
-def _skipped(equation: Any) -> int:
-    """Arguments of an equation that its kernel does not take: sizes of the grid."""
-    mapping = equation.params.get("grid_mapping")
-    return 0 if mapping is None else mapping.num_dynamic_grid_bounds
 
 
 def _is_scalars(variable: Any) -> bool:

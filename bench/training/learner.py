@@ -75,21 +75,17 @@ class Metrics:
     load: LoadStats
     gradient_norm: jax.Array
 
+    @jax.jit
     def figures(self) -> dict[str, jax.Array]:
         """float32: loss, aux_loss, gradient_norm and drop_rate []; load_cv and load_entropy [layers]."""
-        return _figures(self)
-
-
-@jax.jit
-def _figures(metrics: Metrics) -> dict[str, jax.Array]:
-    return {
-        "loss": metrics.loss,
-        "aux_loss": metrics.aux_loss,
-        "gradient_norm": metrics.gradient_norm,
-        "drop_rate": jax.tree.map(jnp.ravel, metrics.load).dropped_fraction,
-        "load_cv": jax.vmap(lambda load: load.cv)(metrics.load),
-        "load_entropy": jax.vmap(lambda load: load.entropy)(metrics.load),
-    }
+        return {
+            "loss": self.loss,
+            "aux_loss": self.aux_loss,
+            "gradient_norm": self.gradient_norm,
+            "drop_rate": jax.tree.map(jnp.ravel, self.load).dropped_fraction,
+            "load_cv": jax.vmap(lambda load: load.cv)(self.load),
+            "load_entropy": jax.vmap(lambda load: load.entropy)(self.load),
+        }
 
 
 @jax.tree_util.register_dataclass

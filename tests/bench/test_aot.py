@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from bench.aot import compile_record, main
-from bench.cli import run
+from bench.command.parser import run
 from bench.tpu.aot_layer import LayerJob
 from bench.tpu.libtpu import CompileError, libtpu_version, reason_of, run_job
 

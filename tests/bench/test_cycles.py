@@ -5,8 +5,9 @@ import json
 
 import pytest
 
-from bench.cli import run
+from bench.command.parser import run
 from bench.cycles import figure, figures, main, measure, new_row
+from bench.model.workloads import GemmShape
 from bench.tpu.cycles_cases import (
     ACTIVATION,
     FUSED,
@@ -24,7 +25,6 @@ from bench.tpu.cycles_cases import (
 )
 from bench.tpu.cycles_table import block, over_tokamax, over_unfused, summary, table
 from bench.tpu.libtpu import libtpu_version
-from bench.workloads import GemmShape
 
 CASE = Case("a", "decode", "gate/up", GemmShape(2, 48, 256, 512))
 

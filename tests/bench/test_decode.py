@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from bench.cli import run
+from bench.command.parser import run
 from bench.decode import main
 
 SMALL = ["--model", "mixtral-8x7b", "--batch", "48", "--reduce", "16", "--ep", "8"]

@@ -6,9 +6,9 @@ import jax
 import pytest
 
 from bench import gemm
-from bench.cli import run
+from bench.command.parser import run
 from bench.gemm import main
-from bench.hopper.overlap import OverlapTimes
+from bench.measure.overlap import OverlapTimes
 from pallas_kernels.chips import get_chip
 
 KEYS = {"G", "M", "K", "N", "chip", "dtype", "elapsed", "comp_elapsed", "dma_elapsed", "dram_traffic"}

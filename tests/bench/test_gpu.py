@@ -9,10 +9,11 @@ import jax
 import pytest
 
 from bench import gpu
-from bench.cli import run
-from bench.hopper.gpu_cases import CASES
+from bench.command.parser import run
+from bench.hopper.cases import CASES
+from bench.measure import devices
 from pallas_kernels.chips import get_chip
-from tests.bench.gpu_records import CEILINGS, measurement
+from tests.bench.hopper.gpu_records import CEILINGS, measurement
 
 
 @pytest.fixture
@@ -28,7 +29,7 @@ def outcomes(monkeypatch):
         return measurement(outcome), (peers if with_peers else {})
 
     monkeypatch.setattr(gpu, "require_nvidia_gpu", lambda: None)
-    monkeypatch.setattr(gpu, "chip_of", lambda device: get_chip("h200"))
+    monkeypatch.setattr(devices, "chip_of", lambda device: get_chip("h200"))
     monkeypatch.setattr(gpu, "measure_ceilings", lambda repeats: CEILINGS)
     monkeypatch.setattr(gpu, "measure_case", measure_case)
     monkeypatch.setattr(jax, "clear_caches", lambda: None)
@@ -64,7 +65,7 @@ def test_a_wrong_case_needs_no_gpu(capsys):
 
 
 def test_a_device_without_a_row_is_an_error(outcomes, monkeypatch, capsys):
-    monkeypatch.setattr(gpu, "chip_of", lambda device: None)
+    monkeypatch.setattr(devices, "chip_of", lambda device: None)
     assert run(gpu.main, []) == 2
     assert capsys.readouterr().err == "error: pallas_kernels/chips.py has no row for 'cpu'; add one\n"
 

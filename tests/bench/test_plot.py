@@ -8,7 +8,7 @@ import pytest
 
 import bench.layer
 import bench.permute
-from bench.cli import run
+from bench.command.parser import run
 from bench.plot import REPORT, main
 from bench.train import main as train_main
 from tests.bench.training.tiny_runs import SIZES

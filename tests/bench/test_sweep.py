@@ -7,13 +7,13 @@ import sys
 
 import pytest
 
-from bench.cli import run
-from bench.routing.layouts import LAYOUTS
-from bench.routing.loads import KINDS
-from bench.routing.sweep_grid import full_grid, quick_grid
-from bench.side_by_side import Share
+from bench.command.parser import run
+from bench.command.side_by_side import Share
+from bench.inputs.loads import KINDS
+from bench.one_chip.layouts import LAYOUTS
+from bench.one_chip.sweep_grid import full_grid, quick_grid
 from bench.sweep import main, share_of
-from tests.bench.system_cases import lines
+from tests.bench.one_chip.small_cases import lines
 
 GRID = itertools.product((8192, 16384, 32768), (2048, 4096), (32, 64, 128), (1, 2, 4))
 BATCHES = itertools.product(((32, 128), (64, 256), (128, 512)), (4, 8, 16), (1024, 2048), (1.0, 1.25))

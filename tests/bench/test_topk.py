@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from bench.cli import run
+from bench.command.parser import run
 from bench.topk import main
-from tests.bench.system_cases import lines
+from tests.bench.one_chip.small_cases import lines
 
 
 def test_ours_and_xlas(tmp_path, capsys):

@@ -6,12 +6,13 @@ import json
 
 import pytest
 
-from bench.cli import run
+from bench.command.parser import run
+from bench.measure.samples import Interval
 from bench.train import main
 from bench.training.checkpoints import open_checkpoints
-from bench.training.train_records import FILE_NAME, Run, read_runs
-from bench.training.train_run import compile_variant, fit_steps, seconds_a_step, summary, train
-from bench.training.train_table import Interval, summaries, table_rows, warnings_of
+from bench.training.records import FILE_NAME, Run, read_runs
+from bench.training.runs import compile_variant, fit_steps, seconds_a_step, summary, train
+from bench.training.table import summaries, table_rows, warnings_of
 from tests.bench.training.tiny_runs import SETTINGS, SIZES, corpus
 
 HEAD = {"chip": "CPU", "settings": {}}
@@ -197,6 +198,13 @@ def test_a_loss_that_is_not_finite_is_reported():
     assert rows[0].held_out_loss is None
     assert table_rows(rows)[0][-1] == "DIVERGED"
     assert warnings_of(rows) == ["softmax diverged with the seeds 0"]
+
+
+@pytest.mark.parametrize(("losses_", "diverged"), [((2.0, 1.5), False), ((2.0, None), True)])
+def test_a_run_diverges_with_its_last_step(losses_, diverged):
+    run_ = a_run(2.0)
+    steps = [{**run_.steps[0], "step": step, "loss": loss} for step, loss in enumerate(losses_, 1)]
+    assert summary(Run(run_.head, steps, run_.held_out), SETTINGS)["diverged"] == diverged
 
 
 def test_losses_are_compared_with_those_of_the_same_seed():

@@ -7,13 +7,13 @@ import jax
 import pytest
 
 from bench import tune
-from bench.cli import run
+from bench.command.parser import run
 from bench.hopper import tune_measure
 from bench.hopper.products import PRODUCT_DTYPES, Product, make_inputs
 from bench.hopper.tune_measure import ConfigTimer
 from bench.hopper.tune_search import Outcome
-from bench.timing import KernelTime
-from bench.workloads import GemmShape
+from bench.measure.clock import CallTime
+from bench.model.workloads import GemmShape
 from pallas_kernels.chips import get_chip
 from pallas_kernels.grouped_matmul.gpu import tiling
 from pallas_kernels.grouped_matmul.gpu.tuned_table import parse_table
@@ -138,7 +138,7 @@ def test_a_timer_leaves_out_what_fails_or_differs(monkeypatch):
 
     def kernel_times(program, inputs, *, repeats, calls):
         assert calls == len(inputs) == 8
-        return KernelTime.of([float(repeats)])
+        return CallTime.of([float(repeats)])
 
     said = []
     monkeypatch.setattr(tune_measure, "kernel_times", kernel_times)

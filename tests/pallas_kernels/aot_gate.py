@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bench.tpu.libtpu import one_line, serve
 from bench.tpu.pallas_calls import find_kernels
-from bench.tpu.tpu_slices import parse_slice
+from bench.tpu.slices import parse_slice
 from pallas_kernels.chips import get_chip
 from pallas_kernels.combine import combine
 from pallas_kernels.dispatch import dispatch

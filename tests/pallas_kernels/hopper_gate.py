@@ -12,8 +12,8 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from bench.hopper.products import Product, make_inputs
+from bench.model.workloads import GemmShape
 from bench.tpu.libtpu import one_line, serve
-from bench.workloads import GemmShape
 from moejax import MoEConfig, Quantization, fused_experts, moe, quantize_params
 from moejax.params import param_shapes
 from pallas_kernels.chips import get_chip

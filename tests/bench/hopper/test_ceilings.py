@@ -3,7 +3,7 @@
 import dataclasses
 
 from pallas_kernels.chips import get_chip
-from tests.bench.gpu_records import CEILINGS
+from tests.bench.hopper.gpu_records import CEILINGS
 
 H200 = get_chip("h200")
 

@@ -8,13 +8,13 @@ import pytest
 
 from bench.hopper import peers
 from bench.hopper.peers import Implementation, matmul_bf16_peers, matmul_fp8_peers
-from bench.provenance import package_version
-from bench.workloads import GemmShape
+from bench.model.workloads import GemmShape
+from bench.record.provenance import package_version
 
 
 def test_a_package_that_is_missing_is_the_reason():
     missing = Implementation("x", "no_such_package", "jax", {})
-    assert (missing.why_not(), missing.version()) == ("no_such_package is not installed", None)
+    assert missing.why_not() == "no_such_package is not installed"
     assert package_version("jax") == jax.__version__
 
 

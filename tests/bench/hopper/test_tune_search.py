@@ -6,8 +6,8 @@ import pytest
 
 from bench.hopper.products import Product
 from bench.hopper.tune_products import TOKENS_A_CHIP, case_products, default_products
-from bench.hopper.tune_search import by_modelled_time, search, shorter_rings, strips
-from bench.workloads import GemmShape
+from bench.hopper.tune_search import by_modelled_time, other_strips, search, shorter_rings
+from bench.model.workloads import GemmShape
 from pallas_kernels.chips import get_chip
 from pallas_kernels.grouped_matmul.gpu import tiling
 
@@ -104,9 +104,16 @@ def test_what_fails_is_left_out_but_the_models_choice_must_run():
 
 def test_strips_and_rings():
     config = tiling.Config(64, 256, 3, 1, 8)
-    assert strips(DECODE, config) == [config]  # one row of tiles
-    assert [c.strip for c in strips(PREFILL, config)] == [8, 1, 4, 16]
-    assert [c.strip for c in strips(PREFILL, dataclasses.replace(config, strip=2, block_n=64))] == [2, 1, 4, 8, 16, 64]
+    assert other_strips(DECODE, config) == [config]  # one row of tiles
+    assert [c.strip for c in other_strips(PREFILL, config)] == [8, 1, 4, 16]
+    assert [c.strip for c in other_strips(PREFILL, dataclasses.replace(config, strip=2, block_n=64))] == [
+        2,
+        1,
+        4,
+        8,
+        16,
+        64,
+    ]
     assert [c.num_stages for c in shorter_rings(config)] == [2]
 
 

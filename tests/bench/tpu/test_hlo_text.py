@@ -1,6 +1,6 @@
 """Reading compiled programmes: on a text of the compiler's, cut down, whose numbers were added up by hand."""
 
-from bench.tpu.hlo_text import Collectives, parse_program
+from bench.tpu.hlo_text import parse_program
 from tests.helpers import raises_saying
 
 TEXT = """HloModule jit_f, is_scheduled=true
@@ -42,8 +42,8 @@ def test_what_runs_and_how_often():
 
 def test_collectives_count_the_bytes_of_their_results():
     assert parse_program(TEXT).collectives() == [
-        Collectives("all-reduce", 1, 16),
-        Collectives("all-to-all", 3, 3 * 32 * 24 * 128),
+        {"kind": "all-reduce", "count": 1, "bytes": 16},
+        {"kind": "all-to-all", "count": 3, "bytes": 3 * 32 * 24 * 128},
     ]
 
 

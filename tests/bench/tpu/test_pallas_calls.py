@@ -4,7 +4,7 @@ import pytest
 from jax.experimental import pallas as pl
 
 from bench.tpu.pallas_calls import find_kernels
-from bench.tpu.static_cycles import read_profiles
+from bench.tpu.static_cycles import profiled_cycles
 
 X = jax.ShapeDtypeStruct((256, 128), jnp.float32)
 
@@ -47,7 +47,7 @@ def test_a_grid_that_follows_from_known_arguments_is_fixed(nested):
 
 
 def test_profiles_of_a_folder(tmp_path):
-    assert read_profiles(tmp_path) is None
+    assert profiled_cycles(tmp_path) is None
     for name, cycles in (("copy", 3), ("double.1", 70)):
         (tmp_path / f"{name}_static.textproto").write_text(f'hlo_op_name: "{name}"\n  estimated_cycles: {cycles}\n')
-    assert read_profiles(tmp_path) == 70
+    assert profiled_cycles(tmp_path) == 70

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from bench.training.learner import Learner, Recipe
-from bench.training.train_settings import count_parameters, make_model
+from bench.training.settings import count_parameters, make_model
 from moejax.routers import ROUTERS
 from tests.bench.training.tiny_runs import SETTINGS, corpus
 from tests.helpers import normal, same_bits

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from bench.training.corpus import Corpus
-from bench.training.train_settings import Settings
+from bench.inputs.corpus import Corpus
+from bench.training.settings import Settings
 
 SETTINGS = Settings(
     hidden_size=16,

@@ -1,0 +1,1 @@
+"""Command lines: options with examples, errors of one line, and one command in several processes."""

@@ -1,0 +1,73 @@
+"""What the command lines of `bench` share: options with examples, and errors of one line.
+
+if __name__ == "__main__":
+    sys.exit(run(main))
+"""
+
+import argparse
+import contextlib
+import os
+import sys
+import textwrap
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} ({self.prog} --help lists the options)")
+
+
+def make_parser(module: str, description: str, examples: Sequence[str]) -> argparse.ArgumentParser:
+    """A parser for `python -m {module}` whose help ends with `examples`, each the arguments of one call.
+
+    A wrong command line raises ValueError, which `run` shows.
+    """
+    lines = ["examples:", *(f"  python -m {module} {example}" for example in examples)]
+    return _Parser(
+        prog=f"python -m {module}",
+        description=textwrap.fill(description, 100),
+        epilog="\n".join(lines),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
+    """Call `main` with the command line and return the exit status, its own or 0.
+
+    ValueError and OSError with a message become one line on standard error and status 2; without a message they are
+    faults of the programme and propagate, as every other exception does. A reader that stops early (`… | head`) is
+    no error.
+    """
+    try:
+        status = main(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()
+        return status or 0
+    except BrokenPipeError:
+        # The interpreter flushes standard output once more at exit, and would fail on the same pipe.
+        with contextlib.suppress(OSError), open(os.devnull, "w") as devnull:
+            os.dup2(devnull.fileno(), sys.stdout.fileno())
+        return 0
+    except (ValueError, OSError) as error:
+        message = " ".join(str(error).split())
+        if not message:
+            raise
+        print(f"error: {message}", file=sys.stderr)
+        return 2
+
+
+def listed[Value](parse: Callable[[str], Value], expected: str) -> Callable[[str], list[Value]]:
+    """The `type` of an option that takes several values between commas; `expected` says which, for errors."""
+
+    def values(text: str) -> list[Value]:
+        try:
+            return [parse(part.strip()) for part in text.split(",")]
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be {expected}, got {text!r}") from None
+
+    return values
+
+
+NAMES = listed(str, "names between commas")
+INTEGERS = listed(int, "whole numbers such as 8192,16384")
+NUMBERS = listed(float, "numbers such as 1.0,1.25")

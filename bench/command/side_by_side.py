@@ -1,0 +1,84 @@
+"""One command in several processes: each does its share, prepares beside the others and measures alone.
+
+Who may measure is what `bench.measure.turns` settles.
+
+Tracing and lowering are Python, of which a process runs one thread at a time; compiling takes all CPU cores there are.
+"""
+
+import dataclasses
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+
+from bench.measure.turns import Turns
+from bench.record.file_lock import HAS_LOCKS
+
+_TURNS = ".turns"
+_SHARE = "MOEJAX_BENCH_SHARE"
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """The share of one process.
+
+    Attributes:
+      process: its number, from 0.
+      processes: how many there are.
+    """
+
+    process: int
+    processes: int
+
+    def of[Item](self, items: Sequence[Item]) -> Sequence[Item]:
+        """What falls to the process, to which items are dealt in turn."""
+        return items[self.process :: self.processes]
+
+
+def my_share() -> Share | None:
+    """The share that `run_side_by_side` gave this process; None for one that was started otherwise."""
+    share = os.environ.get(_SHARE)
+    return None if share is None else Share(*map(int, share.split("/")))
+
+
+def my_turns(folder: pathlib.Path) -> Turns:
+    """Turns with the other processes that `run_side_by_side` started for the folder, if this is one of them."""
+    return Turns(folder / _TURNS if my_share() else None)
+
+
+def prepare_jobs(jobs: int) -> None:
+    """What a command does before it uses jax, so that `run_side_by_side` can start so many processes.
+
+    Raises:
+      ValueError: fewer than one; or several, and files have no locks here.
+    """
+    if jobs < 1:
+        raise ValueError(f"--jobs must be at least 1, got {jobs}")
+    if jobs > 1 and not HAS_LOCKS:
+        raise ValueError(f"--jobs must be 1 on this system, whose files have no locks for processes; got {jobs}")
+    if jobs > 1:
+        # Each process, this one too, would reserve most of the accelerator's memory.
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+
+def run_side_by_side(module: str, argv: Sequence[str], jobs: int, folder: pathlib.Path) -> list[int]:
+    """Runs `python -m {module} {argv}` in `jobs` processes that write to `folder`; their exit statuses.
+
+    What they print of their results is left to whoever reads the records.
+    """
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", module, *argv],
+            env={**os.environ, _SHARE: f"{number}/{jobs}"},
+            stdout=subprocess.DEVNULL,
+        )
+        for number in range(jobs)
+    ]
+    try:
+        return [process.wait() for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+        shutil.rmtree(folder / _TURNS, ignore_errors=True)

@@ -1,0 +1,109 @@
+"""One expert-parallel decode step for real: text through the layer on all devices, and the dense oracle beside it."""
+
+import dataclasses
+import statistics
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from bench.expert_parallel.layer_stages import StageTimes, time_stages
+from bench.inputs.text import embed, sample_contexts
+from bench.measure.clock import wall_seconds
+from bench.measure.errors import norm_error
+from moejax import LoadStats, MoEConfig, MoEParams, dense_moe, moe, param_specs
+from moejax.functional import axes_on
+from sharding.mesh import EXPERT_AXIS
+
+ORACLE_FLOPS = 2.5e12
+"""The dense oracle does E / K times the arithmetic of the layer; it checks as many tokens as this allows."""
+
+TOLERANCE = 1e-2
+"""Of ‖layer − oracle‖ / ‖oracle‖, both on the same (quantised) operands, with BF16 results."""
+
+_REPEATS = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeRun:
+    """What one real decode step gave.
+
+    Attributes:
+      relative_error: ‖layer − oracle‖ / ‖oracle‖ over the tokens that were checked.
+      checked_tokens: how many those are.
+      wall_seconds: median time of a step on these devices, compilation left out.
+      stages: times of each stage run by itself.
+      load: how the text fell on the experts.
+      busiest_rows: rows of the chip that got the most.
+    """
+
+    relative_error: float
+    checked_tokens: int
+    wall_seconds: float
+    stages: StageTimes
+    load: LoadStats
+    busiest_rows: int
+
+
+def tokens_of_text(text: np.ndarray, batch_size: int, config: MoEConfig, mesh: Mesh, seed: int) -> jax.Array:
+    """Activations [T, H] for `batch_size` places of the text, split over the mesh."""
+    contexts = sample_contexts(text, batch_size, seed)
+    make = jax.jit(
+        lambda bytes_: embed(bytes_, config.hidden_size, seed).astype(config.dtype),
+        out_shardings=NamedSharding(mesh, PartitionSpec(axes_on(mesh, None, config).tokens)),
+    )
+    replicated = NamedSharding(mesh, PartitionSpec())
+    return make(jax.make_array_from_callback(contexts.shape, replicated, lambda index: contexts[index]))
+
+
+def run_decode(x: jax.Array, params: MoEParams, config: MoEConfig, mesh: Mesh, say: Callable[[str], None]) -> DecodeRun:
+    """Runs the layer on x [T, H], times it, and holds it against the dense oracle."""
+    step = jax.jit(lambda x, params: moe(x, params, config, mesh=mesh))
+    say("compiling and running the layer")
+    y, aux = jax.block_until_ready(step(x, params))
+    wall = statistics.median(wall_seconds(step, x, params) for _ in range(_REPEATS))
+    num_checked = _num_checked(config, x.shape[0])
+    say(f"checking {num_checked} of {x.shape[0]} tokens against the dense oracle")
+    error = float(_relative_error(x, y, params, config, mesh, num_checked))
+    say("timing the stages one by one")
+    stages = time_stages(x, params, config, mesh, say)
+    per_chip = np.asarray(aux.load.tokens_per_expert).reshape(mesh.shape[EXPERT_AXIS], -1).sum(1)
+    return DecodeRun(error, num_checked, wall, stages, aux.load, int(per_chip.max()))
+
+
+def _num_checked(config: MoEConfig, num_tokens: int) -> int:
+    flops_a_token = 6 * config.num_experts * config.hidden_size * config.intermediate_size
+    return max(1, min(num_tokens, int(ORACLE_FLOPS / flops_a_token)))
+
+
+def _relative_error(
+    x: jax.Array, y: jax.Array, params: MoEParams, config: MoEConfig, mesh: Mesh, num_checked: int
+) -> jax.Array:
+    """Every chip applies its experts to every checked token; the sums are compared where they lie."""
+    is_8_bit = config.precision == "w8a8"
+    travels = is_8_bit and mesh.shape[EXPERT_AXIS] > 1
+
+    def oracle(x: jax.Array, params: MoEParams) -> jax.Array:
+        return dense_moe(
+            x,
+            params,
+            config,
+            quantized=is_8_bit,
+            wire_scaling=config.wire_scaling if travels else None,
+            expert_axis=EXPERT_AXIS,
+        )
+
+    everywhere = PartitionSpec()
+    specs = param_specs(params, config, axes_on(mesh, None, config))
+    sharded = jax.shard_map(oracle, mesh=mesh, in_specs=(everywhere, specs), out_specs=everywhere, check_vma=False)
+    # Tokens from all over the batch, so that every chip's share is looked at.
+    checked = np.linspace(0, x.shape[0] - 1, num_checked).astype(np.int32)
+
+    @jax.jit
+    def error(x: jax.Array, y: jax.Array, params: MoEParams) -> jax.Array:
+        replicate = NamedSharding(mesh, everywhere)
+        some_x, some_y = (jax.lax.with_sharding_constraint(a, replicate)[checked] for a in (x, y))
+        return norm_error(some_y, sharded(some_x, params))
+
+    return error(x, y, params)

@@ -1,0 +1,169 @@
+"""Time of each stage of an expert-parallel layer, by running the stages one at a time.
+
+The layer itself runs them as one program, in as many rounds as the load needs. Here every stage is a program of its
+own on what the stage before it left on each chip, and a slab is as large as the fullest one, so that one round holds
+all rows. The times add up to more than the layer's: nothing overlaps, and each stage ends with a wait for all chips.
+
+Times are wall times. On NVIDIA GPUs those of the routed experts and of the exchange are device times, the sum of a
+stage's kernels, mean over this process's chips; and the two products are measured once more, whole, their arithmetic
+alone and their copies alone.
+"""
+
+import dataclasses
+import functools
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, PartitionSpec
+
+from bench.expert_parallel.hopper_products import down_kernel, gate_up_kernel, lhs_of_kernel
+from bench.measure.clock import is_nvidia, kernel_times, wall_seconds
+from bench.measure.overlap import KERNEL_STAGES, OverlapTimes
+from moejax import MoEConfig, MoEParams, param_specs
+from moejax.experts import down_projection, gate_up_projection, shared_mlp
+from moejax.functional import axes_on
+from moejax.on_chip import way_of
+from moejax.routers import Given
+from pallas_kernels.backend import Unsupported
+from pallas_kernels.combine import combine
+from sharding.exchange.dense import give_back, plan_round, send
+from sharding.exchange.plan import sort_by_rank
+from sharding.mesh import EXPERT_AXIS
+from sharding.tokens import Tokens
+
+_REPEATS = 3
+_ON_DEVICE = ("dispatch", "routed_gate_up", "routed_down", "combine")
+
+
+@dataclasses.dataclass
+class StageTimes:
+    """What the stages took.
+
+    Attributes:
+      seconds: of each stage, the median of a few runs.
+      by_kernels: the stages whose time is device time; the others' is wall time.
+      overlaps: of the products alone, on operands that are ready; None for one that has no Hopper kernel, and empty
+        where there is no NVIDIA GPU.
+    """
+
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    by_kernels: set[str] = dataclasses.field(default_factory=set)
+    overlaps: dict[str, OverlapTimes | None] = dataclasses.field(default_factory=dict)
+
+
+def time_stages(
+    x: jax.Array, params: MoEParams, config: MoEConfig, mesh: Mesh, say: Callable[[str], None]
+) -> StageTimes:
+    """Times each stage for tokens x [T, H] on `mesh`; compilation left out.
+
+    Returns:
+      Times of "gate", "shared" (when there is a shared expert), "dispatch", "routed_gate_up", "routed_down", "combine".
+    """
+    ep = mesh.shape[EXPERT_AXIS]
+    axes = axes_on(mesh, None, config)
+    way = way_of(config, axes)
+    clock = _Clock(mesh, params, param_specs(params, config, axes), say)
+
+    def gate(x, p):
+        routing = config.router.route(x, p.router, config, Tokens.on_one_chip(x.shape[0]), Given()).routing
+        return routing.topk_ids, routing.topk_weights
+
+    x = x.reshape(ep, -1, config.hidden_size)
+    topk_ids, topk_weights = clock("gate", gate, x)
+    if params.shared_gate_up is not None:
+        clock("shared", lambda x, p: shared_mlp(x, p.shared_gate_up, p.shared_down, config), x)
+    sizes = jax.jit(jax.vmap(lambda ids: sort_by_rank(ids, way.placement).by_rank.group_sizes))
+    slab = max(1, int(sizes(topk_ids).max()))
+
+    def dispatch(x, topk_ids, _):
+        plan = plan_round(sort_by_rank(topk_ids, way.placement), slab, 0, way)
+        return plan, send(x, plan, way)
+
+    plan, rows = clock("dispatch", dispatch, x, topk_ids)
+
+    def gate_up(rows, plan, p):
+        return gate_up_projection(rows, plan.group_sizes, p.gate_up, config, bias=p.gate_up_bias)
+
+    def down(h, plan, p):
+        return down_projection(h, plan.group_sizes, p.down, config, bias=p.down_bias)
+
+    def back(rows, plan, topk_weights, _):
+        slots = give_back(rows, plan, way)
+        return combine(slots, plan.departure, topk_weights, backend=config.backend)
+
+    h = clock("routed_gate_up", gate_up, rows, plan)
+    clock.overlap("routed_gate_up", gate_up_kernel, config, rows, plan)
+    rows = clock("routed_down", down, h, plan)
+    clock.overlap("routed_down", down_kernel, config, h, plan)
+    clock("combine", back, rows, plan, topk_weights)
+    return clock.times
+
+
+class _Clock:
+    """Runs a stage on every chip and notes its time. Values between stages have a leading dimension for the chips."""
+
+    def __init__(self, mesh: Mesh, params: MoEParams, specs: MoEParams, say: Callable[[str], None]):
+        self.mesh = mesh
+        self.params = params
+        self.specs = specs
+        self.say = say
+        self.times = StageTimes()
+        self.has_kernel_times = is_nvidia(mesh.devices.flat[0])
+
+    def __call__(self, name: str, stage: Callable[..., Any], *args: Any) -> Any:
+        program = self._program(stage, args)
+        run = functools.partial(program, self.params, *args)
+        result = jax.block_until_ready(run())
+        if self.has_kernel_times and name in _ON_DEVICE:
+            try:
+                self.times.seconds[name] = self._kernel_us(program, args) * 1e-6
+                self.times.by_kernels.add(name)
+                return result
+            except RuntimeError as error:  # the driver may forbid it
+                self.has_kernel_times = False
+                self.say(f"wall times in place of kernel times: {error}")
+        self.times.seconds[name] = statistics.median(wall_seconds(run) for _ in range(_REPEATS))
+        return result
+
+    def overlap(self, name: str, kernel: Callable[..., Any], config: MoEConfig, rows: Any, plan: Any) -> None:
+        """Measures one of `bench.expert_parallel.hopper_products` on NVIDIA GPUs: whole, its arithmetic, its copies."""
+        if not self.has_kernel_times:
+            return
+
+        def ready(rows, _):
+            return lhs_of_kernel(rows, config)
+
+        def product(lhs, plan, params, stage):
+            return kernel(lhs, plan.group_sizes, params, config, stage)
+
+        lhs = self._program(ready, (rows,))(self.params, rows)
+        args = (lhs, plan)
+        try:
+            programs = [self._program(functools.partial(product, stage=stage), args) for stage in KERNEL_STAGES]
+            self.times.overlaps[name] = OverlapTimes(*(self._kernel_us(program, args) for program in programs))
+        except Unsupported as reason:
+            self.times.overlaps[name] = None
+            self.say(f"{name}: arithmetic and copies are not measured apart: {reason}")
+
+    def _kernel_us(self, program: Callable[..., Any], args: tuple[Any, ...]) -> float:
+        """Device time on a chip: the kernels of all chips of this process, divided by their number."""
+        chips = len(self.mesh.local_devices)
+        return kernel_times(program, self.params, *args, repeats=_REPEATS, calls=chips).median_us
+
+    def _program(self, stage: Callable[..., Any], args: tuple[Any, ...]) -> Callable[..., Any]:
+        def on_chip(params: MoEParams, *args: Any) -> Any:
+            own = jax.tree.map(lambda leaf: leaf[0], args)
+            return jax.tree.map(lambda leaf: leaf[None], stage(*own, params))
+
+        by_chip = PartitionSpec(EXPERT_AXIS)
+        return jax.jit(
+            jax.shard_map(
+                on_chip,
+                mesh=self.mesh,
+                in_specs=(self.specs, *(by_chip for _ in args)),
+                out_specs=by_chip,
+                check_vma=False,
+            )
+        )

@@ -1,0 +1,100 @@
+"""What a run of bench.decode gave, as tables for people and as the entry "measured" of evaluation.json."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from bench.expert_parallel.decode_step import DecodeRun
+from bench.expert_parallel.fit import Fit
+from bench.expert_parallel.layer_stages import StageTimes
+from bench.measure.devices import Devices
+from bench.model.roofline import LayerTime
+from bench.model.workloads import Workload
+from bench.record.tables import Cell, format_table
+
+
+def print_report(
+    workload: Workload, layers: Sequence[LayerTime], result: DecodeRun, fitted: Fit, devices: Devices
+) -> None:
+    """Prints what was measured, stage by stage, and what the models say of each chip."""
+    load = result.load
+    rows: list[list[Cell]] = [
+        ["equals the dense oracle", f"relative error {result.relative_error:.1e} over {result.checked_tokens} tokens"],
+        ["wall time of a step", f"{result.wall_seconds * 1e3:.1f} ms on {devices.note}, {fitted.width_note}"],
+        [
+            "tokens per expert",
+            f"mean {workload.batch_size * workload.top_k / workload.num_experts:.1f}, CV "
+            f"{float(load.cv):.2f}, entropy {float(load.entropy):.3f} of 1, most {int(load.tokens_per_expert.max())}",
+        ],
+        [
+            "rows of the busiest chip",
+            f"{result.busiest_rows} with this text; uniform routing: "
+            f"{workload.busiest_rows:.0f} expected, {workload.token_per_ep_group} mean",
+        ],
+        ["dropped", f"{int(load.dropped)} of {workload.batch_size * workload.top_k} assignments"],
+    ]
+    print(format_table(["measured", ""], rows))
+    print()
+    print(stages_table(result.stages))
+    for layer in layers:
+        print(f"\nmodelled: chip {layer.chip.name}, {layer.model} model, full width")
+        print(layer_table(layer))
+    if devices.is_virtual:
+        print("\nThe wall time is that of virtual devices which share this machine's cores; it says nothing of a chip.")
+
+
+def stages_table(stages: StageTimes) -> str:
+    """A line a stage; on an NVIDIA GPU with the parts of the two products."""
+    milliseconds = {name: seconds * 1e3 for name, seconds in stages.seconds.items()}
+    if not stages.by_kernels:
+        return format_table(["stage, run by itself", "wall ms"], [[*item] for item in milliseconds.items()])
+    rows: list[list[Cell]] = []
+    for name, time_ms in milliseconds.items():
+        on_device = name in stages.by_kernels
+        times: list[Cell] = [None if on_device else time_ms, time_ms if on_device else None]
+        apart = stages.overlaps.get(name)
+        product = [apart.elapsed, apart.comp_elapsed, apart.dma_elapsed, apart.overlap] if apart else [None] * 4
+        rows.append([name, *times, *product])
+    headers = ["stage, run by itself", "wall ms", "kernels ms", "product µs", "comp µs", "dma µs", "overlap"]
+    return format_table(headers, rows)
+
+
+def layer_table(layer: LayerTime) -> str:
+    """One line an operator with its modelled times in µs and traffic in MB, and their sums."""
+    headers = ["operator", "G,M,K,N", "comp µs", "dma µs", "link µs", "elapsed µs", "traffic MB", "urate %"]
+    rows: list[list[Cell]] = []
+    for op in layer.operators:
+        utilisation = op.urate * 100 if op.shape else None
+        times = [op.comp_elapsed, op.dma_elapsed, op.link_elapsed, op.elapsed]
+        rows.append([op.name, str(op.shape or ""), *times, op.dram_traffic / 1e6, utilisation])
+    sums = [sum(float(row[i] or 0) for row in rows) for i in range(2, 7)]
+    return format_table(headers, [*rows, ["total", "", *sums, None]])
+
+
+def measured_record(result: DecodeRun, fitted: Fit, devices: Devices) -> dict[str, Any]:
+    """What goes under "measured" in evaluation.json."""
+    load = result.load
+    return {
+        "devices": devices.note,
+        "is_virtual": devices.is_virtual,
+        "hidden_size": fitted.config.hidden_size,
+        "intermediate_size": fitted.config.intermediate_size,
+        "width_reduction": fitted.reduction,
+        "wall_us": result.wall_seconds * 1e6,
+        **stages_record(result.stages),
+        "relative_error": result.relative_error,
+        "checked_tokens": result.checked_tokens,
+        "busiest_rows": result.busiest_rows,
+        "tokens_per_expert": [int(n) for n in load.tokens_per_expert],
+        "load_cv": float(load.cv),
+        "load_entropy": float(load.entropy),
+        "dropped": int(load.dropped),
+    }
+
+
+def stages_record(stages: StageTimes) -> dict[str, Any]:
+    """The entries on the stages among them."""
+    times: dict[str, Any] = {"stages_us": {name: seconds * 1e6 for name, seconds in stages.seconds.items()}}
+    if stages.by_kernels:
+        times["stages_clock"] = {name: "kernels" if name in stages.by_kernels else "wall" for name in stages.seconds}
+        times["products_us"] = {name: apart and apart.record() for name, apart in stages.overlaps.items()}
+    return times

@@ -1,0 +1,194 @@
+"""Figures of `bench.train`: held-out curves, quality against speed, and the experts' load over training."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from bench.figures.section import Section, drawing, ink, svg_of
+from bench.measure.samples import Interval
+from bench.record.tables import Cell
+from bench.training.records import FILE_NAME, Run
+from bench.training.table import HEADERS, RouterSummary, summaries, table_rows, warnings_of
+
+_CURVES, _PARETO, _LOAD = "Held-out loss over training", "Quality against speed", "Load of the experts over training"
+_MAX_LAYERS = 3
+
+
+def sections(runs: Mapping[str, Run]) -> list[Section]:
+    """The three figures, each with its reason where it cannot be drawn."""
+    rows = summaries(runs.values())
+    return [_pareto(rows), _curves(list(runs.values())), _load(list(runs.values()))]
+
+
+def _missing(name: str, title: str, what: str) -> Section:
+    return Section(name, title, f"Left out: {FILE_NAME} has {what}; python -m bench.train writes it.")
+
+
+def _pareto(rows: Sequence[RouterSummary]) -> Section:
+    shown = [row for row in rows if row.held_out_loss is not None]
+    if not shown:
+        return _missing("pareto", _PARETO, "no finished run")
+    best = _frontier(shown)
+    with drawing("pareto") as pyplot:
+        figure, axes = pyplot.subplots(figsize=(8, 5))
+        colours = _colours(pyplot, [row.router for row in shown])
+        for row in shown:
+            assert row.held_out_loss is not None
+            axes.errorbar(
+                row.ms_per_step.mean,
+                row.held_out_loss.mean,
+                xerr=row.ms_per_step.half,
+                yerr=row.held_out_loss.half,
+                fmt="X" if row.collapsed else "o",
+                color=colours[row.router],
+                markerfacecolor=colours[row.router] if row.causal else "none",
+                elinewidth=0.8,
+                capsize=3,
+                label=row.router + " (not causal)" * (not row.causal) + " (collapsed)" * bool(row.collapsed),
+            )
+        axes.step(
+            [row.ms_per_step.mean for row in best],
+            [row.held_out_loss.mean for row in best if row.held_out_loss],
+            where="post",
+            color=ink(),
+            linewidth=0.8,
+            linestyle=":",
+        )
+        axes.set_xlabel("ms a step (median of a run, mean over seeds)")
+        axes.set_ylabel("held-out loss, nats a byte")
+        # Beside the points, names would lie on one another: routers are often close.
+        axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1.0))
+        svg = svg_of(figure)
+    text = (
+        "Down and to the left is better. Bars are 95 % confidence intervals over seeds, where there are two or more; "
+        "the dotted line joins the routers that no other beats in both. "
+        f"Hollow: not causal, the loss knows the future. {' '.join(f'{line}.' for line in warnings_of(rows))}"
+    )
+    return Section("pareto", _PARETO, text, svg, HEADERS, table_rows(rows))
+
+
+def _frontier(rows: Sequence[RouterSummary]) -> list[RouterSummary]:
+    """The causal routers that none is both faster and better than, by time."""
+    found: list[RouterSummary] = []
+    for row in sorted((row for row in rows if row.causal), key=lambda row: row.ms_per_step.mean):
+        if not found or _loss(row) < _loss(found[-1]):
+            found.append(row)
+    return found
+
+
+def _loss(row: RouterSummary) -> float:
+    return float("inf") if row.held_out_loss is None else row.held_out_loss.mean
+
+
+def _curves(runs: Sequence[Run]) -> Section:
+    by_router = {router: _curve(group) for router, group in _by_router(runs).items()}
+    by_router = {router: curve for router, curve in by_router.items() if curve}
+    if not by_router:
+        return _missing("curves", _CURVES, "no look at held-out text")
+    causal = {run.head["router"]: run.head["causal"] for run in runs}
+    table: list[list[Cell]] = []
+    with drawing("curves") as pyplot:
+        figure, axes = pyplot.subplots(figsize=(8, 5))
+        colours = _colours(pyplot, by_router)
+        for router, curve in by_router.items():
+            drawn = curve[1:] or curve
+            tokens, means = [place for place, _ in drawn], np.array([value.mean for _, value in drawn])
+            style = "-" if causal[router] else "--"
+            axes.plot(tokens, means, style, color=colours[router], marker=".", label=router)
+            half = np.array([value.half or 0.0 for _, value in drawn])
+            axes.fill_between(tokens, means - half, means + half, color=colours[router], alpha=0.12, linewidth=0)
+            table += [[router, place, value.mean, value.half] for place, value in curve]
+        axes.set_xlabel("tokens (bytes) trained on")
+        axes.set_ylabel("held-out loss, nats a byte")
+        axes.legend(fontsize=8)
+        svg = svg_of(figure)
+    text = (
+        "Means over seeds, with their 95 % confidence. Dashed: not causal, the loss knows the future. The look before "
+        "the first step is only in the table."
+    )
+    return Section("curves", _CURVES, text, svg, ("router", "tokens", "held-out loss", "± 95 %"), table)
+
+
+def _curve(runs: Sequence[Run]) -> list[tuple[int, Interval]]:
+    """(tokens seen, loss) at each look that all of the runs had."""
+    losses: dict[int, list[float]] = {}
+    for run in runs:
+        for look in run.held_out:
+            if look["loss"] is not None:
+                losses.setdefault(look["step"] * _tokens_a_step(run), []).append(look["loss"])
+    return [(place, Interval.of(values)) for place, values in sorted(losses.items()) if len(values) == len(runs)]
+
+
+def _tokens_a_step(run: Run) -> int:
+    return run.head["settings"]["batch_size"] * run.head["settings"]["length"]
+
+
+def _load(runs: Sequence[Run]) -> Section:
+    firsts = [group[0] for group in _by_router(runs).values() if len(group[0].held_out) > 1]
+    if not firsts:
+        return _missing("load", _LOAD, "no run with two looks at held-out text")
+    num_layers = len(firsts[0].held_out[0]["load"])
+    layers = sorted({round(place) for place in np.linspace(0, num_layers - 1, min(num_layers, _MAX_LAYERS))})
+    shares = {run.head["router"]: _shares(run) for run in firsts}
+    with drawing("load") as pyplot:
+        figure, grid = pyplot.subplots(
+            len(firsts),
+            len(layers),
+            figsize=(1 + 3.2 * len(layers), 0.6 + 1.3 * len(firsts)),
+            squeeze=False,
+            sharex=True,
+            layout="constrained",
+        )
+        limit = min(4.0, max(float(share[:, layers].max()) for share in shares.values()))
+        for row, run in enumerate(firsts):
+            share = shares[run.head["router"]]
+            for column, layer in enumerate(layers):
+                axes = grid[row, column]
+                axes.grid(visible=False)
+                image = axes.imshow(
+                    share[:, layer].T,
+                    aspect="auto",
+                    interpolation="nearest",
+                    vmin=0,
+                    vmax=limit,
+                    extent=(-0.5, len(run.held_out) - 0.5, share.shape[2] - 0.5, -0.5),
+                )
+                axes.set_yticks([0, share.shape[2] - 1])
+                places = sorted({0, len(run.held_out) // 2, len(run.held_out) - 1})
+                axes.set_xticks(places, [str(run.held_out[place]["step"]) for place in places])
+                if row == 0:
+                    axes.set_title(f"layer {layer}", fontsize=9)
+            grid[row, 0].set_ylabel(run.head["router"], rotation=0, ha="right", va="center")
+        for axes in grid[-1]:
+            axes.set_xlabel("step")
+        figure.colorbar(image, ax=grid, label="load of an expert over the mean", shrink=0.6)
+        svg = svg_of(figure)
+    text = (
+        f"Each row of a panel is an expert, each column a look at the held-out text, seed {firsts[0].head['seed']}: 1 "
+        "is a balanced load. The table gives the entropy of each layer's load at the end, 1 when balanced, 0 when one "
+        "expert takes all."
+    )
+    table = [
+        [run.head["router"], look["step"], *look["load_entropy"]] for run in firsts for look in (run.held_out[-1],)
+    ]
+    return Section("load", _LOAD, text, svg, ("router", "step", *(f"layer {n}" for n in range(num_layers))), table)
+
+
+def _shares(run: Run) -> np.ndarray:
+    """[looks, layers, E]: load over its mean."""
+    load = np.array([look["load"] for look in run.held_out], np.float64)
+    return load / np.maximum(load.mean(axis=2, keepdims=True), 1e-12)
+
+
+def _by_router(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(run.head["router"], []).append(run)
+    return groups
+
+
+def _colours(pyplot: Any, names: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:
+    # By name, so that a router has the same colour in every figure.
+    colours = pyplot.get_cmap("tab10" if len(names) <= 10 else "tab20").colors
+    return {name: colours[place % len(colours)] for place, name in enumerate(sorted(names))}

@@ -1,0 +1,116 @@
+"""The record of `bench.gpu` as a table, plain or Markdown, and as a list of what went wrong."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from bench.model.workloads import shape_text
+from bench.record.tables import Cell, format_table, markdown_table
+
+Record = Mapping[str, Any]
+
+
+def table(record: Record, markdown: bool = False) -> str:
+    """One line a case: our time and rate, the share of this run's floor, the goal, each peer's time and its ratio.
+
+    In Markdown, which is for readers of docs/results.md, goals and errors are left out and the peers share a column.
+    """
+    if not markdown:
+        return format_table(*_cells(record))
+    return markdown_table(*_cells_for_readers(record))
+
+
+def failures(record: Record) -> list[str]:
+    """A line for each case of ours that has no figures or misses its bar."""
+    lines = []
+    for name, case in record["cases"].items():
+        goal = case["goal"]
+        if "error" in case:
+            lines.append(f"{name}: {case['error']}")
+        elif case["met"] is False:
+            value = case["us"] if goal["unit"] == "µs" else case["tflops"]
+            lines.append(f"{name}: {value:.1f} {goal['unit']}, the bar is {_goal(goal, 'bar')}")
+    return lines
+
+
+def peer_problems(record: Record) -> list[str]:
+    """A line for each peer and reason why it has no figures, with the cases that it concerns."""
+    cases_of: dict[tuple[str, str], list[str]] = {}
+    for name, case in record["cases"].items():
+        for peer, outcome in case["peers"].items():
+            if "error" in outcome:
+                cases_of.setdefault((peer, outcome["error"]), []).append(name)
+    return [f"{peer} ({', '.join(names)}): {reason}" for (peer, reason), names in cases_of.items()]
+
+
+def ceilings_line(record: Record) -> str:
+    """What the chip reached in this run."""
+    ceilings = record["ceilings"]
+    fp8 = ceilings["fp8_flops"]
+    texts = [
+        f"reads {ceilings['read_bandwidth'] / 1e12:.2f} TB/s",
+        f"cuBLAS 8192³ BF16 {ceilings['bf16_flops'] / 1e12:.0f} TFLOP/s",
+        *([] if fp8 is None else [f"FP8 {fp8 / 1e12:.0f} TFLOP/s"]),
+    ]
+    return ", ".join(texts)
+
+
+def measured_peers(case: Record) -> list[str]:
+    """The peers that have figures in one case of a record."""
+    return [name for name, peer in case["peers"].items() if "us" in peer]
+
+
+def _cells(record: Record) -> tuple[list[str], list[list[Cell]]]:
+    cases = record["cases"]
+    peers = list(dict.fromkeys(peer for case in cases.values() for peer in measured_peers(case)))
+    headers = ["case", "G,M,K,N", "ours µs", "rate", "of floor", "bar", "aim", "met", *peers, "error"]
+    rows: list[list[Cell]] = []
+    for name, case in cases.items():
+        label = f"{name} ({case['note']})" if case["note"] else name
+        shape = shape_text(case)
+        goal = [_goal(case["goal"], "bar"), _goal(case["goal"], "aim")]
+        others = [_peer(case["peers"].get(peer)) for peer in peers]
+        if "error" in case:
+            rows.append([label, shape, "failed", "-", "-", *goal, "no", *others, case["error"]])
+            continue
+        rate = _rate(case)
+        met = {True: "yes", False: "no", None: "-"}[case["met"]]
+        share = f"{case['share_of_measured_floor']:.0%}"
+        rows.append([label, shape, _us(case["us"]), rate, share, *goal, met, *others, f"{case['relative_error']:.1e}"])
+    return headers, rows
+
+
+def _cells_for_readers(record: Record) -> tuple[list[str], list[list[Cell]]]:
+    rows: list[list[Cell]] = []
+    for name, case in record["cases"].items():
+        if "error" in case:
+            continue
+        peers = [f"{peer} {_peer(case['peers'][peer])}" for peer in measured_peers(case)]
+        label = f"{name}: {case['note']}" if case["note"] else name
+        share = f"{case['share_of_measured_floor']:.0%}"
+        rows.append([label, shape_text(case), _us(case["us"]), _rate(case), share, ", ".join(peers) or "-"])
+    return ["case", "G,M,K,N", "µs", "rate", "of floor", "others, µs"], rows
+
+
+def _rate(case: Record) -> str:
+    if case["goal"]["unit"] == "TFLOP/s":
+        return f"{case['tflops']:.0f} TFLOP/s"
+    return f"{case['tb_per_s']:.2f} TB/s"
+
+
+def _peer(peer: Record | None) -> str:
+    if peer is None:
+        return "-"
+    if "error" in peer:
+        return "failed"
+    return _us(peer["us"]) + ("" if peer["ratio"] is None else f" ({peer['ratio']:.2f}×)")
+
+
+def _us(microseconds: float) -> str:
+    return f"{microseconds:.1f}"
+
+
+def _goal(goal: Record, which: str) -> str:
+    value = goal[which]
+    if value is None:
+        return "-"
+    return f"≤ {value:g} µs" if goal["unit"] == "µs" else f"≥ {value:g} TFLOP/s"

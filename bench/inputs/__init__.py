@@ -1,0 +1,1 @@
+"""What is fed to layers: texts, loads of known skew, and weights."""

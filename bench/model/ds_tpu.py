@@ -1,0 +1,266 @@
+"""The DS_TPU cost model of a grouped GEMM and of an expert-parallel exchange.
+
+A chip is a number of equal cores, each with its share of the peak and of the DRAM bandwidth. The product is cut into
+P_G × P_M × P_N × P_K blocks, one a core; a core walks its block in tiles that fit a part of its SRAM; the partition
+with the least modelled time wins, and with it the tiles that move the fewest bytes. Source: the DS_TPU evaluator.
+
+    time = evaluate_gemm(get_chip("v32-run"), GemmShape(8, 48, 7168, 2048), "fp8")
+    time.elapsed, time.best_partition.procs      # 17.96 µs, (8, 1, 2, 4)
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any, Literal
+
+import numpy as np
+
+from bench.model.workloads import OUTPUT_BYTES, GemmShape, operand_dtype
+from pallas_kernels.chips import Chip
+
+CUBE_M, CUBE_K, CUBE_N = 16, 32, 8  # the systolic cube; a block's extents are padded to it
+LANES = 16  # rows of a tile in SRAM are padded to this
+ALIGN_BYTES = 32  # and a row of the output buffer to this
+SRAM_SHARE = 0.45  # of the fast memory may hold tiles, the rest hides the next ones
+OVERLAP = 0.8  # share of the shorter of compute and DMA that hides behind the longer
+SPILL_BYTES = 8  # a partial sum that leaves SRAM is written and read back in FP32
+LINK_EFFICIENCY = 0.95
+LINK_START_US = 0.59  # latency of one exchange at the default protocol
+
+LoopOrder = Literal["mnk", "nkm", "mkn"]
+LOOP_ORDERS: tuple[LoopOrder, ...] = ("mnk", "nkm", "mkn")
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """A core's tile and the order, outermost first, in which its loops run over them."""
+
+    order: LoopOrder
+    M: int
+    N: int
+    K: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Partition:
+    """Into how many parts the cores cut each dimension: procs[i] parts of dims[i]."""
+
+    procs: tuple[int, int, int, int]
+    dims: str = "GMNK"
+
+    def as_dict(self) -> dict[str, Any]:
+        """The JSON form."""
+        return {"dims": self.dims, "procs": list(self.procs)}
+
+
+@dataclasses.dataclass(frozen=True)
+class OperatorTime:
+    """What a model says of one operator on one chip.
+
+    Attributes:
+      name: the operator within its layer.
+      kind: "matmul", "dispatch" or "combine".
+      dtype: short name of the operands' dtype, "" for an exchange.
+      shape: of a matmul, None for an exchange.
+      elapsed: µs from start to end.
+      comp_elapsed: µs of the arithmetic alone.
+      dma_elapsed: µs of the main-memory traffic alone.
+      link_elapsed: µs of the traffic to other chips alone.
+      flops: FLOPs without padding.
+      dram_traffic: bytes to and from main memory.
+      dram_occupy: bytes of weights that the operator keeps in main memory.
+      param: number of these weights.
+      comm_size: payload of an exchange in bytes.
+      urate: flops over what the chip's peak does in `elapsed`.
+      best_tile: the chosen tile, where the model chooses one.
+      best_partition: the chosen partition, where the model chooses one.
+    """
+
+    name: str
+    kind: Literal["matmul", "dispatch", "combine"]
+    elapsed: float
+    dtype: str = ""
+    shape: GemmShape | None = None
+    comp_elapsed: float = 0.0
+    dma_elapsed: float = 0.0
+    link_elapsed: float = 0.0
+    flops: int = 0
+    dram_traffic: int = 0
+    dram_occupy: int = 0
+    param: int = 0
+    comm_size: int = 0
+    urate: float = 0.0
+    best_tile: Tile | None = None
+    best_partition: Partition | None = None
+
+
+def evaluate_gemm(chip: Chip, shape: GemmShape, dtype: str, name: str = "gemm") -> OperatorTime:
+    """Time, traffic, tile and partition of a grouped GEMM on a DS_TPU-like chip.
+
+    Args:
+      chip: gives cores, peak, DRAM bandwidth and SRAM; the model fits chips of kind "ds_tpu".
+      shape: the product; the output is BF16.
+      dtype: of both operands: "fp8", "int8", "bf16" or "fp16".
+      name: copied into the result.
+
+    Raises:
+      ValueError: unknown dtype.
+    """
+    full_name, operand_bytes = operand_dtype(dtype)
+    peak = chip.peak(full_name)
+    best = _search(shape, operand_bytes, chip.cores, peak, chip.hbm_bandwidth, chip.fast_memory_bytes)
+    return OperatorTime(
+        name=name,
+        kind="matmul",
+        dtype=dtype,
+        shape=shape,
+        elapsed=best.elapsed,
+        comp_elapsed=best.comp_elapsed,
+        dma_elapsed=best.dma_elapsed,
+        flops=shape.flops,
+        dram_traffic=best.dram_traffic,
+        dram_occupy=shape.weights * operand_bytes,
+        param=shape.weights,
+        urate=shape.flops / (best.elapsed * 1e-6 * peak),
+        best_tile=best.tile,
+        best_partition=best.partition,
+    )
+
+
+def evaluate_exchange(chip: Chip, kind: Literal["dispatch", "combine"], num_bytes: int) -> OperatorTime:
+    """Time of a dispatch or combine whose payload is `num_bytes` a chip, at the default protocol."""
+    elapsed = num_bytes / (chip.link_bandwidth * LINK_EFFICIENCY) * 1e6 + LINK_START_US
+    return OperatorTime(name=kind, kind=kind, elapsed=elapsed, link_elapsed=elapsed, comm_size=num_bytes)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Candidate:
+    elapsed: float
+    comp_elapsed: float
+    dma_elapsed: float
+    dram_traffic: int
+    num_tiles: int
+    tile: Tile
+    partition: Partition
+
+    def rank(self) -> tuple:
+        return self.elapsed, self.dram_traffic, self.num_tiles, self.partition.procs
+
+
+@functools.lru_cache(maxsize=4096)
+def _search(
+    shape: GemmShape, operand_bytes: int, cores: int, peak: float, bandwidth: float, sram_bytes: int
+) -> _Candidate:
+    core_macs = peak / 2 / cores
+    core_bandwidth = bandwidth / cores
+    sram_limit = int(SRAM_SHARE * sram_bytes)
+
+    def evaluate(procs: tuple[int, int, int, int]) -> _Candidate:
+        # The first core's blocks are the largest in every dimension: it is the slowest, and its time the chip's.
+        g, m, n, k = (-(-extent // parts) for extent, parts in zip(_gmnk(shape), procs, strict=True))
+        tile, core_traffic = best_tile(m, n, k, operand_bytes, sram_limit)
+        comp = g * _up(m, CUBE_M) * _up(k, CUBE_K) * _up(n, CUBE_N) * 1e6 / core_macs
+        dma = g * core_traffic * 1e6 / core_bandwidth
+        return _Candidate(
+            elapsed=max(comp, dma) + (1 - OVERLAP) * min(comp, dma),
+            comp_elapsed=comp,
+            dma_elapsed=dma,
+            dram_traffic=_chip_traffic(shape, (m, n, k), tile, operand_bytes),
+            num_tiles=g * math.prod(-(-extent // size) for extent, size in zip((m, n, k), _mnk(tile), strict=True)),
+            tile=tile,
+            partition=Partition(procs),
+        )
+
+    return min(map(evaluate, partitions(cores)), key=_Candidate.rank)
+
+
+@functools.lru_cache(maxsize=64)
+def partitions(cores: int) -> tuple[tuple[int, int, int, int], ...]:
+    """Every (P_G, P_M, P_N, P_K) whose product is `cores`, in ascending order."""
+    return tuple(
+        (g, m, n, cores // (g * m * n))
+        for g in _divisors(cores)
+        for m in _divisors(cores // g)
+        for n in _divisors(cores // (g * m))
+    )
+
+
+@functools.lru_cache(maxsize=65536)
+def best_tile(m: int, n: int, k: int, operand_bytes: int, sram_limit: int) -> tuple[Tile, int]:
+    """The tile and loop order that move the fewest bytes for one m × n × k block, and these bytes.
+
+    Tiles are multiples of 16 rows, 8 columns, and 32 of the contraction (or all of it, or less than 32 where no more
+    fits) with (up(M, 16) + up(N, 16)) · K · operand_bytes + up(M, 16) · up(2 N, 32) ≤ sram_limit. For each number of
+    row and of column tiles only the smallest size that reaches it is tried, as it leaves the most room along K, with
+    the longest K that fits. Ties go to the fewest tiles, then to the first loop order.
+
+    Raises:
+      ValueError: not even the smallest tile fits.
+    """
+    m_tile = _tile_sizes(m, CUBE_M)[:, None]
+    n_tile = _tile_sizes(n, CUBE_N)[None, :]
+    output = _up(m_tile, LANES) * _up(n_tile * OUTPUT_BYTES, ALIGN_BYTES)
+    k_fits = (sram_limit - output) // ((_up(m_tile, LANES) + _up(n_tile, LANES)) * operand_bytes)
+    k_tile = np.where(k_fits >= k, k, np.where(k_fits >= CUBE_K, k_fits // CUBE_K * CUBE_K, k_fits))
+    fits = k_tile > 0
+    if not fits.any():
+        raise ValueError(
+            f"no tile of a block of {m} rows, {n} columns and K={k} fits {sram_limit} bytes of fast memory"
+        )
+    counts = (-(-m // m_tile), -(-n // n_tile), -(-k // np.maximum(k_tile, 1)))
+    num_tiles = np.broadcast_to(counts[0] * counts[1] * counts[2], (len(LOOP_ORDERS), *fits.shape))
+    traffic = np.stack([_traffic(order, m, n, k, counts, (1, 1, 1), operand_bytes) for order in LOOP_ORDERS])
+    least = traffic.min(where=fits, initial=np.iinfo(np.int64).max)
+    chosen = np.where((traffic == least) & fits, num_tiles, np.iinfo(np.int64).max).argmin()
+    order, row, column = np.unravel_index(chosen, num_tiles.shape)
+    tile = Tile(LOOP_ORDERS[order], int(m_tile[row, 0]), int(n_tile[0, column]), int(k_tile[row, column]))
+    return tile, int(least)
+
+
+def _chip_traffic(shape: GemmShape, block: tuple[int, int, int], tile: Tile, operand_bytes: int) -> int:
+    """Bytes of all cores together: full blocks, and the smaller last ones, each walked in the same tiles."""
+    extents = (shape.M, shape.N, shape.K)
+    parts = tuple(-(-extent // size) for extent, size in zip(extents, block, strict=True))
+    counts = tuple(
+        extent // size * -(-size // step) + -(-(extent % size) // step)
+        for extent, size, step in zip(extents, block, _mnk(tile), strict=True)
+    )
+    return shape.G * _traffic(tile.order, *extents, counts, parts, operand_bytes)
+
+
+def _traffic(order: LoopOrder, m: int, n: int, k: int, counts, parts, operand_bytes: int):
+    """Bytes that an m × n × k product moves when cut into `parts` = (P_M, P_N, P_K) blocks of `counts` tiles in all.
+
+    "mkn" keeps A's tile over its innermost loop and so reads A once a block, "nkm" does the same with B; every other
+    operand is read once for each tile across it. Unless k is innermost, each step along k but the first spills the
+    partial sums. `counts` may be arrays.
+    """
+    m_tiles, n_tiles, k_tiles = counts
+    m_parts, n_parts, k_parts = parts
+    reads_of_a = n_parts if order == "mkn" else n_tiles
+    reads_of_b = m_parts if order == "nkm" else m_tiles
+    spills = 0 if order == "mnk" else k_tiles - k_parts
+    operands = (m * k * reads_of_a + k * n * reads_of_b) * operand_bytes
+    return operands + m * n * (OUTPUT_BYTES * k_parts + SPILL_BYTES * spills)
+
+
+def _tile_sizes(extent: int, step: int) -> np.ndarray:
+    counts = np.arange(1, -(-extent // step) + 1, dtype=np.int64)
+    return np.unique(_up(-(-extent // counts), step))
+
+
+def _divisors(number: int) -> list[int]:
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return sorted({*small, *(number // d for d in small)})
+
+
+def _up(extent, step: int):
+    return -(-extent // step) * step
+
+
+def _gmnk(shape: GemmShape) -> tuple[int, int, int, int]:
+    return shape.G, shape.M, shape.N, shape.K
+
+
+def _mnk(tile: Tile) -> tuple[int, int, int]:
+    return tile.M, tile.N, tile.K

@@ -1,0 +1,143 @@
+"""A case of topk, permute or layer: which operators, at which sizes, under which load. One idea of equality for all.
+
+case = Case("permute", tokens=8192, hidden=2048, experts=32, k=2)
+case.key   # "permute tokens=8192 hidden=2048 experts=32 k=2 … seed=0": what a file is searched for to resume
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Literal
+
+import jax.numpy as jnp
+
+from bench.inputs.loads import KINDS, Kind
+from bench.one_chip.layouts import LAYOUTS, Sizes, get_layout
+from pallas_kernels.backend import check_backend
+from sharding.exchange.capacity import expert_capacity
+
+Bench = Literal["topk", "permute", "layer"]
+BENCHES: Sequence[Bench] = ("topk", "permute", "layer")
+
+DTYPES: Mapping[str, str] = MappingProxyType({"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"})
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Sizes, load and choice of variants.
+
+    Attributes:
+      bench: "topk", "permute" or "layer".
+      tokens: T.
+      experts: E.
+      k: K, choices of a token.
+      hidden: H; for "topk" only the width that the logits are made with.
+      intermediate: I, width of an expert ("layer"); 0 for the others.
+      capacity_factor: of the padded layout; overflow is counted against it in every layout.
+      dtype: "fp16", "bf16" or "fp32": of activations and weights.
+      load: "balanced", "zipf" or "text".
+      zipf_exponent: of the load "zipf".
+      text: path of the text of the load "text"; None for a text that Python carries.
+      layouts: those that are run, the one that the others are compared with first.
+      split: those of them whose stages are timed one by one beside the whole.
+      block: rows of a block in the block-sparse layout.
+      backend: of our operators: "auto", "xla", "pallas_tpu" or "pallas_gpu".
+      with_xla: whether the first layout runs in plain XLA as well, to compare with.
+      batch: sequences, where the tokens are given as batch × length; else None.
+      length: tokens of a sequence, likewise.
+      seed: of all that is random.
+
+    Raises:
+      ValueError: on construction, when a field makes no sense.
+    """
+
+    bench: Bench
+    tokens: int
+    experts: int
+    k: int
+    hidden: int
+    intermediate: int = 0
+    capacity_factor: float = 1.25
+    dtype: str = "bf16"
+    load: Kind = "balanced"
+    zipf_exponent: float = 1.0
+    text: str | None = None
+    layouts: tuple[str, ...] = ("compact",)
+    split: tuple[str, ...] = ("compact",)
+    block: int = 128
+    backend: str = "auto"
+    with_xla: bool = False
+    batch: int | None = None
+    length: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require(self.bench in BENCHES, "bench", f"one of {', '.join(BENCHES)}", self.bench)
+        for name in ("tokens", "experts", "k", "hidden", "block"):
+            _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        _require(self.k <= self.experts, "k", f"at most experts={self.experts}", self.k)
+        _require(self.hidden >= self.experts, "hidden", f"at least experts={self.experts}", self.hidden)
+        _require(self.intermediate >= (self.bench == "layer"), "intermediate", "at least 1", self.intermediate)
+        _require(0 < self.capacity_factor < float("inf"), "capacity factor", "positive", self.capacity_factor)
+        _require(0 <= self.zipf_exponent < float("inf"), "zipf exponent", "at least 0", self.zipf_exponent)
+        _require(self.dtype in DTYPES, "dtype", f"one of {', '.join(DTYPES)}", self.dtype)
+        _require(self.load in KINDS, "load", f"one of {', '.join(KINDS)}", self.load)
+        _require(bool(self.layouts), "layouts", f"some of {', '.join(LAYOUTS)}", self.layouts)
+        _require(self.seed >= 0, "seed", "at least 0", self.seed)
+        for name in self.layouts:
+            get_layout(name)
+        strangers = set(self.split) - set(self.layouts)
+        _require(not strangers, "split", f"some of the layouts {', '.join(self.layouts)}", self.split)
+        check_backend(self.backend)
+        if (self.batch is None) != (self.length is None) or self.batch_times_length not in (None, self.tokens):
+            raise ValueError(f"batch × length must be tokens={self.tokens}, got {self.batch} × {self.length}")
+
+    @property
+    def batch_times_length(self) -> int | None:
+        """Their product, None where they are not given."""
+        return None if self.batch is None or self.length is None else self.batch * self.length
+
+    @property
+    def sizes(self) -> Sizes:
+        """What the layouts need to know."""
+        capacity = expert_capacity(self.tokens, self.k, self.experts, self.capacity_factor)
+        return Sizes(self.experts, capacity, self.block, self.backend)
+
+    @property
+    def jax_dtype(self) -> jnp.dtype:
+        """Of activations and weights."""
+        return jnp.dtype(DTYPES[self.dtype])
+
+    @property
+    def text_path(self) -> pathlib.Path | None:
+        """The text as a path."""
+        return None if self.text is None else pathlib.Path(self.text)
+
+    @property
+    def programs_key(self) -> tuple[object, ...]:
+        """Equal for the cases that can share programs: they differ by their load and capacity only."""
+        own = ("capacity_factor", "load", "zipf_exponent", "text", "seed", "batch", "length")
+        return tuple(value for name, value in vars(self).items() if name not in own)
+
+    @property
+    def key(self) -> str:
+        """One line that tells the case apart from all others."""
+        given = {
+            name: value for name, value in dataclasses.asdict(self).items() if name != "bench" and value is not None
+        }
+        if self.load != "zipf":
+            del given["zipf_exponent"]
+        parts = (f"{name}={'+'.join(v) if isinstance(v, tuple) else v}" for name, v in given.items())
+        return " ".join([self.bench, *parts])
+
+    @property
+    def title(self) -> str:
+        """A few words for people."""
+        tokens = f"{self.batch}×{self.length}" if self.batch is not None else f"{self.tokens}"
+        return f"{self.bench} T {tokens}, H {self.hidden}, E {self.experts}, K {self.k}, {self.dtype}, {self.load}"
+
+
+def _require(condition: bool, name: str, expected: str, got: object) -> None:
+    if not condition:
+        raise ValueError(f"{name} must be {expected}, got {got!r}")

@@ -1,0 +1,226 @@
+"""What the command lines of topk, permute, layer and sweep share: options, the run, the table."""
+
+import argparse
+import itertools
+import pathlib
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from bench.command.parser import INTEGERS, NAMES, NUMBERS, listed, make_parser
+from bench.command.side_by_side import my_turns
+from bench.inputs.loads import KINDS
+from bench.measure.steps import Clock
+from bench.measure.turns import Turns
+from bench.one_chip.cases import DTYPES, Bench, Case
+from bench.one_chip.layouts import LAYOUTS
+from bench.one_chip.records import Record, origin_of
+from bench.one_chip.run_cases import Outcome, RunCase, run_cases
+from bench.record.json_files import write_json
+from bench.record.progress import Progress
+from bench.record.tables import Cell, format_table
+
+REPEATS = 10
+
+
+def _pair(text: str) -> tuple[int, int]:
+    batch, length = text.split("x")
+    return int(batch), int(length)
+
+
+_PAIRS = listed(_pair, "pairs such as 32x128,64x256")
+
+
+def main_of(
+    bench: Bench,
+    description: str,
+    examples: Sequence[str],
+    run_case: RunCase,
+    argv: Sequence[str],
+    *,
+    defaults: Mapping[str, Any],
+) -> int:
+    """The command line of one bench: all combinations of the sizes that are given.
+
+    Args:
+      bench: its name.
+      description: for --help.
+      examples: arguments, for --help.
+      run_case: measures a case.
+      argv: the command line.
+      defaults: "tokens", "hidden", "dtype", "layouts" as on the command line, and "with_xla", whether the plain XLA
+        variant is timed too when the command line does not say.
+
+    Returns:
+      The exit status: 1 if a case failed or gave a wrong result.
+    """
+    module = f"bench.{bench}"
+    parser = make_parser(module, description, examples)
+    add_size_options(parser, bench, defaults)
+    add_run_options(parser)
+    args = parser.parse_args(argv)
+    cases = combinations(bench, args)
+    return finish(args, run(module, argv, args, cases, lambda _: run_case, f"{bench}.jsonl"))
+
+
+def add_size_options(parser: argparse.ArgumentParser, bench: Bench, defaults: Mapping[str, Any]) -> None:
+    """Options that make cases; several values each give all combinations."""
+    add = parser.add_argument
+    add("--tokens", type=INTEGERS, metavar="N,...", default=defaults["tokens"], help="tokens (default %(default)s)")
+    add("--batch-length", type=_PAIRS, metavar="BxL,...", help="tokens as sequences x length, in place of --tokens")
+    add(
+        "--hidden",
+        type=INTEGERS,
+        metavar="N,...",
+        default=defaults["hidden"],
+        help="width of a token (default %(default)s)",
+    )
+    add("--experts", type=INTEGERS, metavar="N,...", default="32", help="experts (default %(default)s)")
+    add("--k", type=INTEGERS, metavar="N,...", default="2", help="experts a token picks (default %(default)s)")
+    add(
+        "--capacity",
+        type=NUMBERS,
+        metavar="F,...",
+        default="1.25",
+        help="capacity factors: rows of an expert over the mean, in the padded layout (default %(default)s)",
+    )
+    add("--load", type=NAMES, metavar="NAME,...", default="balanced", help=f"{', '.join(KINDS)} (default balanced)")
+    add("--zipf", type=float, default=1.0, metavar="S", help="exponent of the load zipf (default 1)")
+    add("--text", metavar="FILE", help="text of the load text (default: one that Python carries)")
+    add("--dtype", default=defaults["dtype"], help=f"{', '.join(DTYPES)} (default %(default)s)")
+    add("--seed", type=int, default=0, help="of all that is random (default 0)")
+    if bench != "topk":
+        add(
+            "--layout",
+            type=NAMES,
+            metavar="NAME,...",
+            default=defaults.get("layouts", "compact"),
+            help=f"some of {', '.join(LAYOUTS)}; the first is what the others are compared with (default %(default)s)",
+        )
+        add("--block", type=int, default=128, help="rows of a block, block_sparse (default 128)")
+    if bench == "layer":
+        add("--intermediate", type=int, help="width of an expert (default: half of --hidden)")
+        add("--no-split", action="store_true", help="time the whole layer only")
+    add("--backend", default="auto", help="auto, xla, pallas_tpu or pallas_gpu (default auto)")
+    add(
+        "--xla",
+        action=argparse.BooleanOptionalAction,
+        default=defaults.get("with_xla", False),
+        help="also time the plain XLA variant, in pairs with ours",
+    )
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """Options on how cases are run, and what becomes of the records."""
+    add = parser.add_argument
+    add("--repeats", type=int, default=REPEATS, help="of each measurement (default %(default)s)")
+    add("--minutes", type=float, default=float("inf"), metavar="N", help="begin no case that would end after N minutes")
+    add("--out", metavar="DIR", help="append records to a file in DIR, and skip the cases that it already has")
+    add("--json", metavar="PATH", help="write the records to PATH as one list, - for standard output")
+    add("--commit", help="what to record as the commit where git does not know it")
+
+
+def combinations(bench: Bench, args: argparse.Namespace) -> list[Case]:
+    """The cases that the options of `add_size_options` ask for."""
+    places: list[dict[str, Any]] = [{"tokens": tokens} for tokens in args.tokens]
+    if args.batch_length is not None:
+        places = [{"tokens": batch * length, "batch": batch, "length": length} for batch, length in args.batch_length]
+    layouts = tuple(getattr(args, "layout", ["compact"]))
+    common = {
+        "layouts": layouts,
+        "split": () if getattr(args, "no_split", False) else layouts,
+        "block": getattr(args, "block", 128),
+        "zipf_exponent": args.zipf,
+        "text": args.text,
+        "dtype": args.dtype,
+        "seed": args.seed,
+        "backend": args.backend,
+        "with_xla": args.xla,
+    }
+    # Loads vary fastest, as the programs that they run are the same.
+    grid = itertools.product(places, args.hidden, args.experts, args.k, args.capacity, args.load)
+    return [
+        Case(
+            bench=bench,
+            hidden=hidden,
+            intermediate=(args.intermediate or hidden // 2) if bench == "layer" else 0,
+            experts=experts,
+            k=k,
+            capacity_factor=capacity,
+            load=load,
+            **place,
+            **common,
+        )
+        for place, hidden, experts, k, capacity, load in grid
+    ]
+
+
+def run(
+    module: str,
+    argv: Sequence[str],
+    args: argparse.Namespace,
+    cases: Sequence[Case],
+    run_case: Callable[[Case], RunCase],
+    file_name: str,
+) -> Outcome:
+    """Runs the cases as the options of `add_run_options` say."""
+    if args.repeats < 2:
+        raise ValueError(f"--repeats must be at least 2, as one measurement has no spread; got {args.repeats}")
+    if not args.minutes > 0:
+        raise ValueError(f"--minutes must be positive, got {args.minutes:g}")
+    progress = Progress(len(cases))
+    clock = Clock(turns=my_turns(pathlib.Path(args.out)) if args.out else Turns())
+    origin = origin_of(module, argv, args.commit)
+    where = "device time of kernels" if clock.name == "kernels" else "wall time"
+    progress.say(f"{origin['chip']}: {where}, {args.repeats} repeats, {len(cases)} cases")
+    path = pathlib.Path(args.out) / file_name if args.out else None
+    return run_cases(
+        cases, run_case, clock, origin, path=path, repeats=args.repeats, progress=progress, minutes=args.minutes
+    )
+
+
+def finish(args: argparse.Namespace, outcome: Outcome) -> int:
+    """Prints and writes what came of the cases; returns the exit status."""
+    if args.json is not None:
+        write_json(outcome.records, args.json)
+    if args.json != "-":
+        measured = [record for record in outcome.records if record["error"] is None]
+        if measured:
+            print(table(measured))
+    if outcome.num_left:
+        print(f"{outcome.num_left} cases left: run the command again", file=sys.stderr)
+    for line in outcome.failures:
+        print(f"FAILED: {line}", file=sys.stderr)
+    return 1 if outcome.failures else 0
+
+
+_HEADERS = (
+    *("operator", "layout", "backend", "T,H,E,K", "load", "µs", "± µs", "p95 µs", "TFLOP/s", "bw_32k", "bw_strict"),
+    *("routing", "dropped", "against"),
+)
+
+
+def table(records: Sequence[Record]) -> str:
+    """Records for people: mean times with half of their confidence intervals, rates, and the comparisons."""
+    rows: list[list[Cell]] = []
+    for r in records:
+        half = (r["ci95_us"][1] - r["ci95_us"][0]) / 2
+        shape = ",".join(str(r[name]) for name in ("tokens", "hidden", "experts", "k"))
+        what = [r["operator"], r["layout"] or "", r["backend"], shape, r["load"]]
+        times = [r["mean_us"], half, r["p95_us"]]
+        rates = [r["tflops"], r["bw_32k"], r["bw_strict"]]
+        rest = [_share(r["routing_share"]), _share(r["drop_rate"]), _comparison(r["paired"])]
+        rows.append([*what, *times, *rates, *rest])
+    return format_table(_HEADERS, rows)
+
+
+def _share(share: float | None) -> str:
+    return "" if share is None else f"{share:.1%}"
+
+
+def _comparison(paired: Record | None) -> str:
+    if paired is None:
+        return ""
+    low, high = paired["ci95_us"]
+    other = "/".join(part for part in (paired["layout"], paired["backend"]) if part)
+    return f"{other}: {paired['ratio']:.3f}×, {paired['difference_us']:+.1f} µs [{low:+.1f}, {high:+.1f}]"

@@ -1,0 +1,130 @@
+"""TPU slices to compile for, named as the compiler names them: "v6e:4x8" is 32 chips of a v6e.
+
+slice_ = parse_slice("tpu7x:2x2x4")
+slice_.num_chips, slice_.num_devices        # 16, 32: jax shows two devices a chip there
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+
+from bench.model.workloads import operand_dtype
+from pallas_kernels.chips import Chip, ds_tpu_chip, get_chip
+
+DS_TPU_CORES = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """What the compiler and jax make of one kind of TPU.
+
+    Attributes:
+      chip: its row of `pallas_kernels.chips`.
+      rank: dimensions of its network.
+      devices_per_chip: that jax shows.
+      clock_hz: cycles a second of a core: its BF16 peak over twice the multiply-adds of a cycle, which are 4 · 128² on
+        v5e and v5p and 4 · 256² on v6e and v7x.
+      slices: shapes to choose from by the number of devices, ascending.
+    """
+
+    chip: str
+    rank: int
+    devices_per_chip: int
+    clock_hz: float
+    slices: tuple[str, ...]
+
+
+_TORUS_2D = ("4x8", "8x8", "8x16", "16x16")
+_TORUS_3D = ("2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8")
+
+GENERATIONS: Mapping[str, Generation] = MappingProxyType(
+    {
+        "v5e": Generation("v5e", rank=2, devices_per_chip=1, clock_hz=1.5e9, slices=_TORUS_2D),
+        "v5p": Generation("v5p", rank=3, devices_per_chip=1, clock_hz=1.75e9, slices=_TORUS_3D),
+        "v6e": Generation("v6e", rank=2, devices_per_chip=1, clock_hz=1.75e9, slices=_TORUS_2D),
+        "tpu7x": Generation("v7x", rank=3, devices_per_chip=2, clock_hz=2.2e9, slices=_TORUS_3D),
+    }
+)
+"""By the name that stands before the colon."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Slice:
+    """Chips of one kind that are wired together.
+
+    Attributes:
+      name: as libtpu knows it.
+      generation: their kind.
+      num_chips: how many they are.
+    """
+
+    name: str
+    generation: Generation
+    num_chips: int
+
+    @property
+    def num_devices(self) -> int:
+        """Devices that jax shows."""
+        return self.num_chips * self.generation.devices_per_chip
+
+    @property
+    def device(self) -> Chip:
+        """What one of these devices has: the chip, or its share of a chip."""
+        chip, share = get_chip(self.generation.chip), self.generation.devices_per_chip
+        if share == 1:
+            return chip
+        return dataclasses.replace(
+            chip,
+            name=f"{chip.name} (1/{share})",
+            cores=chip.cores // share,
+            peak_flops={dtype: rate / share for dtype, rate in chip.peak_flops.items()},
+            hbm_bandwidth=chip.hbm_bandwidth / share,
+            hbm_bytes=chip.hbm_bytes / share,
+            link_bandwidth=chip.link_bandwidth / share,
+        )
+
+
+def as_ds_tpu(device: Chip, dtype: str) -> Chip:
+    """A chip for DS_TPU's model with a device's peak at `dtype`, its bandwidth and its links."""
+    peak, bandwidth = device.peak(operand_dtype(dtype)[0]) / 1e12, device.hbm_bandwidth / 1e9
+    chip = ds_tpu_chip(device.name, DS_TPU_CORES, peak, bandwidth, "this device, as DS_TPU's")
+    return dataclasses.replace(chip, link_bandwidth=device.link_bandwidth)
+
+
+def parse_slice(name: str) -> Slice:
+    """The slice called `name`.
+
+    Raises:
+      ValueError: the name is not that of a known TPU, a colon, and a shape with as many sizes as its network has.
+    """
+    kind, colon, shape = name.lower().partition(":")
+    kind = {"v7x": "tpu7x"}.get(kind, kind)
+    generation = GENERATIONS.get(kind)
+    if generation is None or not colon or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape):
+        known = ", ".join(f"{kind}:{generation.slices[0]}" for kind, generation in GENERATIONS.items())
+        raise ValueError(f"unknown topology {name!r}; expected a TPU and the shape of a slice, such as {known}")
+    sizes = [int(size) for size in shape.split("x")]
+    if len(sizes) != generation.rank:
+        raise ValueError(
+            f"topology {name!r}: slices of {kind} have {generation.rank} dimensions, such as "
+            f"{kind}:{generation.slices[0]}, got {len(sizes)}"
+        )
+    return Slice(f"{kind}:{shape}", generation, math.prod(sizes))
+
+
+def slices_for(num_devices: int) -> Sequence[Slice]:
+    """The smallest slice of each kind with at least `num_devices` devices, and at least 32.
+
+    Raises:
+      ValueError: there is none so large.
+    """
+    found = []
+    for kind, generation in GENERATIONS.items():
+        slices = [parse_slice(f"{kind}:{shape}") for shape in generation.slices]
+        fitting = [slice_ for slice_ in slices if slice_.num_devices >= max(32, num_devices)]
+        if not fitting:
+            raise ValueError(f"no slice of {kind} with {num_devices} devices is known; name one with --topology")
+        found.append(fitting[0])
+    return found

@@ -1,0 +1,165 @@
+"""The routers of a training run beside each other: means over seeds with their confidence, and what is amiss."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+
+from bench.measure.samples import Interval
+from bench.record.tables import Cell
+from bench.training.records import Run
+
+_BASELINE = "softmax"
+
+HEADERS = (
+    "router", "seeds", "held-out loss", "± 95 %", f"against {_BASELINE}", "± 95 %", "bits/byte", "ms/step", "tokens/s",
+    "drops %", "load CV", "least entropy", "M params", "M active", "notes",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class RouterSummary:
+    """A router over its finished runs.
+
+    Attributes:
+      router: its name.
+      causal: whether a token's output depends on no later token.
+      seeds: finished runs.
+      held_out_loss: in nats a byte, of the runs that did not diverge; None if all did.
+      against_baseline: the same less that of the plain softmax router with the same seed, which saw the same data; so
+        it can be sure where the intervals of two losses overlap. None for that router, or without seeds in common.
+      ms_per_step: of each run the median.
+      bits_per_byte, tokens_per_second, drop_rate, load_cv: means over the runs.
+      least_entropy: of the held-out load at the end, over layers and runs; None if it is not finite.
+      unrouted_rate: share of the held-out tokens of a layer that no expert took, likewise.
+      parameters, active_parameters: of the model; see `bench.training.runs.summary`.
+      collapsed: for each run that ended with collapsed layers, "seed: layers".
+      diverged: the seeds whose loss ceased to be finite.
+    """
+
+    router: str
+    causal: bool
+    seeds: int
+    held_out_loss: Interval | None
+    against_baseline: Interval | None
+    ms_per_step: Interval
+    bits_per_byte: float | None
+    tokens_per_second: float
+    drop_rate: float
+    load_cv: float
+    unrouted_rate: float
+    least_entropy: float | None
+    parameters: int
+    active_parameters: int
+    collapsed: tuple[str, ...]
+    diverged: tuple[int, ...]
+
+
+def summaries(runs: Iterable[Run]) -> list[RouterSummary]:
+    """A summary of each router that has finished runs: first those that are causal, by held-out loss."""
+    by_router: dict[str, list[Run]] = {}
+    for run in runs:
+        if run.end is not None:
+            by_router.setdefault(run.head["router"], []).append(run)
+    baseline = _losses(by_router.get(_BASELINE, ()))
+    found = [_summary(router, finished, baseline) for router, finished in by_router.items()]
+    return sorted(found, key=lambda row: (not row.causal, row.held_out_loss.mean if row.held_out_loss else np.inf))
+
+
+def table_rows(rows: Sequence[RouterSummary]) -> list[list[Cell]]:
+    """Under `HEADERS`."""
+    return [
+        [
+            row.router,
+            row.seeds,
+            *_cells(row.held_out_loss),
+            *_cells(row.against_baseline),
+            row.bits_per_byte,
+            row.ms_per_step.mean,
+            round(row.tokens_per_second),
+            100 * row.drop_rate,
+            row.load_cv,
+            row.least_entropy,
+            row.parameters / 1e6,
+            row.active_parameters / 1e6,
+            ", ".join(_notes(row)),
+        ]
+        for row in rows
+    ]
+
+
+def warnings_of(rows: Sequence[RouterSummary]) -> list[str]:
+    """A sentence on each thing that a reader of the table must know."""
+    lines = []
+    for row in rows:
+        if row.collapsed:
+            lines.append(f"{row.router} collapsed, most tokens go to few experts: {'; '.join(row.collapsed)}")
+        if row.diverged:
+            lines.append(f"{row.router} diverged with the seeds {', '.join(map(str, row.diverged))}")
+    acausal = [row.router for row in rows if not row.causal]
+    if acausal:
+        lines.append(
+            f"not causal: {', '.join(acausal)}. What a token gets depends on later tokens, so the held-out loss knows "
+            "the future and cannot be compared with the others'"
+        )
+    return lines
+
+
+def _cells(interval: Interval | None) -> tuple[Cell, Cell]:
+    return (None, None) if interval is None else (interval.mean, interval.half)
+
+
+def _notes(row: RouterSummary) -> list[str]:
+    notes = [] if row.causal else ["not causal"]
+    notes += [f"{100 * row.unrouted_rate:.0f} % of tokens without expert"] * (row.unrouted_rate > 0)
+    return notes + ["COLLAPSED"] * bool(row.collapsed) + ["DIVERGED"] * bool(row.diverged)
+
+
+def _losses(runs: Iterable[Run]) -> dict[int, float]:
+    """The held-out loss of each seed, of the runs that did not diverge."""
+    ends = [(run.head["seed"], run.end) for run in runs if run.end is not None]
+    return {
+        seed: end["held_out_loss"] for seed, end in ends if not end["diverged"] and end["held_out_loss"] is not None
+    }
+
+
+def _summary(router: str, runs: Sequence[Run], baseline: Mapping[int, float]) -> RouterSummary:
+    ends = [run.end for run in runs if run.end is not None]
+    losses = _losses(runs)
+    differences = [loss - baseline[seed] for seed, loss in losses.items() if seed in baseline]
+    entropies = [entropy for end in ends for entropy in end["load_entropy"] if entropy is not None]
+    loss = Interval.of(list(losses.values())) if losses else None
+
+    def mean(name: str) -> float:
+        return float(np.mean([end[name] for end in ends if end[name] is not None]))
+
+    return RouterSummary(
+        router=router,
+        causal=runs[0].head["causal"],
+        seeds=len(runs),
+        held_out_loss=loss,
+        against_baseline=Interval.of(differences) if differences and router != _BASELINE else None,
+        ms_per_step=Interval.of([end["ms_per_step"] for end in ends]),
+        bits_per_byte=None if loss is None else loss.mean / float(np.log(2)),
+        tokens_per_second=mean("tokens_per_second"),
+        drop_rate=mean("drop_rate"),
+        load_cv=mean("load_cv"),
+        unrouted_rate=mean("unrouted_rate"),
+        least_entropy=min(entropies) if entropies else None,
+        parameters=runs[0].head["parameters"],
+        active_parameters=round(mean("active_parameters")),
+        collapsed=tuple(_collapsed(run) for run in runs if run.end is not None and run.end["collapsed"]),
+        diverged=tuple(run.head["seed"] for run in runs if run.end is not None and run.end["diverged"]),
+    )
+
+
+def _collapsed(run: Run) -> str:
+    assert run.end is not None
+    layers = [
+        f"layer {layer} (entropy {_shown(run.end['load_entropy'][layer])})" for layer in run.end["collapsed_layers"]
+    ]
+    return f"seed {run.head['seed']}: {', '.join(layers)}"
+
+
+def _shown(entropy: float | None) -> str:
+    return "not finite" if entropy is None else f"{entropy:.2f}"

@@ -1,0 +1,239 @@
+import dataclasses
+import itertools
+import math
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bench.model import ds_tpu
+from bench.model.ds_tpu import Partition, Tile, best_tile, evaluate_exchange, evaluate_gemm, partitions
+from bench.model.workloads import GemmShape
+from pallas_kernels.chips import get_chip
+
+
+@dataclasses.dataclass(frozen=True)
+class Figures:
+    """One row of the evaluators' published figures; None where they print none."""
+
+    chip: str
+    dtype: str
+    shape: tuple[int, int, int, int]
+    procs: tuple[int, int, int, int]
+    elapsed: float
+    traffic_mb: float
+    comp: float | None = None
+    dma: float | None = None
+    digits: int | None = None
+
+
+# `digits`: decimals that elapsed, comp and dma are printed with; None means to the last bit or two.
+EXACT = [
+    Figures(
+        "seed", "fp8", (8, 48, 7168, 2048), (8, 1, 2, 4), 16.589714285714287, 129.236992, 14.336, 11.268571428571429
+    ),
+    Figures(
+        "v32-run",
+        "fp8",
+        (8, 48, 7168, 2048),
+        (8, 1, 2, 4),
+        17.960774704761906,
+        129.236992,
+        14.680064,
+        15.024761904761904,
+    ),
+    Figures(
+        "v32-run", "fp8", (1, 48, 7168, 256), (1, 1, 2, 32), 0.4306371047619048, 3.309568, 0.229376, 0.3847619047619048
+    ),
+]
+ROUNDED = [
+    Figures("tier6", "bf16", (8, 48, 7168, 2048), (8, 1, 2, 4), 24.925, 252.18, 14.680, 21.989, 3),
+    Figures("tier6", "fp8", (8, 48, 7168, 2048), (8, 1, 2, 4), 16.93, 129.24, 14.680, 11.269, 2),
+    Figures("tier6", "bf16", (4, 1, 7168, 2048), (4, 1, 2, 8), 10.751, 117.686, 2.447, 10.261, 3),
+    Figures("seed", "fp8", (8, 4, 7168, 2048), (8, 1, 2, 4), 11.2814, 118.4236, digits=4),
+]
+
+
+def by_shape(row: Figures) -> str:
+    return f"{row.chip}-{row.dtype}-{row.shape[0]}x{row.shape[1]}"
+
+
+@pytest.mark.parametrize("row", EXACT, ids=by_shape)
+def test_figures_to_all_digits(row):
+    result = evaluate_gemm(get_chip(row.chip), GemmShape(*row.shape), row.dtype)
+    assert result.best_partition == Partition(row.procs)
+    assert (result.elapsed, result.comp_elapsed, result.dma_elapsed) == pytest.approx(
+        (row.elapsed, row.comp, row.dma), rel=1e-12
+    )
+    assert result.dram_traffic == round(row.traffic_mb * 1e6)
+
+
+@pytest.mark.parametrize("row", ROUNDED, ids=by_shape)
+def test_figures_to_the_printed_digits(row):
+    result = evaluate_gemm(get_chip(row.chip), GemmShape(*row.shape), row.dtype)
+    assert result.best_partition == Partition(row.procs)
+    assert round(result.elapsed, row.digits) == row.elapsed
+    if row.comp is not None:
+        assert (round(result.comp_elapsed, 3), round(result.dma_elapsed, 3)) == (row.comp, row.dma)
+    decimals = len(str(row.traffic_mb).split(".")[1])
+    assert round(result.dram_traffic / 1e6, decimals) == row.traffic_mb
+
+
+def test_tile_of_the_bf16_example():
+    tile = evaluate_gemm(get_chip("tier6"), GemmShape(8, 48, 7168, 2048), "bf16").best_tile
+    assert tile == Tile("mnk", M=48, N=1024, K=384)
+
+
+def test_derived_numbers():
+    chip, shape = get_chip("v32-run"), GemmShape(8, 48, 7168, 2048)
+    result = evaluate_gemm(chip, shape, "fp8", name="routed_gate_proj")
+    assert (result.name, result.kind, result.dtype, result.shape) == ("routed_gate_proj", "matmul", "fp8", shape)
+    assert result.flops == 2 * 8 * 48 * 7168 * 2048
+    assert result.param == result.dram_occupy == 8 * 7168 * 2048
+    assert result.urate == pytest.approx(result.flops / (result.elapsed * 1e-6 * 768e12))
+    assert evaluate_gemm(chip, shape, "bf16").dram_occupy == 2 * result.param
+
+
+def test_exchange_time():
+    result = evaluate_exchange(get_chip("v32-run"), "dispatch", 2752512)
+    assert result.elapsed == pytest.approx(7.057368421052632, rel=1e-12)
+    assert (result.link_elapsed, result.comm_size, result.kind) == (result.elapsed, 2752512, "dispatch")
+
+
+def test_unknown_dtype_names_the_known_ones():
+    with pytest.raises(ValueError, match=r"dtype must be one of fp8, int8, bf16, fp16, got 'fp4'"):
+        evaluate_gemm(get_chip("seed"), GemmShape(1, 1, 1, 1), "fp4")
+
+
+def test_memory_too_small_for_any_tile():
+    with pytest.raises(ValueError, match="no tile of a block of 4 rows"):
+        best_tile(4, 8, 8, 2, 500)
+
+
+@pytest.mark.parametrize(("cores", "count"), [(1, 1), (12, 40), (64, 84), (97, 4)])
+def test_partitions_cover_every_factorisation(cores, count):
+    found = partitions(cores)
+    assert len(set(found)) == len(found) == count
+    assert all(math.prod(procs) == cores for procs in found)
+
+
+def oracle_tile_traffic(m, n, k, operand_bytes, sram_limit):
+    """The least traffic over every tile in steps of 16, 8 and 32, by the formulas as they are written down."""
+
+    def up(x, step):
+        return math.ceil(x / step) * step
+
+    a, b, c = m * k * operand_bytes, k * n * operand_bytes, m * n * 2
+    k_tiles = [*range(1, 32), *range(32, k, 32), k]
+    least = None
+    for mt, nt, kt in itertools.product(range(16, up(m, 16) + 1, 16), range(8, up(n, 8) + 1, 8), k_tiles):
+        if (up(mt, 16) + up(nt, 16)) * kt * operand_bytes + up(mt, 16) * up(nt * 2, 32) > sram_limit or kt > k:
+            continue
+        t_m, t_n, t_k = math.ceil(m / mt), math.ceil(n / nt), math.ceil(k / kt)
+        spill = m * n * 8 * (t_k - 1)
+        for traffic in (a * t_n + b * t_m + c, b + a * t_n + spill + c, a + b * t_m + spill + c):
+            least = traffic if least is None else min(least, traffic)
+    return least
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    m=st.integers(1, 100),
+    n=st.integers(1, 100),
+    k=st.integers(1, 200),
+    operand_bytes=st.sampled_from([1, 2]),
+    sram_limit=st.integers(800, 20_000),
+)
+def test_tile_search_finds_what_exhaustive_search_finds(m, n, k, operand_bytes, sram_limit):
+    tile, traffic = best_tile(m, n, k, operand_bytes, sram_limit)
+    assert traffic == oracle_tile_traffic(m, n, k, operand_bytes, sram_limit)
+    assert tile.M % 16 == 0
+    assert tile.N % 8 == 0
+    assert tile.K < 32 or tile.K % 32 == 0 or k == tile.K
+
+
+@pytest.mark.parametrize(
+    ("order", "operands"),
+    [
+        ("mnk", 64 * 96 * 2 * 2 + 96 * 32 * 2 * 4),
+        # One operand comes once a block: B, cut along K only; A, cut along K, and once more for each half of N.
+        ("nkm", 64 * 96 * 2 * 2 + 96 * 32 * 2 * 1),
+        ("mkn", 64 * 96 * 2 * 2 + 96 * 32 * 2 * 4),
+    ],
+)
+def test_partial_sums_that_leave_fast_memory_are_written_and_read_in_float32(order, operands):
+    """4 × 2 tiles of a 64 × 32 result in two blocks of columns, and 3 steps along K = 96."""
+    spilled = 0 if order == "mnk" else 64 * 32 * (4 + 4) * 2
+    found = ds_tpu._traffic(order, 64, 32, 96, counts=(4, 2, 3), parts=(1, 2, 1), operand_bytes=2)
+    assert found == operands + 64 * 32 * 2 + spilled
+
+
+def oracle_chip_traffic(shape, procs, tile, operand_bytes):
+    """Traffic summed core by core, each with its own block."""
+
+    def blocks(extent, parts):
+        size = math.ceil(extent / parts)
+        return [min(size, extent - start) for start in range(0, extent, size)]
+
+    total = 0
+    sizes = [blocks(e, p) for e, p in zip((shape.G, shape.M, shape.N, shape.K), procs, strict=True)]
+    for g, m, n, k in itertools.product(*sizes):
+        t_m, t_n, t_k = math.ceil(m / tile.M), math.ceil(n / tile.N), math.ceil(k / tile.K)
+        a, b, c, spill = m * k * operand_bytes, k * n * operand_bytes, m * n * 2, m * n * 8 * (t_k - 1)
+        per_order = {
+            "mnk": a * t_n + b * t_m + c,
+            "nkm": b + a * t_n + spill + c,
+            "mkn": a + b * t_m + spill + c,
+        }
+        total += g * per_order[tile.order]
+    return total
+
+
+shapes = st.builds(GemmShape, st.integers(1, 9), st.integers(1, 300), st.integers(1, 3000), st.integers(1, 3000))
+dtypes = st.sampled_from(["fp8", "bf16"])
+
+
+@settings(max_examples=25, deadline=None)
+@given(shape=shapes, dtype=dtypes, cores=st.sampled_from([1, 6, 7, 64]))
+def test_invariants(shape, dtype, cores):
+    chip = get_chip(f"cores={cores},tflops={12 * cores},gbps={134.4 * cores}")
+    result = evaluate_gemm(chip, shape, dtype)
+    width = 1 if dtype == "fp8" else 2
+    assert result.elapsed >= max(result.comp_elapsed, result.dma_elapsed)
+    assert result.elapsed <= result.comp_elapsed + result.dma_elapsed
+    compulsory = shape.G * ((shape.M * shape.K + shape.K * shape.N) * width + shape.M * shape.N * 2)
+    assert result.dram_traffic >= compulsory
+    assert result.dma_elapsed >= result.dram_traffic / chip.hbm_bandwidth * 1e6 * (1 - 1e-12)
+    assert 0 < result.urate <= 1
+    procs = result.best_partition.procs
+    assert result.dram_traffic == oracle_chip_traffic(shape, procs, result.best_tile, width)
+
+
+@settings(max_examples=25, deadline=None)
+@given(shape=shapes, dtype=dtypes, factor=st.floats(1, 8))
+def test_more_bandwidth_or_arithmetic_is_never_slower(shape, dtype, factor):
+    base = evaluate_gemm(get_chip("v32-run"), shape, dtype).elapsed
+    for tflops, gbps in ((768 * factor, 8601.6), (768, 8601.6 * factor)):
+        faster = evaluate_gemm(get_chip(f"cores=64,tflops={tflops},gbps={gbps}"), shape, dtype)
+        assert faster.elapsed <= base * (1 + 1e-12)
+
+
+def test_no_partition_beats_the_chosen_one():
+    chip, shape = get_chip("v32-run"), GemmShape(3, 40, 700, 900)
+    best = evaluate_gemm(chip, shape, "fp8").elapsed
+    for g, m, n, k in partitions(64):
+        block = (math.ceil(shape.M / m), math.ceil(shape.N / n), math.ceil(shape.K / k))
+        groups = math.ceil(shape.G / g)
+        _, traffic = best_tile(*block, 1, int(0.45 * chip.fast_memory_bytes))
+        macs = math.prod(math.ceil(size / cube) * cube for size, cube in zip(block, (16, 8, 32), strict=True))
+        comp, dma = groups * macs / (768e6 / 2 / 64), groups * traffic / (8601.6e3 / 64)
+        assert max(comp, dma) + 0.2 * min(comp, dma) >= best * (1 - 1e-12)
+
+
+def test_search_is_fast():
+    ds_tpu._search.cache_clear()
+    best_tile.cache_clear()
+    start = time.process_time()
+    evaluate_gemm(get_chip("v32-run"), GemmShape(8, 65536, 7168, 4096), "bf16")
+    assert time.process_time() - start < 1

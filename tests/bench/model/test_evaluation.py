@@ -1,0 +1,118 @@
+import dataclasses
+import json
+
+import pytest
+
+from bench.model.evaluation import build_evaluation
+from bench.model.roofline import model_layer
+from bench.model.workloads import Workload
+from pallas_kernels.chips import get_chip
+
+DECODE = Workload(7168, 2048, 2048, 256, 8, batch_size=1536, q_len=1, ep=32, dp=32, moe_tp=1)
+LAYER = model_layer(get_chip("v32-run"), DECODE)
+
+
+def test_field_names():
+    evaluation = build_evaluation(LAYER)
+    assert set(evaluation) == {"run_info", "config", "performance"}
+    performance = evaluation["performance"]
+    assert set(performance) == {
+        *("total_elapse_us", "comm_elapse_us", "flops", "dram_occupy", "mfu"),
+        *("tps", "tps_per_batch", "tps_per_chip", "layers"),
+    }
+    layer = performance["layers"]["MoE"]
+    assert {"name", "layer_type", "perf", "arch"} <= set(layer)
+    assert set(layer["perf"]) == {
+        *("param", "flops", "dram_occupy", "dram_traffic", "elapse"),
+        *("comp_elapse", "dma_elapse", "comm_elapse", "comm_size"),
+    }
+    for operator in layer["comp_operators"]:
+        assert set(operator) == {
+            *("name", "operator_type", "parallel_params", "param", "flops", "dram_occupy", "dram_traffic"),
+            *("elapsed", "comp_elapsed", "dma_elapsed", "best_tile", "best_partition", "urate"),
+        }
+        assert set(operator["parallel_params"]) == {"G", "M", "K", "N"}
+    for operator in layer["comm_operators"]:
+        fields = {"name", "operator_type", "comm_kind", "comm_size", "comm_elapse", "parallel_params"}
+        assert set(operator) == fields
+
+
+def test_values():
+    performance = build_evaluation(LAYER)["performance"]
+    layer = performance["layers"]["MoE"]
+    operators = {operator["name"]: operator for operator in layer["comp_operators"]}
+    routed = operators["routed_gate_proj"]
+    assert routed["operator_type"] == "MatMulOperator"
+    assert routed["parallel_params"] == {"G": 8, "M": 48, "K": 7168, "N": 2048}
+    assert routed["best_partition"] == {"dims": "GMNK", "procs": [8, 1, 2, 4]}
+    assert [operator["comm_kind"] for operator in layer["comm_operators"]] == ["dispatch", "combine"]
+    assert [operator["comm_size"] for operator in layer["comm_operators"]] == [2_752_512, 5_505_024]
+    communication = sum(operator["comm_elapse"] for operator in layer["comm_operators"])
+    arithmetic = sum(operator["elapsed"] for operator in layer["comp_operators"])
+    assert layer["perf"]["comm_elapse"] == pytest.approx(communication)
+    assert layer["perf"]["elapse"] == pytest.approx(communication + arithmetic)
+    assert layer["perf"]["comm_size"] == 8_257_536
+    assert layer["perf"]["param"] == 7168 * (256 + 3 * 2048 + 8 * 3 * 2048)
+    expected = {
+        "batch_size": 1536,
+        "batch_size_local": 48,
+        "token_per_ep_group": 384,
+        "expert_per_ep_group": 8,
+        "m_per_group": 48,
+        "activated_expert_per_ep_group": 8,
+        "mean_rows": 384,
+    }
+    assert expected.items() <= layer["arch"].items()
+    assert layer["arch"]["busiest_rows"] > 384
+
+
+@pytest.mark.parametrize(("precision", "width"), [("w8a8", 1), ("w16a16", 2)])
+@pytest.mark.parametrize("chip", ["v32-run", "h200"])
+def test_times_are_microseconds_and_sizes_bytes(chip, precision, width):
+    layer = model_layer(get_chip(chip), dataclasses.replace(DECODE, precision=precision))
+    performance = build_evaluation(layer)["performance"]
+    weights = 7168 * (256 + 3 * 2048 + 8 * 3 * 2048)
+    assert performance["layers"]["MoE"]["perf"]["param"] == weights
+    assert performance["dram_occupy"] == performance["layers"]["MoE"]["perf"]["dram_occupy"] == width * weights
+    sent = 384 * 7168 * (width + 2)  # dispatch at the operands' width, combine in BF16
+    bandwidth = get_chip(chip).link_bandwidth
+    seconds = sent / (0.95 * bandwidth) + 2 * 0.59e-6 if chip == "v32-run" else sent * 31 / 32 / bandwidth
+    assert performance["comm_elapse_us"] == pytest.approx(seconds * 1e6)
+    assert performance["layers"]["MoE"]["perf"]["comm_elapse"] == pytest.approx(seconds * 1e6)
+    assert performance["total_elapse_us"] == pytest.approx(1536 / performance["tps"] * 1e6)
+
+
+def test_rates():
+    performance = build_evaluation(LAYER)["performance"]
+    seconds = LAYER.elapsed * 1e-6
+    assert performance["total_elapse_us"] == LAYER.elapsed
+    assert performance["tps"] == pytest.approx(1536 / seconds)
+    assert performance["tps_per_batch"] == pytest.approx(1 / seconds)
+    assert performance["tps_per_chip"] == pytest.approx(48 / seconds)
+    assert performance["mfu"] == pytest.approx(LAYER.total("flops") / (768e12 * seconds))
+
+
+def test_layers_multiply_time_and_divide_rates():
+    one, many = build_evaluation(LAYER)["performance"], build_evaluation(LAYER, num_layers=58)["performance"]
+    for field in ("total_elapse_us", "comm_elapse_us", "flops", "dram_occupy"):
+        assert many[field] == pytest.approx(58 * one[field])
+    assert many["tps"] == pytest.approx(one["tps"] / 58)
+    assert many["mfu"] == pytest.approx(one["mfu"])
+    with pytest.raises(ValueError, match="num_layers must be at least 1, got 0"):
+        build_evaluation(LAYER, num_layers=0)
+
+
+def test_extra_entries():
+    evaluation = build_evaluation(LAYER, run_info={"command": "decode"}, measured={"elapsed": 1.5})
+    assert evaluation["run_info"]["command"] == "decode"
+    assert evaluation["run_info"]["chip"] == "v32-run"
+    assert evaluation["measured"] == {"elapsed": 1.5}
+
+
+@pytest.mark.parametrize("chip", ["v32-run", "v5e", "h200"])
+@pytest.mark.parametrize("precision", ["w8a8", "w16a16"])
+def test_every_chip_gives_plain_json(chip, precision):
+    layer = model_layer(get_chip(chip), dataclasses.replace(DECODE, precision=precision))
+    evaluation = build_evaluation(layer)
+    assert json.loads(json.dumps(evaluation, allow_nan=False)) == evaluation
+    assert evaluation["config"]["precision"] == precision

@@ -1,0 +1,122 @@
+import dataclasses
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bench.model.roofline import default_block_m, model_gemm, model_layer, roofline_exchange, roofline_gemm
+from bench.model.workloads import GemmShape, Workload
+from pallas_kernels.chips import CHIPS, get_chip
+
+DECODE = Workload(
+    hidden_size=7168,
+    intermediate_size=2048,
+    shared_intermediate_size=2048,
+    num_experts=256,
+    top_k=8,
+    batch_size=1536,
+    q_len=1,
+    ep=32,
+    dp=32,
+    moe_tp=1,
+)
+REAL_CHIPS = [name for name, chip in CHIPS.items() if chip.kind != "ds_tpu"]
+
+
+def test_memory_bound_product_takes_the_time_of_its_weights():
+    chip, shape = get_chip("h200"), GemmShape(8, 48, 7168, 2048)
+    time = roofline_gemm(chip, shape, "fp8")
+    assert time.dram_traffic == 8 * 7168 * 2048 + 8 * 48 * (7168 + 2 * 2048)
+    assert time.elapsed == time.dma_elapsed == pytest.approx(time.dram_traffic / 4.8e12 * 1e6)
+    assert time.comp_elapsed == pytest.approx(2 * 8 * 64 * 7168 * 2048 / 1978.9e12 * 1e6)
+    assert time.flops == 2 * 8 * 48 * 7168 * 2048
+    assert (time.best_tile, time.best_partition) == (None, None)
+
+
+def test_compute_bound_product_takes_the_time_of_its_arithmetic():
+    time = roofline_gemm(get_chip("v6e"), GemmShape(8, 4096, 7168, 4096), "int8")
+    assert time.elapsed == time.comp_elapsed == pytest.approx(time.flops / 1836e12 * 1e6)
+    assert time.urate == pytest.approx(1)
+
+
+def test_an_alien_dtype_saves_bytes_and_no_arithmetic():
+    chip, shape = get_chip("v6e"), GemmShape(8, 64, 7168, 2048)
+    fp8, bf16 = roofline_gemm(chip, shape, "fp8"), roofline_gemm(chip, shape, "bf16")
+    assert fp8.comp_elapsed == bf16.comp_elapsed
+    assert fp8.dma_elapsed < 0.6 * bf16.dma_elapsed
+
+
+def test_rows_are_padded_to_the_chip_and_on_request():
+    assert default_block_m(get_chip("h200"), "fp8") == default_block_m(get_chip("b200"), "bf16") == 64
+    assert (default_block_m(get_chip("v6e"), "int8"), default_block_m(get_chip("v7x"), "bf16")) == (32, 16)
+    chip, shape = get_chip("h200"), GemmShape(8, 4, 7168, 2048)
+    times = [roofline_gemm(chip, shape, "fp8", block_m=block_m).comp_elapsed for block_m in (4, 64, 128)]
+    assert times == pytest.approx([times[0], 16 * times[0], 32 * times[0]])
+    with pytest.raises(ValueError, match="block_m must be at least 1, got 0"):
+        roofline_gemm(chip, shape, "fp8", block_m=0)
+
+
+@pytest.mark.parametrize(("dtype", "width"), [("fp8", 1), ("int8", 1), ("bf16", 2), ("fp16", 2)])
+def test_weights_occupy_bytes(dtype, width):
+    time = roofline_gemm(get_chip("h200"), GemmShape(8, 48, 7168, 2048), dtype)
+    assert (time.param, time.dram_occupy) == (8 * 7168 * 2048, width * 8 * 7168 * 2048)
+
+
+def test_exchange_keeps_its_own_share_at_home():
+    time = roofline_exchange(get_chip("h200"), "dispatch", 1024 * 7168, ep=8)
+    assert time.elapsed == time.link_elapsed == pytest.approx(14.3, abs=0.05)
+    alone = roofline_exchange(get_chip("h200"), "dispatch", 1024 * 7168, ep=1)
+    assert alone.link_elapsed == 0
+    assert alone.elapsed == alone.dma_elapsed > 0
+
+
+def test_the_chip_picks_the_model():
+    shape = GemmShape(8, 48, 7168, 2048)
+    assert model_gemm(get_chip("v32-run"), shape, "fp8").best_tile is not None
+    assert model_gemm(get_chip("h200"), shape, "fp8").best_tile is None
+    assert model_layer(get_chip("v32-run"), DECODE).model == "ds_tpu"
+    assert model_layer(get_chip("h200"), DECODE).model == "roofline"
+
+
+def test_layer_of_the_v32_run():
+    layer = model_layer(get_chip("v32-run"), DECODE)
+    times = {operator.name: operator for operator in layer.operators}
+    assert times["routed_gate_proj"].elapsed == pytest.approx(17.960774704761906, rel=1e-12)
+    assert times["gate"].elapsed == pytest.approx(0.4306371047619048, rel=1e-12)
+    assert times["dispatch"].elapsed == pytest.approx(7.057368421052632, rel=1e-12)
+    assert layer.elapsed == pytest.approx(sum(operator.elapsed for operator in layer.operators))
+    assert layer.comm_elapsed == times["dispatch"].elapsed + times["combine"].elapsed
+    assert layer.mean_rows == 384
+    assert layer.busiest_rows == pytest.approx(424.5, abs=3)
+
+
+def test_the_roofline_waits_for_the_busiest_chip():
+    layer = model_layer(get_chip("h200"), DECODE)
+    routed = {operator.name: operator for operator in layer.operators}["routed_gate_proj"]
+    assert routed.shape == GemmShape(8, math.ceil(layer.busiest_rows / 8), 7168, 2048)
+    assert layer.busiest_rows > layer.mean_rows
+
+
+@pytest.mark.parametrize("name", REAL_CHIPS)
+def test_roofline_is_never_above_the_sum_of_its_parts(name):
+    for precision, quantized in (("w8a8", "fp8"), ("w8a8", "int8"), ("w16a16", "fp8")):
+        workload = dataclasses.replace(DECODE, precision=precision, quantized_dtype=quantized)
+        for operator in model_layer(get_chip(name), workload).operators:
+            parts = operator.comp_elapsed, operator.dma_elapsed, operator.link_elapsed
+            assert operator.elapsed == max(parts) > 0
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    shape=st.builds(GemmShape, st.integers(1, 64), st.integers(1, 5000), st.integers(1, 9000), st.integers(1, 9000)),
+    dtype=st.sampled_from(["fp8", "int8", "bf16", "fp16"]),
+    name=st.sampled_from(REAL_CHIPS),
+)
+def test_roofline_never_beats_peak_or_compulsory_bytes(shape, dtype, name):
+    chip = get_chip(name)
+    time = roofline_gemm(chip, shape, dtype)
+    assert 0 < time.urate <= 1 + 1e-12
+    assert time.dram_traffic > time.dram_occupy
+    faster = dataclasses.replace(chip, hbm_bandwidth=2 * chip.hbm_bandwidth)
+    assert roofline_gemm(faster, shape, dtype).elapsed <= time.elapsed

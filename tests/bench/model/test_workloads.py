@@ -1,0 +1,131 @@
+import dataclasses
+
+import pytest
+
+from bench.model.workloads import Exchange, GemmShape, Matmul, Workload, layer_operators, moe_workload
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    hidden_size: int = 7168
+    intermediate_size: int = 2048
+    shared_intermediate_size: int = 2048
+    num_experts: int = 256
+    top_k: int = 8
+
+
+DEEPSEEK = Layer()
+
+
+def test_example_of_batch_64():
+    workload = moe_workload(DEEPSEEK, batch_size=64, ep=32)
+    assert workload.token_per_ep_group == 16
+    assert workload.dispatch_bytes == 114_688
+    assert workload.combine_bytes == 229_376
+    assert (workload.dp, workload.batch_size_local, workload.expert_per_ep_group) == (32, 2, 8)
+    assert (workload.activated_expert_per_ep_group, workload.m_per_group, workload.num_chips) == (8, 2, 32)
+
+
+def test_precision_sets_the_width_of_dispatch_and_not_of_combine():
+    workload = moe_workload(DEEPSEEK, batch_size=64, ep=32, precision="w16a16")
+    assert workload.dispatch_bytes == workload.combine_bytes == 229_376
+    assert workload.dtype == "bf16"
+    assert moe_workload(DEEPSEEK, batch_size=64, ep=32, quantized_dtype="int8").dtype == "int8"
+
+
+def test_operators_of_the_v32_run():
+    operators = layer_operators(moe_workload(DEEPSEEK, batch_size=1536, ep=32))
+    assert operators == (
+        Matmul("gate", GemmShape(1, 48, 7168, 256)),
+        Matmul("shared_gate_proj", GemmShape(1, 48, 7168, 2048)),
+        Matmul("shared_up_proj", GemmShape(1, 48, 7168, 2048)),
+        Matmul("shared_down_proj", GemmShape(1, 48, 2048, 7168)),
+        Matmul("routed_gate_proj", GemmShape(8, 48, 7168, 2048)),
+        Matmul("routed_up_proj", GemmShape(8, 48, 7168, 2048)),
+        Matmul("routed_down_proj", GemmShape(8, 48, 2048, 7168)),
+        Exchange("dispatch", 2_752_512),
+        Exchange("combine", 5_505_024),
+    )
+
+
+def test_no_shared_expert_no_shared_operators():
+    layer = dataclasses.replace(DEEPSEEK, shared_intermediate_size=0)
+    names = [operator.name for operator in layer_operators(moe_workload(layer, batch_size=64, ep=32))]
+    assert names == ["gate", "routed_gate_proj", "routed_up_proj", "routed_down_proj", "dispatch", "combine"]
+
+
+def test_moe_tp_cuts_the_routed_experts_and_the_wire():
+    whole = moe_workload(DEEPSEEK, batch_size=64, ep=16)
+    cut = moe_workload(DEEPSEEK, batch_size=64, ep=16, moe_tp=4)
+    routed = {operator.name: operator for operator in layer_operators(cut)}
+    assert routed["routed_gate_proj"].shape.N == routed["routed_down_proj"].shape.K == 512
+    assert routed["shared_gate_proj"].shape.N == 2048
+    assert (cut.dispatch_bytes, cut.num_chips) == (whole.dispatch_bytes // 4, 64)
+
+
+@pytest.mark.parametrize(("rounding", "shape"), [("round", (3, 1, 7168, 2048)), ("ceil", (4, 1, 7168, 2048))])
+def test_both_evaluators_roundings_of_config_a(rounding, shape):
+    workload = moe_workload(DEEPSEEK, batch_size=4, ep=32, dp=1, rounding=rounding)
+    operators = {operator.name: operator for operator in layer_operators(workload)}
+    assert operators["routed_gate_proj"].shape == GemmShape(*shape)
+    assert operators["gate"].shape.M == 4
+
+
+def test_rows_can_be_those_of_another_chip():
+    workload = moe_workload(DEEPSEEK, batch_size=1536, ep=32)
+    operators = {operator.name: operator for operator in layer_operators(workload, routed_rows=424.5)}
+    assert operators["routed_up_proj"].shape == GemmShape(8, 54, 7168, 2048)
+    assert workload.busiest_rows > workload.token_per_ep_group
+
+
+def test_q_len_multiplies_tokens_but_not_sequences():
+    workload = moe_workload(DEEPSEEK, batch_size=64, ep=32, q_len=3)
+    assert workload.token_per_ep_group == 48
+    assert workload.batch_size_local == 2
+    assert layer_operators(workload)[0].shape.M == 6
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"batch_size": 48},
+            "batch_size must be a multiple of dp, got batch_size=48 for dp=32; pass dp=16 or batch_size=64",
+        ),
+        ({"ep": 48, "dp": 1}, "num_experts must be a multiple of ep, got num_experts=256 for ep=48; pass ep=16"),
+        ({"moe_tp": 3}, "intermediate_size must be a multiple of moe_tp, got intermediate_size=2048 for moe_tp=3"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"ep": -1}, "ep must be at least 1, got -1"),
+        ({"dp": 0}, "dp must be at least 1, got 0"),
+        ({"q_len": 0}, "q_len must be at least 1, got 0"),
+        ({"precision": "w4a8"}, "precision must be 'w8a8' or 'w16a16', got 'w4a8'"),
+        ({"quantized_dtype": "fp4"}, "quantized_dtype must be 'fp8' or 'int8', got 'fp4'"),
+        ({"rounding": "floor"}, r"rounding must be 'round' \(DS_TPU\) or 'ceil' \(Tier6\), got 'floor'"),
+    ],
+)
+def test_errors_say_what_to_pass(changes, message):
+    with pytest.raises(ValueError, match=message):
+        moe_workload(DEEPSEEK, **({"batch_size": 64, "ep": 32} | changes))
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        ({"top_k": 300}, "top_k must be at most num_experts=256, got 300"),
+        ({"hidden_size": 0}, "hidden_size must be at least 1, got 0"),
+        ({"shared_intermediate_size": -1}, "shared_intermediate_size must be 0"),
+    ],
+)
+def test_errors_of_the_layer(layer, message):
+    with pytest.raises(ValueError, match=message):
+        moe_workload(dataclasses.replace(DEEPSEEK, **layer), batch_size=64, ep=32)
+
+
+def test_a_shape_has_no_empty_side():
+    with pytest.raises(ValueError, match="M must be at least 1"):
+        GemmShape(8, 0, 7168, 2048)
+
+
+def test_workload_is_a_plain_value():
+    workload = moe_workload(DEEPSEEK, batch_size=64, ep=32)
+    assert workload == Workload(**dataclasses.asdict(workload))

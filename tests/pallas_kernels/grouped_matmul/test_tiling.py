@@ -1,0 +1,34 @@
+"""Which tiles the Hopper kernels are offered: those whose sums their registers hold."""
+
+import pytest
+
+from pallas_kernels.chips import get_chip
+from pallas_kernels.grouped_matmul.gpu import tiling
+
+H200 = get_chip("h200")
+
+TILES = {
+    *((64, block_n, 1) for block_n in (64, 128, 192, 256)),
+    *((64, block_n, 2) for block_n in (128, 256)),
+    *((128, block_n, 2) for block_n in (64, 128, 192, 256)),
+}
+"""(block_m, block_n, warpgroups): each warpgroup's columns come in whole instructions of 64."""
+
+TOO_MANY_SUMS = {(64, 192, 1), (64, 256, 1), (128, 256, 2)}
+"""With block scales a warpgroup holds its sums and a part that is not scaled yet: a register a column for each thread,
+of which one warpgroup alone takes 128 at most, and two take 192."""
+
+
+@pytest.mark.parametrize("block_scales", [False, True])
+def test_tiles_with_block_scales_leave_registers_for_a_second_set_of_sums(block_scales):
+    offered = tiling.candidates(H200, out_itemsize=2, block_scales=block_scales, fused=False, columns=4096)
+    tiles = {(config.block_m, config.block_n, config.warpgroups) for config in offered}
+    assert tiles == (TILES - TOO_MANY_SUMS if block_scales else TILES)
+
+
+@pytest.mark.parametrize("tile", sorted(TILES))
+def test_a_tile_from_a_table_is_held_to_the_same_limit(tile):
+    block_m, block_n, warpgroups = tile
+    config = tiling.Config(block_m, block_n, 2, warpgroups, 1)
+    assert tiling.fits(H200, config, out_itemsize=2, block_scales=False, fused=False)
+    assert tiling.fits(H200, config, out_itemsize=2, block_scales=True, fused=False) == (tile not in TOO_MANY_SUMS)
