@@ -88,6 +88,7 @@ def test_a_small_layer_compiles_and_is_shown(tmp_path):
 
 @needs_libtpu
 @pytest.mark.timeout(600)
+@pytest.mark.slow
 def test_what_cannot_be_compiled_gives_the_compilers_reason():
     job = LayerJob("v5e:2x2", "llama-4-maverick", ep=4, batch=4, precision="w16a16", grad=True)
     record = compile_record(job, "int8", with_cycles=False)

@@ -151,7 +151,7 @@ def test_an_interrupted_run_goes_on(monkeypatch, tmp_path):
     ("choice", "kind"),
     [(Choice(OURS), WAITS), (Choice(OURS), INSTRUCTIONS), (Choice(MEGABLOX, (48, 1024, 512)), WAITS)],
 )
-@pytest.mark.quick("choice0-cycles")
+@pytest.mark.slow
 def test_cycles_grow_with_the_groups(choice, kind):
     """Loops over groups are followed as they would run."""
     few, many = (

@@ -65,6 +65,7 @@ def test_the_layer_is_the_dense_oracles(rng):
     assert relative_error(measured["layer/compact/auto"][0], expected) < 1e-5
 
 
+@pytest.mark.slow
 def test_programs_are_shared_between_loads_and_capacities():
     clock = Clock()
     bench.run_case(small("layer", load="zipf", capacity_factor=1.0), clock, 2)

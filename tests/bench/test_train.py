@@ -31,6 +31,7 @@ def variant():
     return compile_variant("noisy_top_k", SETTINGS, corpus())
 
 
+@pytest.mark.slow
 def test_a_run_that_resumes_equals_one_that_was_not_interrupted(tmp_path, variant):
     text = corpus()
     whole, parts = tmp_path / "whole.jsonl", tmp_path / "parts.jsonl"

@@ -88,6 +88,7 @@ def test_what_is_printed_and_written(nvidia):
         ({"precision": "w8a8", "quantization": Quantization(dtype="int8")}, "Hopper kernels multiply"),
     ],
 )
+@pytest.mark.quick("changes1-*")
 def test_products_without_a_kernel_are_told(nvidia, changes, reason):
     said = []
     result = times(said, **changes)

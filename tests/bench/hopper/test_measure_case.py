@@ -37,6 +37,7 @@ def _in_xla(function, *args, **kwargs):
 
 
 @pytest.mark.parametrize("name", ["decode-bf16", "down-fp8", "prefill-fp8-blocks", "layer-fp8", "backward-bf16"])
+@pytest.mark.quick("layer-fp8", "backward-bf16")
 def test_a_case_is_right(name, times):
     case = dataclasses.replace(CASES[name], shape=GemmShape(2, 8, 256, 128))
     ours, peers = measure_case(case, repeats=1, with_peers=False)
@@ -51,7 +52,7 @@ def test_moving_rows_is_right(times):
 
 
 @pytest.mark.parametrize("name", ["qwen3-fp8-64", "qwen3-bf16-16384"])
-@pytest.mark.quick("qwen3-fp8-64")
+@pytest.mark.slow
 def test_a_layer_is_timed_by_the_wall_clock(name):
     case = dataclasses.replace(CASES[name], shape=GemmShape(16, 4, 256, 128), calls=2)
     ours, _ = measure_case(case, repeats=2, with_peers=False)

@@ -39,7 +39,7 @@ def test_the_optimiser_is_clipped_adamw(rng):
 
 
 @pytest.mark.parametrize("router", sorted(set(ROUTERS) - {"loss_free"}))
-@pytest.mark.quick("expert_choice")
+@pytest.mark.slow
 def test_every_router_learns(router):
     text = corpus()
     learner = Learner(lambda rngs: make_model(router, SETTINGS, rngs), SETTINGS.recipe)

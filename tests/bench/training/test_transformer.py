@@ -28,6 +28,7 @@ def test_rotated_products_depend_on_the_distance_only(rng):
 
 
 @pytest.mark.parametrize(("router", "is_causal"), [("softmax", True), ("soft_moe", False)])
+@pytest.mark.quick("soft_moe-False")
 def test_later_bytes_matter_only_where_the_router_says_so(rng, router, is_causal):
     model = make(router)
     assert model.causal is is_causal
