@@ -41,7 +41,7 @@ setup: cuda  ## make .venv with moejax and all that `make test` needs
 decode: base  ## run the main job: decode over 32 expert-parallel chips, timed and modelled
 	$(RUN) -m bench.decode --ep 32 $(ARGS)
 
-test: lint cuda  ## lint, check types, run the tests: of each kind of check some cases
+test: lint cuda  ## lint, check types, run some cases of every kind of test
 	$(RUN) -m pytest -n 2 --dist loadgroup --durations=20 --durations-min=5 -m 'not slow' $(TEST_ARGS)
 
 test-all: override TEST_ARGS := -m '' $(TEST_ARGS)

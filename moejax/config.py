@@ -59,7 +59,7 @@ class MoEConfig:
       param_dtype: of the parameters.
       backend: "auto", "xla", "pallas_tpu" or "pallas_gpu".
       transport: what carries rows between chips: a name in `sharding.exchange.pick.TRANSPORTS`, or "auto" for the one
-        that was measured to be the fastest.
+        that `sharding.exchange.pick` takes by itself.
 
     Raises:
       ValueError: on construction, when a field or a combination of fields makes no sense.

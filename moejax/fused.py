@@ -75,9 +75,10 @@ def fused_experts(
     if quantization is not None and block_shape(quantization.lhs_scaling)[0] == 1:
         wire = Wire(quantization.dtype, quantization.lhs_scaling)
     axes = Axes(expert=names, tokens=names, sizes=tuple((name, ep) for name in names))
+    math = ExpertMath(activation, activation_limit, quantization, hidden_states.dtype, backend)
     run = functools.partial(
         _run,
-        math=ExpertMath(activation, activation_limit, quantization, hidden_states.dtype, backend),
+        math=math,
         k_major=layout == "out_in",
         way=Way(Placement(num_local * ep, ep), axes, wire, backend),
     )
@@ -85,7 +86,7 @@ def fused_experts(
     operands = hidden_states, topk_weights.astype(jnp.float32), in_int32(topk_ids, num_local * ep), params
     if quantization is None:
         return run(*operands)
-    in_8_bits = functools.partial(run, math=dataclasses.replace(run.keywords["math"], stays_in_8_bits=True))
+    in_8_bits = functools.partial(run, math=dataclasses.replace(math, stays_in_8_bits=True))
     return unless_differentiated(in_8_bits, run, *operands)
 
 
@@ -102,7 +103,7 @@ def _run(
     """Where the experts' rows stay in 8 bits, x is rounded before it is copied to them."""
     rows: Operand = x
     if math.stays_in_8_bits and way.axes.ep == 1 and way.wire is not None:
-        rows = way.wire.load(x)
+        rows = way.wire.rounded(x)
 
     def experts(params: dict[str, Any], rows: Operand, group_sizes: jax.Array) -> jax.Array:
         w1, w2 = params["w1"], params["w2"]

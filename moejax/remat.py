@@ -1,4 +1,4 @@
-"""What of a layer to keep for its backward pass under `jax.checkpoint`, so that no row travels a second time.
+"""What of a layer to keep for its backward pass under `jax.checkpoint`, so that the exchange is not repeated.
 
 name               what it is                                     a chip with T tokens of K choices holds
 moe_plan           which row goes where                           integers, a few for each choice
@@ -6,8 +6,9 @@ moe_dispatched     rows as the experts get them                   [R, H]
 moe_gate_up        kernel one's product before the activation     [R, 2I]
 moe_returned       rows as the experts gave them back             [R, H]
 
-R is T·K on one chip, and what the exchange has room for on several. An exchange that takes rounds (most do, on more
-than four chips) keeps nothing of a round under any policy: its backward pass runs each round again.
+R is T·K on one chip, and what the exchange has room for on several. The router, and gathers over FSDP and tensor axes,
+run again. Over more than four chips the dropless exchange is compiled as a loop of rounds, even where one round
+suffices, and keeps nothing of it under any policy.
 """
 
 import jax
@@ -21,6 +22,5 @@ REMAT_NAMES: tuple[str, ...] = (PLAN_NAME, DISPATCHED_NAME, GATE_UP_NAME, RETURN
 remat_policy = jax.checkpoint_policies.save_only_these_names(*REMAT_NAMES)
 """For `jax.checkpoint(block, policy=remat_policy)`: keeps all of `REMAT_NAMES` of the layers in `block`, nothing else.
 
-`jax.checkpoint_policies.save_from_both_policies` joins it with another; a shorter list keeps less, and moves or
-multiplies more.
+`jax.checkpoint_policies.save_from_both_policies` joins it with another; a shorter list keeps less, and repeats more.
 """

@@ -3,8 +3,8 @@
 An operator is a folder; each of its implementations is a module in it, found by name when it is first asked for:
 
     "xla"         reference.py   plain XLA, runs anywhere, defines the answer
-    "pallas_tpu"  tpu.py         Pallas kernels for TPU
-    "pallas_gpu"  gpu.py         Pallas kernels for NVIDIA GPUs
+    "pallas_tpu"  tpu.py, tpu/   Pallas kernels for TPU
+    "pallas_gpu"  gpu.py, gpu/   Pallas kernels for NVIDIA GPUs
 
 "auto" takes the kernels of the platform that the program is lowered for (see `primitive`), or of the chip that
 `target.targeting` names. Where these raise `Unsupported` it falls through to "xla", with one warning. A backend that

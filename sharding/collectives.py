@@ -1,4 +1,4 @@
-"""Moves between chips that XLA would do worse, or not at all, if asked plainly."""
+"""Collectives in a form that XLA compiles well: gathers whose gradient is a reduce-scatter, moves of 8-bit elements."""
 
 from collections.abc import Callable
 
@@ -29,7 +29,8 @@ def gather(x: jax.Array, axes: tuple[str, ...], axis: int) -> jax.Array:
 def as_bytes(collective: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
     """collective(x), which only moves elements, for elements of any dtype.
 
-    Not every collective library knows FP8, and bytes are bytes. TPUs do, and looking at them as others costs a pass.
+    Not every collective library knows FP8, so elements of one byte travel as uint8. TPUs know it, and there the bitcast
+    would cost a pass over the array.
     """
     if x.dtype.itemsize > 1 or x.dtype == jnp.uint8 or target_platform() == "tpu":
         return collective(x)

@@ -41,5 +41,5 @@ class Placement:
         return jnp.where(expert_ids >= 0, expert_ids // self.num_local, -1)
 
     def slot(self, expert_ids: jax.Array) -> jax.Array:
-        """The place of each expert among those of its rank; ids must not be negative."""
+        """The place of each expert among those of its rank; without meaning for −1."""
         return expert_ids % self.num_local

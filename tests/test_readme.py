@@ -25,7 +25,7 @@ PAGES = {
 THAT_RUN = ["README.md", "docs/serving.md"]
 """Pages whose code is whole; that of the others has gaps which a reader fills."""
 
-NOT_THERE = ("moejax/routers/NAME.py", "sharding/exchange/NAME.py", "moejax/hf/", "moejax/models/")
+NOT_THERE = ("moejax/routers/NAME.py", "sharding/exchange/NAME.py", "moejax/hf/")
 """A file that a recipe has its reader write, and places that docs/architecture.md names ahead of their files."""
 
 

@@ -2,10 +2,11 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from bench.hopper.ceilings import Ceilings
 from bench.hopper.goals import Case
@@ -100,13 +101,13 @@ def _by_wall(case: Case, function: Function, args: Args, checked: Args, referenc
 
 
 def _in_torch(case: Case, function: Function, args: Args, checked: Args, reference: Any, repeats: int) -> Timed:
-    check(error := max(relative_error(from_torch(function(*one)), reference) for one in args), case.tolerance)
+    check(error := _largest(relative_error(from_torch(function(*one)), reference) for one in args), case.tolerance)
     return torch_times(function, args, repeats=repeats), error
 
 
 def _by_kernels(case: Case, function: Function, args: Args, checked: Args, reference: Any, repeats: int) -> Timed:
     program = rotated(function)
-    check(error := max(relative_error(result, reference) for result in program(args)), case.tolerance)
+    check(error := _largest(relative_error(result, reference) for result in program(args)), case.tolerance)
     return kernel_times(program, args, repeats=repeats, calls=len(args)), error
 
 
@@ -144,3 +145,8 @@ def _peer(outcome: Outcome, ours_us: float | None) -> dict[str, Any]:
         return {"error": outcome}
     ratio = None if ours_us is None else outcome.time.median_us / ours_us
     return {**outcome.record(), "ratio": ratio}
+
+
+def _largest(errors: Iterable[float]) -> float:
+    """The largest of the errors, NaN if one is."""
+    return float(np.max(list(errors)))

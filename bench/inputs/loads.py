@@ -85,8 +85,19 @@ def make_load(
       text: a file, or None for a text that Python carries.
 
     Raises:
-      ValueError: the file cannot be read.
+      ValueError: the kind is unknown, H is less than E, K is more than E, the exponent is negative, or the file
+        cannot be read.
     """
+    if kind not in KINDS:
+        raise ValueError(f"load must be one of {', '.join(KINDS)}, got {kind!r}")
+    if hidden < num_experts:
+        raise ValueError(
+            f"hidden must be at least experts={num_experts}, so that a router can tell them apart; got {hidden}"
+        )
+    if not 1 <= top_k <= num_experts:
+        raise ValueError(f"k must be 1 to experts={num_experts}, got {top_k}")
+    if not 0 <= zipf_exponent < math.inf:
+        raise ValueError(f"the exponent of Zipf's law must be at least 0, got {zipf_exponent}")
     rng = np.random.default_rng(seed)
     orthonormal, _ = np.linalg.qr(rng.standard_normal((hidden, num_experts)))
     router = jnp.asarray(orthonormal, jnp.float32)

@@ -1,15 +1,16 @@
 """Tokens to their experts and back: one function, and a file for every transport that can carry it out.
 
-Shapes on one chip: T tokens, K choices each, E experts of which L = E / ep are here, H hidden. Of the seven stages of a
-token's way, these are the exchange's, and a transport has a function for each:
+Shapes on one chip: T tokens, K choices each, E experts of which L = E / ep are here, H hidden, C rows that it receives.
+Of the seven stages of a token's way, these are the exchange's:
 
     plan       topk_ids [T, K]   -> which row goes where
-    send       [T, H]            -> [R, H], sorted by local expert
+    send       [T, H]            -> [C, H], sorted by local expert
     (experts   gate/up and down, two grouped products: what the caller gives)
-    give back  [R, H]            -> the slots from which the rows came
+    give back  [C, H]            -> the slots from which the rows came
     combine    Σ_k weight · slot -> [T, H], in float32, in a fixed order
 
-`one_chip` does it where every chip has all experts, `dense` over `lax.all_to_all`; `pick` says which is taken.
+`dense` has them as functions and carries rows over `lax.all_to_all`. `one_chip`, for chips that hold all experts, folds
+sending into a gather and giving back into the sum. `pick` chooses between transports.
 """
 
 from typing import Any
@@ -47,6 +48,9 @@ def exchange(
 
     Returns:
       [T, H].
+
+    Raises:
+      ValueError: x is in 8 bits although experts are split over chips, or `way.transport` is unknown.
     """
     return pick_transport(way).exchange(
         x, topk_weights, topk_ids, experts, params, way, preferred_element_type=preferred_element_type

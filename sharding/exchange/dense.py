@@ -1,9 +1,9 @@
 """The exchange over `lax.all_to_all`: equal slabs to every peer, filled or not, rows out as they are or in 8 bits.
 
-Runs wherever XLA runs. Slabs have one size, so that shapes are static, and the load has not: all but the sum goes in
-rounds, as many as the fullest pair of chips needs, and nothing is dropped however uneven the load is. Rows come back in
-the dtype that the experts give them. Chips that share the width of each expert (tp of them) work on the rows of all
-their tokens (see `sharding.tensor_parallel`).
+Runs wherever XLA runs. Everything but the final sum runs in rounds (see `plan`), as many as the fullest pair of chips
+needs, so that nothing is dropped however uneven the load is. Rows come back in the dtype that the experts give them.
+Chips that share the width of each expert (tp of them) work on the rows of all their tokens, each with a part of the
+columns (see `sharding.tensor_parallel`): T then counts the tokens of all of them, and H is H / tp.
 """
 
 import dataclasses
@@ -76,7 +76,7 @@ def slab_and_rounds(num_tokens: int, top_k: int, way: Way) -> tuple[int, int]:
     axes = way.axes
     max_rows = None if way.max_rows is None else axes.tp * way.max_rows
     choices = axes.tp * num_tokens * top_k
-    if (most := way.choices_of_a_chip) is not None:  # evenly over the groups
+    if (most := way.counted_choices) is not None:  # evenly over the groups
         groups = axes.size(tuple(dict.fromkeys((*axes.tokens, *axes.mlp)))) // axes.tp
         choices = min(choices, max(1, -(-most // groups)))
     return slab_size(axes.tp * num_tokens, top_k, way.placement.num_local, axes.ep, max_rows, choices=choices)
@@ -103,7 +103,7 @@ def send(x: jax.Array, plan: ExchangePlan, way: Way) -> jax.Array:
     Returns:
       [ep·S, H] in the dtype of `x`, sorted by local expert; rows past plan.group_sizes are zeros.
     """
-    rows = _sent(x if way.wire is None else way.wire.load(x), plan, way)
+    rows = _sent(x if way.wire is None else way.wire.rounded(x), plan, way)
     return dequantize(rows, x.dtype) if isinstance(rows, QTensor) else rows
 
 

@@ -44,13 +44,13 @@ def exchange(
 def rows_held(num_tokens: int, top_k: int, way: Way) -> int:
     """See `sharding.exchange.way.Transport`."""
     rows = way.axes.tp * num_tokens * top_k
-    return rows if way.choices_of_a_chip is None else min(rows, way.choices_of_a_chip)
+    return rows if way.counted_choices is None else min(rows, way.counted_choices)
 
 
 def make_rows_plan(topk_ids: jax.Array, way: Way) -> Plan:
     """The plan of [T, K] assignments into rows sorted by expert, no more of them than choices are made."""
     plan = make_plan(topk_ids, way.placement.num_experts)
-    if (most := way.choices_of_a_chip) is None:
+    if (most := way.counted_choices) is None:
         return plan
     # Rows in use lie first, so that these hold every choice.
     inverse = jnp.where(plan.inverse < most, plan.inverse, -1)

@@ -1,7 +1,8 @@
 """Who sends which assignment where: sizes and slots, before any row moves.
 
-An exchange gives each rank a slab of S slots for every peer. Slabs have one size, so that shapes are static, and the
-load has not: an exchange therefore goes in rounds, as many as the fullest pair of ranks needs.
+An exchange gives each rank a slab of S slots for every peer. Slabs have a fixed size, because shapes are static, while
+the load varies: so an exchange runs in rounds, as many as the fullest pair of ranks needs. Where chips share the width
+of the experts, T counts the tokens of all of them.
 """
 
 import dataclasses

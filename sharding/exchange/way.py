@@ -12,11 +12,11 @@ from sharding.partition import ONE_CHIP, Axes
 from sharding.placement import Placement
 
 AUTO = "auto"
-"""In `Way.transport`: whichever the rules of `sharding.exchange.pick` name."""
+"""In `Way.transport`: the one that `sharding.exchange.pick` takes by itself."""
 
 
 PLAN_NAME, DISPATCHED_NAME, RETURNED_NAME = "moe_plan", "moe_dispatched", "moe_returned"
-"""What `jax.checkpoint` knows them as: the plan, rows as the experts get them, and rows as they gave them back."""
+"""The names by which policies of `jax.checkpoint` know the plan, and rows before and after the experts."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Way:
 
     Attributes:
       placement: which chip holds which expert.
-      axes: of the mesh; those of a single chip are empty.
+      axes: the mesh axes that the layer is split over; `ONE_CHIP` on a single chip.
       wire: what rows are on the way out: in 8 bits, or None for their own dtype.
       backend: of plan, dispatch and combine.
       transport: a name in `sharding.exchange.pick.TRANSPORTS`, or "auto".
@@ -48,8 +48,8 @@ class Way:
         return self.axes.mlp if self.axes.tp > 1 else ()
 
     @property
-    def choices_of_a_chip(self) -> int | None:
-        """`max_choices` of tokens that a tensor axis which does not split them holds several times."""
+    def counted_choices(self) -> int | None:
+        """`max_choices` times the chips that hold each token: a tensor axis that repeats tokens counts them on each."""
         copies = self.axes.size(tuple(axis for axis in self.axes.mlp if axis not in self.axes.tokens))
         return None if self.max_choices is None else copies * self.max_choices
 

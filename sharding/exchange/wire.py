@@ -1,4 +1,4 @@
-"""What rows are while they travel between chips: as they are, or in 8 bits with scales of their own."""
+"""Rows in 8 bits while they travel between chips, with scales of their own."""
 
 import dataclasses
 
@@ -19,6 +19,6 @@ class Wire:
     dtype: QDtype = "float8_e4m3fn"
     scaling: Scaling = "1x128"
 
-    def load(self, rows: jax.Array) -> Operand:
+    def rounded(self, rows: jax.Array) -> Operand:
         """`rows` [T, H] as they travel."""
         return quantize(rows, self.dtype, scaling=self.scaling)

@@ -224,7 +224,7 @@ def in_out_last(field: str, weights: jax.Array) -> jax.Array:
 
 
 @pytest.mark.parametrize("name", QUANTIZATIONS)
-@pytest.mark.quick("fp8-blocks")
+@pytest.mark.quick("int8-tensor")
 def test_quantised_parameters(name, rng):
     config = config_in_8_bits(name)
     params = random_params(config, rng)

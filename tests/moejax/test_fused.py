@@ -182,7 +182,7 @@ def test_choices_that_are_not_made(rng):
 
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("quantization", [None, Quantization()], ids=["float", "fp8"])
-@pytest.mark.slow
+@pytest.mark.quick("fp8-True")
 def test_over_an_axis(rng, quantization, check_vma):
     x, w1, w2, weights, ids = problem(rng, tokens=40)
     mesh = make_mesh(4)

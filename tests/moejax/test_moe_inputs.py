@@ -300,7 +300,7 @@ def test_equal_inputs_give_equal_bits(ep, params, rng):
 
 @pytest.mark.parametrize("ep", [1, 4])
 @pytest.mark.parametrize("capacity_of", ["batch", "chip"])
-@pytest.mark.quick("batch-4")
+@pytest.mark.quick("chip-4")
 def test_capacity_drops_are_counted_and_add_nothing(capacity_of, ep, params, rng):
     """Of the batch, four of sixteen choices of an expert, wherever they are made; else so many of each chip."""
     mesh = make_mesh(ep) if ep > 1 else None

@@ -42,7 +42,8 @@ def test_nothing_travels_or_is_multiplied_again(ep, rng):
     kept = counts(*gradient_of_two_layers(rng, mesh, policy=remat_policy))
     again = counts(*gradient_of_two_layers(rng, mesh, policy=jax.checkpoint_policies.nothing_saveable))
     assert kept == plain
-    assert plain["all_to_all"] == (0 if ep == 1 else 10)
+    # Of each layer: what rows are for, rows out and rows back; and, backwards, the gradients of the last two.
+    assert plain["all_to_all"] == (0 if ep == 1 else 2 * 5)
     assert all(again[name] > plain[name] for name in COUNTED if ep > 1 or name in ("dispatch", "grouped_matmul"))
 
 

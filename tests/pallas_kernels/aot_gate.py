@@ -8,7 +8,8 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from bench.tpu.libtpu import one_line, serve
+from bench.measure.errors import describe
+from bench.tpu.libtpu import serve
 from bench.tpu.pallas_calls import find_kernels
 from bench.tpu.slices import parse_slice
 from pallas_kernels.chips import get_chip
@@ -165,7 +166,7 @@ def work(job: dict) -> dict:
                 traced.lower().compile()
             answers[name] = sorted({kernel.name for kernel in find_kernels(traced.jaxpr)})
         except Exception as error:
-            answers[name] = one_line(f"{type(error).__name__}: {error}")
+            answers[name] = describe(error, 400)
     return answers
 
 

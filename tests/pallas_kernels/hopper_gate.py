@@ -12,8 +12,9 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from bench.hopper.products import Product, make_inputs
+from bench.measure.errors import describe
 from bench.model.workloads import GemmShape
-from bench.tpu.libtpu import one_line, serve
+from bench.tpu.libtpu import serve
 from moejax import MoEConfig, Quantization, fused_experts, moe, quantize_params
 from moejax.params import param_shapes
 from pallas_kernels.chips import get_chip
@@ -157,7 +158,7 @@ def work(job: dict) -> dict:
                     jax.jit(function).trace(*shapes).lower(lowering_platforms=("cuda",)).compile()
                 answers[name] = kernels_in(Path(folder))
             except Exception as error:
-                answers[name] = one_line(f"{type(error).__name__}: {error}")
+                answers[name] = describe(error, 400)
     return answers
 
 

@@ -1,4 +1,4 @@
-"""Grouped matrix products on TPUs, in Pallas (Mosaic): see `kernel` for the kernel, `drhs` for the other one.
+"""Grouped matrix products on TPUs, in Pallas (Mosaic): `kernel` has the product, `drhs` the gradient of the weights.
 
     operands                        scales
     BF16, float32, and mixes        -

@@ -77,6 +77,20 @@ def test_figures_at_the_ends():
     assert collapsed.cv == pytest.approx(np.sqrt(3))
 
 
+@pytest.mark.parametrize(
+    ("kind", "changes", "message"),
+    [
+        ("uniform", {}, "load must be one of balanced, zipf, text, got 'uniform'"),
+        ("balanced", {"hidden": 4}, "hidden must be at least experts=8, so that a router can tell them apart; got 4"),
+        ("zipf", {"top_k": 9}, "k must be 1 to experts=8, got 9"),
+        ("zipf", {"zipf_exponent": -1.0}, "the exponent of Zipf's law must be at least 0, got -1.0"),
+    ],
+)
+def test_errors(kind, changes, message):
+    with pytest.raises(ValueError, match=message):
+        make_load(kind, **({"num_tokens": 8, "hidden": 16, "num_experts": 8, "top_k": 2} | changes))
+
+
 def test_a_text_that_is_not_there(tmp_path):
     with pytest.raises(ValueError, match=r"--text .*none\.txt: cannot be read"):
         make_load("text", num_tokens=8, hidden=16, num_experts=8, top_k=2, text=tmp_path / "none.txt")

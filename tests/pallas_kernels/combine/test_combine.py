@@ -162,7 +162,7 @@ def test_no_tokens(backend, capacity):
     assert dweights.shape == (0, 2)
 
 
-@pytest.mark.quick("xla", "pallas_gpu")
+@pytest.mark.quick("pallas_tpu", "pallas_gpu")
 def test_same_inputs_same_bits(backend, rng):
     rows, plan, weights = problem(rng, capacity=7, dtype=jnp.bfloat16)
     function = jitted(combine, backend=backend)

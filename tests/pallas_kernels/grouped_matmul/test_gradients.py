@@ -182,7 +182,7 @@ def test_gradients_keep_the_dtype_of_each_operand(backend, rng):
 @pytest.mark.parametrize(
     "quantization", [Quantization(), Quantization("int8", "per_row", "per_channel")], ids=lambda q: q.dtype
 )
-@pytest.mark.quick("xla-float8_e4m3fn-transposed", "xla-int8-")
+@pytest.mark.quick("xla-float8_e4m3fn-transposed", "pallas_tpu-int8-")
 def test_gradients_pass_straight_through_the_rounding(backend, rng, quantization, transpose):
     lhs, rhs, bias, dout = problem(rng, 256, 256, 128, 4)
     sizes = random_sizes(rng, 4, 250)

@@ -120,7 +120,7 @@ def test_sizes_beyond_the_rows_touch_no_other_memory(rng):
 @pytest.mark.parametrize("k_major", [False, True], ids=["", "k_major"])
 @pytest.mark.parametrize("chip", ["v6e", "v7x"])
 @pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn", "float8_e5m2"])
-@pytest.mark.quick("float8_e4m3fn-v6e-")
+@pytest.mark.quick("float8_e4m3fn-v7x-k_major", "int8-v6e-k_major")
 def test_native_and_converted_dtypes(rng, dtype, chip, k_major):
     lhs, rhs, _ = operands(rng, (96, 256, 256, 4))
     lhs, rhs = quantize(lhs, dtype, scaling="1x128"), quantize(rhs, dtype, scaling="128x128")

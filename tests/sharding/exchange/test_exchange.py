@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from pallas_kernels.quantize import dequantize, quantize
 from sharding.exchange import Way, Wire, exchange, one_chip, pick_transport
+from sharding.exchange.pick import TRANSPORTS
 from sharding.partition import Axes
 from sharding.placement import Placement
 from tests.helpers import LIMIT, normal, relative_error, same_bits
@@ -27,8 +28,8 @@ EP8 = Problem(dp=1, ep=8, num_tokens=24, top_k=2, num_experts=8)
 DP2_EP4 = Problem(dp=2, ep=4, num_tokens=9, top_k=3, num_experts=8)
 DP2_EP8 = dataclasses.replace(EP8, dp=2)
 ONE_CHIP = Problem(dp=1, ep=1, num_tokens=24, top_k=2, num_experts=4)
-GATHERED = dataclasses.replace(DP2_EP4, transport="gathered")
-every_problem = pytest.mark.parametrize("problem", [EP2, EP8, DP2_EP4, ONE_CHIP, GATHERED], ids=str)
+EVERY_TRANSPORT = [dataclasses.replace(DP2_EP4, transport=name) for name in (*TRANSPORTS, "gathered")]
+every_problem = pytest.mark.parametrize("problem", [EP2, EP8, ONE_CHIP, *EVERY_TRANSPORT], ids=str)
 pytestmark = pytest.mark.usefixtures("gathered_transport")
 
 
@@ -62,7 +63,7 @@ def test_values_equal_numpy(seed, data, problem):
     assert not dropped.any()
 
 
-@pytest.mark.parametrize("problem", [EP8, DP2_EP4, ONE_CHIP, GATHERED], ids=str)
+@pytest.mark.parametrize("problem", [EP8, ONE_CHIP, *EVERY_TRANSPORT], ids=str)
 @pytest.mark.parametrize("factor", [0.5, 1.0, 1.5])
 @given(seed=st.integers(0, 2**32 - 1), used=st.none() | st.lists(st.integers(0, 3), min_size=1, max_size=2))
 @pytest.mark.quick("0.5-dp2-ep4-T9*", "1.5-dp1-ep8-T24", "1.0-dp1-ep1-T24")
@@ -141,7 +142,7 @@ def test_gradients_equal_those_of_the_plain_sum(problem, rng):
         assert relative_error(gradient, reference) < LIMIT["float32"]
 
 
-@pytest.mark.parametrize("problem", [EP2, EP8, GATHERED], ids=str)
+@pytest.mark.parametrize("problem", [EP8, *EVERY_TRANSPORT], ids=str)
 @pytest.mark.quick("dp1-ep8-T24", "*gathered")
 def test_rows_that_travel_in_fp8_are_rounded_once(problem, rng):
     problem = dataclasses.replace(problem, hidden=128, wire=Wire())
@@ -170,7 +171,7 @@ def test_bits_do_not_tell_how_many_rounds_there_were(used, rng):
     """Each token's choices are added in their order on every mesh, whichever travels first."""
     problems = [Problem(dp, ep, 144 // dp // ep, 5, 8) for dp, ep in ((1, 1), (1, 2), (1, 8), (2, 4))]
     assert [problem.slab_and_rounds[1] for problem in problems[1:]] == [1, 4, 1]
-    problems.append(dataclasses.replace(problems[-1], transport="gathered"))
+    problems += [dataclasses.replace(problems[-1], transport=name) for name in (*TRANSPORTS, "gathered")]
     _, _, ids, _ = inputs(problems[0], rng, used=used)
     x, weights, factors = normal(rng, 144, problems[0].hidden), normal(rng, *ids.shape), normal(rng, 8)
     sums = [np.asarray(apply_experts(problem)(x, weights, ids, factors)[0]) for problem in problems]
@@ -216,7 +217,7 @@ def test_where_experts_are_not_split_nothing_travels_whatever_is_named():
 
 
 def test_a_transport_says_how_many_rows_it_holds(rng):
-    for problem in (EP2, EP8, DP2_EP4, ONE_CHIP, GATHERED):
+    for problem in (EP2, EP8, ONE_CHIP, *EVERY_TRANSPORT):
         seen = []
 
         def experts(factors, rows, group_sizes, seen=seen):
@@ -228,6 +229,23 @@ def test_a_transport_says_how_many_rows_it_holds(rng):
 
         jax.eval_shape(over_chips(problem, on_chip, num_by_expert=1), *inputs(problem, rng))
         assert set(seen) == {pick_transport(problem.way).rows_held(problem.num_tokens, problem.top_k, problem.way)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "rows"),
+    [
+        ({}, 4 * 256),
+        ({"max_rows": 3}, 4 * 2 * 3),
+        ({"max_choices": 32}, 4 * 8),
+        ({"placement": Placement(8, 2)}, 2 * 256),
+    ],
+)
+def test_buffers_are_for_the_rows_that_there_can_be(changes, rows):
+    """Of 256 choices on each of 4 chips with 2 experts: all, from every chip, or what a bound leaves."""
+    way = dataclasses.replace(over(4), **({"placement": Placement(8, 4)} | changes))
+    if "placement" in changes:
+        way = dataclasses.replace(way, axes=over(2).axes)
+    assert pick_transport(way).rows_held(128, 2, way) == rows
 
 
 def over(ep: int) -> Way:
