@@ -13,8 +13,8 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
+from bench.measure.file_lock import HAS_LOCKS
 from bench.measure.turns import Turns
-from bench.record.file_lock import HAS_LOCKS
 
 _TURNS = ".turns"
 _SHARE = "MOEJAX_BENCH_SHARE"

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.record.file_lock import lock
+from bench.measure.file_lock import lock
 
 
 def read_records(path: pathlib.Path) -> list[dict[str, Any]]:
