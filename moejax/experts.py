@@ -16,7 +16,7 @@ from pallas_kernels.grouped_matmul import (
     grouped_matmul,
     result_can_stay,
 )
-from pallas_kernels.quantize import QTensor, Quantization
+from pallas_kernels.quantize import QTensor, Quantization, block_shape, quantize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +71,13 @@ class ExpertMath:
         else:
             h = self.gate_up(rows, group_sizes, gate_up, k_major=k_major[0], bias=biases[0])
         return self.down(h, group_sizes, down, k_major=k_major[1], bias=biases[1])
+
+    def rounded(self, x: jax.Array) -> Operand:
+        """Tokens [T, H] as they are copied to experts: in 8 bits, rounded once for each, if they can stay so."""
+        quantization = self.quantization
+        if not self.stays_in_8_bits or quantization is None or block_shape(quantization.lhs_scaling)[0] != 1:
+            return x
+        return quantize(x, quantization.dtype, scaling=quantization.lhs_scaling)
 
     def gate_up(
         self, rows: Operand, group_sizes: jax.Array, weights: Operand, *, k_major: bool, bias: jax.Array | None = None
@@ -135,9 +142,7 @@ def expert_mlp(
     Returns:
       [R, H] in config.dtype; zeros past the sum of group_sizes.
     """
-    name, limit = activation or (config.activation, config.activation_limit)
-    math = dataclasses.replace(_math(config), activation=name, activation_limit=limit, stays_in_8_bits=stays_in_8_bits)
-    return math(
+    return math_of(config, activation=activation, stays_in_8_bits=stays_in_8_bits)(
         rows,
         group_sizes,
         flat_halves(_ready(gate_up, config)),
@@ -153,14 +158,14 @@ def gate_up_projection(
     """Kernel one of `expert_mlp` alone: rows [R, H] -> [R, I]."""
     weights = flat_halves(_ready(gate_up, config))
     k_major = isinstance(gate_up, QTensor)
-    return _math(config).gate_up(rows, group_sizes, weights, k_major=k_major, bias=_flat_bias(bias))
+    return math_of(config).gate_up(rows, group_sizes, weights, k_major=k_major, bias=_flat_bias(bias))
 
 
 def down_projection(
     h: Operand, group_sizes: jax.Array, down: Operand, config: MoEConfig, *, bias: jax.Array | None = None
 ) -> jax.Array:
     """Kernel two of `expert_mlp` alone: h [R, I] -> [R, H]."""
-    return _math(config).down(h, group_sizes, _ready(down, config), k_major=isinstance(down, QTensor), bias=bias)
+    return math_of(config).down(h, group_sizes, _ready(down, config), k_major=isinstance(down, QTensor), bias=bias)
 
 
 def shared_mlp(
@@ -180,9 +185,13 @@ def shared_mlp(
     )
 
 
-def _math(config: MoEConfig) -> ExpertMath:
+def math_of(
+    config: MoEConfig, *, activation: tuple[Activation, float | None] | None = None, stays_in_8_bits: bool = False
+) -> ExpertMath:
+    """The `ExpertMath` of a layer; `activation` with its clamp instead of the configuration's."""
+    name, limit = activation or (config.activation, config.activation_limit)
     quantization = config.quantization if config.precision == "w8a8" else None
-    return ExpertMath(config.activation, config.activation_limit, quantization, config.dtype, config.backend)
+    return ExpertMath(name, limit, quantization, config.dtype, config.backend, stays_in_8_bits)
 
 
 def _ready(weights: Operand, config: MoEConfig) -> Operand:

@@ -101,9 +101,7 @@ def _run(
     way: Way,
 ) -> jax.Array:
     """Where the experts' rows stay in 8 bits, x is rounded before it is copied to them."""
-    rows: Operand = x
-    if math.stays_in_8_bits and way.axes.ep == 1 and way.wire is not None:
-        rows = way.wire.rounded(x)
+    rows = math.rounded(x) if way.axes.ep == 1 else x
 
     def experts(params: dict[str, Any], rows: Operand, group_sizes: jax.Array) -> jax.Array:
         w1, w2 = params["w1"], params["w2"]

@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 
 from moejax.config import MoEConfig
-from moejax.experts import expert_mlp, shared_mlp
+from moejax.experts import expert_mlp, math_of, shared_mlp
 from moejax.param import Param
 from moejax.params import EXPERT_FIELDS, EXPERT_WEIGHTS, SHARED_FIELDS, MoEParams, param_table
 from moejax.router_logits import router_logits
 from moejax.routers.base import Given
-from pallas_kernels.quantize import Operand, QTensor, block_shape, quantize
+from pallas_kernels.quantize import Operand, QTensor
 from pallas_kernels.tracing.unless_differentiated import unless_differentiated
 from sharding.collectives import gather
 from sharding.exchange import Way, Wire, exchange
@@ -237,10 +237,7 @@ def _apply_experts(
         if config.precision == "w16a16":  # 8 bits are rounded to from float32, once.
             inputs = inputs.astype(x.dtype)
         topk_weights = jnp.ones_like(topk_weights)
-    rows: Operand = inputs
-    q = config.quantization
-    if stays_in_8_bits and way.axes.ep == 1 and block_shape(q.lhs_scaling)[0] == 1:
-        rows = quantize(inputs, q.dtype, scaling=q.lhs_scaling)
+    rows = math_of(config, stays_in_8_bits=stays_in_8_bits).rounded(inputs) if way.axes.ep == 1 else inputs
 
     def experts(params: dict[str, Any], rows: Operand, group_sizes: jax.Array) -> jax.Array:
         return expert_mlp(rows, group_sizes, config=config, stays_in_8_bits=stays_in_8_bits, **params)
