@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from bench.command.parser import make_parser, run
+from bench.command.values import output_file, positive_int
 from bench.model.roofline import model_layer
 from bench.model.workloads import moe_workload
 from bench.record.json_files import write_json
@@ -74,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--model", default="deepseek-v3", help=f"one of {', '.join(PRESETS)} (default deepseek-v3)")
-    add("--ep", type=int, default=32, help="devices that share the experts (default 32)")
+    add("--ep", type=positive_int, default=32, help="devices that share the experts (default 32)")
     add(
         "--precision",
         action="append",
@@ -85,14 +86,15 @@ def _parser() -> argparse.ArgumentParser:
     add("--grad", action="store_true", help="the gradients of a training step instead of a forward pass")
     add(
         "--batch",
-        type=int,
+        type=positive_int,
         help=f"tokens over the slice (default {_DECODE_BATCH} a device, with --grad {_TRAINING_BATCH})",
     )
     add("--backend", default="auto", help="auto, xla or pallas_tpu (default auto)")
-    add("--reduce", type=int, default=1, metavar="N", help="divide the widths by N (default 1)")
+    add("--reduce", type=positive_int, default=1, metavar="N", help="divide the widths by N (default 1)")
     add("--no-kernel-cycles", action="store_true", help="leave out the cycles of Pallas kernels, and their compiles")
     add(
         "--json",
+        type=output_file,
         metavar="FILE",
         help="write JSON to FILE, - for standard output: an object, for several compiles a list",
     )

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from bench.command.parser import make_parser, run
+from bench.command.values import output_file, positive_int
 from bench.model.roofline import roofline_gemm
-from bench.record.json_files import write_json
+from bench.record.json_files import read_json, write_json
 from bench.record.progress import Progress
 from bench.record.provenance import command_line, current_commit, now, package_version
 from bench.tpu.cycles_cases import ACTIVATION, GUESSED, KINDS, Case, Choice, all_cases, choices, copied_bytes
@@ -53,18 +54,15 @@ def main(argv: Sequence[str]) -> None:
     add = parser.add_argument
     add("--chip", action="append", choices=tuple(GENERATIONS), help="a TPU; again for more (all)")
     add("--case", default="", metavar="WORDS", help="only cases whose names have all these words")
-    add("--json", metavar="FILE", help="write JSON to FILE, - for standard output only")
-    add("--jobs", type=int, default=2, help="programs to compile at once (default: %(default)s)")
-    add("--timeout", type=int, default=_TIMEOUT, help="seconds for one program (default: %(default)s)")
+    add("--json", type=output_file, metavar="FILE", help="write JSON to FILE, - for standard output only")
+    add("--jobs", type=positive_int, default=2, help="programs to compile at once (default: %(default)s)")
+    add("--timeout", type=positive_int, default=_TIMEOUT, help="seconds for one program (default: %(default)s)")
     add("--anew", action="store_true", help="keep nothing of what FILE holds")
     args = parser.parse_args(argv)
 
     cases = [case for case in all_cases() if all(word in case.name for word in args.case.split())]
     if not cases:
         raise ValueError(f"no case has the words {args.case!r}; there are {', '.join(c.name for c in all_cases())}")
-    for name in ("jobs", "timeout"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
     require_libtpu()
     record: dict[str, Any] = {
         "command": command_line("bench.cycles", argv),
@@ -76,7 +74,9 @@ def main(argv: Sequence[str]) -> None:
     }
     path = None if args.json in (None, "-") else Path(args.json)
     if path is not None and path.exists() and not args.anew:
-        record = _resumed(record, json.loads(path.read_text(encoding="utf-8")))
+        record = _resumed(
+            record, read_json(path, {"rows": [{"chip": str, "case": str, **{kind: {str: [{}]} for kind in KINDS}}]})
+        )
     chips = args.chip or list(_SMALLEST)
     measure(record, [(chip, case) for case in cases for chip in chips], path, args.jobs, args.timeout)
     if args.json == "-":

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from bench.command.parser import make_parser, run
+from bench.command.values import natural_int, output_file, positive_float, positive_int, seed_number
 from bench.expert_parallel.decode_step import TOLERANCE, DecodeRun, run_decode, tokens_of_text
 from bench.expert_parallel.fit import fit
 from bench.expert_parallel.report import measured_record, print_report
@@ -48,7 +49,13 @@ def main(argv: Sequence[str]) -> int:
     path = pathlib.Path(args.input) if args.input else default_text_path()
     text = read_text(path)
 
-    devices = start(args.ep, coordinator=args.coordinator, num_processes=args.num_processes, process_id=args.process_id)
+    devices = start(
+        args.ep,
+        say=_progress(quiet=False),
+        coordinator=args.coordinator,
+        num_processes=args.num_processes,
+        process_id=args.process_id,
+    )
     say = _progress(quiet=jax.process_index() != 0)
     fitted = fit(config, devices, args.batch, args.reduce)
     say(f"devices: {devices.note}")
@@ -84,9 +91,9 @@ def _parser() -> argparse.ArgumentParser:
         _EXAMPLES,
     )
     add = parser.add_argument
-    add("--ep", type=int, default=32, help="chips that share the experts (default 32)")
+    add("--ep", type=positive_int, default=32, help="chips that share the experts (default 32)")
     add("--model", default="deepseek-v3", help=f"one of {', '.join(PRESETS)} (default deepseek-v3)")
-    add("--batch", type=int, default=1536, help="sequences in all, a token of each (default 1536)")
+    add("--batch", type=positive_int, default=1536, help="sequences in all, a token of each (default 1536)")
     add(
         "--chip",
         default="seed",
@@ -94,15 +101,21 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--precision", default="w8a8", help=f"{' or '.join(PRECISIONS)} (default w8a8)")
     add("--input", metavar="FILE", help="text to route (default: a text that Python carries)")
-    add("--json", metavar="FILE", default="evaluation.json", help="where to write it, - for stdout only")
-    add("--capacity-factor", type=float, help="drop what exceeds it (default: drop nothing)")
-    add("--reduce", type=int, metavar="N", help="divide the widths by N (default: as memory allows)")
+    add(
+        "--json",
+        type=output_file,
+        metavar="FILE",
+        default="evaluation.json",
+        help="where to write it, - for stdout only",
+    )
+    add("--capacity-factor", type=positive_float, help="drop what exceeds it (default: drop nothing)")
+    add("--reduce", type=positive_int, metavar="N", help="divide the widths by N (default: as memory allows)")
     add("--backend", default="auto", help="auto, xla, pallas_tpu or pallas_gpu (default auto)")
     add("--rounding", default="round", help="activated experts: round (DS_TPU) or ceil (Tier6)")
-    add("--seed", type=int, default=0, help="of weights, embedding and places in the text (default 0)")
+    add("--seed", type=seed_number, default=0, help="of weights, embedding and places in the text (default 0)")
     add("--coordinator", metavar="HOST:PORT", help="of process 0, for a run over several hosts")
-    add("--num-processes", type=int, metavar="N", help="processes in all")
-    add("--process-id", type=int, metavar="I", help="number of this process")
+    add("--num-processes", type=positive_int, metavar="N", help="processes in all")
+    add("--process-id", type=natural_int, metavar="I", help="number of this process")
     return parser
 
 

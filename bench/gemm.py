@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from bench.command.parser import make_parser, run
+from bench.command.values import output_file
 from bench.hopper.products import PRODUCT_DTYPES, Product, hopper_at_hand, make_inputs
 from bench.measure.clock import copies_of
 from bench.measure.overlap import OverlapTimes, measure_overlap
@@ -75,7 +76,10 @@ def main(argv: Sequence[str]) -> None:
     )
     add("--dtype", default="fp8", choices=tuple(OPERAND_DTYPES), help="of both operands (default: %(default)s)")
     add(
-        "--json", metavar="PATH", help="write JSON to PATH, - for standard output: an object, for several shapes a list"
+        "--json",
+        type=output_file,
+        metavar="PATH",
+        help="write JSON to PATH, - for standard output: an object, for several shapes a list",
     )
     args = parser.parse_args(argv)
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import jax
 
-from bench.command.parser import NAMES, make_parser, run
+from bench.command.parser import make_parser, run
+from bench.command.values import NAMES, output_file
 from bench.hopper.cases import CASES, select_cases
 from bench.hopper.ceilings import Ceilings, measure_ceilings
 from bench.hopper.goals import Case
@@ -82,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--cases", type=NAMES, metavar="NAME,...", help="measure these only (default: all)")
     add("--quick", action="store_true", help=f"ours only, {_QUICK_REPEATS} repeats instead of {_REPEATS}")
-    add("--json", metavar="PATH", help="write the record to PATH, - for standard output only")
+    add("--json", type=output_file, metavar="PATH", help="write the record to PATH, - for standard output only")
     add("--md", action="store_true", help="print the table as Markdown")
     add("--commit", help="what to record as the commit where git does not know it")
     return parser

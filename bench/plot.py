@@ -12,9 +12,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bench.command.parser import make_parser, run
+from bench.command.values import output_folder
 from bench.figures import one_chip, training
 from bench.figures.section import Section, standalone
-from bench.record.json_files import read_records
+from bench.one_chip.records import read_lines
+from bench.record.files import write_whole
 from bench.record.tables import Cell, cell_text
 from bench.training.records import FILE_NAME, Run, read_runs
 
@@ -46,7 +48,9 @@ def main(argv: Sequence[str]) -> None:
         ("results", "docs/results/h200 --svg docs/results"),
     )
     parser.add_argument("results", type=pathlib.Path, help="the folder with the .jsonl files of the benches")
-    parser.add_argument("--svg", type=pathlib.Path, metavar="DIR", help="write each figure to DIR as well, as NAME.svg")
+    parser.add_argument(
+        "--svg", type=output_folder, metavar="DIR", help="write each figure to DIR as well, as NAME.svg"
+    )
     args = parser.parse_args(argv)
     print(f"wrote {write_report(args.results)}")
     if args.svg is not None:
@@ -62,7 +66,7 @@ def write_report(folder: pathlib.Path) -> pathlib.Path:
     """
     runs, records = _read(folder)
     path = folder / REPORT
-    path.write_text(_page(_sections(runs, records), _origins(runs, records)), encoding="utf-8")
+    write_whole(path, _page(_sections(runs, records), _origins(runs, records)))
     return path
 
 
@@ -70,7 +74,7 @@ def say_report(folder: pathlib.Path) -> None:
     """What a bench does at its end: makes the report if it can, and says on standard error where it is or why not."""
     try:
         print(f"wrote {write_report(folder)}", file=sys.stderr)
-    except ValueError as reason:
+    except (ValueError, OSError) as reason:
         print(f"no {folder / REPORT}: {reason}", file=sys.stderr)
 
 
@@ -81,7 +85,7 @@ def write_figures(folder: pathlib.Path, to: pathlib.Path) -> list[pathlib.Path]:
     for section in _sections(*_read(folder)):
         if section.svg is not None:
             written.append(to / f"{section.name}.svg")
-            written[-1].write_text(standalone(section.svg), encoding="utf-8")
+            write_whole(written[-1], standalone(section.svg))
     return written
 
 
@@ -89,7 +93,7 @@ def _read(folder: pathlib.Path) -> tuple[dict[str, Run], list[dict[str, Any]]]:
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError("figures need matplotlib, which is not installed: pip install -e '.[plots]'")
     runs = read_runs(folder / FILE_NAME)
-    records = [record for name in _ONE_CHIP_FILES for record in read_records(folder / name)]
+    records = [record for name in _ONE_CHIP_FILES for record in read_lines(folder / name)]
     if not runs and not records:
         raise ValueError(
             f"{folder} has none of {', '.join((FILE_NAME, *_ONE_CHIP_FILES))} with records in it; make some with "

@@ -4,7 +4,6 @@ What bench.gpu measured is plotted; what bench.cycles compiled has a section of 
 """
 
 import importlib.util
-import json
 import os
 import re
 import sys
@@ -13,8 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from bench.command.parser import make_parser, run
+from bench.command.values import output_file
 from bench.figures.section import drawing, ink, standalone, svg_of
 from bench.hopper.table import ceilings_line, measured_peers, table
+from bench.record.fields import Expected
+from bench.record.files import read_text, write_whole
+from bench.record.json_files import read_json
+from bench.tpu.cycles_cases import KINDS
 from bench.tpu.cycles_table import block as cycles_block
 
 HEADING = "## Speed on an H200"
@@ -22,6 +26,36 @@ BEGIN, END = "<!-- h200:begin -->", "<!-- h200:end -->"
 CYCLES_HEADING = "## Cycles on TPUs, as compiled"
 CYCLES_MARKS = "<!-- tpu-cycles:begin -->", "<!-- tpu-cycles:end -->"
 _LICENSE = re.compile(r"^#+ licen[cs]e\b", re.IGNORECASE | re.MULTILINE)
+_SHAPE = dict.fromkeys("GMKN", int)
+_VERSIONS = {str: (str, None)}
+
+
+def _either(field: str, there: Expected, otherwise: Expected) -> Expected:
+    """An object that looks like `there` if it has the field."""
+    return lambda value: there if field in value else otherwise
+
+
+_CYCLES: Expected = {
+    **{"versions": _VERSIONS, "date": str, "note": str},
+    "rows": [
+        {
+            **{"chip": str, "case": str, "commit": str, "shape": _SHAPE, "floor_cycles": int},
+            **{kind: {str: [_either("cycles", {"cycles": int}, {"reason": str})]} for kind in KINDS},
+        }
+    ],
+}
+_CASE: Expected = {
+    **{"note": str, **_SHAPE, "goal": {"unit": str}, "us": float, "measured_floor_us": float},
+    **{"share_of_measured_floor": float, "tflops": float, "tb_per_s": float},
+    "peers": {str: _either("error", {"error": str}, {"us": float, "ratio": (float, None)})},
+}
+_GPU: Expected = {
+    **{"chip": str, "driver": str, "commit": str, "date": str, "versions": _VERSIONS},
+    "ceilings": {"read_bandwidth": float, "bf16_flops": float, "fp8_flops": (float, None)},
+    "cases": {str: _either("error", {"error": str}, _CASE)},
+}
+"""What is shown of the records."""
+
 _BAR = 0.8  # of the height of a case, shared by its implementations
 
 
@@ -39,17 +73,21 @@ def main(argv: Sequence[str]) -> None:
     )
     parser.add_argument("record", help="the JSON file of bench.gpu or bench.cycles")
     parser.add_argument(
-        "--page", "--readme", default="docs/results.md", help="the Markdown file to change (default: %(default)s)"
+        "--page",
+        "--readme",
+        type=output_file,
+        default="docs/results.md",
+        help="the Markdown file to change (default: %(default)s)",
     )
     args = parser.parse_args(argv)
 
     path, page = Path(args.record), Path(args.page)
-    record = json.loads(path.read_text(encoding="utf-8"))
-    text = page.read_text(encoding="utf-8")
+    record = read_json(path, lambda record: _CYCLES if "rows" in record else _GPU)
+    text = read_text(page)
     base = page.resolve().parent
     if "rows" in record:
         content = cycles_block(record, os.path.relpath(path.resolve(), base))
-        page.write_text(replace_block(text, content, CYCLES_HEADING, CYCLES_MARKS), encoding="utf-8")
+        write_whole(page, replace_block(text, content, CYCLES_HEADING, CYCLES_MARKS))
         print(f"wrote {page}")
         return
     svg = path.with_suffix(".svg")
@@ -59,7 +97,7 @@ def main(argv: Sequence[str]) -> None:
     else:
         print(f"{svg} is left as it is: matplotlib is not installed (pip install -e '.[plots]')", file=sys.stderr)
     links = [os.path.relpath(file.resolve(), base) for file in (path, svg) if file.exists()]
-    page.write_text(replace_block(text, block(record, *links)), encoding="utf-8")
+    write_whole(page, replace_block(text, block(record, *links)))
     print(f"wrote {page}")
 
 
@@ -99,7 +137,7 @@ def replace_block(text: str, content: str, heading: str = HEADING, marks: tuple[
 def plot(record: Mapping[str, Any], path: Path) -> None:
     """Bars of each implementation's time over the floor of the run, a group for each case; needs matplotlib."""
     with drawing("h200") as pyplot:
-        path.write_text(standalone(svg_of(_bars(record, pyplot))), encoding="utf-8")
+        write_whole(path, standalone(svg_of(_bars(record, pyplot))))
 
 
 def _bars(record: Mapping[str, Any], pyplot: Any) -> Any:

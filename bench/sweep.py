@@ -8,20 +8,22 @@ the grids.
 import argparse
 import dataclasses
 import itertools
-import pathlib
 import sys
 from collections.abc import Sequence
 
 import bench.layer
 import bench.permute
 import bench.topk
-from bench.command import parser as cli
+from bench.command.parser import make_parser
+from bench.command.parser import run as run_command
 from bench.command.side_by_side import Share, my_share, prepare_jobs, run_side_by_side
+from bench.command.values import NAMES, POSITIVE_INTS, positive_int
 from bench.one_chip.cases import BENCHES, Case
-from bench.one_chip.options import add_run_options, finish, run
+from bench.one_chip.options import add_load_options, add_run_options, finish, run
 from bench.one_chip.run_cases import Outcome, RunCase
 from bench.one_chip.sweep_grid import full_grid, quick_grid
 from bench.plot import say_report
+from bench.record.files import holding
 
 _EXAMPLES = (
     "--quick --out results",
@@ -50,11 +52,12 @@ def main(argv: Sequence[str]) -> int:
     if (share := my_share()) is not None:
         return 1 if _run(argv, args, share_of(cases, share)).failures else 0
     failed = False
-    if args.jobs > 1:
-        failed = any(run_side_by_side("bench.sweep", argv, args.jobs, pathlib.Path(args.out)))
-        args.minutes = _NO_TIME  # only reads what they wrote
-    failed = finish(args, _run(argv, args, cases)) != 0 or failed
-    say_report(pathlib.Path(args.out))
+    with holding(args.out):
+        if args.jobs > 1:
+            failed = any(run_side_by_side("bench.sweep", argv, args.jobs, args.out))
+            args.minutes = _NO_TIME  # only reads what they wrote
+        failed = finish(args, _run(argv, args, cases)) != 0 or failed
+        say_report(args.out)
     return 1 if failed else 0
 
 
@@ -73,7 +76,7 @@ def _run_case(case: Case) -> RunCase:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = cli.make_parser(
+    parser = make_parser(
         "bench.sweep",
         "Times top-k, permute and the layer over tokens x hidden x experts x k x capacity factor, the most telling "
         "cases first, and appends records to DIR/sweep.jsonl. Cases that the file has are skipped. Sizes that are "
@@ -83,15 +86,14 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--quick", action="store_true", help="a grid of small cases: a minute or so on two CPU cores")
     add("--list", action="store_true", help="print the cases and stop")
-    add("--bench", type=cli.NAMES, metavar="NAME,...", default=",".join(BENCHES), help="some of %(default)s")
+    add("--bench", type=NAMES, metavar="NAME,...", default=",".join(BENCHES), help="some of %(default)s")
     for name in ("tokens", "hidden", "experts", "k"):
-        add(f"--{name}", type=cli.INTEGERS, metavar="N,...", help="only cases with one of these")
-    add("--load", type=cli.NAMES, metavar="NAME,...", help="only cases with one of these")
-    add("--zipf", type=float, default=1.0, metavar="S", help="exponent of the load zipf (default 1)")
-    add("--text", metavar="FILE", help="text of the load text (default: one that Python carries)")
+        add(f"--{name}", type=POSITIVE_INTS, metavar="N,...", help="only cases with one of these")
+    add("--load", type=NAMES, metavar="NAME,...", help="only cases with one of these")
+    add_load_options(parser)
     add(
         "--jobs",
-        type=int,
+        type=positive_int,
         default=1,
         metavar="N",
         help="processes that trace and compile their cases side by side and measure one at a time (default 1): on "
@@ -121,4 +123,4 @@ def _select(cases: Sequence[Case], args: argparse.Namespace) -> list[Case]:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    sys.exit(run_command(main))

@@ -15,16 +15,18 @@ from typing import Any
 
 import jax
 
-from bench.command.parser import NAMES, make_parser, run
+from bench.command.parser import make_parser, run
 from bench.command.side_by_side import my_share, my_turns, prepare_jobs, run_side_by_side
+from bench.command.values import NAMES, natural_int, output_file, output_folder, positive_float, positive_int
 from bench.inputs.corpus import Corpus, load_corpus
 from bench.measure.clock import Stopwatch
 from bench.plot import say_report
+from bench.record.files import holding
 from bench.record.json_files import write_json
 from bench.record.progress import Progress
 from bench.record.provenance import chip_name, provenance
 from bench.record.tables import format_table
-from bench.training.checkpoints import open_checkpoints, require_orbax
+from bench.training.checkpoints import latest_step, open_checkpoints, require_orbax
 from bench.training.records import FILE_NAME, Run, read_runs, run_name
 from bench.training.runs import Variant, compile_variant, fit_steps, train
 from bench.training.settings import ROUTERS, Settings, check_router
@@ -59,28 +61,36 @@ def main(argv: Sequence[str]) -> int:
     prepare_jobs(args.jobs)
     if args.checkpoint_every:
         require_orbax()
-    if args.seeds < 1 or args.checkpoint_every < 0:
+    if args.minutes is not None and (args.resume or args.steps is not None or args.jobs > 1):
         raise ValueError(
-            f"--seeds must be at least 1, --checkpoint-every at least 0; got {args.seeds}, {args.checkpoint_every}"
+            "--minutes finds the steps, so it goes without --steps; without --resume, which needs the steps that the "
+            "runs began with; and without --jobs, whose processes have to know them beforehand: pass --steps"
         )
-    if args.minutes is not None and (args.resume or args.steps is not None or args.jobs > 1 or not args.minutes > 0):
-        raise ValueError(
-            "--minutes takes a positive number and finds the steps, so it goes without --steps; without --resume, "
-            "which needs the steps that the runs began with; and without --jobs, whose processes have to know them "
-            "beforehand: pass --steps"
-        )
+    if args.resume and args.overwrite:
+        raise ValueError("--resume keeps the runs in --out and --overwrite removes them; pass one of the two")
     settings = _settings(args)
     corpus = load_corpus(args.text, settings.length)
     corpus.held_out_batches(settings.batch_size, 1)
 
-    out = args.out
-    file = out / FILE_NAME
     head = _head(argv, args.commit, settings, corpus)
     if (share := my_share()) is not None:
         _train_routers(share.of(names), settings, corpus, head, args)
         return 0
-    _prepare(out, args)
-    _check_same(read_runs(file), head, file)
+    with holding(args.out):
+        return _train_all(argv, args, names, settings, corpus, head)
+
+
+def _train_all(
+    argv: Sequence[str],
+    args: argparse.Namespace,
+    names: Sequence[str],
+    settings: Settings,
+    corpus: Corpus,
+    head: dict[str, Any],
+) -> int:
+    """What the process does that was called: it holds the folder."""
+    out, file = args.out, args.out / FILE_NAME
+    _check_runs(_prepare(out, args), head, out)
     failed = False
     if args.jobs > 1:
         failed = any(run_side_by_side("bench.train", argv, args.jobs, out))
@@ -120,30 +130,35 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--routers", type=NAMES, metavar="NAME,...", help="train these only (default: all)")
     add(
-        "--seeds", type=int, default=3, metavar="N", help="runs of each router, seeds 0 to N − 1 (default: %(default)s)"
+        "--seeds",
+        type=positive_int,
+        default=3,
+        metavar="N",
+        help="runs of each router, seeds 0 to N − 1 (default: %(default)s)",
     )
     add("--text", type=pathlib.Path, metavar="PATH", help="file or folder (default: sources of the standard library)")
-    add("--out", type=pathlib.Path, default=pathlib.Path("results"), metavar="DIR", help="default: %(default)s")
+    add("--out", type=output_folder, default="results", metavar="DIR", help="default: %(default)s")
     add("--quick", action="store_true", help="a tiny model and few steps")
     for option, name, meaning, values in _SIZES:
-        kind, shown = type(values[0]), ", ".join(map(str, values))
-        add(option, type=kind, dest=name, metavar="N" if kind is int else "X", help=f"{meaning} (default: {shown})")
-    add("--minutes", type=float, help="as many steps, the same for every run, as all runs fit into")
+        shown = ", ".join(map(str, values))
+        kind, metavar = (positive_int, "N") if isinstance(values[0], int) else (positive_float, "X")
+        add(option, type=kind, dest=name, metavar=metavar, help=f"{meaning} (default: {shown})")
+    add("--minutes", type=positive_float, help="as many steps, the same for every run, as all runs fit into")
     add(
         "--jobs",
-        type=int,
+        type=positive_int,
         default=1,
         metavar="N",
         help="processes that trace and compile their routers side by side and train one at a time (default: "
         "%(default)s): on an accelerator one for each router, if there are as many CPU cores",
     )
-    add("--capacity-factor", type=float, metavar="X", help="of experts (default: drop nothing)")
+    add("--capacity-factor", type=positive_float, metavar="X", help="of experts (default: drop nothing)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32 on a CPU, bfloat16 elsewhere")
     add("--backend", default="auto", help="of the layer's operators (default: %(default)s)")
-    add("--checkpoint-every", type=int, default=0, metavar="N", help="keep the state of every run each N steps")
+    add("--checkpoint-every", type=natural_int, default=0, metavar="N", help="keep the state of every run each N steps")
     add("--resume", action="store_true", help="add to the runs in DIR: finished ones stay, others go on or begin")
     add("--overwrite", action="store_true", help="remove the runs in DIR first")
-    add("--json", metavar="PATH", help="write the table to PATH as JSON, - for standard output only")
+    add("--json", type=output_file, metavar="PATH", help="write the table to PATH as JSON, - for standard output only")
     add("--commit", help="what to record as the commit where git does not know it")
     return parser
 
@@ -159,11 +174,9 @@ def _settings(args: argparse.Namespace) -> Settings:
     return Settings(**sizes, dtype=dtype, backend=args.backend, capacity_factor=args.capacity_factor)
 
 
-def _prepare(out: pathlib.Path, args: argparse.Namespace) -> None:
-    """Makes the folder ready."""
+def _prepare(out: pathlib.Path, args: argparse.Namespace) -> dict[str, Run]:
+    """Makes the folder ready; the runs that stay in it."""
     file = out / FILE_NAME
-    if args.resume and args.overwrite:
-        raise ValueError("--resume keeps the runs in --out and --overwrite removes them; pass one of the two")
     if args.overwrite:
         file.unlink(missing_ok=True)
         shutil.rmtree(out / _CHECKPOINTS, ignore_errors=True)
@@ -173,7 +186,7 @@ def _prepare(out: pathlib.Path, args: argparse.Namespace) -> None:
             f"{file} holds {len(runs)} runs already; --resume adds to them, --overwrite removes them, and --out DIR "
             "puts the new ones elsewhere"
         )
-    out.mkdir(parents=True, exist_ok=True)
+    return runs
 
 
 def _head(argv: Sequence[str], commit: str | None, settings: Settings, corpus: Corpus) -> dict[str, Any]:
@@ -185,8 +198,16 @@ def _head(argv: Sequence[str], commit: str | None, settings: Settings, corpus: C
     }
 
 
-def _check_same(runs: dict[str, Run], head: dict[str, Any], file: pathlib.Path) -> None:
-    """Runs of other settings, text or chip cannot be compared with, or continued."""
+def _check_runs(runs: dict[str, Run], head: dict[str, Any], out: pathlib.Path) -> None:
+    """Runs of other settings, text or chip cannot be compared with, or continued; nor those that lack records."""
+    file = out / FILE_NAME
+    for folder in sorted((out / _CHECKPOINTS).glob("*")):
+        last = runs[folder.name].last_step if folder.name in runs else 0
+        if last < (step := latest_step(folder)):
+            raise ValueError(
+                f"{file}: the records of {folder.name} end at step {last}, but its checkpoint is of step {step}: lines "
+                f"are missing; put them back, or remove {folder} to begin that run anew"
+            )
     now = _what_made(head)
     for name, earlier in runs.items():
         was = _what_made(earlier.head)
@@ -205,8 +226,7 @@ def _train_routers(
 ) -> Settings:
     """Compiles the routers that have runs to do, and does them; the settings with the steps that --minutes found."""
     watch, turns = Stopwatch(), my_turns(args.out)
-    begun = read_runs(args.out / FILE_NAME)
-    finished = {name for name, run in begun.items() if run.end is not None}
+    finished = {name for name, run in read_runs(args.out / FILE_NAME).items() if run.end is not None}
     # Seed by seed, so that what is done when a run is cut short compares all routers.
     todo = [(name, seed) for seed in range(args.seeds) for name in names if run_name(name, seed) not in finished]
     variants: dict[str, Variant] = {}
@@ -228,8 +248,6 @@ def _train_routers(
                 progress.show(number * settings.steps + step, f"{name}, seed {seed}, step {step}: {line}")
 
         folder = args.out / _CHECKPOINTS / run_name(name, seed)
-        if run_name(name, seed) not in begun:
-            shutil.rmtree(folder, ignore_errors=True)
         keeps = args.checkpoint_every or folder.exists()
         with turns.alone(), open_checkpoints(folder) if keeps else contextlib.nullcontext() as checkpoints:
             train(

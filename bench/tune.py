@@ -7,9 +7,9 @@ Times configurations of the kernels product by product, and keeps those that bea
 import argparse
 import dataclasses
 import gc
-import json
 import math
 import sys
+import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,14 @@ from typing import Any
 import jax
 
 from bench.command.parser import make_parser, run
+from bench.command.values import output_file, positive_float
 from bench.hopper.products import PRODUCT_DTYPES, Product, hopper_at_hand
 from bench.hopper.tune_measure import ConfigTimer
 from bench.hopper.tune_products import case_products, default_products
 from bench.hopper.tune_search import LEAST_GAIN, Outcome, search
 from bench.measure.errors import one_line
 from bench.model.workloads import parse_shape
-from bench.record.json_files import write_json
+from bench.record.json_files import read_json, write_json
 from bench.record.progress import Progress
 from bench.record.provenance import provenance
 from bench.record.tables import Cell, format_table
@@ -43,8 +44,6 @@ def main(argv: Sequence[str]) -> int:
     """Tunes, writes and prints; returns 1 when a product could not be timed."""
     args = _parser().parse_args(argv)
     products = _products(args)
-    if not args.minutes > 0:
-        raise ValueError(f"--minutes must be positive, got {args.minutes:g}")
     chip = hopper_at_hand()
     path = args.output or str(_TABLES / f"{chip.name}.json")
     head = {
@@ -138,11 +137,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--exhaustive", action="store_true", help="time all combinations, not one choice at a time")
     add(
         "--minutes",
-        type=float,
+        type=positive_float,
         default=_MINUTES,
         help="begin no product after so many; the most wanted come first (default: %(default)s)",
     )
-    add("--output", metavar="PATH", help="the table, - for standard output (default: the package's)")
+    add("--output", type=output_file, metavar="PATH", help="the table, - for standard output (default: the package's)")
     add("--commit", help="what to record as the commit where git does not know it")
     return parser
 
@@ -158,7 +157,8 @@ def _read_entries(path: str) -> dict[Key, dict[str, Any]]:
     """The entries of the table at `path` by their keys; none where there is no table."""
     if path == "-" or not Path(path).exists():
         return {}
-    table = json.loads(Path(path).read_text(encoding="utf-8"))
+    entry = {**typing.get_type_hints(Key), "config": Config}
+    table = read_json(Path(path), {"entries": [entry]})
     return dict(zip(tuned_table.parse_table(table), table["entries"], strict=True))
 
 

@@ -12,6 +12,8 @@ import textwrap
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+from bench.command.interrupts import INTERRUPTED, end_with_parent, raise_at_interrupts
+
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
@@ -36,13 +38,20 @@ def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None 
     """Call `main` with the command line and return the exit status, its own or 0.
 
     ValueError and OSError with a message become one line on standard error and status 2; without a message they are
-    faults of the programme and propagate, as every other exception does. A reader that stops early (`… | head`) is
-    no error.
+    faults of the programme and propagate, as every other exception does. Ctrl-C is one line and status 130. A reader
+    that stops early (`… | head`) is no error.
     """
+    end_with_parent()
+    is_command = raise_at_interrupts()
     try:
         status = main(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()
         return status or 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        if is_command:
+            os._exit(INTERRUPTED)  # the interpreter would wait for threads that compile, and jax for what it has begun
+        return INTERRUPTED
     except BrokenPipeError:
         # The interpreter flushes standard output once more at exit, and would fail on the same pipe.
         with contextlib.suppress(OSError), open(os.devnull, "w") as devnull:
@@ -54,20 +63,3 @@ def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None 
             raise
         print(f"error: {message}", file=sys.stderr)
         return 2
-
-
-def listed[Value](parse: Callable[[str], Value], expected: str) -> Callable[[str], list[Value]]:
-    """The `type` of an option that takes several values between commas; `expected` says which, for errors."""
-
-    def values(text: str) -> list[Value]:
-        try:
-            return [parse(part.strip()) for part in text.split(",")]
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"must be {expected}, got {text!r}") from None
-
-    return values
-
-
-NAMES = listed(str, "names between commas")
-INTEGERS = listed(int, "whole numbers such as 8192,16384")
-NUMBERS = listed(float, "numbers such as 1.0,1.25")

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
+from bench.command.interrupts import child_environment
 from bench.measure.file_lock import HAS_LOCKS
 from bench.measure.turns import Turns
 
@@ -52,10 +53,8 @@ def prepare_jobs(jobs: int) -> None:
     """What a command does before it uses jax, so that `run_side_by_side` can start so many processes.
 
     Raises:
-      ValueError: fewer than one; or several, and files have no locks here.
+      ValueError: there are several, and files have no locks here.
     """
-    if jobs < 1:
-        raise ValueError(f"--jobs must be at least 1, got {jobs}")
     if jobs > 1 and not HAS_LOCKS:
         raise ValueError(f"--jobs must be 1 on this system, whose files have no locks for processes; got {jobs}")
     if jobs > 1:
@@ -71,8 +70,9 @@ def run_side_by_side(module: str, argv: Sequence[str], jobs: int, folder: pathli
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", module, *argv],
-            env={**os.environ, _SHARE: f"{number}/{jobs}"},
+            env={**child_environment(), _SHARE: f"{number}/{jobs}"},
             stdout=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C is for this process alone, which says so once and ends the others
         )
         for number in range(jobs)
     ]
@@ -81,4 +81,5 @@ def run_side_by_side(module: str, argv: Sequence[str], jobs: int, folder: pathli
     finally:
         for process in processes:
             process.kill()
+            process.wait()
         shutil.rmtree(folder / _TURNS, ignore_errors=True)

@@ -94,7 +94,10 @@ def reduce_width(config: MoEConfig, factor: int) -> MoEConfig:
     for name, width in widths.items():
         if width % factor:
             raise ValueError(f"{name}={width} is not divisible by the reduction {factor}; choose another --reduce")
-    return dataclasses.replace(config, **{name: width // factor for name, width in widths.items()})
+    try:
+        return dataclasses.replace(config, **{name: width // factor for name, width in widths.items()})
+    except ValueError as error:
+        raise ValueError(f"--reduce {factor} divides the widths by {factor}, which do not fit then: {error}") from None
 
 
 def memory_bytes(config: MoEConfig, ep: int, batch_size: int) -> int:

@@ -3,9 +3,11 @@
 import dataclasses
 import os
 import pathlib
+from collections.abc import Callable
 
 import jax
 
+from bench.measure.gather import gather
 from pallas_kernels.chips import Chip, chip_of
 
 MAX_VIRTUAL_DEVICES = 256
@@ -50,7 +52,12 @@ def known_chip(device: jax.Device) -> Chip:
 
 
 def start(
-    num_devices: int, *, coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
+    num_devices: int,
+    *,
+    say: Callable[[str], None],
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
 ) -> Devices:
     """Finds `num_devices` devices. Call before anything else touches JAX.
 
@@ -59,14 +66,16 @@ def start(
 
     Args:
       num_devices: how many devices the mesh needs.
+      say: is told for whom it waits.
       coordinator: host:port of process 0, for `jax.distributed`.
       num_processes: processes in all.
       process_id: number of this one.
 
     Raises:
-      ValueError: so many devices cannot be had; the message says how many there are and what to do.
+      ValueError: so many devices cannot be had, or not all processes come; the message says how many there are and
+        what to do.
     """
-    joined = _join(coordinator, num_processes, process_id)
+    joined = _join(coordinator, num_processes, process_id, say)
     if num_devices <= MAX_VIRTUAL_DEVICES:
         share = -(-num_devices // (num_processes or 1))
         jax.config.update("jax_num_cpu_devices", share)
@@ -88,16 +97,19 @@ def start(
     return Devices(tuple(virtual[:num_devices]), True, note)
 
 
-def _join(coordinator: str | None, num_processes: int | None, process_id: int | None) -> bool:
-    given = [coordinator is not None, num_processes is not None, process_id is not None]
-    if any(given) and not all(given):
-        raise ValueError("--coordinator, --num-processes and --process-id go together: give all three or none")
-    if all(given):
+def _join(
+    coordinator: str | None, num_processes: int | None, process_id: int | None, say: Callable[[str], None]
+) -> bool:
+    if coordinator is not None and num_processes is not None and process_id is not None:
+        gather(coordinator, num_processes, process_id, say)
         # Only CPU processes need it, and it must be chosen before the first use of JAX.
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(coordinator, num_processes, process_id)
         return True
+    if (coordinator, num_processes, process_id) != (None, None, None):
+        raise ValueError("--coordinator, --num-processes and --process-id go together: give all three or none")
     if _is_cluster_job():
+        say("waiting for the other processes of this job, at most 300 s")
         jax.distributed.initialize()
         return True
     return False

@@ -6,9 +6,11 @@ knows how long anything takes. Source of the derived numbers: the DS_TPU evaluat
 
 import dataclasses
 import math
+from argparse import ArgumentTypeError
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from bench.command.values import POSITIVE_INTS
 from bench.model.busiest_chip import Rounding, activated_experts, expected_busiest_rows
 from moejax import MoEConfig
 from moejax.config import Precision
@@ -72,10 +74,10 @@ def parse_shape(text: str) -> GemmShape:
       ValueError: the text is not four positive whole numbers.
     """
     try:
-        return GemmShape(*map(int, text.split(",")))
-    except (ValueError, TypeError):
+        return GemmShape(*POSITIVE_INTS(text))
+    except (ArgumentTypeError, TypeError):
         raise ValueError(
-            f"--shape must be four positive whole numbers G,M,K,N like 8,48,7168,2048, got {text!r}"
+            f"--shape must be four positive whole numbers G,M,K,N like 8,48,7168,2048, below 2^63, got {text!r}"
         ) from None
 
 

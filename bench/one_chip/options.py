@@ -1,14 +1,16 @@
 """What the command lines of topk, permute, layer and sweep share: options, the run, the table."""
 
 import argparse
+import contextlib
 import itertools
-import pathlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from bench.command.parser import INTEGERS, NAMES, NUMBERS, listed, make_parser
+from bench.command import values
+from bench.command.parser import make_parser
 from bench.command.side_by_side import my_turns
+from bench.command.values import NAMES, POSITIVE_FLOATS, POSITIVE_INTS, positive_float, positive_int
 from bench.inputs.loads import KINDS
 from bench.measure.steps import Clock
 from bench.measure.turns import Turns
@@ -16,6 +18,7 @@ from bench.one_chip.cases import DTYPES, Bench, Case
 from bench.one_chip.layouts import LAYOUTS
 from bench.one_chip.records import Record, origin_of
 from bench.one_chip.run_cases import Outcome, RunCase, run_cases
+from bench.record.files import holding
 from bench.record.json_files import write_json
 from bench.record.progress import Progress
 from bench.record.tables import Cell, format_table
@@ -24,11 +27,10 @@ REPEATS = 10
 
 
 def _pair(text: str) -> tuple[int, int]:
-    batch, length = text.split("x")
-    return int(batch), int(length)
-
-
-_PAIRS = listed(_pair, "pairs such as 32x128,64x256")
+    batch, cross, length = text.partition("x")
+    if not cross:
+        raise argparse.ArgumentTypeError(f"must be pairs such as 32x128,64x256, got {text!r}")
+    return positive_int(batch), positive_int(length)
 
 
 def main_of(
@@ -60,35 +62,35 @@ def main_of(
     add_run_options(parser)
     args = parser.parse_args(argv)
     cases = combinations(bench, args)
-    return finish(args, run(module, argv, args, cases, lambda _: run_case, f"{bench}.jsonl"))
+    with holding(args.out) if args.out else contextlib.nullcontext():
+        return finish(args, run(module, argv, args, cases, lambda _: run_case, f"{bench}.jsonl"))
 
 
 def add_size_options(parser: argparse.ArgumentParser, bench: Bench, defaults: Mapping[str, Any]) -> None:
     """Options that make cases; several values each give all combinations."""
     add = parser.add_argument
-    add("--tokens", type=INTEGERS, metavar="N,...", default=defaults["tokens"], help="tokens (default %(default)s)")
-    add("--batch-length", type=_PAIRS, metavar="BxL,...", help="tokens as sequences x length, in place of --tokens")
+    sizes: dict[str, Any] = {"type": POSITIVE_INTS, "metavar": "N,..."}
+    add("--tokens", **sizes, default=defaults["tokens"], help="tokens (default %(default)s)")
     add(
-        "--hidden",
-        type=INTEGERS,
-        metavar="N,...",
-        default=defaults["hidden"],
-        help="width of a token (default %(default)s)",
+        "--batch-length",
+        type=values.several(_pair),
+        metavar="BxL,...",
+        help="tokens as sequences x length, in place of --tokens",
     )
-    add("--experts", type=INTEGERS, metavar="N,...", default="32", help="experts (default %(default)s)")
-    add("--k", type=INTEGERS, metavar="N,...", default="2", help="experts a token picks (default %(default)s)")
+    add("--hidden", **sizes, default=defaults["hidden"], help="width of a token (default %(default)s)")
+    add("--experts", **sizes, default="32", help="experts (default %(default)s)")
+    add("--k", **sizes, default="2", help="experts a token picks (default %(default)s)")
     add(
         "--capacity",
-        type=NUMBERS,
+        type=POSITIVE_FLOATS,
         metavar="F,...",
         default="1.25",
         help="capacity factors: rows of an expert over the mean, in the padded layout (default %(default)s)",
     )
     add("--load", type=NAMES, metavar="NAME,...", default="balanced", help=f"{', '.join(KINDS)} (default balanced)")
-    add("--zipf", type=float, default=1.0, metavar="S", help="exponent of the load zipf (default 1)")
-    add("--text", metavar="FILE", help="text of the load text (default: one that Python carries)")
+    add_load_options(parser)
     add("--dtype", default=defaults["dtype"], help=f"{', '.join(DTYPES)} (default %(default)s)")
-    add("--seed", type=int, default=0, help="of all that is random (default 0)")
+    add("--seed", type=values.seed_number, default=0, help="of all that is random (default 0)")
     if bench != "topk":
         add(
             "--layout",
@@ -97,9 +99,9 @@ def add_size_options(parser: argparse.ArgumentParser, bench: Bench, defaults: Ma
             default=defaults.get("layouts", "compact"),
             help=f"some of {', '.join(LAYOUTS)}; the first is what the others are compared with (default %(default)s)",
         )
-        add("--block", type=int, default=128, help="rows of a block, block_sparse (default 128)")
+        add("--block", type=positive_int, default=128, help="rows of a block, block_sparse (default 128)")
     if bench == "layer":
-        add("--intermediate", type=int, help="width of an expert (default: half of --hidden)")
+        add("--intermediate", type=positive_int, help="width of an expert (default: half of --hidden)")
         add("--no-split", action="store_true", help="time the whole layer only")
     add("--backend", default="auto", help="auto, xla, pallas_tpu or pallas_gpu (default auto)")
     add(
@@ -110,13 +112,41 @@ def add_size_options(parser: argparse.ArgumentParser, bench: Bench, defaults: Ma
     )
 
 
+def add_load_options(parser: argparse.ArgumentParser) -> None:
+    """Options on what the loads of `bench.inputs.loads` are made of."""
+    add = parser.add_argument
+    add("--zipf", type=values.natural_float, default=1.0, metavar="S", help="exponent of the load zipf (default 1)")
+    add("--text", metavar="FILE", help="text of the load text (default: one that Python carries)")
+
+
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     """Options on how cases are run, and what becomes of the records."""
     add = parser.add_argument
-    add("--repeats", type=int, default=REPEATS, help="of each measurement (default %(default)s)")
-    add("--minutes", type=float, default=float("inf"), metavar="N", help="begin no case that would end after N minutes")
-    add("--out", metavar="DIR", help="append records to a file in DIR, and skip the cases that it already has")
-    add("--json", metavar="PATH", help="write the records to PATH as one list, - for standard output")
+    add(
+        "--repeats",
+        type=values.whole_number(2),  # as one measurement has no spread
+        default=REPEATS,
+        help="of each measurement (default %(default)s)",
+    )
+    add(
+        "--minutes",
+        type=positive_float,
+        default=float("inf"),
+        metavar="N",
+        help="begin no case that would end after N minutes",
+    )
+    add(
+        "--out",
+        type=values.output_folder,
+        metavar="DIR",
+        help="append records to a file in DIR, and skip the cases that it already has",
+    )
+    add(
+        "--json",
+        type=values.output_file,
+        metavar="PATH",
+        help="write the records to PATH as one list, - for standard output",
+    )
     add("--commit", help="what to record as the commit where git does not know it")
 
 
@@ -164,16 +194,12 @@ def run(
     file_name: str,
 ) -> Outcome:
     """Runs the cases as the options of `add_run_options` say."""
-    if args.repeats < 2:
-        raise ValueError(f"--repeats must be at least 2, as one measurement has no spread; got {args.repeats}")
-    if not args.minutes > 0:
-        raise ValueError(f"--minutes must be positive, got {args.minutes:g}")
     progress = Progress(len(cases))
-    clock = Clock(turns=my_turns(pathlib.Path(args.out)) if args.out else Turns())
+    clock = Clock(turns=my_turns(args.out) if args.out else Turns())
     origin = origin_of(module, argv, args.commit)
     where = "device time of kernels" if clock.name == "kernels" else "wall time"
     progress.say(f"{origin['chip']}: {where}, {args.repeats} repeats, {len(cases)} cases")
-    path = pathlib.Path(args.out) / file_name if args.out else None
+    path = args.out / file_name if args.out else None
     return run_cases(
         cases, run_case, clock, origin, path=path, repeats=args.repeats, progress=progress, minutes=args.minutes
     )

@@ -56,15 +56,18 @@ A case that failed leaves one line with the fields of "What was measured" (opera
 
 import collections
 import math
-from collections.abc import Sequence
+import pathlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 
-from bench.inputs.loads import LoadFigures
+from bench.inputs.loads import KINDS, LoadFigures
 from bench.measure.samples import Difference, Summary
 from bench.one_chip.cases import Case
 from bench.one_chip.work import Work
+from bench.record.fields import Expected
+from bench.record.json_files import read_records
 from bench.record.provenance import chip_name, now, provenance
 
 Record = dict[str, Any]
@@ -75,6 +78,37 @@ _OF_CASE = (
     *("tokens", "hidden", "experts", "k", "intermediate", "capacity_factor", "dtype", "load"),
     *("zipf_exponent", "text", "block", "batch", "length", "seed"),
 )
+
+_OF_EVERY_LINE: Mapping[str, Expected] = {
+    **{"case": str, "error": (str, None), "chip": str, "commit": str, "command": str, "time": str},
+    "versions": {str: (str, None)},
+}
+_OF_A_MEASURED_LINE: Mapping[str, Expected] = {
+    **_OF_EVERY_LINE,
+    **{"records_of_case": int, "operator": str, "layout": (str, None), "backend": str, "tokens": int, "hidden": int},
+    **{"experts": int, "k": int, "intermediate": int, "capacity_factor": float, "dtype": str, "load": set(KINDS)},
+    **{"batch": (int, None), "length": (int, None), "seed": int, "clock": str, "mean_us": float, "p95_us": float},
+    **{"ci95_us": [float], "tflops": (float, None), "bw_32k": (float, None), "bw_strict": (float, None)},
+    **{"drop_rate": (float, None), "routing_share": (float, None), "stages_us": ({str: float}, None)},
+    "paired": (
+        {"layout": (str, None), "backend": str, "ratio": float, "difference_us": float, "ci95_us": [float]},
+        None,
+    ),
+}
+"""What those who read the records look at."""
+
+
+def read_lines(path: pathlib.Path) -> list[Record]:
+    """The records of a file; none if there is no file.
+
+    Raises:
+      ValueError: a line is no such record.
+    """
+
+    def expected(record: Record) -> Expected:
+        return _OF_EVERY_LINE if record.get("error") is not None else _OF_A_MEASURED_LINE
+
+    return [record for _, record in read_records(path, expected)]
 
 
 def origin_of(module: str, argv: Sequence[str], commit: str | None) -> Record:

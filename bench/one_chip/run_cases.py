@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from bench.measure.errors import describe
 from bench.measure.steps import Clock
 from bench.one_chip.cases import Case
-from bench.one_chip.records import Record, failure, lines_of, measured_cases
-from bench.record.json_files import append_records, read_records
+from bench.one_chip.records import Record, failure, lines_of, measured_cases, read_lines
+from bench.record.json_files import append_records
 from bench.record.progress import Progress
 
 IDENTITY_TOLERANCE = 1e-3
@@ -60,7 +60,7 @@ def run_cases(
       minutes: no case is begun that would likely end later than so long after the beginning.
     """
     outcome = Outcome()
-    old = [] if path is None else read_records(path)
+    old = [] if path is None else read_lines(path)
     have = measured_cases(old, origin["chip"])
     wanted = {case.key for case in cases}
     outcome.records += [r for r in old if r["case"] in wanted & have and r["error"] is None]

@@ -1,35 +1,51 @@
-"""JSON files, and files of records, one JSON object a line, of which an interruption costs at most the last line."""
+"""JSON files, and files of records, one JSON object a line, of which an interruption costs at most the last line.
+
+What is read is checked against what is expected of it (`bench.record.fields`), and an error names file and line.
+"""
 
 import json
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from bench.measure.file_lock import lock
+from bench.record.fields import Expected, check
+from bench.record.files import read_text, write_whole
 
 
-def read_records(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The lines of a file; none if it does not exist. A last line that was cut off while it was written is left out.
+def read_json(path: pathlib.Path, expected: Expected) -> Any:
+    """The value in a file.
 
     Raises:
-      ValueError: another line is no JSON object.
+      ValueError: the file is no JSON, or holds something else than is expected.
+      OSError: it cannot be read.
     """
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    records = []
+    value = _parsed(read_text(path), str(path))
+    check(value, expected, str(path))
+    return value
+
+
+def read_records(path: pathlib.Path, expected: Expected) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The lines of a file, each behind its place, "FILE, line N"; none if it does not exist.
+
+    A last line that was cut off while it was written is left out.
+
+    Args:
+      path: the file.
+      expected: what a record must hold.
+
+    Raises:
+      ValueError: another line is no such record.
+    """
+    lines = read_text(path).split("\n") if path.exists() else []
     for number, line in enumerate(lines[:-1], 1):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{path}, line {number}, is no record: {error}; move the file away to start anew"
-            ) from None
-        records.append(record)
-    return records
+        place = f"{path}, line {number}"
+        record = _parsed(line, place)
+        check(record, expected, place)
+        yield place, record
 
 
 def append_records(path: pathlib.Path, records: Sequence[dict[str, Any]]) -> None:
@@ -60,12 +76,19 @@ def write_json(data: Any, path: str) -> None:
     text = json.dumps(data, indent=2, allow_nan=False, default=_plain)
     if path == "-":
         print(text)
-        return
+    else:
+        write_whole(pathlib.Path(path), text + "\n")
+
+
+def _parsed(text: str, place: str) -> Any:
     try:
-        pathlib.Path(path).write_text(text + "\n", encoding="utf-8")
-    except OSError as error:
-        reason = error.strerror or error
-        raise OSError(f"cannot write {path}: {reason}; give a writable file, or - for standard output") from error
+        return json.loads(text, parse_constant=_refuse)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{place}: is no JSON: {error}; mend it, or move the file away") from None
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no number there")
 
 
 def _plain(value: Any) -> Any:

@@ -4,7 +4,6 @@ libtpu also ends the process when it meets a fault of its own, so a job that die
 """
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from bench.command.interrupts import child_environment, end_with_parent
 from bench.measure.errors import describe, one_line
 from bench.record.provenance import package_version
 
@@ -53,7 +53,7 @@ def require_libtpu() -> str:
 
 def environment(options: str = "") -> dict[str, str]:
     """The environment in which jax runs on the CPU and compiles for TPUs; `options` are flags of libtpu."""
-    return {**os.environ, **_ENVIRONMENT, "LIBTPU_INIT_ARGS": options}
+    return {**child_environment(), **_ENVIRONMENT, "LIBTPU_INIT_ARGS": options}
 
 
 def run_job(module: str, job: Mapping[str, Any], *, options: str = "", timeout: float = 1800) -> dict[str, Any]:
@@ -95,6 +95,7 @@ def run_job(module: str, job: Mapping[str, Any], *, options: str = "", timeout: 
 
 def serve(work) -> None:
     """The other end of `run_job`: reads the job, calls `work(job)` and writes its answer, or why there is none."""
+    end_with_parent()
     job = json.load(sys.stdin)
     try:
         answer = work(job)

@@ -8,10 +8,14 @@ state = checkpoints.restore(checkpoints.latest, state)
 import contextlib
 import importlib.util
 import pathlib
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
+
+from bench.measure.errors import describe
 
 
 def require_orbax() -> None:
@@ -38,7 +42,8 @@ class Checkpoints:
         """Writes a tree of arrays, and removes the checkpoints before it when it is complete."""
         import orbax.checkpoint as orbax
 
-        self._manager.save(step, args=orbax.args.StandardSave(_without_keys(state)))
+        leaves = _without_keys(state)
+        self._manager.save(step, args=orbax.args.StandardSave([*leaves, _checksum(leaves)]))
         self._manager.wait_until_finished()
 
     def restore(self, step: int, like: Any) -> Any:
@@ -47,13 +52,30 @@ class Checkpoints:
         Args:
           step: one that is on disk.
           like: a tree of the same structure, shapes, dtypes and placement.
+
+        Raises:
+          ValueError: what is on disk is not what was saved.
         """
         import orbax.checkpoint as orbax
 
         plain = _without_keys(like)
-        found = self._manager.restore(step, args=orbax.args.StandardRestore(jax.tree.map(_shape, plain)))
-        # Orbax gives back plain containers; what is wanted are the leaves, in the order that both have.
-        return jax.tree.map(_with_key, like, jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(found)))
+        shapes = [*map(_shape, plain), np.zeros((), np.uint32)]
+        try:
+            *leaves, checksum = self._manager.restore(step, args=orbax.args.StandardRestore(shapes))
+            reason = "" if checksum == _checksum(leaves) else "its checksum is not that of its arrays"
+        except Exception as error:  # of many kinds, as a file may be damaged anywhere
+            reason = describe(error, 120)
+        if reason:
+            raise ValueError(
+                f"{self._manager.directory}: the checkpoint of step {step} is damaged: {reason}; remove that folder to "
+                "begin its run anew"
+            )
+        return jax.tree.map(_with_key, like, jax.tree.unflatten(jax.tree.structure(like), leaves))
+
+
+def latest_step(folder: pathlib.Path) -> int:
+    """The step of the newest checkpoint in a folder, 0 if there is none; needs no orbax."""
+    return max((int(path.name) for path in folder.glob("*") if path.name.isdecimal()), default=0)
 
 
 @contextlib.contextmanager
@@ -78,6 +100,14 @@ def _is_key(leaf: Any) -> bool:
 def _without_keys(tree: Any) -> list[Any]:
     """The leaves, random keys as the integers that they consist of."""
     return [jax.random.key_data(leaf) if _is_key(leaf) else leaf for leaf in jax.tree.leaves(tree)]
+
+
+def _checksum(leaves: list[Any]) -> np.ndarray:
+    """Orbax and what it builds on notice a byte that is missing, but not one that is wrong."""
+    checksum = 0
+    for leaf in leaves:
+        checksum = zlib.crc32(np.asarray(leaf).tobytes(), checksum)
+    return np.asarray(checksum, np.uint32)
 
 
 def _with_key(like: Any, leaf: jax.Array) -> jax.Array:

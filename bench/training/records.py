@@ -23,9 +23,32 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from bench.record.fields import Expected
 from bench.record.json_files import append_records, read_records
 
 FILE_NAME = "train.jsonl"
+
+_ENTROPIES = [(float, None)]
+_EXPECTED: Mapping[str, Expected] = {
+    "run": {
+        **{"router": str, "seed": int, "causal": bool, "resumed_from": int, "parameters": int},
+        **{"expert_parameters": int, "command": str, "chip": str, "commit": str, "date": str},
+        "versions": {str: (str, None)},
+        "text": {"sha256": str},
+        "settings": {"batch_size": int, "length": int},
+    },
+    "step": {"step": int, "loss": (float, None), "ms_per_step": float, "drop_rate": float, "load_cv": [float]},
+    "held_out": {
+        **{"step": int, "loss": (float, None), "tokens": int, "load": [[float]], "load_entropy": _ENTROPIES},
+        **{"drop_rate": float, "unrouted_rate": float},
+    },
+    "end": {
+        **{"held_out_loss": (float, None), "ms_per_step": float, "tokens_per_second": float, "drop_rate": float},
+        **{"load_cv": float, "unrouted_rate": float, "load_entropy": _ENTROPIES, "collapsed_layers": [int]},
+        **{"collapsed": bool, "active_parameters": int, "diverged": bool},
+    },
+}
+"""What those who read the records look at, by kind."""
 
 
 @dataclasses.dataclass
@@ -43,6 +66,11 @@ class Run:
     steps: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     held_out: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     end: dict[str, Any] | None = None
+
+    @property
+    def last_step(self) -> int:
+        """The last that its records tell of; 0 without a look at the held-out text, which comes first."""
+        return max((record["step"] for record in self.steps), default=0) if self.held_out else 0
 
     def resumed(self, head: dict[str, Any]) -> "Run":
         """The run as it stands when it goes on from `head`."""
@@ -71,20 +99,21 @@ def read_runs(path: pathlib.Path) -> dict[str, Run]:
       ValueError: a line is no such record.
     """
     runs: dict[str, Run] = {}
-    for number, record in enumerate(read_records(path), 1):
-        name, kind = str(record.get("run")), record.get("kind")
+    for place, record in read_records(path, _expected):
+        name, kind = record["run"], record["kind"]
         if kind == "run":
             runs[name] = runs[name].resumed(record) if name in runs else Run(record)
-        elif name in runs and kind in ("step", "held_out"):
-            (runs[name].steps if kind == "step" else runs[name].held_out).append(record)
-        elif name in runs and kind == "end":
+        elif name not in runs:
+            raise ValueError(f"{place}: a record of the kind {kind!r}, but the run {name!r} has not begun")
+        elif kind == "end":
             runs[name].end = record
         else:
-            raise ValueError(
-                f"{path}, line {number}: expected a record of bench.train, of the kind run, or step, held_out or end "
-                f"of a run that began before; got kind {kind!r} of run {name!r}"
-            )
+            (runs[name].steps if kind == "step" else runs[name].held_out).append(record)
     return runs
+
+
+def _expected(record: Mapping[str, Any]) -> Expected:
+    return {"run": str, "kind": set(_EXPECTED), **_EXPECTED.get(str(record.get("kind")), {})}
 
 
 def _plain(value: Any) -> Any:

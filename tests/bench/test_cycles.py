@@ -72,7 +72,7 @@ def test_copies_follow_from_tiles(tiles, elements):
     [
         (["--case", "deepseek sideways"], "no case has the words 'deepseek sideways'; there are qwen3-30b-a3b decode"),
         (["--chip", "h200"], "invalid choice: 'h200'"),
-        (["--jobs", "0"], "--jobs must be at least 1, got 0"),
+        (["--jobs", "0"], "--jobs: must be a whole number of at least 1, got '0'"),
     ],
 )
 def test_bad_arguments_are_one_clear_line(args, message, capsys):

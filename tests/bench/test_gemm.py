@@ -89,10 +89,11 @@ def test_table_and_file(tmp_path, capsys):
     [
         (
             ["--shape", "8,48,7168"],
-            "--shape must be four positive whole numbers G,M,K,N like 8,48,7168,2048, got '8,48,7168'",
+            "--shape must be four positive whole numbers G,M,K,N like 8,48,7168,2048, below 2^63, got '8,48,7168'",
         ),
         (["--shape", "8,48,7168,2048,1"], "--shape must be four positive whole numbers"),
         (["--shape", "8,0,7168,2048"], "--shape must be four positive whole numbers"),
+        (["--shape", f"{2**63},1,1,1"], "below 2^63, got '9223372036854775808,1,1,1'"),
         (["--shape", "a,b,c,d"], "--shape must be four positive whole numbers"),
         (["--shape", "1,1,1,1", "--dtype", "fp4"], "argument --dtype: invalid choice: 'fp4'"),
         (["--shape", "1,1,1,1", "--chip", "cores=64"], "lacks tflops, gbps"),

@@ -71,7 +71,7 @@ def test_processes_side_by_side(tmp_path, capsys):
     assert {(r["bench"], r["experts"]) for r in lines(tmp_path / "sweep.jsonl")} == {("topk", 8), ("topk", 32)}
     out, err = capsys.readouterr()
     assert out.count("top_k") == 4
-    assert {file.name for file in tmp_path.iterdir()} <= {"sweep.jsonl", "report.html"}
+    assert {file.name for file in tmp_path.iterdir()} <= {"sweep.jsonl", "report.html", ".held"}
     assert "cases left" not in err
 
 
@@ -98,7 +98,7 @@ def test_loads_of_ones_own(tmp_path, capsys):
         (["--list", "--tokens", "100"], "--tokens must be among those of the grid, 4096, 8192, 16384, 32768, 65536"),
         (["--list", "--bench", "gemm"], "--bench must be among those of the grid, layer, permute, topk; got gemm"),
         (["--list", "--tokens", "4096", "--bench", "topk"], "no case of the grid has all of the sizes"),
-        (["--quick", "--out", "nowhere", "--jobs", "0"], "--jobs must be at least 1, got 0"),
+        (["--quick", "--out", "nowhere", "--jobs", "0"], "--jobs: must be a whole number of at least 1, got '0'"),
     ],
 )
 def test_bad_arguments_are_one_clear_line(args, message, capsys):

@@ -3,11 +3,13 @@
 import dataclasses
 import importlib.util
 import json
+import os
 
 import pytest
 
 from bench.command.parser import run
 from bench.measure.samples import Interval
+from bench.record.files import holding
 from bench.train import main
 from bench.training.checkpoints import open_checkpoints
 from bench.training.records import FILE_NAME, Run, read_runs
@@ -15,7 +17,10 @@ from bench.training.runs import compile_variant, fit_steps, seconds_a_step, summ
 from bench.training.table import summaries, table_rows, warnings_of
 from tests.bench.training.tiny_runs import SETTINGS, SIZES, corpus
 
-HEAD = {"chip": "CPU", "settings": {}}
+HEAD = {
+    **{"command": "", "chip": "CPU", "commit": "abc", "date": "2026-01-01", "versions": {}, "text": {"sha256": ""}},
+    "settings": dataclasses.asdict(SETTINGS),
+}
 
 
 class Stopped(Exception):
@@ -134,22 +139,39 @@ def test_processes_side_by_side_train_the_same(call, tmp_path):
     [
         (["--routers", "hash,best"], "--routers must be some of softmax, "),
         (["--routers", "best"], "got 'best'"),
-        (["--seeds", "0"], "--seeds must be at least 1"),
-        (["--minutes", "5"], "--minutes takes a positive number and finds the steps, so it goes without --steps"),
-        (["--jobs", "0"], "--jobs must be at least 1, got 0"),
+        (["--seeds", "0"], "--seeds: must be a whole number of at least 1, got '0'"),
+        (["--minutes", "5"], "--minutes finds the steps, so it goes without --steps"),
+        (["--minutes", "nan"], "--minutes: must be a positive number, got 'nan'"),
+        (["--jobs", "0"], "--jobs: must be a whole number of at least 1, got '0'"),
         (["--resume", "--overwrite"], "--resume keeps the runs in --out and --overwrite removes them"),
         (["--length", "500"], "sequences of 500 need at least"),
         (["--batch", "100"], "fewer than a batch of 100"),
         (["--heads", "5"], "multiple of 2 · num_heads"),
         (["--top-k", "9"], "top_k must be at most num_experts=8"),
-        (["--learning-rate", "0"], "learning_rate must be positive"),
-        (["--evaluations", "0"], "evaluations must be at least 1"),
+        (["--learning-rate", "inf"], "--learning-rate: must be a positive number, got 'inf'"),
+        (["--capacity-factor", "inf"], "--capacity-factor: must be a positive number, got 'inf'"),
+        (["--intermediate", "0"], "--intermediate: must be a whole number of at least 1, got '0'"),
+        (["--evaluations", "0"], "--evaluations: must be a whole number of at least 1, got '0'"),
+        (["--out", f"{__file__}/out"], f"--out: cannot write to {__file__}/out: {__file__} is no folder"),
+        (["--json", "/nowhere/x.json"], "--json: cannot write /nowhere/x.json: there is no folder /nowhere"),
     ],
 )
 def test_bad_input_is_a_line_that_says_what_to_do(call, capsys, arguments, message):
     assert call(*arguments) == 2
     err = capsys.readouterr().err.splitlines()
     assert message in err[-1]
+
+
+def test_a_folder_is_for_one_run_at_a_time(call, tmp_path, capsys):
+    with holding(tmp_path / "out"):
+        assert call("--routers", "hash") == 2
+    assert f"{tmp_path / 'out'} is in use by another run, process {os.getpid()}; wait" in capsys.readouterr().err
+
+
+def test_records_that_end_before_their_checkpoint_are_refused(call, tmp_path, capsys):
+    (tmp_path / "out" / "checkpoints" / "hash-seed0" / "8").mkdir(parents=True)
+    assert call("--routers", "hash", "--resume") == 2
+    assert "the records of hash-seed0 end at step 0, but its checkpoint is of step 8" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -174,9 +196,16 @@ def test_checkpoints_without_orbax_are_refused_at_once(call, capsys, monkeypatch
 
 def test_lines_that_are_no_records_are_refused(tmp_path):
     path = tmp_path / FILE_NAME
-    path.write_text('{"kind": "step", "run": "a-seed0", "step": 1}\n')
-    with pytest.raises(ValueError, match=r"line 1: expected a record .* got kind 'step' of run 'a-seed0'"):
-        read_runs(path)
+    step = {"kind": "step", "run": "a-seed0", "step": 1, "loss": 2.0, "ms_per_step": 1.0, "drop_rate": 0, "load_cv": []}
+    for changes, message in (
+        ({}, "line 1: a record of the kind 'step', but the run 'a-seed0' has not begun"),
+        ({"kind": "stop"}, "line 1: kind must be one of end, held_out, run, step, got 'stop'"),
+        ({"loss": "low"}, "line 1: loss must be a number or null, got 'low'"),
+        ({"load_cv": [1.0, None]}, r"line 1: load_cv\[1\] must be a number, got None"),
+    ):
+        path.write_text(json.dumps(step | changes) + "\n")
+        with pytest.raises(ValueError, match=message):
+            read_runs(path)
 
 
 def a_run(loss: float | None, router: str = "softmax", seed: int = 0) -> Run:

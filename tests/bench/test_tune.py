@@ -99,7 +99,7 @@ def test_no_product_begins_after_the_time(gains, capsys):
     [
         (["--shape", "8,48"], "--shape must be four positive whole numbers"),
         (["--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
-        (["--minutes", "0"], "--minutes must be positive, got 0"),
+        (["--minutes", "0"], "argument --minutes: must be a positive number, got '0'"),
     ],
 )
 def test_errors(argv, message, capsys):

@@ -7,9 +7,9 @@ import pytest
 
 from bench.inputs.loads import LoadFigures
 from bench.measure.samples import paired, summarise
-from bench.one_chip.records import comparison, failure, lines_of, measured_cases, measured_record
+from bench.one_chip.records import comparison, failure, lines_of, measured_cases, measured_record, read_lines
 from bench.one_chip.work import Work
-from bench.record.json_files import append_records, read_records
+from bench.record.json_files import append_records
 from tests.bench.one_chip.small_cases import small
 
 ORIGIN = {
@@ -91,30 +91,38 @@ def test_a_file_that_was_cut_off_goes_on_behind_its_last_whole_case(tmp_path):
     first, second = small("layer"), small("layer", k=1)
     for case in (first, second):
         append_records(path, lines_of([record(case=case), record(case=case, layout="compact")], ORIGIN))
-    assert measured_cases(read_records(path), "chip") == {first.key, second.key}
-    assert measured_cases(read_records(path), "another chip") == set()
+    assert measured_cases(read_lines(path), "chip") == {first.key, second.key}
+    assert measured_cases(read_lines(path), "another chip") == set()
     whole = path.read_bytes()
     path.write_bytes(whole[:-5])
-    assert len(read_records(path)) == 3
-    assert measured_cases(read_records(path), "chip") == {first.key}
+    assert len(read_lines(path)) == 3
+    assert measured_cases(read_lines(path), "chip") == {first.key}
     append_records(path, lines_of([record(case=second), record(case=second, layout="compact")], ORIGIN))
-    assert len(read_records(path)) == 5
-    assert measured_cases(read_records(path), "chip") == {first.key, second.key}
+    assert len(read_lines(path)) == 5
+    assert measured_cases(read_lines(path), "chip") == {first.key, second.key}
 
 
 def test_failed_cases_are_not_measured(tmp_path):
     path = tmp_path / "sweep.jsonl"
     append_records(path, [failure(small("layer"), ORIGIN, "out of memory")])
-    assert read_records(path)[0]["error"] == "out of memory"
-    assert measured_cases(read_records(path), "chip") == set()
+    assert read_lines(path)[0]["error"] == "out of memory"
+    assert measured_cases(read_lines(path), "chip") == set()
 
 
 def test_a_file_of_something_else_is_an_error(tmp_path):
     path = tmp_path / "sweep.jsonl"
-    path.write_text("{}\nhello\n")
-    with pytest.raises(ValueError, match=r"sweep\.jsonl, line 2, is no record"):
-        read_records(path)
+    append_records(path, lines_of([record()], ORIGIN))
+    good = path.read_text()
+    for line, message in (
+        ("hello", "is no JSON"),
+        ("[]", r"it must be an object, got \[\]"),
+        ('{"case": "x"}', "error is missing"),
+        (good.strip().replace('"k": 2', '"k": "two"'), "k must be a whole number, got 'two'"),
+    ):
+        path.write_text(f"{good}{line}\n")
+        with pytest.raises(ValueError, match=rf"sweep\.jsonl, line 2: {message}"):
+            read_lines(path)
 
 
 def test_no_file_no_records(tmp_path):
-    assert read_records(tmp_path / "none.jsonl") == []
+    assert read_lines(tmp_path / "none.jsonl") == []
