@@ -7,12 +7,16 @@ if __name__ == "__main__":
 import argparse
 import contextlib
 import os
+import re
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from bench.command.interrupts import INTERRUPTED, end_with_parent, raise_at_interrupts
+
+_TOO_LARGE = re.compile("RESOURCE_EXHAUSTED|size exceeding")
+"""What jax says where memory does not suffice, or no machine's would."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -37,9 +41,9 @@ def make_parser(module: str, description: str, examples: Sequence[str]) -> argpa
 def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
     """Call `main` with the command line and return the exit status, its own or 0.
 
-    ValueError and OSError with a message become one line on standard error and status 2; without a message they are
-    faults of the programme and propagate, as every other exception does. Ctrl-C is one line and status 130. A reader
-    that stops early (`… | head`) is no error.
+    ValueError and OSError with a message, and memory that does not suffice, become one line on standard error and
+    status 2; without a message they are faults of the programme and propagate, as every other exception does. Ctrl-C is
+    one line and status 130. A reader that stops early (`… | head`) is no error.
     """
     end_with_parent()
     is_command = raise_at_interrupts()
@@ -57,8 +61,12 @@ def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None 
         with contextlib.suppress(OSError), open(os.devnull, "w") as devnull:
             os.dup2(devnull.fileno(), sys.stdout.fileno())
         return 0
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
         message = " ".join(str(error).split())
+        if not isinstance(error, ValueError | OSError):
+            if not isinstance(error, MemoryError) and not _TOO_LARGE.search(message):
+                raise
+            message = f"the sizes are too large for this machine: {message[:200]}"
         if not message:
             raise
         print(f"error: {message}", file=sys.stderr)

@@ -84,7 +84,7 @@ def _parsed(text: str, place: str) -> Any:
     try:
         return json.loads(text, parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{place}: is no JSON: {error}; mend it, or move the file away") from None
+        raise ValueError(f"{place}: no JSON: {error}; mend it, or move the file away") from None
 
 
 def _refuse(constant: str) -> None:

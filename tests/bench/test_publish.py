@@ -115,6 +115,23 @@ def test_command_without_a_record(tmp_path, capsys):
     assert "No such file or directory" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"chip": 3}, "chip must be a text, got 3"),
+        ({"cases": {"a": {"us": "fast"}}}, "cases.a.note is missing"),
+        ({"cases": []}, "cases must be an object, got []"),
+        ({"rows": [{}]}, "note is missing"),
+    ],
+)
+def test_a_record_of_something_else_is_one_line(files, change, message, capsys):
+    path, page = files
+    path.write_text(json.dumps(made() | change))
+    assert run(main, [str(path), "--page", str(page)]) == 2
+    assert capsys.readouterr().err == f"error: {path}: {message}\n"
+    assert page.read_text() == "# x\n"
+
+
 def test_plot_is_the_same_for_the_same_figures(tmp_path):
     pytest.importorskip("matplotlib")
     plot(made(), tmp_path / "a.svg")

@@ -32,6 +32,22 @@ def test_run_passes_the_status_and_other_errors_on():
         run(lambda argv: {}["x"], [])
 
 
+def test_an_interruption_and_sizes_beyond_the_memory_are_one_line(capsys):
+    for error, status, line in (
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (MemoryError("4 PiB"), 2, "error: the sizes are too large for this machine: 4 PiB"),
+        (RuntimeError("RESOURCE_EXHAUSTED: Out"), 2, "error: the sizes are too large for this machine: RESOURCE_EXHA"),
+    ):
+
+        def main(argv, error=error):
+            raise error
+
+        assert run(main, []) == status
+        assert capsys.readouterr().err.startswith(line)
+    with pytest.raises(RuntimeError, match="another"):
+        run(lambda argv: exec("raise RuntimeError('another')"), [])
+
+
 def test_parser_shows_examples_and_raises(capsys):
     parser = make_parser("bench.thing", "What it does.", ["--n 3"])
     parser.add_argument("--n", type=int)
