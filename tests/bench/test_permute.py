@@ -79,17 +79,17 @@ def test_the_exit_status_says_that_tokens_did_not_come_back(monkeypatch, capsys)
     ("args", "message"),
     [
         (["--k", "5"], "k must be at most experts=4, got 5"),
-        (["--k", "two"], "argument --k: must be whole numbers such as 8192,16384, got 'two'"),
-        (["--capacity", "0"], "capacity factor must be positive, got 0.0"),
+        (["--k", "two"], "argument --k: must be a whole number of at least 1, got 'two'"),
+        (["--capacity", "0"], "argument --capacity: must be a positive number, got '0'"),
         (["--load", "flat"], "load must be one of balanced, zipf, text, got 'flat'"),
         (["--layout", "dense"], "unknown layout 'dense'; expected one of compact, padded, block_sparse"),
         (["--dtype", "fp8"], "dtype must be one of fp16, bf16, fp32, got 'fp8'"),
         (["--batch-length", "32*128"], "argument --batch-length: must be pairs such as 32x128,64x256, got '32*128'"),
         (["--hidden", "2"], "hidden must be at least experts=4, got 2"),
-        (["--repeats", "1"], "--repeats must be at least 2, as one measurement has no spread; got 1"),
-        (["--minutes", "0"], "--minutes must be positive, got 0"),
+        (["--repeats", "1"], "argument --repeats: must be a whole number of at least 2, got '1'"),
+        (["--minutes", "0"], "argument --minutes: must be a positive number, got '0'"),
         (["--backend", "cuda"], "unknown backend 'cuda'"),
-        (["--seed", "-1"], "seed must be at least 0, got -1"),
+        (["--seed", "-1"], "argument --seed: must be a whole number of at least 0, got '-1'"),
     ],
 )
 def test_bad_arguments_are_one_clear_line(args, message, capsys):
