@@ -47,13 +47,6 @@ class Settings:
     evaluations: int = 10
     held_out_batches: int = 8
 
-    def __post_init__(self):
-        for name in ("num_layers", "num_heads", "batch_size", "length", "steps", "evaluations", "held_out_batches"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
-
     @property
     def recipe(self) -> Recipe:
         """Of the optimiser."""
