@@ -25,6 +25,7 @@ from moejax import MoEConfig, route
 from pallas_kernels.combine import combine
 from pallas_kernels.dispatch import dispatch
 from pallas_kernels.plan import Plan
+from pallas_kernels.quantize import Operand
 
 OPERATORS = ("router", "plan", "dispatch", "gate_up", "down", "combine", "layer")
 
@@ -118,10 +119,10 @@ def _steps(case: Case, variant: Variant) -> list[Step]:
     def back(rows: jax.Array, plan: Plan, choice: Choice) -> jax.Array:
         return combine(rows, plan, choice[1], backend=backend)
 
-    def gate_up(rows: jax.Array, plan: Plan, weights: jax.Array) -> jax.Array:
+    def gate_up(rows: jax.Array, plan: Plan, weights: jax.Array) -> Operand:
         return layout.gate_up(rows, plan, weights, config)
 
-    def down(h: jax.Array, plan: Plan, weights: jax.Array) -> jax.Array:
+    def down(h: Operand, plan: Plan, weights: jax.Array) -> jax.Array:
         return layout.down(h, plan, weights, config)
 
     def step(operator: str, function: Any, *inputs: str) -> Step:

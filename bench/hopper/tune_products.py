@@ -11,7 +11,7 @@ from bench.hopper.cases import CASES
 from bench.hopper.products import Product, ProductDtype
 from bench.model.workloads import GemmShape
 from moejax import MoEConfig, get_preset
-from sharding.exchange.plan import slab_size
+from sharding.exchange.plan import fit_slab
 
 MODELS = ("deepseek-v3", "mixtral-8x7b", "qwen3-30b-a3b", "gpt-oss-120b")
 EXPERT_GROUPS = (1, 8)
@@ -39,7 +39,7 @@ def layer_products(config: MoEConfig, ep: int, tokens: int) -> Iterator[Product]
     """Gate/up and down of a layer on one of `ep` chips that has `tokens` tokens of its own."""
     groups = config.num_experts // ep
     assignments = tokens * config.top_k
-    num_rows = assignments if ep == 1 else ep * slab_size(tokens, config.top_k, groups, ep, None)[0]
+    num_rows = assignments if ep == 1 else ep * fit_slab(tokens, config.top_k, groups, ep, None)[0]
     rows = max(1, assignments // groups)
     hidden, width = config.hidden_size, config.intermediate_size
     eight_bits: ProductDtype = "fp8-blocks" if config.quantization.lhs_scaling == "1x128" else "fp8"
