@@ -1,7 +1,7 @@
 """Tunes the tiles of the grouped products on an NVIDIA Hopper GPU.
 
 Times configurations of the kernels product by product, and keeps those that beat the model's choice in the table that
-`pallas_kernels.grouped_matmul.gpu.tiling` reads first.
+`pallas_kernels.grouped_matmul.gpu.hopper.tiling` reads first.
 """
 
 import argparse
@@ -28,9 +28,9 @@ from bench.record.progress import Progress
 from bench.record.provenance import provenance
 from bench.record.tables import Cell, format_table
 from pallas_kernels.chips import Chip
-from pallas_kernels.grouped_matmul.gpu import tiling, tuned_table
-from pallas_kernels.grouped_matmul.gpu.problem import Config
-from pallas_kernels.grouped_matmul.gpu.tuned_table import Key
+from pallas_kernels.grouped_matmul.gpu.hopper import tiling, tuned_table
+from pallas_kernels.grouped_matmul.gpu.hopper.problem import Config
+from pallas_kernels.grouped_matmul.gpu.hopper.tuned_table import Key
 
 _MINUTES = 5.5
 _REPEATS = 5

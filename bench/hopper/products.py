@@ -20,7 +20,7 @@ from bench.measure.devices import known_chip
 from bench.model.workloads import GemmShape
 from pallas_kernels.chips import Chip
 from pallas_kernels.grouped_matmul import Operand, gpu
-from pallas_kernels.grouped_matmul.gpu.problem import Stage
+from pallas_kernels.grouped_matmul.gpu.hopper.problem import Stage
 from pallas_kernels.quantize import QTensor, quantize
 
 ProductDtype = Literal["bf16", "fp16", "fp8", "fp8-blocks"]

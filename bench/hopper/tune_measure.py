@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from bench.hopper.products import Product, make_inputs
 from bench.measure.clock import copies_of, kernel_times, rotated
 from bench.measure.errors import check, describe, relative_error
-from pallas_kernels.grouped_matmul.gpu import tiling
-from pallas_kernels.grouped_matmul.gpu.problem import Config
+from pallas_kernels.grouped_matmul.gpu.hopper import tiling
+from pallas_kernels.grouped_matmul.gpu.hopper.problem import Config
 from pallas_kernels.quantize import QTensor, dequantize
 
 _TOLERANCE = 2e-2  # between two configurations, which sum in different orders

@@ -15,8 +15,8 @@ from bench.hopper.tune_search import Outcome
 from bench.measure.clock import CallTime
 from bench.model.workloads import GemmShape
 from pallas_kernels.chips import get_chip
-from pallas_kernels.grouped_matmul.gpu import tiling
-from pallas_kernels.grouped_matmul.gpu.tuned_table import parse_table
+from pallas_kernels.grouped_matmul.gpu.hopper import tiling
+from pallas_kernels.grouped_matmul.gpu.hopper.tuned_table import parse_table
 
 MODEL, BEST = tiling.Config(64, 128, 6, 1, 16), tiling.Config(128, 128, 5, 2, 4)
 SHAPE = ["--shape", "8,48,7168,2048"]

@@ -9,7 +9,7 @@ from bench.hopper.tune_products import TOKENS_A_CHIP, case_products, default_pro
 from bench.hopper.tune_search import by_modelled_time, other_strips, search, shorter_rings
 from bench.model.workloads import GemmShape
 from pallas_kernels.chips import get_chip
-from pallas_kernels.grouped_matmul.gpu import tiling
+from pallas_kernels.grouped_matmul.gpu.hopper import tiling
 
 CHIP = get_chip("h200")
 PREFILL = Product(GemmShape(8, 4096, 7168, 4096), "bf16")

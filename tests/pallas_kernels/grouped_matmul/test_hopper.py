@@ -13,11 +13,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.backend import Unsupported
 from pallas_kernels.chips import get_chip
 from pallas_kernels.grouped_matmul import grouped_gate_up, grouped_gate_up_in_8_bits, grouped_matmul
-from pallas_kernels.grouped_matmul.gpu import tiling
-from pallas_kernels.grouped_matmul.gpu.hopper import drhs
+from pallas_kernels.grouped_matmul.gpu.hopper import drhs, tiling
 from pallas_kernels.grouped_matmul.gpu.hopper import kernel as hopper
+from pallas_kernels.grouped_matmul.gpu.hopper.problem import Config
 from pallas_kernels.grouped_matmul.gpu.hopper.smem import single_view
-from pallas_kernels.grouped_matmul.gpu.problem import Config
 from pallas_kernels.quantize import dequantize
 from tests.helpers import LIMIT, normal, relative_error
 from tests.pallas_kernels.grouped_matmul.grouped import dense_drhs, dense_gate_up, dense_matmul, operands, quantized
@@ -31,7 +30,7 @@ def simulated(monkeypatch, config):
     monkeypatch.setattr(tiling, "pick", lambda *args, **kwargs: config)
     two_cores = functools.partial(hopper.grouped_product)
     monkeypatch.setattr(
-        "pallas_kernels.grouped_matmul.gpu.grouped_product",
+        "pallas_kernels.grouped_matmul.gpu.hopper.grouped_product",
         lambda *args, **kwargs: two_cores(*args, **(kwargs | {"num_blocks": 2})),
     )
     with single_view(True), plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
