@@ -40,13 +40,13 @@ def select_cases(names: Sequence[str] | None) -> tuple[Case, ...]:
 
 def _matmul_cost(case: Case) -> tuple[Cost, ...]:
     s = case.shape
-    dtype = OPERAND_DTYPES[case.dtype][0]
+    dtype = OPERAND_DTYPES[case.dtype]
     return (grouped_matmul_cost(s.G * s.M, s.K, s.N, s.G, lhs_dtype=dtype, rhs_dtype=dtype),)
 
 
 def _layer_cost(case: Case) -> tuple[Cost, ...]:
     s = case.shape
-    dtype = OPERAND_DTYPES[case.dtype][0]
+    dtype = OPERAND_DTYPES[case.dtype]
     gate_up = grouped_gate_up_cost(s.G * s.M, s.K, s.N, s.G, lhs_dtype=dtype, rhs_dtype=dtype)
     down = grouped_matmul_cost(s.G * s.M, s.N, s.K, s.G, lhs_dtype=dtype, rhs_dtype=dtype)
     return gate_up, down
@@ -54,7 +54,7 @@ def _layer_cost(case: Case) -> tuple[Cost, ...]:
 
 def _backward_cost(case: Case) -> tuple[Cost, ...]:
     s = case.shape
-    rows, size = s.G * s.M, OPERAND_DTYPES[case.dtype][1]
+    rows, size = s.G * s.M, OPERAND_DTYPES[case.dtype].itemsize
     # Each gradient reads two of the three matrices and writes the third.
     one = Cost(flops=s.flops, hbm_bytes=(rows * (s.K + s.N) + s.weights) * size)
     return one, one

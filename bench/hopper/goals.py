@@ -84,5 +84,5 @@ class Case:
 
     def floor_us(self, chip: Chip) -> float:
         """µs that no implementation beats on `chip`."""
-        dtype = OPERAND_DTYPES[self.dtype][0]
+        dtype = OPERAND_DTYPES[self.dtype]
         return sum(cost.floor_seconds(chip, dtype) for cost in self.costs(self)) * 1e6

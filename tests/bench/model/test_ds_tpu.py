@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench.model import ds_tpu
-from bench.model.ds_tpu import Partition, Tile, best_tile, evaluate_exchange, evaluate_gemm, partitions
+from bench.model.ds_tpu import Tile, best_tile, evaluate_exchange, evaluate_gemm, partitions
 from bench.model.workloads import GemmShape
 from pallas_kernels.chips import get_chip
 
@@ -62,7 +62,7 @@ def by_shape(row: Figures) -> str:
 @pytest.mark.parametrize("row", EXACT, ids=by_shape)
 def test_figures_to_all_digits(row):
     result = evaluate_gemm(get_chip(row.chip), GemmShape(*row.shape), row.dtype)
-    assert result.best_partition == Partition(row.procs)
+    assert result.best_partition == row.procs
     assert (result.elapsed, result.comp_elapsed, result.dma_elapsed) == pytest.approx(
         (row.elapsed, row.comp, row.dma), rel=1e-12
     )
@@ -72,7 +72,7 @@ def test_figures_to_all_digits(row):
 @pytest.mark.parametrize("row", ROUNDED, ids=by_shape)
 def test_figures_to_the_printed_digits(row):
     result = evaluate_gemm(get_chip(row.chip), GemmShape(*row.shape), row.dtype)
-    assert result.best_partition == Partition(row.procs)
+    assert result.best_partition == row.procs
     assert round(result.elapsed, row.digits) == row.elapsed
     if row.comp is not None:
         assert (round(result.comp_elapsed, 3), round(result.dma_elapsed, 3)) == (row.comp, row.dma)
@@ -206,8 +206,7 @@ def test_invariants(shape, dtype, cores):
     assert result.dram_traffic >= compulsory
     assert result.dma_elapsed >= result.dram_traffic / chip.hbm_bandwidth * 1e6 * (1 - 1e-12)
     assert 0 < result.urate <= 1
-    procs = result.best_partition.procs
-    assert result.dram_traffic == oracle_chip_traffic(shape, procs, result.best_tile, width)
+    assert result.dram_traffic == oracle_chip_traffic(shape, result.best_partition, result.best_tile, width)
 
 
 @settings(max_examples=25, deadline=None)
