@@ -8,7 +8,7 @@ import argparse
 import dataclasses
 import gc
 import json
-import math
+import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
         **provenance("bench.tune", argv, jax.devices()[0].device_kind, _PACKAGES, args.commit),
     }
     entries = _read_entries(path)
-    rows: list[list[Cell]] = []
+    tuned: list[tuple[Product, Outcome]] = []
     failed = 0
     progress = Progress(len(products))
     for done, product in enumerate(products):
@@ -73,14 +73,14 @@ def main(argv: Sequence[str]) -> int:
         entries.pop(key, None)
         if outcome.is_worth_it:
             entries[key] = entry(key, outcome, head)
-        rows.append(_row(product, outcome))
+        tuned.append((product, outcome))
         if path != "-":  # after each, so that a crash of the driver leaves those before it
             write_json({**head, "entries": list(entries.values())}, path)
-    progress.say(f"{len(rows)} products in {progress.seconds:.0f} s")
+    progress.say(f"{len(tuned)} products in {progress.seconds:.0f} s")
     if path == "-":
         write_json({**head, "entries": list(entries.values())}, "-")
     else:
-        print(_table(rows, chip))
+        print(_table(tuned, chip))
     return 1 if failed else 0
 
 
@@ -162,21 +162,21 @@ def _read_entries(path: str) -> dict[Key, dict[str, Any]]:
     return dict(zip(tuned_table.parse_table(table), table["entries"], strict=True))
 
 
-def _row(product: Product, outcome: Outcome) -> list[Cell]:
-    best = _text(outcome.best) if outcome.is_worth_it else "as modelled"
-    times: list[Cell] = [outcome.num_timed, outcome.model_us, outcome.best_us, outcome.gain * 100]
-    return [product.name, *times, _text(outcome.model), best]
+def _table(tuned: Sequence[tuple[Product, Outcome]], chip: Chip) -> str:
+    headers = ["G,M,K,N", "timed", "model µs", "best µs", "gain %", "model", "best"]
+    rows: list[list[Cell]] = []
+    for product, outcome in tuned:
+        times: list[Cell] = [outcome.num_timed, outcome.model_us, outcome.best_us, outcome.gain * 100]
+        best = _text(outcome.best) if outcome.is_worth_it else "as modelled"
+        rows.append([product.name, *times, _text(outcome.model), best])
+    model = statistics.geometric_mean([outcome.model_us for _, outcome in tuned] or [1])
+    best_us = statistics.geometric_mean([outcome.best_us for _, outcome in tuned] or [1])
+    note = f"{chip.name}; configurations are block_m,block_n,num_stages,warpgroups,strip; "
+    return f"{note}geometric means {model:.1f} and {best_us:.1f} µs\n{format_table(headers, rows)}"
 
 
 def _text(config: Config) -> str:
     return ",".join(map(str, dataclasses.astuple(config)))
-
-
-def _table(rows: Sequence[Sequence[Cell]], chip: Chip) -> str:
-    headers = ["G,M,K,N", "timed", "model µs", "best µs", "gain %", "model", "best"]
-    means = [math.exp(sum(math.log(float(row[i] or 1)) for row in rows) / max(1, len(rows))) for i in (2, 3)]
-    note = f"{chip.name}; configurations are block_m,block_n,num_stages,warpgroups,strip; "
-    return f"{note}geometric means {means[0]:.1f} and {means[1]:.1f} µs\n{format_table(headers, rows)}"
 
 
 if __name__ == "__main__":
