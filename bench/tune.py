@@ -54,6 +54,7 @@ def main(argv: Sequence[str]) -> int:
     entries = _read_entries(path)
     tuned: list[tuple[Product, Outcome]] = []
     failed = 0
+    repeats = _QUICK_REPEATS if args.quick else _REPEATS
     progress = Progress(len(products))
     for done, product in enumerate(products):
         if progress.seconds > 60 * args.minutes:
@@ -61,7 +62,8 @@ def main(argv: Sequence[str]) -> int:
             break
         progress.show(done, product.name, at_most=60 * args.minutes)
         try:
-            outcome = tune(product, chip, progress, args)
+            # A timer holds the inputs of its product, and must be gone before the next one makes its own.
+            outcome = search(product, chip, ConfigTimer(product, repeats, progress.say), exhaustive=args.exhaustive)
         except Exception as error:  # inputs that do not fit into memory, say; the other products still count
             failed += 1
             progress.say(f"FAILED: {product.name}: {one_line(error)}")
@@ -84,19 +86,11 @@ def main(argv: Sequence[str]) -> int:
     return 1 if failed else 0
 
 
-def tune(product: Product, chip: Chip, progress: Progress, args: argparse.Namespace) -> Outcome:
-    """The fastest configuration of one product, as the command line wants it sought."""
-    timer = ConfigTimer(product, _QUICK_REPEATS if args.quick else _REPEATS, progress.say)
-    return search(product, chip, timer, exhaustive=args.exhaustive)
-
-
 def key_of(product: Product) -> Key:
     """Where the table has the product."""
-    shape = product.shape
-    rows = tiling.rows_of_a_group(product.lhs_rows, shape.G)
-    return Key.of(
-        product.operand, product.block_scales, product.fused, product.result_in_8_bits, shape.G, rows, shape.K, shape.N
-    )
+    s = product.shape
+    rows = tiling.rows_of_a_group(product.lhs_rows, s.G)
+    return Key.of(product.operand, product.block_scales, product.fused, product.result_in_8_bits, s.G, rows, s.K, s.N)
 
 
 def entry(key: Key, outcome: Outcome, head: Mapping[str, Any]) -> dict[str, Any]:
