@@ -86,16 +86,10 @@ class OperatorTime:
 
 
 def evaluate_gemm(chip: Chip, shape: GemmShape, dtype: str, name: str = "gemm") -> OperatorTime:
-    """Time, traffic, tile and partition of a grouped GEMM on a DS_TPU-like chip.
-
-    Args:
-      chip: gives cores, peak, DRAM bandwidth and SRAM; the model fits chips of kind "ds_tpu".
-      shape: the product; the output is BF16.
-      dtype: of both operands: "fp8", "int8", "bf16" or "fp16".
-      name: copied into the result.
+    """Time, traffic, tile and partition of a grouped GEMM with a BF16 output on a chip of kind "ds_tpu".
 
     Raises:
-      ValueError: unknown dtype.
+      ValueError: the operands' dtype is not "fp8", "int8", "bf16" or "fp16".
     """
     operand = operand_dtype(dtype)
     peak = chip.peak(operand)

@@ -36,8 +36,8 @@ def build_evaluation(
     Args:
       layer: modelled times.
       num_layers: layers of the model.
-      run_info: entries to add to the top-level "run_info" (a date, a command line).
-      measured: results of a real run, stored as they are under the top-level "measured"; left out if None.
+      run_info: what to add to "run_info" (a date, a command line).
+      measured: results of a real run, stored under "measured"; left out if None.
 
     Raises:
       ValueError: num_layers is below 1.

@@ -29,7 +29,7 @@ class LayerTime:
     Attributes:
       chip: what was modelled.
       workload: the layer and its batch.
-      operators: one record an operator, in order of execution.
+      operators: in order of execution.
     """
 
     chip: Chip
@@ -66,19 +66,15 @@ def model_layer(chip: Chip, workload: Workload, *, grad: bool = False) -> LayerT
     times: list[OperatorTime] = []
     for name, shape in layer_matmuls(workload, None if is_ds_tpu else workload.busiest_rows).items():
         times.append(model_gemm(chip, shape, workload.dtype, name))
-        backward = _backward(shape) if grad else ()
-        times += [model_gemm(chip, gradient, "bf16", f"{name}_grad") for gradient in backward]
+        if grad:  # of the rows and of the weights
+            backward = GemmShape(shape.G, shape.M, shape.N, shape.K), GemmShape(shape.G, shape.K, shape.M, shape.N)
+            times += [model_gemm(chip, gradient, "bf16", f"{name}_grad") for gradient in backward]
     exchange = evaluate_exchange if is_ds_tpu else functools.partial(roofline_exchange, ep=workload.ep)
     # The gradient of dispatch travels as combine does, in BF16, and that of combine as well.
     gradient_bytes = [workload.combine_bytes] if grad else []
     times += [exchange(chip, "dispatch", num_bytes) for num_bytes in (workload.dispatch_bytes, *gradient_bytes)]
     times += [exchange(chip, "combine", num_bytes) for num_bytes in (workload.combine_bytes, *gradient_bytes)]
     return LayerTime(chip, workload, tuple(times))
-
-
-def _backward(shape: GemmShape) -> tuple[GemmShape, GemmShape]:
-    """The products that give the gradients of the rows and of the weights."""
-    return GemmShape(shape.G, shape.M, shape.N, shape.K), GemmShape(shape.G, shape.K, shape.M, shape.N)
 
 
 def model_gemm(chip: Chip, shape: GemmShape, dtype: str, name: str = "gemm") -> OperatorTime:
@@ -97,16 +93,12 @@ def gemm_cost(shape: GemmShape, dtype: jax.typing.DTypeLike) -> Cost:
 
 
 def roofline_gemm(chip: Chip, shape: GemmShape, dtype: str, name: str = "gemm") -> OperatorTime:
-    """The least time of a grouped GEMM with a BF16 output.
+    """The least time of a grouped GEMM with a BF16 output, whose arithmetic pads each group to `least_rows`.
 
-    Args:
-      chip: gives the peak and the memory bandwidth. A dtype that its matrix unit does not take still saves bytes.
-      shape: the product; every group counts as touched, and the arithmetic pads its rows to `least_rows`.
-      dtype: of both operands: "fp8", "int8", "bf16" or "fp16".
-      name: copied into the result.
+    A dtype that the chip's matrix unit does not take still saves bytes.
 
     Raises:
-      ValueError: unknown dtype.
+      ValueError: the operands' dtype is not "fp8", "int8", "bf16" or "fp16".
     """
     operand = operand_dtype(dtype)
     block_m = least_rows(chip, dtype)

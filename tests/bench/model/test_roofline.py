@@ -9,18 +9,7 @@ from bench.model.roofline import least_rows, model_gemm, model_layer, roofline_e
 from bench.model.workloads import GemmShape, Workload
 from pallas_kernels.chips import CHIPS, get_chip
 
-DECODE = Workload(
-    hidden_size=7168,
-    intermediate_size=2048,
-    shared_intermediate_size=2048,
-    num_experts=256,
-    top_k=8,
-    batch_size=1536,
-    q_len=1,
-    ep=32,
-    dp=32,
-    moe_tp=1,
-)
+DECODE = Workload(7168, 2048, 2048, 256, 8, batch_size=1536, q_len=1, ep=32, dp=32, moe_tp=1)
 REAL_CHIPS = [name for name, chip in CHIPS.items() if chip.kind != "ds_tpu"]
 
 
