@@ -19,9 +19,6 @@ class Cost:
     flops: int = 0
     hbm_bytes: int = 0
 
-    def __add__(self, other: "Cost") -> "Cost":
-        return Cost(self.flops + other.flops, self.hbm_bytes + other.hbm_bytes)
-
     def compute_seconds(self, chip: Chip, dtype: jax.typing.DTypeLike) -> float:
         """Time of the arithmetic alone, at the chip's peak for operands of `dtype`."""
         return self.flops / chip.peak(dtype)

@@ -17,9 +17,10 @@ import jax.numpy as jnp
 from bench.inputs.weights import normal
 from bench.measure.clock import require_nvidia_gpu
 from bench.measure.devices import known_chip
+from bench.model.roofline import gemm_cost
 from bench.model.workloads import GemmShape
 from pallas_kernels.chips import Chip
-from pallas_kernels.cost import Cost, grouped_gate_up_cost, grouped_matmul_cost
+from pallas_kernels.cost import Cost, grouped_gate_up_cost
 from pallas_kernels.grouped_matmul import Operand, gpu
 from pallas_kernels.grouped_matmul.gpu.problem import Stage
 from pallas_kernels.quantize import QTensor, quantize
@@ -88,10 +89,9 @@ class Product:
     def cost(self) -> Cost:
         """The least work of all groups' rows, with a result in BF16."""
         s = self.shape
-        dtypes = {"lhs_dtype": self.operand, "rhs_dtype": self.operand}
-        if self.fused:
-            return grouped_gate_up_cost(s.G * s.M, s.K, s.N // 2, s.G, **dtypes)
-        return grouped_matmul_cost(s.G * s.M, s.K, s.N, s.G, **dtypes)
+        if not self.fused:
+            return gemm_cost(s, self.operand)
+        return grouped_gate_up_cost(s.G * s.M, s.K, s.N // 2, s.G, lhs_dtype=self.operand, rhs_dtype=self.operand)
 
     @property
     def name(self) -> str:

@@ -43,10 +43,6 @@ def test_hand_computed(actual, expected):
     assert actual == expected
 
 
-def test_costs_add_up():
-    assert Cost(1, 2) + Cost(10, 20) == Cost(11, 22)
-
-
 def test_seconds_on_a_chip():
     chip = get_chip("h200")
     work = Cost(flops=1_978_800_000_000, hbm_bytes=9_600_000_000)
