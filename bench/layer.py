@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from bench.command.parser import run
 from bench.inputs.weights import normal
 from bench.measure.errors import relative_error
-from bench.measure.steps import Clock, Step
+from bench.measure.steps import Step, StepTimer
 from bench.one_chip.cases import Case
 from bench.one_chip.layouts import LAYOUTS, Sizes
 from bench.one_chip.options import main_of
@@ -64,7 +64,7 @@ def layer(
     return combine(rows, plan, weights, backend=variant.backend), plan.inverse, ids
 
 
-def run_case(case: Case, clock: Clock, rounds: int) -> list[Record]:
+def run_case(case: Case, clock: StepTimer, rounds: int) -> list[Record]:
     """Times every layout, whole and those of `case.split` stage by stage too."""
     load = load_of(case)
     gate_up, down = expert_weights(case.experts, case.hidden, case.intermediate, case.jax_dtype)

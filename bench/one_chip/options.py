@@ -10,7 +10,7 @@ from typing import Any
 from bench.command.parser import INTEGERS, NAMES, NUMBERS, listed, make_parser
 from bench.command.side_by_side import my_turns
 from bench.inputs.loads import KINDS
-from bench.measure.steps import Clock
+from bench.measure.steps import StepTimer
 from bench.measure.turns import Turns
 from bench.one_chip.cases import DTYPES, Bench, Case
 from bench.one_chip.layouts import LAYOUTS
@@ -169,7 +169,7 @@ def run(
     if not args.minutes > 0:
         raise ValueError(f"--minutes must be positive, got {args.minutes:g}")
     progress = Progress(len(cases))
-    clock = Clock(turns=my_turns(pathlib.Path(args.out)) if args.out else Turns())
+    clock = StepTimer(turns=my_turns(pathlib.Path(args.out)) if args.out else Turns())
     origin = origin_of(module, argv, args.commit)
     where = "device time of kernels" if clock.name == "kernels" else "wall time"
     progress.say(f"{origin['chip']}: {where}, {args.repeats} repeats, {len(cases)} cases")

@@ -88,7 +88,7 @@ class Slice:
 
 def as_ds_tpu(device: Chip, dtype: str) -> Chip:
     """A chip for DS_TPU's model with a device's peak at `dtype`, its bandwidth and its links."""
-    peak, bandwidth = device.peak(operand_dtype(dtype)[0]) / 1e12, device.hbm_bandwidth / 1e9
+    peak, bandwidth = device.peak(operand_dtype(dtype)) / 1e12, device.hbm_bandwidth / 1e9
     chip = ds_tpu_chip(device.name, DS_TPU_CORES, peak, bandwidth, "this device, as DS_TPU's")
     return dataclasses.replace(chip, link_bandwidth=device.link_bandwidth)
 
