@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -79,26 +78,22 @@ class LayerJob:
             )
         return reduce_width(config, self.reduce)
 
-    def program(self, devices: Sequence[jax.Device]) -> tuple[Any, tuple[Any, ...]]:
-        """The jitted function over `devices`, the slice's, and the shapes of its arguments."""
+    def program(self) -> tuple[Any, tuple[Any, ...]]:
+        """The jitted function over the slice's devices, and the shapes of its arguments."""
         config = self.config()
-        mesh = make_mesh(self.ep, self.dp, devices=devices)
-        x = jax.ShapeDtypeStruct(
-            (self.batch, config.hidden_size),
-            config.dtype,
-            sharding=NamedSharding(mesh, PartitionSpec(axes_on(mesh, None, config).tokens)),
-        )
+        mesh = make_mesh(self.ep, self.dp, devices=self.slice.devices)
+        tokens = NamedSharding(mesh, PartitionSpec(axes_on(mesh, None, config).tokens))
+        x = jax.ShapeDtypeStruct((self.batch, config.hidden_size), config.dtype, sharding=tokens)
         params = abstract_params(config, mesh, training=self.grad)
 
-        def forward(x: jax.Array, params: MoEParams) -> Any:
-            return moe(x, params, config, mesh=mesh)
+        forward = functools.partial(moe, config=config, mesh=mesh)
+        if not self.grad:
+            return jax.jit(forward), (x, params)
 
         def loss(x: jax.Array, params: MoEParams) -> jax.Array:
             y, aux = forward(x, params)
             return jnp.square(y.astype(jnp.float32)).mean() + aux.loss
 
-        if not self.grad:
-            return jax.jit(forward), (x, params)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, (x, params))
         return jax.jit(jax.grad(loss, argnums=(0, 1)), out_shardings=shardings), (x, params)
 

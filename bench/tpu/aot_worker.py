@@ -5,75 +5,57 @@ from typing import Any
 
 import jax
 import jaxlib
-from jax.experimental import topologies
 
 from bench.measure.clock import Stopwatch
 from bench.measure.errors import one_line
 from bench.tpu.aot_layer import LayerJob
 from bench.tpu.hlo_text import Program, parse_program
-from bench.tpu.libtpu import libtpu_version, serve
+from bench.tpu.libtpu import LONGEST_REASON, libtpu_version, serve
 from bench.tpu.pallas_calls import find_kernels
 from bench.tpu.static_cycles import compile_alone
-from pallas_kernels.chips import get_chip
 from pallas_kernels.tracing.target import targeting
 
 _SHOWN = 40
 
 
 def work(job: dict[str, Any]) -> dict[str, Any]:
-    """Compiles the `LayerJob` job["layer"], or its kernels one by one where job["kernels"] names some."""
+    """Compiles the `LayerJob` job["layer"], or its kernels one by one where job["kernels"] names some.
+
+    Of a layer sizes are bytes of a device.
+    """
     layer = LayerJob(**job["layer"])
-    if "kernels" not in job:
-        return compile_layer(layer)
-    with warnings.catch_warnings(), targeting(get_chip(layer.slice.generation.chip)):
-        warnings.simplefilter("ignore")  # they are shown with the layer
-        function, shapes = layer.program(_topology(layer).devices)
-        kernels = find_kernels(function.trace(*shapes).jaxpr)
-        return compile_alone(kernels, {"topology": layer.topology, **job})
-
-
-def compile_layer(layer: LayerJob) -> dict[str, Any]:
-    """Compiles a layer; sizes are bytes of a device."""
-    topology = _topology(layer)
     watch = Stopwatch()
-    with warnings.catch_warnings(record=True) as notes, targeting(get_chip(layer.slice.generation.chip)):
+    with warnings.catch_warnings(record=True) as notes, targeting(layer.slice.chip):
         warnings.simplefilter("always")
-        function, shapes = layer.program(topology.devices)
+        function, shapes = layer.program()
         traced = function.trace(*shapes)
+        if "kernels" in job:
+            kernels = find_kernels(traced.jaxpr)
+            return compile_alone([kernel.alone for kernel in kernels], {"topology": layer.topology, **job})
         lowered = traced.lower()
     trace_seconds = watch.seconds
     compiled = lowered.compile()
     compile_seconds = watch.seconds - trace_seconds
-    program = parse_program(compiled.as_text())
+    kernels, program = find_kernels(traced.jaxpr), parse_program(compiled.as_text())
     return {
-        "device_kind": topology.devices[0].device_kind,
+        "device_kind": layer.slice.devices[0].device_kind,
         "trace_s": round(trace_seconds, 2),
         "compile_s": round(compile_seconds, 2),
         "memory": memory_record(compiled.memory_analysis()),
         "vmem_bytes": max((operation.vmem_bytes for operation, _ in program.executed()), default=0),
         "collectives": program.collectives(),
         **_operations(program),
-        "kernels": [
-            {"name": kernel.name, "calls": kernel.calls, "hbm_bytes": kernel.hbm_bytes}
-            for kernel in find_kernels(traced.jaxpr)
-        ],
-        "notes": sorted({one_line(note.message, 400) for note in notes if issubclass(note.category, UserWarning)}),
+        "kernels": [{name: getattr(kernel, name) for name in ("name", "calls", "hbm_bytes")} for kernel in kernels],
+        "notes": sorted({one_line(x.message, LONGEST_REASON) for x in notes if issubclass(x.category, UserWarning)}),
         "versions": {"jax": jax.__version__, "jaxlib": jaxlib.__version__, "libtpu": libtpu_version()},
     }
 
 
-def _topology(layer: LayerJob) -> Any:
-    return topologies.get_topology_desc(platform="tpu", topology_name=layer.topology)
-
-
 def memory_record(analysis: Any) -> dict[str, int]:
     """The compiler's own account of HBM. The arguments, what it needs beside them, and both at once."""
-    sizes = {
-        name: int(getattr(analysis, f"{name}_size_in_bytes"))
-        for name in ("argument", "output", "alias", "temp", "generated_code")
-    }
-    peak = sizes["argument"] + sizes["output"] - sizes["alias"] + sizes["temp"] + sizes["generated_code"]
-    return {**{f"{name}_bytes": size for name, size in sizes.items()}, "peak_bytes": peak}
+    names = ("argument", "output", "alias", "temp", "generated_code")
+    record = {f"{name}_bytes": int(getattr(analysis, f"{name}_size_in_bytes")) for name in names}
+    return {**record, "peak_bytes": sum(record.values()) - 2 * record["alias_bytes"]}
 
 
 def _operations(program: Program) -> dict[str, Any]:

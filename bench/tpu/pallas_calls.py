@@ -1,13 +1,14 @@
 """The Pallas kernels in a traced function: which they are, how often they are called, and each as a function.
 
 kernels = find_kernels(jax.jit(layer).trace(*shapes).jaxpr)
-jax.jit(kernels[0].function).lower(*kernels[0].arguments(sharding)).compile()
+function, shapes = kernels[0].alone
+jax.jit(function).lower(*shapes).compile()
 
 With `known` arguments, such as the sizes of groups, a kernel becomes its static twin: see `bench.tpu.static_twin`.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -64,8 +65,12 @@ class PallasCall:
         estimate = self.equation.params["cost_estimate"]
         return None if estimate is None else int(estimate.bytes_accessed)
 
-    def function(self, *args: jax.Array) -> Any:
-        """The kernel alone; with a known `grid` and `scalars` its static twin."""
+    @property
+    def alone(self) -> tuple[Callable[..., Any], list[jax.ShapeDtypeStruct]]:
+        """The kernel as a function, with a known `grid` and `scalars` its static twin; and its arguments."""
+        return self._call, [jax.ShapeDtypeStruct(x.aval.shape, x.aval.dtype) for x in self.equation.invars]
+
+    def _call(self, *args: jax.Array) -> Any:
         params = with_scalars(self.equation, self.scalars)
         if self.dynamic_dims and self.grid is not None:
             mapping = params["grid_mapping"]
@@ -74,13 +79,6 @@ class PallasCall:
             params["grid_mapping"] = mapping.replace(grid=sizes)
             args = args[self.dynamic_dims :]
         return self.equation.primitive.bind(*args, **params)
-
-    def arguments(self, sharding: jax.sharding.Sharding) -> list[jax.ShapeDtypeStruct]:
-        """Shapes and dtypes of its arguments."""
-        return [
-            jax.ShapeDtypeStruct(variable.aval.shape, variable.aval.dtype, sharding=sharding)
-            for variable in self.equation.invars
-        ]
 
 
 def find_kernels(traced: core.Jaxpr, known: Mapping[int, Any] | None = None) -> list[PallasCall]:
