@@ -5,6 +5,7 @@ from jax.experimental import pallas as pl
 
 from bench.tpu.pallas_calls import find_kernels
 from bench.tpu.static_cycles import profiled_cycles
+from bench.tpu.static_twin import dynamic_dims
 
 X = jax.ShapeDtypeStruct((256, 128), jnp.float32)
 
@@ -39,7 +40,7 @@ def test_a_grid_that_follows_from_known_arguments_is_fixed(nested):
 
     sizes = jnp.array([100, 100])
     (unknown,) = kernels(function, X, sizes)
-    assert (unknown.dynamic_dims, unknown.grid) == (1, None)
+    assert (dynamic_dims(unknown.equation), unknown.grid) == (1, None)
     (known,) = kernels(function, X, sizes, known={1: sizes})
     assert known.grid == (2,)
     function, shapes = known.alone
