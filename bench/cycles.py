@@ -2,9 +2,11 @@
 
 import concurrent.futures
 import dataclasses
+import itertools
 import json
 import re
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -99,32 +101,26 @@ def measure(
     for chip, case in wanted:
         row = rows.setdefault((chip, case.name), new_row(chip, case) | {"commit": record["commit"]})
         for kind in KINDS:
-            missing = {name: options for name, options in choices(case, kind).items() if name not in row[kind]}
-            tasks += [(row, case, kind, name, options) for name, options in missing.items()]
-    progress = Progress(len(tasks))
-    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        running = {
-            pool.submit(figures, row["chip"], case, kind, options, timeout): (row, kind, name)
-            for row, case, kind, name, options in tasks
-        }
+            named = choices(case, kind).items()
+            tasks += [(row, case, kind, name, options) for name, options in named if name not in row[kind]]
+    progress, done, lock = Progress(len(tasks)), itertools.count(1), threading.Lock()
 
-        def keep(future: concurrent.futures.Future) -> str:
-            row, kind, name = running[future]
-            row[kind][name] = future.result()
+    def fill(row: dict[str, Any], case: Case, kind: str, name: str, options: Sequence[Choice]) -> None:
+        found = figures(row["chip"], case, kind, options, timeout)
+        with lock:
+            row[kind][name] = found
             if row not in record["rows"]:
                 record["rows"].append(row)
             if path is not None:
                 write_json(record, str(path))
-            return f"{row['chip']} {row['case']}, {kind}: {name}"
+            progress.show(next(done), f"{row['chip']} {case.name}, {kind}: {name}")
 
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
         try:
-            for done, future in enumerate(concurrent.futures.as_completed(running), start=1):
-                progress.show(done, keep(future))
+            for future in concurrent.futures.as_completed([pool.submit(fill, *task) for task in tasks]):
+                future.result()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
-            for future in running:
-                if future.done() and not future.cancelled() and future.exception() is None:
-                    keep(future)
             raise
 
 

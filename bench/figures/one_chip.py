@@ -24,14 +24,12 @@ Record = Mapping[str, Any]
 def sections(records: Sequence[Record]) -> list[Section]:
     """The figures, each with its reason where it cannot be drawn. `bench.one_chip.records` lists a record's fields."""
     sound = [record for record in records if record["error"] is None]
-    return [
-        _against_experts(sound, "latency", "Time of the layer against experts and k", "layer", _TIME),
-        _against_experts(sound, "permute", "Time of pack and combine against experts and k", "permute", _TIME),
-        _against_experts(
-            sound, "bandwidth", "Bandwidth of pack and combine against experts and k", "permute", _BANDWIDTH
-        ),
-        _split(sound),
-    ]
+    wanted = (
+        ("latency", "Time of the layer", "layer", _TIME),
+        ("permute", "Time of pack and combine", "permute", _TIME),
+        ("bandwidth", "Bandwidth of pack and combine", "permute", _BANDWIDTH),
+    )
+    return [*(_against_experts(sound, *each) for each in wanted), _split(sound)]
 
 
 _TIME = {"mean_us": "-"}
@@ -40,9 +38,10 @@ _BANDWIDTH = {"bw_32k": "-", "bw_strict": "--"}
 
 
 def _against_experts(
-    records: Sequence[Record], name: str, title: str, operator: str, values: Mapping[str, str]
+    records: Sequence[Record], name: str, what: str, operator: str, values: Mapping[str, str]
 ) -> Section:
     """A panel for each size, a line for each k and value, over the number of experts."""
+    title = f"{what} against experts and k"
     of_kind = [r for r in records if r["operator"] == operator and r[next(iter(values))] is not None]
     panels: dict[tuple[Any, ...], dict[tuple[int, int], Record]] = {}
     for record in sorted(_plainest(of_kind), key=_place):  # of equal cases the last one counts
@@ -141,16 +140,16 @@ def _split(records: Sequence[Record]) -> Section:
     if not bars:
         return Section("split", _SPLIT, f"Left out: {_FILES} no layer whose stages were timed.")
     shown = list(bars.values())[:_MAX_BARS]
+    labels = [f"{_size(each)}, E {each['experts']}, K {each['k']}, {each['layout']}" for each in shown]
     with drawing("split") as pyplot:
         figure, axes = pyplot.subplots(figsize=(9, 1 + 0.28 * len(shown)))
         colours = pyplot.get_cmap("tab10").colors
-        for place, record in enumerate(shown):
-            left = 0.0
-            for stage, colour in zip(_STAGES, colours, strict=False):
-                width = record["stages_us"][stage]
-                axes.barh(place, width, left=left, color=colour, label=stage if place == 0 else None)
-                left += width
-        axes.set_yticks(range(len(shown)), [_label(record) for record in shown], fontsize=7)
+        left = np.zeros(len(shown))
+        for stage, colour in zip(_STAGES, colours, strict=False):
+            widths = [record["stages_us"][stage] for record in shown]
+            axes.barh(range(len(shown)), widths, left=left, color=colour, label=stage)
+            left += widths
+        axes.set_yticks(range(len(shown)), labels, fontsize=7)
         axes.invert_yaxis()
         axes.set_xlabel("µs, each stage timed by itself")
         axes.legend(fontsize=8, ncols=len(_STAGES), loc="lower center", bbox_to_anchor=(0.5, 1.0))
@@ -162,18 +161,9 @@ def _split(records: Sequence[Record]) -> Section:
     if len(bars) > len(shown):
         text += f" {len(bars) - len(shown)} further cases are in the records and not drawn."
     headers = ("case", *_STAGES, "sum µs", "layer µs", "routing share")
-    rows: list[list[Cell]] = [
-        [
-            _label(record),
-            *(record["stages_us"][stage] for stage in _STAGES),
-            sum(record["stages_us"].values()),
-            record["mean_us"],
-            record["routing_share"],
-        ]
-        for record in shown
-    ]
+    rows: list[list[Cell]] = []
+    for label, record in zip(labels, shown, strict=True):
+        stages = record["stages_us"]
+        whole = sum(stages.values()), record["mean_us"], record["routing_share"]
+        rows.append([label, *(stages[stage] for stage in _STAGES), *whole])
     return Section("split", _SPLIT, text, svg, headers, rows)
-
-
-def _label(record: Record) -> str:
-    return f"{_size(record)}, E {record['experts']}, K {record['k']}, {record['layout']}"

@@ -8,7 +8,6 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 
 import jax
 from jax.experimental import topologies
@@ -37,23 +36,16 @@ class Generation:
     slices: tuple[str, ...]
     devices_per_chip: int = 1
 
-    @property
-    def rank(self) -> int:
-        """Dimensions of its network."""
-        return 1 + self.slices[0].count("x")
-
 
 _TORUS_2D = ("4x8", "8x8", "8x16", "16x16")
 _TORUS_3D = ("2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8")
 
-GENERATIONS: Mapping[str, Generation] = MappingProxyType(
-    {
-        "v5e": Generation("v5e", 1.5e9, _TORUS_2D),
-        "v5p": Generation("v5p", 1.75e9, _TORUS_3D),
-        "v6e": Generation("v6e", 1.75e9, _TORUS_2D),
-        "tpu7x": Generation("v7x", 2.2e9, _TORUS_3D, devices_per_chip=2),
-    }
-)
+GENERATIONS: Mapping[str, Generation] = {
+    "v5e": Generation("v5e", 1.5e9, _TORUS_2D),
+    "v5p": Generation("v5p", 1.75e9, _TORUS_3D),
+    "v6e": Generation("v6e", 1.75e9, _TORUS_2D),
+    "tpu7x": Generation("v7x", 2.2e9, _TORUS_3D, devices_per_chip=2),
+}
 """By the name that stands before the colon."""
 
 
@@ -130,10 +122,10 @@ def parse_slice(name: str) -> Slice:
     if generation is None or not colon or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape):
         raise ValueError(f"unknown topology {name!r}; expected a TPU and the shape of a slice, such as {examples()}")
     sizes = [int(size) for size in shape.split("x")]
-    if len(sizes) != generation.rank:
+    example = generation.slices[0]
+    if len(sizes) != (rank := len(example.split("x"))):
         raise ValueError(
-            f"topology {name!r}: slices of {kind} have {generation.rank} dimensions, such as "
-            f"{kind}:{generation.slices[0]}, got {len(sizes)}"
+            f"topology {name!r}: slices of {kind} have {rank} dimensions, such as {kind}:{example}, got {len(sizes)}"
         )
     return Slice(f"{kind}:{shape}", generation, math.prod(sizes))
 
