@@ -20,7 +20,7 @@ from moejax import PRESETS
 from moejax.config import PRECISIONS
 from pallas_kernels.chips import GIB, MIB
 
-_WORKER = "bench.tpu.aot_worker"
+_WORKER = "bench.tpu.aot_layer"
 _DECODE_BATCH, _TRAINING_BATCH = 48, 1024  # tokens a device
 _SHOWN = 12
 
@@ -123,8 +123,8 @@ def compile_record(job: LayerJob, *, with_cycles: bool = True) -> dict[str, Any]
       with_cycles: compile each Pallas kernel once more, alone, for its cycles.
 
     Returns:
-      What `bench.tpu.aot_worker` says, with "ok", modelled times, and the device's memories; sizes and times are those
-      of one device. {"ok": False, "reason"} when it does not compile.
+      What `bench.tpu.aot_layer.work` says, with "ok", modelled times, and the device's memories; sizes and times are
+      those of one device. {"ok": False, "reason"} when it does not compile.
     """
     slice_, device = job.slice, job.slice.device
     record: dict[str, Any] = {

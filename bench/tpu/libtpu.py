@@ -49,16 +49,7 @@ def require_libtpu() -> None:
 
 
 def run_job(module: str, job: Mapping[str, Any], *, options: str = "", timeout: float = 1800) -> dict[str, Any]:
-    """Runs `python -m {module}`, whose `main` is `serve(...)`, in the compiler's environment.
-
-    Args:
-      module: to run.
-      job: what it is given; JSON can say it.
-      options: flags of libtpu.
-      timeout: seconds.
-
-    Returns:
-      What it answers.
+    """What `python -m {module}`, which calls `serve`, answers to a job of what JSON can say; `options` are libtpu's.
 
     Raises:
       CompileError: it failed, died or took too long.

@@ -56,7 +56,7 @@ def test_a_job_that_dies_or_fails_says_why():
     with pytest.raises(CompileError, match=r"ended with status 1: .*no_such_module"):
         run_job("bench.no_such_module", {})
     with pytest.raises(CompileError, match="KeyError"):
-        run_job("bench.tpu.aot_worker", {})
+        run_job("bench.tpu.aot_layer", {})
 
 
 @needs_libtpu
