@@ -91,7 +91,8 @@ def make_load(
         contexts = sample_contexts(_read_text(text or default_text_path(), "--text"), num_tokens, seed)
         return _embedded(jnp.asarray(contexts), router, hidden=hidden, seed=seed, dtype=jnp.dtype(dtype))
     if kind == "zipf":
-        logits = _zipf_logits(rng, num_tokens, num_experts, zipf_exponent)
+        rank = rng.permutation(num_experts) + 1.0
+        logits = rng.gumbel(size=(num_tokens, num_experts)) - zipf_exponent * np.log(rank)
     else:
         logits = _balanced_logits(rng, num_tokens, num_experts, top_k)
     return _with_logits(jnp.asarray(logits, jnp.float32), router, seed=seed, dtype=jnp.dtype(dtype))
@@ -108,11 +109,6 @@ def load_figures(tokens_per_expert: np.ndarray, capacity: int) -> LoadFigures:
     kl = max(0.0, math.log(load.size) - entropy)
     overflow = float(np.maximum(load - capacity, 0).sum() / total)
     return LoadFigures(float(load.std() / load.mean()), kl, entropy / most, overflow)
-
-
-def _zipf_logits(rng: np.random.Generator, num_tokens: int, num_experts: int, exponent: float) -> np.ndarray:
-    rank = rng.permutation(num_experts) + 1.0
-    return rng.gumbel(size=(num_tokens, num_experts)) - exponent * np.log(rank)
 
 
 def _balanced_logits(rng: np.random.Generator, num_tokens: int, num_experts: int, top_k: int) -> np.ndarray:
