@@ -30,7 +30,8 @@ _ENVIRONMENT = {
 }
 
 LONGEST_REASON = 400
-"""Characters of a reason that are kept: enough for what ran out and by how much; a list of allocations follows."""
+"""Characters of a reason that are kept: what VMEM does not hold is named with its sizes and shapes in some 330, which
+the 300 of other messages would cut."""
 
 
 class CompileError(Exception):
