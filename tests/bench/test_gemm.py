@@ -115,6 +115,7 @@ def h200(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp8"])
+@pytest.mark.quick("fp8")
 def test_measured_beside_modelled(h200, dtype, capsys):
     assert run(main, ["--device", "--dtype", dtype, "--shape", "4,8,256,128", "--json", "-"]) == 0
     record = json.loads(capsys.readouterr().out)
