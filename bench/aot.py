@@ -9,21 +9,20 @@ from typing import Any
 from bench.command.parser import make_parser, run
 from bench.command.values import output_file, positive_int
 from bench.model.roofline import model_layer
-from bench.model.workloads import moe_workload
+from bench.model.workloads import moe_workload, operand_dtype
 from bench.record.json_files import write_json
 from bench.record.progress import Progress
 from bench.record.tables import Cell, format_table
 from bench.tpu.aot_layer import LayerJob
 from bench.tpu.libtpu import CompileError, require_libtpu, run_job
-from bench.tpu.slices import GENERATIONS, as_ds_tpu, parse_slice, slices_for
+from bench.tpu.slices import as_ds_tpu, examples, parse_slice, slices_for
 from bench.tpu.static_cycles import NOTE, kernel_cycles
 from moejax import PRESETS
 from moejax.config import PRECISIONS
-from pallas_kernels.chips import GIB, MIB, Chip
+from pallas_kernels.chips import GIB, MIB
 
-_WORKER = "bench.tpu.aot_worker"
+_WORKER = "bench.tpu.aot_layer"
 _DECODE_BATCH, _TRAINING_BATCH = 48, 1024  # tokens a device
-_WEIGHTS = {"fp8": "float8_e4m3fn", "int8": "int8"}
 _SHOWN = 12
 
 _EXAMPLES = (
@@ -41,9 +40,9 @@ def main(argv: Sequence[str]) -> int:
     require_libtpu()
     progress = Progress(len(jobs))
     records = []
-    for done, (job, quantized) in enumerate(jobs):
+    for done, job in enumerate(jobs):
         progress.show(done, f"compiling {_title(job)}")
-        records.append(compile_record(job, quantized, with_cycles=not args.no_kernel_cycles))
+        records.append(compile_record(job, with_cycles=not args.no_kernel_cycles))
         if args.json is not None and (args.json != "-" or len(records) == len(jobs)):
             write_json(records if len(jobs) > 1 else records[0], args.json)  # what is done stays if the rest is stopped
     progress.show(len(jobs), "done")
@@ -65,9 +64,8 @@ def _parser() -> argparse.ArgumentParser:
         "and shows what a device of the slice needs: HBM, VMEM, collectives, cycles, and modelled times beside them.",
         _EXAMPLES,
     )
-    kinds = ", ".join(f"{kind}:{generation.slices[0]}" for kind, generation in GENERATIONS.items())
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--topology", metavar="NAME", help=f"the slice: a TPU and a shape, such as {kinds}")
+    what.add_argument("--topology", metavar="NAME", help=f"the slice: a TPU and a shape, such as {examples()}")
     what.add_argument(
         "--all",
         action="store_true",
@@ -82,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="MODE",
         help=f"{' or '.join(PRECISIONS)}; give it again for both (default w8a8)",
     )
-    add("--weights", choices=tuple(_WEIGHTS), help="the 8 bits of w8a8 (default: what the TPU multiplies natively)")
+    add("--weights", choices=("fp8", "int8"), help="the 8 bits of w8a8 (default: what the TPU multiplies natively)")
     add("--grad", action="store_true", help="the gradients of a training step instead of a forward pass")
     add(
         "--batch",
@@ -101,43 +99,34 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _jobs(args: argparse.Namespace) -> list[tuple[LayerJob, str]]:
-    """What to compile, checked, each with the 8-bit operands' short name."""
-    slices = slices_for(args.ep) if args.all else [parse_slice(args.topology)]
+def _jobs(args: argparse.Namespace) -> list[LayerJob]:
+    """What to compile, checked."""
     jobs = []
-    for slice_ in slices:
+    for slice_ in slices_for(args.ep) if args.all else [parse_slice(args.topology)]:
         native = "fp8" if slice_.device.is_native("float8_e4m3fn") else "int8"
-        quantized = args.weights or native
-        for precision in args.precision or ["w8a8"]:
-            job = LayerJob(
-                topology=slice_.name,
-                model=args.model,
-                ep=args.ep,
-                batch=args.batch
-                if args.batch is not None
-                else slice_.num_devices * (_TRAINING_BATCH if args.grad else _DECODE_BATCH),
-                precision=precision,
-                weights=_WEIGHTS[quantized],  # type: ignore[arg-type]
-                grad=args.grad,
-                backend=args.backend,
-                reduce=args.reduce,
-            )
-            job.config()
-            jobs.append((job, quantized))
+        batch = slice_.num_devices * (_TRAINING_BATCH if args.grad else _DECODE_BATCH)
+        settings = {
+            "topology": slice_.name,
+            **{name: getattr(args, name) for name in ("model", "ep", "grad", "backend", "reduce")},
+            "batch": batch if args.batch is None else args.batch,
+            "weights": operand_dtype(args.weights or native)[0],
+        }
+        jobs += [LayerJob(precision=precision, **settings) for precision in args.precision or ["w8a8"]]
+    for job in jobs:
+        job.config()
     return jobs
 
 
-def compile_record(job: LayerJob, quantized: str, *, with_cycles: bool = True) -> dict[str, Any]:
+def compile_record(job: LayerJob, *, with_cycles: bool = True) -> dict[str, Any]:
     """Compiles one layer.
 
     Args:
       job: what to compile.
-      quantized: "fp8" or "int8", the operands of "w8a8" in the models.
       with_cycles: compile each Pallas kernel once more, alone, for its cycles.
 
     Returns:
-      What `bench.tpu.aot_worker` says, with "ok", modelled times, and the device's memories; sizes and times are those
-      of one device. {"ok": False, "reason"} when it does not compile.
+      What `bench.tpu.aot_layer.work` says, with "ok", modelled times, and the device's memories; sizes and times are
+      those of one device. {"ok": False, "reason"} when it does not compile.
     """
     slice_, device = job.slice, job.slice.device
     record: dict[str, Any] = {
@@ -147,7 +136,7 @@ def compile_record(job: LayerJob, quantized: str, *, with_cycles: bool = True) -
         "dp": job.dp,
         "chip": slice_.generation.chip,
     }
-    layer = {"layer": dataclasses.asdict(job)}
+    layer = {"layer": record["job"]}
     try:
         compiled = run_job(_WORKER, layer)
     except CompileError as error:
@@ -166,7 +155,7 @@ def compile_record(job: LayerJob, quantized: str, *, with_cycles: bool = True) -
         batch_size=job.batch // job.dp,
         ep=job.ep,
         precision=job.precision,
-        quantized_dtype=quantized,
+        quantized_dtype="int8" if job.weights == "int8" else "fp8",
     )
     return {
         **record,
@@ -207,24 +196,21 @@ def _summary(records: Sequence[dict[str, Any]]) -> str:
 
 
 def _details(record: dict[str, Any]) -> str:
-    memory = [[name.removesuffix("_bytes"), size] for name, size in record["memory"].items()]
-    collectives = [[each["kind"], each["count"], each["bytes"]] for each in record["collectives"]]
-    kernels = [_kernel_row(kernel, LayerJob(**record["job"]).slice.device) for kernel in record["kernels"]]
-    operations = [[row["name"], row["calls"], row["cycles"], row["us"]] for row in record["xla_operations"][:_SHOWN]]
-    tables = [
-        (["HBM of a device", "bytes"], memory),
-        (["collective", "count", "bytes"], collectives),
-        *([(["Pallas kernel", "calls", "cycles of one", "µs", "its bytes, µs", ""], kernels)] if kernels else []),
-        (["XLA operations", "calls", "cycles", "µs"], operations),
-    ]
-    return "\n" + "\n\n".join(format_table(*each) for each in tables)
-
-
-def _kernel_row(kernel: dict[str, Any], device: Chip) -> list[Cell]:
-    moved = kernel["hbm_bytes"]
-    moved_us = None if moved is None else kernel["calls"] * moved / device.hbm_bandwidth * 1e6
-    cycles = kernel.get("cycles")
-    return [kernel["name"], kernel["calls"], cycles, kernel["us"], moved_us, kernel.get("no_cycles", "")]
+    bytes_per_us = LayerJob(**record["job"]).slice.device.hbm_bandwidth / 1e6
+    kernels: list[list[Cell]] = []
+    for kernel in record["kernels"]:
+        moved = kernel["hbm_bytes"]
+        moved_us = None if moved is None else kernel["calls"] * moved / bytes_per_us
+        figures = kernel.get("cycles"), kernel["us"], moved_us
+        kernels.append([kernel["name"], kernel["calls"], *figures, kernel.get("no_cycles", "")])
+    tables = {
+        ("HBM of a device", "bytes"): [[key.removesuffix("_bytes"), size] for key, size in record["memory"].items()],
+        ("collective", "count", "bytes"): [list(each.values()) for each in record["collectives"]],
+        ("Pallas kernel", "calls", "cycles of one", "µs", "its bytes, µs", ""): kernels,
+        ("XLA operations", "calls", "cycles", "µs"): [list(row.values()) for row in record["xla_operations"][:_SHOWN]],
+    }
+    shown = [format_table(headers, rows) for headers, rows in tables.items() if rows or headers[0] != "Pallas kernel"]
+    return "\n" + "\n\n".join(shown)
 
 
 def _notes(records: Sequence[dict[str, Any]]) -> str:

@@ -2,10 +2,10 @@
 
 import concurrent.futures
 import dataclasses
-import json
+import itertools
 import re
 import sys
-import tempfile
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,9 @@ from bench.record.progress import Progress
 from bench.record.provenance import command_line, current_commit, now, package_version
 from bench.tpu.cycles_cases import ACTIVATION, GUESSED, KINDS, Case, Choice, all_cases, choices, copied_bytes
 from bench.tpu.cycles_table import table
-from bench.tpu.cycles_worker import FACTS
-from bench.tpu.libtpu import CompileError, require_libtpu, run_job
-from bench.tpu.slices import GENERATIONS, parse_slice
-from bench.tpu.static_cycles import profiled_cycles
+from bench.tpu.libtpu import require_libtpu
+from bench.tpu.slices import GENERATIONS, Slice, parse_slice
+from bench.tpu.static_cycles import kernel_cycles
 
 _WORKER = "bench.tpu.cycles_worker"
 _SMALLEST = {"v6e": "2x2", "tpu7x": "2x2x1", "v5e": "2x2", "v5p": "2x2x1"}
@@ -96,47 +95,37 @@ def measure(
     record: dict[str, Any], wanted: Sequence[tuple[str, Case]], path: Path | None, jobs: int, timeout: float
 ) -> None:
     """Adds what is `wanted` and not there yet to `record`, and writes that to `path` after every program."""
-    there = {(row["chip"], row["case"]): row for row in record["rows"]}
-    made_at = {"commit": record["commit"]}
-    rows = {(chip, case.name): there.get((chip, case.name)) or new_row(chip, case) | made_at for chip, case in wanted}
-    tasks = [
-        (chip, case, kind, name)
-        for chip, case in wanted
-        for kind in KINDS
-        for name in choices(case, kind)
-        if name not in rows[chip, case.name][kind]
-    ]
-    progress = Progress(len(tasks))
-    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        running = {
-            pool.submit(figures, chip, case, kind, choices(case, kind)[name], timeout): (chip, case, kind, name)
-            for chip, case, kind, name in tasks
-        }
+    rows = {(row["chip"], row["case"]): row for row in record["rows"]}
+    tasks = []
+    for chip, case in wanted:
+        row = rows.setdefault((chip, case.name), new_row(chip, case) | {"commit": record["commit"]})
+        for kind in KINDS:
+            named = choices(case, kind).items()
+            tasks += [(row, case, kind, name, options) for name, options in named if name not in row[kind]]
+    progress, done, lock = Progress(len(tasks)), itertools.count(1), threading.Lock()
 
-        def keep(future: concurrent.futures.Future) -> str:
-            chip, case, kind, name = running[future]
-            row = rows[chip, case.name]
-            row[kind][name] = future.result()
-            if not any(row is known for known in record["rows"]):
+    def fill(row: dict[str, Any], case: Case, kind: str, name: str, options: Sequence[Choice]) -> None:
+        found = figures(row["chip"], case, kind, options, timeout)
+        with lock:
+            row[kind][name] = found
+            if row not in record["rows"]:
                 record["rows"].append(row)
             if path is not None:
                 write_json(record, str(path))
-            return f"{chip} {case.name}, {kind}: {name}"
+            progress.show(next(done), f"{row['chip']} {case.name}, {kind}: {name}")
 
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
         try:
-            for done, future in enumerate(concurrent.futures.as_completed(running), start=1):
-                progress.show(done, keep(future))
+            for future in concurrent.futures.as_completed([pool.submit(fill, *task) for task in tasks]):
+                future.result()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
-            for future in running:
-                if future.done() and not future.cancelled() and future.exception() is None:
-                    keep(future)
             raise
 
 
 def new_row(chip: str, case: Case) -> dict[str, Any]:
     """A case on a TPU, with its floors in cycles and no implementation yet."""
-    slice_ = parse_slice(f"{chip}:{_SMALLEST[chip]}")
+    slice_ = _slice(chip)
     floor = roofline_gemm(slice_.device, case.shape, "bf16")
     clock = slice_.generation.clock_hz / 1e6
     return {
@@ -161,32 +150,23 @@ def figures(chip: str, case: Case, kind: str, options: Sequence[Choice], timeout
 
 def figure(chip: str, case: Case, kind: str, choice: Choice, timeout: float = _TIMEOUT) -> dict[str, Any]:
     """The cycles of one choice, or the reason why there are none; beside them those that its copies take."""
-    slice_ = parse_slice(f"{chip}:{_SMALLEST[chip]}")
+    slice_ = _slice(chip)
     answer: dict[str, Any] = {"configuration": choice.configuration}
     copied = copied_bytes(choice, case)
     if copied is not None:
         answer["copy_cycles"] = round(copied / slice_.device.hbm_bandwidth * slice_.generation.clock_hz)
-    with tempfile.TemporaryDirectory() as folder:
-        job = {
-            "case": dataclasses.asdict(case),
-            "choice": dataclasses.asdict(choice),
-            "topology": slice_.name,
-            "kind": kind,
-            "folder": folder,
-        }
-        reason = "the compiler wrote no profile"
-        try:
-            run_job(_WORKER, job, options=f"--xla_jf_dump_static_llo_profile_to={folder}", timeout=timeout)
-        except CompileError as error:  # often after the profile has been written: see bench.tpu.static_cycles
-            reason = str(error)
-        cycles = profiled_cycles(Path(folder), all_of_them=choice.implementation == ACTIVATION)
-        facts = Path(folder, FACTS)
-        is_guess = json.loads(facts.read_text())["is_guess"] if facts.exists() else True
-    if cycles is None:
-        return {**answer, "reason": _short(reason)}
-    if is_guess or (choice.implementation != ACTIVATION and cycles < new_row(chip, case)["arithmetic_cycles"]):
+    job = {"case": dataclasses.asdict(case), "choice": dataclasses.asdict(choice), "kind": kind}
+    is_kernel = choice.implementation != ACTIVATION
+    (cycles,) = kernel_cycles(_WORKER, {**job, "topology": slice_.name}, 1, timeout, total=not is_kernel)
+    if isinstance(cycles, str):
+        return {**answer, "reason": _short(cycles)}
+    if is_kernel and cycles < new_row(chip, case)["arithmetic_cycles"]:
         return {**answer, "reason": GUESSED}
     return {**answer, "cycles": cycles}
+
+
+def _slice(chip: str) -> Slice:
+    return parse_slice(f"{chip}:{_SMALLEST[chip]}")
 
 
 def _short(reason: str) -> str:

@@ -4,7 +4,6 @@ import argparse
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 
@@ -67,8 +66,11 @@ def main(argv: Sequence[str]) -> int:
         chips.append(own)
     layers = [model_layer(chip, workload) for chip in chips]
     if jax.process_index() == 0:
+        origin = {"command": command_line("bench.decode", argv), "date": now()}
         evaluation = build_evaluation(
-            layers[0], run_info=_run_info(argv, args), measured=measured_record(result, fitted, devices)
+            layers[0],
+            run_info={**origin, "moe_model": args.model, "jax": jax.__version__},
+            measured=measured_record(result, fitted, devices),
         )
         if args.json == "-":
             write_json(evaluation, "-")
@@ -138,15 +140,6 @@ def _progress(quiet: bool) -> Callable[[str], None]:
             print(f"[{watch.seconds:6.1f} s] {message}", file=sys.stderr, flush=True)
 
     return say
-
-
-def _run_info(argv: Sequence[str], args: argparse.Namespace) -> dict[str, Any]:
-    return {
-        "command": command_line("bench.decode", argv),
-        "date": now(),
-        "moe_model": args.model,
-        "jax": jax.__version__,
-    }
 
 
 if __name__ == "__main__":

@@ -1,7 +1,4 @@
-"""Modelled time of grouped matrix products on any chip; with --device measured on the GPU at hand as well.
-
-With --device the kernels run on the GPU at hand, and what they took stands beside the model.
-"""
+"""Modelled time of grouped matrix products on any chip; with --device measured on the GPU at hand as well."""
 
 import functools
 import sys
@@ -22,13 +19,14 @@ from pallas_kernels.backend import Unsupported
 from pallas_kernels.chips import CHIPS, Chip, get_chip
 
 _DEFAULT_CHIP = "v32-run"
+_TIMES = ("comp_elapsed", "dma_elapsed", "elapsed")
 
 
 def gemm_record(chip: Chip, shape: GemmShape, dtype: str) -> dict[str, Any]:
     """The JSON object of one product: times in µs, traffic in bytes, tile and partition null for a roofline."""
     record = operator_record(model_gemm(chip, shape, dtype))
-    times = ("elapsed", "comp_elapsed", "dma_elapsed", "dram_traffic", "best_tile", "best_partition", "urate")
-    return {**record["parallel_params"], "chip": chip.name, "dtype": dtype, **{key: record[key] for key in times}}
+    figures = ("elapsed", "comp_elapsed", "dma_elapsed", "dram_traffic", "best_tile", "best_partition", "urate")
+    return {**record["parallel_params"], "chip": chip.name, "dtype": dtype, **{key: record[key] for key in figures}}
 
 
 def measure_gemm(shape: GemmShape, dtype: str) -> OverlapTimes:
@@ -101,26 +99,23 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _table(records: Sequence[dict[str, Any]]) -> str:
-    times_of = ["comp µs", "dma µs", "elapsed µs", "traffic MB", "urate %"]
+    figures = ["comp µs", "dma µs", "elapsed µs", "traffic MB", "urate %"]
     rows: list[list[Cell]] = []
     for record in records:
-        times: list[Cell] = [record["comp_elapsed"], record["dma_elapsed"], record["elapsed"]]
+        times = [record[key] for key in _TIMES]
         choices: list[Cell] = [None, None, None]
         if tile := record["best_tile"]:
-            procs = record["best_partition"]["procs"]
-            choices = [_join(tile[dim] for dim in "MNK"), tile["order"], _join(procs)]
+            choices = [_join(tile[dim] for dim in "MNK"), tile["order"], _join(record["best_partition"]["procs"])]
         rows.append([shape_text(record), *times, record["dram_traffic"] / 1e6, record["urate"] * 100, *choices])
-    return format_table(["G,M,K,N", *times_of, "tile M,N,K", "order", "P_G,M,N,K"], rows)
+    return format_table(["G,M,K,N", *figures, "tile M,N,K", "order", "P_G,M,N,K"], rows)
 
 
 def _measured_table(records: Sequence[dict[str, Any]]) -> str:
     headers = ["G,M,K,N", "", "comp µs", "dma µs", "elapsed µs", "overlap"]
     rows: list[list[Cell]] = []
     for record in records:
-        shape = shape_text(record)
         for name, times in (("measured", record["measured"]), ("modelled", record)):
-            cells = [times[key] for key in ("comp_elapsed", "dma_elapsed", "elapsed")]
-            rows.append([shape, name, *cells, times.get("overlap")])
+            rows.append([shape_text(record), name, *(times[key] for key in _TIMES), times.get("overlap")])
     return format_table(headers, rows)
 
 

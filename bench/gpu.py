@@ -12,15 +12,15 @@ import jax
 
 from bench.command.parser import make_parser, run
 from bench.command.values import NAMES, output_file
-from bench.hopper.cases import CASES, select_cases
+from bench.hopper.cases import CASES, Case, select_cases
 from bench.hopper.ceilings import Ceilings, measure_ceilings
-from bench.hopper.goals import Case
 from bench.hopper.measure_case import case_record, measure_case
 from bench.hopper.table import ceilings_line, failures, peer_problems, table
-from bench.measure.clock import Stopwatch, require_nvidia_gpu
+from bench.measure.clock import require_nvidia_gpu
 from bench.measure.devices import known_chip
 from bench.measure.errors import describe
 from bench.record.json_files import write_json
+from bench.record.progress import Progress
 from bench.record.provenance import provenance
 from pallas_kernels.chips import Chip
 
@@ -38,14 +38,15 @@ def main(argv: Sequence[str]) -> int:
     require_nvidia_gpu()
     device = jax.devices()[0]
     chip = known_chip(device)
-    watch = Stopwatch()
+    progress = Progress(len(cases))
     repeats = _QUICK_REPEATS if args.quick else _REPEATS
     ceilings = measure_ceilings(repeats)
     record = make_record(device.device_kind, argv, args.commit, ceilings)
-    _say(f"{device.device_kind}: {ceilings_line(record)}")
+    progress.say(f"{device.device_kind}: {ceilings_line(record)}")
     for number, case in enumerate(cases, 1):
         record["cases"][case.name] = _run(case, chip, ceilings, repeats, with_peers=not args.quick)
-        _say(f"[{number}/{len(cases)}, {watch.seconds:.0f} s] {_summary(case, record['cases'][case.name])}")
+        summary = _summary(case, record["cases"][case.name])
+        progress.say(f"[{number}/{len(cases)}, {progress.seconds:.0f} s] {summary}")
         if args.json not in (None, "-"):  # after each, so that a crash of the driver leaves those before it
             write_json(record, args.json)
 
@@ -55,10 +56,10 @@ def main(argv: Sequence[str]) -> int:
         print(f"{record['chip']}, driver {record['driver']}, commit {record['commit']}; {ceilings_line(record)}")
         print(table(record, markdown=args.md))
     for line in peer_problems(record):
-        _say(f"no figures of {line}")
+        progress.say(f"no figures of {line}")
     failed = failures(record)
     for line in failed:
-        _say(f"FAILED: {line}")
+        progress.say(f"FAILED: {line}")
     return 1 if failed else 0
 
 
@@ -93,7 +94,7 @@ def _run(case: Case, chip: Chip, ceilings: Ceilings, repeats: int, with_peers: b
     try:
         ours, peers = measure_case(case, repeats=repeats, with_peers=with_peers)
     except Exception as error:  # inputs that do not fit into memory, say; the other cases still count
-        ours, peers = describe(error), {}
+        ours, peers = {"error": describe(error)}, {}
     # Each case needs most of the memory at times.
     jax.clear_caches()
     gc.collect()
@@ -107,10 +108,6 @@ def _summary(case: Case, record: dict[str, Any]) -> str:
         return f"{case.name}: {record['error']}"
     others = [f"{name} {peer['us']:.1f}" for name, peer in record["peers"].items() if "us" in peer]
     return f"{case.name}: {record['us']:.1f} µs; " + (", ".join(others) or "no peers")
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from bench.command.parser import run
 from bench.inputs.weights import normal
 from bench.measure.errors import relative_error
-from bench.measure.steps import Clock, Step
+from bench.measure.steps import Step, StepTimer
 from bench.one_chip.cases import Case
 from bench.one_chip.layouts import LAYOUTS, Sizes
 from bench.one_chip.options import main_of
@@ -25,6 +25,7 @@ from moejax import MoEConfig, route
 from pallas_kernels.combine import combine
 from pallas_kernels.dispatch import dispatch
 from pallas_kernels.plan import Plan
+from pallas_kernels.quantize import Operand
 
 OPERATORS = ("router", "plan", "dispatch", "gate_up", "down", "combine", "layer")
 
@@ -63,7 +64,7 @@ def layer(
     return combine(rows, plan, weights, backend=variant.backend), plan.inverse, ids
 
 
-def run_case(case: Case, clock: Clock, rounds: int) -> list[Record]:
+def run_case(case: Case, clock: StepTimer, rounds: int) -> list[Record]:
     """Times every layout, whole and those of `case.split` stage by stage too."""
     load = load_of(case)
     gate_up, down = expert_weights(case.experts, case.hidden, case.intermediate, case.jax_dtype)
@@ -118,10 +119,10 @@ def _steps(case: Case, variant: Variant) -> list[Step]:
     def back(rows: jax.Array, plan: Plan, choice: Choice) -> jax.Array:
         return combine(rows, plan, choice[1], backend=backend)
 
-    def gate_up(rows: jax.Array, plan: Plan, weights: jax.Array) -> jax.Array:
+    def gate_up(rows: jax.Array, plan: Plan, weights: jax.Array) -> Operand:
         return layout.gate_up(rows, plan, weights, config)
 
-    def down(h: jax.Array, plan: Plan, weights: jax.Array) -> jax.Array:
+    def down(h: Operand, plan: Plan, weights: jax.Array) -> jax.Array:
         return layout.down(h, plan, weights, config)
 
     def step(operator: str, function: Any, *inputs: str) -> Step:

@@ -12,7 +12,7 @@ import jax
 
 from bench.command.parser import run
 from bench.measure.errors import largest_error
-from bench.measure.steps import Clock, Step
+from bench.measure.steps import Step, StepTimer
 from bench.one_chip.cases import Case
 from bench.one_chip.dispatch_combine import dispatch_and_combine
 from bench.one_chip.layouts import Sizes
@@ -39,7 +39,7 @@ def permute(x: jax.Array, logits: jax.Array, *, k: int, variant: Variant, sizes:
     return y, plan.inverse
 
 
-def run_case(case: Case, clock: Clock, rounds: int) -> list[Record]:
+def run_case(case: Case, clock: StepTimer, rounds: int) -> list[Record]:
     """Times the operators one by one and together, and checks that they give the tokens back."""
     load = load_of(case)
     logits = logits_of(load)

@@ -13,7 +13,7 @@ from typing import Any
 
 from bench.command.parser import make_parser, run
 from bench.command.values import output_file
-from bench.figures.section import drawing, ink, standalone, svg_of
+from bench.figures.section import INK, drawing, standalone, svg_of
 from bench.hopper.table import ceilings_line, measured_peers, table
 from bench.record.fields import Expected
 from bench.record.files import read_text, write_whole
@@ -154,7 +154,7 @@ def _bars(record: Mapping[str, Any], pyplot: Any) -> Any:
             y = row - _BAR / 2 + (place + 0.5) * height
             axes.barh(y, microseconds / case["measured_floor_us"], height, color=colours[name])
             axes.text(microseconds / case["measured_floor_us"], y, f" {microseconds:,.0f} µs", va="center", fontsize=7)
-    axes.axvline(1, color=ink(), linewidth=0.8)
+    axes.axvline(1, color=INK, linewidth=0.8)
     axes.set_xscale("log")
     axes.margins(x=0.1)
     axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))

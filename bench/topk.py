@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from bench.command.parser import run
-from bench.measure.steps import Clock, Step
+from bench.measure.steps import Step, StepTimer
 from bench.one_chip.cases import Case
 from bench.one_chip.options import main_of
 from bench.one_chip.records import Record
@@ -22,7 +22,7 @@ _EXAMPLES = (
 )
 
 
-def run_case(case: Case, clock: Clock, rounds: int) -> list[Record]:
+def run_case(case: Case, clock: StepTimer, rounds: int) -> list[Record]:
     """Times the choice of `case.k` among logits of a load."""
     load = load_of(case)
     logits = logits_of(load)

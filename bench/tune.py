@@ -1,13 +1,13 @@
 """Tunes the tiles of the grouped products on an NVIDIA Hopper GPU.
 
 Times configurations of the kernels product by product, and keeps those that beat the model's choice in the table that
-`pallas_kernels.grouped_matmul.gpu.tiling` reads first.
+`pallas_kernels.grouped_matmul.gpu.hopper.tiling` reads first.
 """
 
 import argparse
 import dataclasses
 import gc
-import math
+import statistics
 import sys
 import typing
 from collections.abc import Mapping, Sequence
@@ -29,9 +29,9 @@ from bench.record.progress import Progress
 from bench.record.provenance import provenance
 from bench.record.tables import Cell, format_table
 from pallas_kernels.chips import Chip
-from pallas_kernels.grouped_matmul.gpu import tiling, tuned_table
-from pallas_kernels.grouped_matmul.gpu.problem import Config
-from pallas_kernels.grouped_matmul.gpu.tuned_table import Key
+from pallas_kernels.grouped_matmul.gpu.hopper import tiling, tuned_table
+from pallas_kernels.grouped_matmul.gpu.hopper.problem import Config
+from pallas_kernels.grouped_matmul.gpu.hopper.tuned_table import Key
 
 _MINUTES = 5.5
 _REPEATS = 5
@@ -51,8 +51,9 @@ def main(argv: Sequence[str]) -> int:
         **provenance("bench.tune", argv, jax.devices()[0].device_kind, _PACKAGES, args.commit),
     }
     entries = _read_entries(path)
-    rows: list[list[Cell]] = []
+    tuned: list[tuple[Product, Outcome]] = []
     failed = 0
+    repeats = _QUICK_REPEATS if args.quick else _REPEATS
     progress = Progress(len(products))
     for done, product in enumerate(products):
         if progress.seconds > 60 * args.minutes:
@@ -60,7 +61,8 @@ def main(argv: Sequence[str]) -> int:
             break
         progress.show(done, product.name, at_most=60 * args.minutes)
         try:
-            outcome = tune(product, chip, progress, args)
+            # A timer holds the inputs of its product, and must be gone before the next one makes its own.
+            outcome = search(product, chip, ConfigTimer(product, repeats, progress.say), exhaustive=args.exhaustive)
         except Exception as error:  # inputs that do not fit into memory, say; the other products still count
             failed += 1
             progress.say(f"FAILED: {product.name}: {one_line(error)}")
@@ -72,30 +74,22 @@ def main(argv: Sequence[str]) -> int:
         entries.pop(key, None)
         if outcome.is_worth_it:
             entries[key] = entry(key, outcome, head)
-        rows.append(_row(product, outcome))
+        tuned.append((product, outcome))
         if path != "-":  # after each, so that a crash of the driver leaves those before it
             write_json({**head, "entries": list(entries.values())}, path)
-    progress.say(f"{len(rows)} products in {progress.seconds:.0f} s")
+    progress.say(f"{len(tuned)} products in {progress.seconds:.0f} s")
     if path == "-":
         write_json({**head, "entries": list(entries.values())}, "-")
     else:
-        print(_table(rows, chip))
+        print(_table(tuned, chip))
     return 1 if failed else 0
-
-
-def tune(product: Product, chip: Chip, progress: Progress, args: argparse.Namespace) -> Outcome:
-    """The fastest configuration of one product, as the command line wants it sought."""
-    timer = ConfigTimer(product, _QUICK_REPEATS if args.quick else _REPEATS, progress.say)
-    return search(product, chip, timer, exhaustive=args.exhaustive)
 
 
 def key_of(product: Product) -> Key:
     """Where the table has the product."""
-    shape = product.shape
-    rows = tiling.rows_of_a_group(product.lhs_rows, shape.G)
-    return Key.of(
-        product.operand, product.block_scales, product.fused, product.result_in_8_bits, shape.G, rows, shape.K, shape.N
-    )
+    s = product.shape
+    rows = tiling.rows_of_a_group(product.lhs_rows, s.G)
+    return Key.of(product.operand, product.block_scales, product.fused, product.result_in_8_bits, s.G, rows, s.K, s.N)
 
 
 def entry(key: Key, outcome: Outcome, head: Mapping[str, Any]) -> dict[str, Any]:
@@ -162,21 +156,21 @@ def _read_entries(path: str) -> dict[Key, dict[str, Any]]:
     return dict(zip(tuned_table.parse_table(table), table["entries"], strict=True))
 
 
-def _row(product: Product, outcome: Outcome) -> list[Cell]:
-    best = _text(outcome.best) if outcome.is_worth_it else "as modelled"
-    times: list[Cell] = [outcome.num_timed, outcome.model_us, outcome.best_us, outcome.gain * 100]
-    return [product.name, *times, _text(outcome.model), best]
+def _table(tuned: Sequence[tuple[Product, Outcome]], chip: Chip) -> str:
+    headers = ["G,M,K,N", "timed", "model µs", "best µs", "gain %", "model", "best"]
+    rows: list[list[Cell]] = []
+    for product, outcome in tuned:
+        times: list[Cell] = [outcome.num_timed, outcome.model_us, outcome.best_us, outcome.gain * 100]
+        best = _text(outcome.best) if outcome.is_worth_it else "as modelled"
+        rows.append([product.name, *times, _text(outcome.model), best])
+    model = statistics.geometric_mean([outcome.model_us for _, outcome in tuned] or [1])
+    best_us = statistics.geometric_mean([outcome.best_us for _, outcome in tuned] or [1])
+    note = f"{chip.name}; configurations are block_m,block_n,num_stages,warpgroups,strip; "
+    return f"{note}geometric means {model:.1f} and {best_us:.1f} µs\n{format_table(headers, rows)}"
 
 
 def _text(config: Config) -> str:
     return ",".join(map(str, dataclasses.astuple(config)))
-
-
-def _table(rows: Sequence[Sequence[Cell]], chip: Chip) -> str:
-    headers = ["G,M,K,N", "timed", "model µs", "best µs", "gain %", "model", "best"]
-    means = [math.exp(sum(math.log(float(row[i] or 1)) for row in rows) / max(1, len(rows))) for i in (2, 3)]
-    note = f"{chip.name}; configurations are block_m,block_n,num_stages,warpgroups,strip; "
-    return f"{note}geometric means {means[0]:.1f} and {means[1]:.1f} µs\n{format_table(headers, rows)}"
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """The gated MLP that applies some experts to rows sorted by expert: two kernels."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,6 +19,7 @@ from pallas_kernels.grouped_matmul import (
     result_can_stay,
 )
 from pallas_kernels.quantize import QTensor, Quantization, block_shape, quantize
+from pallas_kernels.tracing.unless_differentiated import unless_differentiated
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,13 +66,7 @@ class ExpertMath:
         Returns:
           [R, H] in `dtype`; zeros past the sum of group_sizes.
         """
-        quantization, width = self.quantization, down.shape[2 if k_major[1] else 1]
-        h: Operand
-        if self.stays_in_8_bits and quantization is not None and result_can_stay(quantization, width):
-            common = self._gate_up_settings(k_major[0], biases[0])
-            h = grouped_gate_up_in_8_bits(rows, gate_up, group_sizes, dtype=quantization.dtype, **common)
-        else:
-            h = self.gate_up(rows, group_sizes, gate_up, k_major=k_major[0], bias=biases[0])
+        h = self.gate_up(rows, group_sizes, gate_up, k_major=k_major[0], bias=biases[0])
         return self.down(h, group_sizes, down, k_major=k_major[1], bias=biases[1])
 
     def rounded(self, x: jax.Array) -> Operand:
@@ -79,13 +76,33 @@ class ExpertMath:
             return x
         return quantize(x, quantization.dtype, scaling=quantization.lhs_scaling)
 
+    def serve_or_train[Result](self, run: Callable[..., Result], *operands: Any) -> Result:
+        """run(math, *operands): with rows that stay in 8 bits where no gradient is asked for, by this math elsewhere.
+
+        `run` must not close over traced values.
+        """
+        if self.quantization is None:
+            return run(self, *operands)
+        serve = functools.partial(run, dataclasses.replace(self, stays_in_8_bits=True))
+        return unless_differentiated(serve, functools.partial(run, self), *operands)
+
     def gate_up(
         self, rows: Operand, group_sizes: jax.Array, weights: Operand, *, k_major: bool, bias: jax.Array | None = None
-    ) -> jax.Array:
-        """Kernel one: rows [R, H] -> [R, I], in float32 when kernel two will round it to 8 bits."""
+    ) -> Operand:
+        """Kernel one: rows [R, H] -> [R, I], in 8 bits if it can stay so, in float32 if kernel two will round it."""
+        quantization, width = self.quantization, weights.shape[1 if k_major else 2] // 2
+        settings: dict[str, Any] = {
+            "bias": bias,
+            "activation": self.activation,
+            "activation_limit": self.activation_limit,
+            "transpose_rhs": k_major,
+            "quantization": quantization,
+            "backend": self.backend,
+        }
+        if self.stays_in_8_bits and quantization is not None and result_can_stay(quantization, width):
+            return grouped_gate_up_in_8_bits(rows, weights, group_sizes, dtype=quantization.dtype, **settings)
         # Rounding to BF16 first and then to 8 bits would give another value in one case out of thirty.
-        dtype = self.dtype if self.quantization is None else jnp.dtype(jnp.float32)
-        settings = self._gate_up_settings(k_major, bias)
+        dtype = self.dtype if quantization is None else jnp.dtype(jnp.float32)
         return grouped_gate_up(rows, weights, group_sizes, preferred_element_type=dtype, **settings)
 
     def down(
@@ -103,15 +120,11 @@ class ExpertMath:
             backend=self.backend,
         )
 
-    def _gate_up_settings(self, k_major: bool, bias: jax.Array | None) -> dict[str, Any]:
-        return {
-            "bias": bias,
-            "activation": self.activation,
-            "activation_limit": self.activation_limit,
-            "transpose_rhs": k_major,
-            "quantization": self.quantization,
-            "backend": self.backend,
-        }
+
+def math_of(config: MoEConfig) -> ExpertMath:
+    """The `ExpertMath` of the routed experts of a layer."""
+    quantization = config.quantization if config.precision == "w8a8" else None
+    return ExpertMath(config.activation, config.activation_limit, quantization, config.dtype, config.backend)
 
 
 def expert_mlp(
@@ -119,88 +132,58 @@ def expert_mlp(
     group_sizes: jax.Array,
     gate_up: Operand,
     down: Operand,
-    config: MoEConfig,
+    math: ExpertMath,
     *,
     gate_up_bias: jax.Array | None = None,
     down_bias: jax.Array | None = None,
-    activation: tuple[Activation, float | None] | None = None,
-    stays_in_8_bits: bool = False,
 ) -> jax.Array:
-    """`ExpertMath` of a layer, on parameters as `MoEParams` holds them.
+    """`math` on parameters as `MoEParams` holds them.
 
     Args:
       rows: [R, H], sorted by expert; a QTensor takes no gradient.
       group_sizes: int32 [L], rows of each of the L experts whose weights are given.
       gate_up: [L, H, 2, I], or a QTensor [L, 2, I, H].
       down: [L, I, H], or a QTensor [L, H, I].
-      config: activation, precision, dtype, backend.
+      math: of the experts.
       gate_up_bias: [L, 2, I] or None.
       down_bias: [L, H] or None.
-      activation: with its clamp, instead of the configuration's.
-      stays_in_8_bits: see `ExpertMath`.
 
     Returns:
-      [R, H] in config.dtype; zeros past the sum of group_sizes.
+      [R, H] in math.dtype; zeros past the sum of group_sizes.
     """
-    return math_of(config, activation=activation, stays_in_8_bits=stays_in_8_bits)(
-        rows,
-        group_sizes,
-        flat_halves(_ready(gate_up, config)),
-        _ready(down, config),
-        k_major=(isinstance(gate_up, QTensor), isinstance(down, QTensor)),
-        biases=(_flat_bias(gate_up_bias), down_bias),
-    )
+    h = gate_up_projection(rows, group_sizes, gate_up, math, bias=gate_up_bias)
+    return down_projection(h, group_sizes, down, math, bias=down_bias)
 
 
 def gate_up_projection(
-    rows: Operand, group_sizes: jax.Array, gate_up: Operand, config: MoEConfig, *, bias: jax.Array | None = None
-) -> jax.Array:
+    rows: Operand, group_sizes: jax.Array, gate_up: Operand, math: ExpertMath, *, bias: jax.Array | None = None
+) -> Operand:
     """Kernel one of `expert_mlp` alone: rows [R, H] -> [R, I]."""
-    weights = flat_halves(_ready(gate_up, config))
-    k_major = isinstance(gate_up, QTensor)
-    return math_of(config).gate_up(rows, group_sizes, weights, k_major=k_major, bias=_flat_bias(bias))
+    weights, bias = flat_halves(_ready(gate_up, math)), None if bias is None else bias.reshape(bias.shape[0], -1)
+    return math.gate_up(rows, group_sizes, weights, k_major=isinstance(gate_up, QTensor), bias=bias)
 
 
 def down_projection(
-    h: Operand, group_sizes: jax.Array, down: Operand, config: MoEConfig, *, bias: jax.Array | None = None
+    h: Operand, group_sizes: jax.Array, down: Operand, math: ExpertMath, *, bias: jax.Array | None = None
 ) -> jax.Array:
     """Kernel two of `expert_mlp` alone: h [R, I] -> [R, H]."""
-    return math_of(config).down(h, group_sizes, _ready(down, config), k_major=isinstance(down, QTensor), bias=bias)
+    return math.down(h, group_sizes, _ready(down, math), k_major=isinstance(down, QTensor), bias=bias)
 
 
-def shared_mlp(
-    x: jax.Array, gate_up: Operand, down: Operand, config: MoEConfig, *, stays_in_8_bits: bool = False
-) -> jax.Array:
-    """The shared expert on every token, as a group of one: x [T, H], gate_up [H, 2, S], down [S, H] -> [T, H]."""
-    gate_up, down = jax.tree.map(lambda leaf: leaf[None], (gate_up, down))
-    group_sizes = jnp.array([x.shape[0]], jnp.int32)
-    return expert_mlp(
-        x,
-        group_sizes,
-        gate_up,
-        down,
-        config,
-        activation=config.of_shared_expert,
-        stays_in_8_bits=stays_in_8_bits,
-    )
+def shared_mlp(x: jax.Array, gate_up: Operand, down: Operand, math: ExpertMath, config: MoEConfig) -> jax.Array:
+    """The shared expert on every token, as a group of one: x [T, H], gate_up [H, 2, S], down [S, H] -> [T, H].
 
-
-def math_of(
-    config: MoEConfig, *, activation: tuple[Activation, float | None] | None = None, stays_in_8_bits: bool = False
-) -> ExpertMath:
-    """The `ExpertMath` of a layer; `activation` with its clamp instead of the configuration's."""
-    name, limit = activation or (config.activation, config.activation_limit)
-    quantization = config.quantization if config.precision == "w8a8" else None
-    return ExpertMath(name, limit, quantization, config.dtype, config.backend, stays_in_8_bits)
-
-
-def _ready(weights: Operand, config: MoEConfig) -> Operand:
-    """Casts weights to `config.dtype`, unless they are, or will be, in 8 bits: those are rounded as they come.
-
-    Over an FSDP axis they were cast to `config.dtype` earlier, before they were gathered.
+    `math` is that of the routed experts; the shared one has an activation of its own.
     """
-    return weights if config.precision == "w8a8" or isinstance(weights, QTensor) else weights.astype(config.dtype)
+    activation, limit = config.of_shared_expert
+    gate_up, down = jax.tree.map(lambda leaf: leaf[None], (gate_up, down))
+    own = dataclasses.replace(math, activation=activation, activation_limit=limit)
+    return expert_mlp(x, jnp.array([x.shape[0]], jnp.int32), gate_up, down, own)
 
 
-def _flat_bias(bias: jax.Array | None) -> jax.Array | None:
-    return None if bias is None else bias.reshape(bias.shape[0], -1)
+def _ready(weights: Operand, math: ExpertMath) -> Operand:
+    """Casts weights to `math.dtype`, unless they are, or will be, in 8 bits: those are rounded as they come.
+
+    Over an FSDP axis they were cast earlier, before they were gathered.
+    """
+    return weights if math.quantization is not None or isinstance(weights, QTensor) else weights.astype(math.dtype)

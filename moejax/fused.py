@@ -1,6 +1,5 @@
 """The experts of a layer as one function, in the layout that serving engines keep weights in."""
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -12,7 +11,6 @@ from moejax.packing import GateUpOrder, Layout, split_gate_up
 from pallas_kernels.activations import Activation
 from pallas_kernels.plan import in_int32
 from pallas_kernels.quantize import Operand, QTensor, Quantization, block_shape
-from pallas_kernels.tracing.unless_differentiated import unless_differentiated
 from sharding.exchange import Way, Wire, exchange
 from sharding.partition import Axes
 from sharding.placement import Placement
@@ -77,26 +75,21 @@ def fused_experts(
     axes = Axes(expert=names, tokens=names, sizes=tuple((name, ep) for name in names))
     math = ExpertMath(activation, activation_limit, quantization, hidden_states.dtype, backend)
     run = functools.partial(
-        _run,
-        math=math,
-        k_major=layout == "out_in",
-        way=Way(Placement(num_local * ep, ep), axes, wire, backend),
+        _run, k_major=layout == "out_in", way=Way(Placement(num_local * ep, ep), axes, wire, backend)
     )
     params = {"w1": w1, "w2": w2, "b1": b1, "b2": b2}
-    operands = hidden_states, topk_weights.astype(jnp.float32), in_int32(topk_ids, num_local * ep), params
-    if quantization is None:
-        return run(*operands)
-    in_8_bits = functools.partial(run, math=dataclasses.replace(math, stays_in_8_bits=True))
-    return unless_differentiated(in_8_bits, run, *operands)
+    return math.serve_or_train(
+        run, hidden_states, topk_weights.astype(jnp.float32), in_int32(topk_ids, num_local * ep), params
+    )
 
 
 def _run(
+    math: ExpertMath,
     x: jax.Array,
     topk_weights: jax.Array,
     topk_ids: jax.Array,
     params: dict[str, Any],
     *,
-    math: ExpertMath,
     k_major: bool,
     way: Way,
 ) -> jax.Array:

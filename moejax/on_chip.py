@@ -8,18 +8,17 @@ import jax
 import jax.numpy as jnp
 
 from moejax.config import MoEConfig
-from moejax.experts import expert_mlp, math_of, shared_mlp
+from moejax.experts import ExpertMath, math_of, shared_mlp
 from moejax.param import Param
 from moejax.params import EXPERT_FIELDS, EXPERT_WEIGHTS, SHARED_FIELDS, MoEParams, param_table
 from moejax.router_logits import router_logits
 from moejax.routers.base import Given
-from pallas_kernels.quantize import Operand, QTensor
-from pallas_kernels.tracing.unless_differentiated import unless_differentiated
+from moejax.stages import Stages, way_of
+from pallas_kernels.quantize import QTensor
 from sharding.collectives import gather
-from sharding.exchange import Way, Wire, exchange
+from sharding.exchange import Way
 from sharding.exchange.capacity import count_dropped, limit_to_capacity
 from sharding.partition import Axes
-from sharding.placement import Placement
 from sharding.tensor_parallel import gather_tokens, sum_tokens
 from sharding.tokens import Tokens
 
@@ -157,19 +156,6 @@ def gathered(params: MoEParams, settings: Settings, axes: Axes) -> MoEParams:
     return MoEParams(router=router, **own)
 
 
-def way_of(config: MoEConfig, axes: Axes, *, max_choices: int | None = None, max_rows: int | None = None) -> Way:
-    """How the rows of a layer travel over `axes`; see `Way` for the rest."""
-    return Way(
-        Placement(config.num_experts, axes.ep),
-        axes,
-        Wire(config.quantization.dtype, config.wire_scaling) if config.precision == "w8a8" else None,
-        config.backend,
-        config.transport,
-        max_choices,
-        max_rows,
-    )
-
-
 class LayerExperts:
     """The experts of a layer on this chip; see `moejax.routers.base.Experts`."""
 
@@ -203,20 +189,17 @@ class LayerExperts:
             dropped = tokens.sum(count_dropped(topk_ids, kept, config.num_experts))
         way = way_of(config, self.axes, max_choices=max_choices, max_rows=max_rows)
         params = self.params if with_shared else {name: self.params[name] for name in EXPERT_FIELDS}
-        operands = x, topk_weights, kept, params
-        train = functools.partial(_apply_experts, config=config, way=way)
-        if config.precision == "w8a8":
-            y = unless_differentiated(functools.partial(train, stays_in_8_bits=True), train, *operands)
-        else:
-            y = train(*operands)
+        run = functools.partial(_apply_experts, config=config, way=way)
+        y = math_of(config).serve_or_train(run, x, topk_weights, kept, params)
         return y.astype(x.dtype), dropped
 
     def shared(self, x: jax.Array) -> jax.Array | None:
         """See `moejax.routers.base.Experts`."""
-        return _shared_expert(x, self.params, self.config, self.axes)
+        return _shared_expert(x, self.params, math_of(self.config), self.config, self.axes)
 
 
 def _apply_experts(
+    math: ExpertMath,
     x: jax.Array,
     topk_weights: jax.Array,
     topk_ids: jax.Array,
@@ -224,46 +207,24 @@ def _apply_experts(
     *,
     config: MoEConfig,
     way: Way,
-    stays_in_8_bits: bool = False,
 ) -> jax.Array:
-    """What the experts make of x [T, H], the shared one too if `params` have it.
-
-    `stays_in_8_bits` rounds x before its rows are copied to their experts, and the rows between the two kernels inside
-    kernel one. The result is the same; no gradient passes.
-    """
-    inputs = x
-    if config.scale_inputs:
-        inputs = x.astype(jnp.float32) * topk_weights
-        if config.precision == "w16a16":  # 8 bits are rounded to from float32, once.
-            inputs = inputs.astype(x.dtype)
-        topk_weights = jnp.ones_like(topk_weights)
-    rows = math_of(config, stays_in_8_bits=stays_in_8_bits).rounded(inputs) if way.axes.ep == 1 else inputs
-
-    def experts(params: dict[str, Any], rows: Operand, group_sizes: jax.Array) -> jax.Array:
-        return expert_mlp(rows, group_sizes, config=config, stays_in_8_bits=stays_in_8_bits, **params)
-
+    """What the experts make of x [T, H], the shared one too if `params` have it."""
     has_shared = params.get("shared_gate_up") is not None
-    y = exchange(
-        rows,
-        topk_weights,
-        topk_ids,
-        experts,
-        {name: params[name] for name in EXPERT_FIELDS},
-        way,
-        preferred_element_type=jnp.float32 if has_shared else x.dtype,
+    y = Stages(config, way, math).routed(
+        x, topk_weights, topk_ids, params, preferred_element_type=jnp.float32 if has_shared else x.dtype
     )
-    shared = _shared_expert(x, params, config, way.axes, stays_in_8_bits=stays_in_8_bits)
+    shared = _shared_expert(x, params, math, config, way.axes)
     return y if shared is None else y + shared
 
 
 def _shared_expert(
-    x: jax.Array, params: dict[str, Any], config: MoEConfig, axes: Axes, *, stays_in_8_bits: bool = False
+    x: jax.Array, params: dict[str, Any], math: ExpertMath, config: MoEConfig, axes: Axes
 ) -> jax.Array | None:
     """The shared expert on x [T, H], float32; None if `params` have none."""
     if params.get("shared_gate_up") is None:
         return None
     rows = gather_tokens(x, axes.mlp) if axes.tp > 1 else x
-    y = shared_mlp(rows, params["shared_gate_up"], params["shared_down"], config, stays_in_8_bits=stays_in_8_bits)
+    y = shared_mlp(rows, params["shared_gate_up"], params["shared_down"], math, config)
     y = sum_tokens(y, axes.mlp) if axes.tp > 1 else y.astype(jnp.float32)
     if params["shared_gate"] is not None:
         y *= jax.nn.sigmoid(router_logits(x, params["shared_gate"]))

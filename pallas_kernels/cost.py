@@ -1,4 +1,4 @@
-"""What each operator must do at the least: arithmetic, bytes of main memory, bytes over the links.
+"""What each operator must do at the least: arithmetic and bytes of main memory.
 
 Each input is read once and each output written once; weights count only for groups that have rows. Tiling ranks
 configurations by these, kernels hand them to the compiler (`pl.CostEstimate`), and bench turns them into floors.
@@ -14,14 +14,10 @@ from pallas_kernels.chips import Chip
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """FLOPs (a multiply-add is two), bytes to and from main memory, and bytes sent to other chips."""
+    """FLOPs (a multiply-add is two), and bytes to and from main memory."""
 
     flops: int = 0
     hbm_bytes: int = 0
-    link_bytes: int = 0
-
-    def __add__(self, other: "Cost") -> "Cost":
-        return Cost(self.flops + other.flops, self.hbm_bytes + other.hbm_bytes, self.link_bytes + other.link_bytes)
 
     def compute_seconds(self, chip: Chip, dtype: jax.typing.DTypeLike) -> float:
         """Time of the arithmetic alone, at the chip's peak for operands of `dtype`."""
@@ -31,13 +27,9 @@ class Cost:
         """Time of the main-memory traffic alone."""
         return self.hbm_bytes / chip.hbm_bandwidth
 
-    def link_seconds(self, chip: Chip) -> float:
-        """Time of the traffic to other chips alone."""
-        return self.link_bytes / chip.link_bandwidth
-
     def floor_seconds(self, chip: Chip, dtype: jax.typing.DTypeLike) -> float:
-        """The time that no implementation beats: the largest of the three, all overlapped."""
-        return max(self.compute_seconds(chip, dtype), self.memory_seconds(chip), self.link_seconds(chip))
+        """The time that no implementation beats: the larger of the two, overlapped."""
+        return max(self.compute_seconds(chip, dtype), self.memory_seconds(chip))
 
 
 def _size(dtype: jax.typing.DTypeLike) -> int:

@@ -29,8 +29,8 @@ AxisNames = tuple[str, ...]
 
 
 def gather_tokens[Rows: Operand](rows: Rows, axes: AxisNames) -> Rows:
-    """[T, …] of each chip -> [tp·T, …] on all of them, in the order of the chips."""
-    return jax.tree.map(lambda leaf: gather(leaf, axes, 0), rows)
+    """[T, …] of each chip -> [tp·T, …] on all of them, in the order of the chips; as they are along no axes."""
+    return jax.tree.map(lambda leaf: gather(leaf, axes, 0), rows) if axes else rows
 
 
 def sum_tokens(partial: jax.Array, axes: AxisNames) -> jax.Array:

@@ -37,14 +37,14 @@ os.environ.setdefault(
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_gpu_autotune_level=0",
 )
 
-if importlib.util.find_spec("hypothesis"):  # a GPU machine's own Python may lack it
-    import hypothesis
-
-    hypothesis.settings.register_profile("moejax", deadline=None, derandomize=False, max_examples=25, print_blob=True)
-    hypothesis.settings.load_profile("moejax")
-
 
 def pytest_configure(config):
+    if importlib.util.find_spec("hypothesis"):  # a GPU machine's own Python may lack it
+        import hypothesis
+
+        examples = 8 if config.option.markexpr == "not slow" else 25
+        hypothesis.settings.register_profile("moejax", deadline=None, max_examples=examples, print_blob=True)
+        hypothesis.settings.load_profile("moejax")
     # The workers of pytest-xdist inherit the controller's environment, and so its seed.
     os.environ.setdefault(SEED, str(int.from_bytes(os.urandom(4))))
     is_controller = "PYTEST_XDIST_WORKER" not in os.environ

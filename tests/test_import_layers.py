@@ -103,7 +103,7 @@ def test_finds_imports_that_go_up_or_sideways(path, source):
         ("pallas_kernels/dispatch/tpu.py", "import jax\nfrom pallas_kernels import chips"),
         ("pallas_kernels/dispatch/tpu.py", "from pallas_kernels.on_tpu.row_copies import Copy"),
         ("sharding/mesh.py", "from pallas_kernels.combine import combine"),
-        ("sharding/exchange/dense.py", "from sharding.exchange.plan import slab_size"),
+        ("sharding/exchange/dense.py", "from sharding.exchange.plan import fit_slab"),
         ("sharding/exchange/dense.py", "from sharding import exchange"),
         ("sharding/exchange/pick.py", "from sharding.exchange import dense, one_chip"),
         ("bench/decode.py", "import moejax, sharding.mesh"),

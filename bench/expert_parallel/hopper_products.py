@@ -12,7 +12,7 @@ from moejax import MoEConfig, MoEParams
 from moejax.params import flat_halves
 from pallas_kernels.backend import Unsupported
 from pallas_kernels.grouped_matmul import Operand, gpu
-from pallas_kernels.grouped_matmul.gpu.problem import Stage
+from pallas_kernels.grouped_matmul.gpu.hopper.problem import Stage
 from pallas_kernels.quantize import QTensor, quantize
 
 

@@ -22,13 +22,10 @@ from bench.expert_parallel.hopper_products import down_kernel, gate_up_kernel, l
 from bench.measure.clock import is_nvidia, kernel_times, wall_seconds
 from bench.measure.overlap import KERNEL_STAGES, OverlapTimes
 from moejax import MoEConfig, MoEParams, param_specs
-from moejax.experts import down_projection, gate_up_projection, shared_mlp
+from moejax.experts import math_of, shared_mlp
 from moejax.functional import axes_on
-from moejax.on_chip import way_of
-from moejax.routers import Given
+from moejax.stages import Stages, way_of
 from pallas_kernels.backend import Unsupported
-from pallas_kernels.combine import combine
-from sharding.exchange.dense import give_back, plan_round, send
 from sharding.exchange.plan import sort_by_rank
 from sharding.mesh import EXPERT_AXIS
 from sharding.tokens import Tokens
@@ -61,41 +58,35 @@ def time_stages(
     Returns:
       Times of "gate", "shared" (when there is a shared expert), "dispatch", "routed_gate_up", "routed_down", "combine".
     """
-    ep = mesh.shape[EXPERT_AXIS]
     axes = axes_on(mesh, None, config)
     way = way_of(config, axes)
+    stages = Stages(config, way, math_of(config))
     clock = _Clock(mesh, params, param_specs(params, config, axes), say)
 
     def gate(x, p):
-        routing = config.router.route(x, p.router, config, Tokens.on_one_chip(x.shape[0]), Given()).routing
+        routing = stages.route(x, p, Tokens.on_one_chip(x.shape[0])).routing
         return routing.topk_ids, routing.topk_weights
 
-    x = x.reshape(ep, -1, config.hidden_size)
+    x = x.reshape(mesh.shape[EXPERT_AXIS], -1, config.hidden_size)
     topk_ids, topk_weights = clock("gate", gate, x)
     if params.shared_gate_up is not None:
-        clock("shared", lambda x, p: shared_mlp(x, p.shared_gate_up, p.shared_down, config), x)
+        clock("shared", lambda x, p: shared_mlp(x, p.shared_gate_up, p.shared_down, stages.math, config), x)
     sizes = jax.jit(jax.vmap(lambda ids: sort_by_rank(ids, way.placement).by_rank.group_sizes))
     slab = max(1, int(sizes(topk_ids).max()))
+    stages = dataclasses.replace(stages, way=dataclasses.replace(way, slab=slab))
 
     def dispatch(x, topk_ids, _):
-        plan = plan_round(sort_by_rank(topk_ids, way.placement), slab, 0, way)
-        return plan, send(x, plan, way)
-
-    plan, rows = clock("dispatch", dispatch, x, topk_ids)
-
-    def gate_up(rows, plan, p):
-        return gate_up_projection(rows, plan.group_sizes, p.gate_up, config, bias=p.gate_up_bias)
-
-    def down(h, plan, p):
-        return down_projection(h, plan.group_sizes, p.down, config, bias=p.down_bias)
+        plan = stages.plan(topk_ids)
+        return plan, stages.send(x, plan)
 
     def back(rows, plan, topk_weights, _):
-        slots = give_back(rows, plan, way)
-        return combine(slots, plan.departure, topk_weights, backend=config.backend)
+        slots = stages.give_back(rows, plan)
+        return stages.combine(slots, plan, topk_weights, preferred_element_type=config.dtype)
 
-    h = clock("routed_gate_up", gate_up, rows, plan)
+    plan, rows = clock("dispatch", dispatch, x, topk_ids)
+    h = clock("routed_gate_up", stages.gate_up, rows, plan)
     clock.overlap("routed_gate_up", gate_up_kernel, config, rows, plan)
-    rows = clock("routed_down", down, h, plan)
+    rows = clock("routed_down", stages.down, h, plan)
     clock.overlap("routed_down", down_kernel, config, h, plan)
     clock("combine", back, rows, plan, topk_weights)
     return clock.times

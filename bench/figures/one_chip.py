@@ -4,6 +4,8 @@ import collections
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from bench.figures.section import Section, drawing, svg_of
 from bench.inputs.loads import KINDS
 from bench.one_chip.layouts import LAYOUTS
@@ -22,25 +24,25 @@ Record = Mapping[str, Any]
 def sections(records: Sequence[Record]) -> list[Section]:
     """The figures, each with its reason where it cannot be drawn. `bench.one_chip.records` lists a record's fields."""
     sound = [record for record in records if record["error"] is None]
-    return [
-        _against_experts(sound, "latency", "Time of the layer against experts and k", "layer", _TIME),
-        _against_experts(sound, "permute", "Time of pack and combine against experts and k", "permute", _TIME),
-        _against_experts(
-            sound, "bandwidth", "Bandwidth of pack and combine against experts and k", "permute", _BANDWIDTH
-        ),
-        _split(sound),
-    ]
+    wanted = (
+        ("latency", "Time of the layer", "layer", _TIME),
+        ("permute", "Time of pack and combine", "permute", _TIME),
+        ("bandwidth", "Bandwidth of pack and combine", "permute", _BANDWIDTH),
+    )
+    return [*(_against_experts(sound, *each) for each in wanted), _split(sound)]
 
 
-_TIME = (("mean_us", "-", ""),)
-_BANDWIDTH = (("bw_32k", "-", " bw_32k"), ("bw_strict", "--", " bw_strict"))
+_TIME = {"mean_us": "-"}
+_BANDWIDTH = {"bw_32k": "-", "bw_strict": "--"}
+"""Fields of a record, and how their lines are drawn."""
 
 
 def _against_experts(
-    records: Sequence[Record], name: str, title: str, operator: str, values: Sequence[tuple[str, str, str]]
+    records: Sequence[Record], name: str, what: str, operator: str, values: Mapping[str, str]
 ) -> Section:
     """A panel for each size, a line for each k and value, over the number of experts."""
-    of_kind = [r for r in records if r["operator"] == operator and r[values[0][0]] is not None]
+    title = f"{what} against experts and k"
+    of_kind = [r for r in records if r["operator"] == operator and r[next(iter(values))] is not None]
     panels: dict[tuple[Any, ...], dict[tuple[int, int], Record]] = {}
     for record in sorted(_plainest(of_kind), key=_place):  # of equal cases the last one counts
         panels.setdefault(tuple(record[field] for field in _PANEL), {})[record["k"], record["experts"]] = record
@@ -50,7 +52,7 @@ def _against_experts(
     if not wanted:
         return Section(name, title, f"Left out: {_FILES} no {operator} with two numbers of experts at one size.")
     shown = dict(list(wanted.items())[:_MAX_PANELS])
-    rows: list[list[Cell]] = []
+    headers = *_SIZES, *values
     with drawing(name) as pyplot:
         columns = min(_COLUMNS, len(shown))
         lines = -(-len(shown) // columns)
@@ -62,9 +64,8 @@ def _against_experts(
         for axes, points in zip(grid.flat, shown.values(), strict=False):
             _panel(axes, points, values, pyplot.get_cmap("viridis"))
             axes.set_title(_size(next(iter(points.values()))), fontsize=9)
-            rows += [_row(record, values) for _, record in sorted(points.items())]
         svg = svg_of(figure)
-    drawn = [record for points in shown.values() for record in points.values()]
+    drawn = [record for points in shown.values() for _, record in sorted(points.items())]
     same = ", ".join(
         f"{field} {' and '.join(sorted({str(record[field]) for record in drawn}))}"
         for field in ("chip", "dtype", "load", "layout", "backend", "clock")
@@ -74,37 +75,28 @@ def _against_experts(
         text += " bw_32k counts 2·K·H elements a token, bw_strict 2·(K+1)·H."
     if len(several) > len(shown):
         text += f" {len(several) - len(shown)} further sizes and loads are in the records and not drawn."
-    return Section(name, title, text, svg, (*_SIZES, *(field for field, _, _ in values)), rows)
+    return Section(name, title, text, svg, headers, [[record[field] for field in headers] for record in drawn])
 
 
 _SIZES = ("tokens", "hidden", "experts", "k")
 
 
-def _panel(
-    axes: Any, points: Mapping[tuple[int, int], Record], values: Sequence[tuple[str, str, str]], colours: Any
-) -> None:
+def _panel(axes: Any, points: Mapping[tuple[int, int], Record], values: Mapping[str, str], colours: Any) -> None:
     ks = sorted({k for k, _ in points})
     for place, k in enumerate(ks):
         line = [record for (of_k, _), record in sorted(points.items()) if of_k == k]
-        for field, style, suffix in values:
-            experts, heights = [record["experts"] for record in line], [record[field] for record in line]
-            colour = colours(0.15 + 0.7 * place / max(1, len(ks) - 1))
-            bars = None
-            if field == "mean_us":
-                low, high = zip(*(record["ci95_us"] for record in line), strict=True)
-                bars = [
-                    [y - a for y, a in zip(heights, low, strict=True)],
-                    [b - y for y, b in zip(heights, high, strict=True)],
-                ]
+        for field, style in values.items():
+            heights = np.array([record[field] for record in line])
+            is_time = field == "mean_us"
             axes.errorbar(
-                experts,
+                [record["experts"] for record in line],
                 heights,
-                yerr=bars,
+                yerr=abs(np.transpose([record["ci95_us"] for record in line]) - heights) if is_time else None,
                 fmt=f"o{style}",
-                color=colour,
+                color=colours(0.15 + 0.7 * place / max(1, len(ks) - 1)),
                 markersize=3,
                 capsize=3,
-                label=f"k {k}{suffix}",
+                label=f"k {k}" if is_time else f"k {k} {field}",
             )
     axes.set_xscale("log", base=2)
     ticks = sorted({experts for _, experts in points})
@@ -132,10 +124,6 @@ def _plainest(records: Sequence[Record]) -> list[Record]:
     return ours or chosen
 
 
-def _row(record: Record, values: Sequence[tuple[str, str, str]]) -> list[Cell]:
-    return [*(record[name] for name in _SIZES), *(record[field] for field, _, _ in values)]
-
-
 def _size(record: Record) -> str:
     tokens = f"{record['tokens']}" if record["batch"] is None else f"{record['batch']} × {record['length']}"
     width = f", I {record['intermediate']}" if record["intermediate"] else ""
@@ -152,16 +140,16 @@ def _split(records: Sequence[Record]) -> Section:
     if not bars:
         return Section("split", _SPLIT, f"Left out: {_FILES} no layer whose stages were timed.")
     shown = list(bars.values())[:_MAX_BARS]
+    labels = [f"{_size(each)}, E {each['experts']}, K {each['k']}, {each['layout']}" for each in shown]
     with drawing("split") as pyplot:
         figure, axes = pyplot.subplots(figsize=(9, 1 + 0.28 * len(shown)))
         colours = pyplot.get_cmap("tab10").colors
-        for place, record in enumerate(shown):
-            left = 0.0
-            for stage, colour in zip(_STAGES, colours, strict=False):
-                width = record["stages_us"][stage]
-                axes.barh(place, width, left=left, color=colour, label=stage if place == 0 else None)
-                left += width
-        axes.set_yticks(range(len(shown)), [_label(record) for record in shown], fontsize=7)
+        left = np.zeros(len(shown))
+        for stage, colour in zip(_STAGES, colours, strict=False):
+            widths = [record["stages_us"][stage] for record in shown]
+            axes.barh(range(len(shown)), widths, left=left, color=colour, label=stage)
+            left += widths
+        axes.set_yticks(range(len(shown)), labels, fontsize=7)
         axes.invert_yaxis()
         axes.set_xlabel("µs, each stage timed by itself")
         axes.legend(fontsize=8, ncols=len(_STAGES), loc="lower center", bbox_to_anchor=(0.5, 1.0))
@@ -173,18 +161,9 @@ def _split(records: Sequence[Record]) -> Section:
     if len(bars) > len(shown):
         text += f" {len(bars) - len(shown)} further cases are in the records and not drawn."
     headers = ("case", *_STAGES, "sum µs", "layer µs", "routing share")
-    rows: list[list[Cell]] = [
-        [
-            _label(record),
-            *(record["stages_us"][stage] for stage in _STAGES),
-            sum(record["stages_us"].values()),
-            record["mean_us"],
-            record["routing_share"],
-        ]
-        for record in shown
-    ]
+    rows: list[list[Cell]] = []
+    for label, record in zip(labels, shown, strict=True):
+        stages = record["stages_us"]
+        whole = sum(stages.values()), record["mean_us"], record["routing_share"]
+        rows.append([label, *(stages[stage] for stage in _STAGES), *whole])
     return Section("split", _SPLIT, text, svg, headers, rows)
-
-
-def _label(record: Record) -> str:
-    return f"{_size(record)}, E {record['experts']}, K {record['k']}, {record['layout']}"

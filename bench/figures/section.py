@@ -9,7 +9,9 @@ from typing import Any
 
 from bench.record.tables import Cell
 
-_INK = "#010203"  # stands for the colour of the page's text while matplotlib draws, and occurs nowhere else
+INK = "#010203"
+"""Stands for the colour of the page's text while matplotlib draws, and occurs nowhere else."""
+
 _ID = re.compile(r' id="([^"]+)"')
 
 
@@ -48,7 +50,7 @@ def drawing(salt: str) -> Iterator[Any]:
 
     ink = ("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color")
     style = {
-        **dict.fromkeys(ink, _INK),
+        **dict.fromkeys(ink, INK),
         "figure.facecolor": "none",
         "axes.facecolor": "none",
         "savefig.facecolor": "none",
@@ -65,17 +67,12 @@ def drawing(salt: str) -> Iterator[Any]:
         pyplot.close("all")
 
 
-def ink() -> str:
-    """The colour of the page's text, for what is drawn with a colour of its own."""
-    return _INK
-
-
 def svg_of(figure: Any) -> str:
     """The <svg> element of a figure, to stand in a page: the same figure gives the same text."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None}, bbox_inches="tight")
     text = buffer.getvalue()
-    text = text[text.index("<svg") :].replace(_INK, "currentColor")
+    text = text[text.index("<svg") :].replace(INK, "currentColor")
     # Names such as "axes_1" are the same in every figure; those that nothing refers to are not needed.
     used = set(re.findall(r"#([\w.]+)", text))
     return _ID.sub(lambda found: found[0] if found[1] in used else "", text).strip()

@@ -5,11 +5,11 @@ from typing import Any
 
 import numpy as np
 
-from bench.figures.section import Section, drawing, ink, svg_of
+from bench.figures.section import INK, Section, drawing, svg_of
 from bench.measure.samples import Interval
 from bench.record.tables import Cell
 from bench.training.records import FILE_NAME, Run
-from bench.training.table import HEADERS, RouterSummary, summaries, table_rows, warnings_of
+from bench.training.table import HEADERS, RouterSummary, by_router, summaries, table_rows, warnings_of
 
 _CURVES, _PARETO, _LOAD = "Held-out loss over training", "Quality against speed", "Load of the experts over training"
 _MAX_LAYERS = 3
@@ -26,20 +26,21 @@ def _missing(name: str, title: str, what: str) -> Section:
 
 
 def _pareto(rows: Sequence[RouterSummary]) -> Section:
-    shown = [row for row in rows if row.held_out_loss is not None]
+    shown = [(row, row.held_out_loss) for row in rows if row.held_out_loss is not None]
     if not shown:
         return _missing("pareto", _PARETO, "no finished run")
-    best = _frontier(shown)
+    # The causal routers that none is both faster and better than, by time.
+    points = sorted((row.ms_per_step.mean, loss.mean) for row, loss in shown if row.causal)
+    best = [point for place, point in enumerate(points) if all(point[1] < loss for _, loss in points[:place])]
     with drawing("pareto") as pyplot:
         figure, axes = pyplot.subplots(figsize=(8, 5))
-        colours = _colours(pyplot, [row.router for row in shown])
-        for row in shown:
-            assert row.held_out_loss is not None
+        colours = _colours(pyplot, [row.router for row, _ in shown])
+        for row, loss in shown:
             axes.errorbar(
                 row.ms_per_step.mean,
-                row.held_out_loss.mean,
+                loss.mean,
                 xerr=row.ms_per_step.half,
-                yerr=row.held_out_loss.half,
+                yerr=loss.half,
                 fmt="X" if row.collapsed else "o",
                 color=colours[row.router],
                 markerfacecolor=colours[row.router] if row.causal else "none",
@@ -47,14 +48,7 @@ def _pareto(rows: Sequence[RouterSummary]) -> Section:
                 capsize=3,
                 label=row.router + " (not causal)" * (not row.causal) + " (collapsed)" * bool(row.collapsed),
             )
-        axes.step(
-            [row.ms_per_step.mean for row in best],
-            [row.held_out_loss.mean for row in best if row.held_out_loss],
-            where="post",
-            color=ink(),
-            linewidth=0.8,
-            linestyle=":",
-        )
+        axes.step(*np.reshape(best, (-1, 2)).T, where="post", color=INK, linewidth=0.8, linestyle=":")
         axes.set_xlabel("ms a step (median of a run, mean over seeds)")
         axes.set_ylabel("held-out loss, nats a byte")
         # Beside the points, names would lie on one another: routers are often close.
@@ -68,30 +62,16 @@ def _pareto(rows: Sequence[RouterSummary]) -> Section:
     return Section("pareto", _PARETO, text, svg, HEADERS, table_rows(rows))
 
 
-def _frontier(rows: Sequence[RouterSummary]) -> list[RouterSummary]:
-    """The causal routers that none is both faster and better than, by time."""
-    found: list[RouterSummary] = []
-    for row in sorted((row for row in rows if row.causal), key=lambda row: row.ms_per_step.mean):
-        if not found or _loss(row) < _loss(found[-1]):
-            found.append(row)
-    return found
-
-
-def _loss(row: RouterSummary) -> float:
-    return float("inf") if row.held_out_loss is None else row.held_out_loss.mean
-
-
 def _curves(runs: Sequence[Run]) -> Section:
-    by_router = {router: _curve(group) for router, group in _by_router(runs).items()}
-    by_router = {router: curve for router, curve in by_router.items() if curve}
-    if not by_router:
+    curves = {router: curve for router, group in by_router(runs).items() if (curve := _curve(group))}
+    if not curves:
         return _missing("curves", _CURVES, "no look at held-out text")
     causal = {run.head["router"]: run.head["causal"] for run in runs}
     table: list[list[Cell]] = []
     with drawing("curves") as pyplot:
         figure, axes = pyplot.subplots(figsize=(8, 5))
-        colours = _colours(pyplot, by_router)
-        for router, curve in by_router.items():
+        colours = _colours(pyplot, curves)
+        for router, curve in curves.items():
             drawn = curve[1:] or curve
             tokens, means = [place for place, _ in drawn], np.array([value.mean for _, value in drawn])
             style = "-" if causal[router] else "--"
@@ -114,52 +94,38 @@ def _curve(runs: Sequence[Run]) -> list[tuple[int, Interval]]:
     """(tokens seen, loss) at each look that all of the runs had."""
     losses: dict[int, list[float]] = {}
     for run in runs:
+        tokens_a_step = run.head["settings"]["batch_size"] * run.head["settings"]["length"]
         for look in run.held_out:
             if look["loss"] is not None:
-                losses.setdefault(look["step"] * _tokens_a_step(run), []).append(look["loss"])
+                losses.setdefault(look["step"] * tokens_a_step, []).append(look["loss"])
     return [(place, Interval.of(values)) for place, values in sorted(losses.items()) if len(values) == len(runs)]
 
 
-def _tokens_a_step(run: Run) -> int:
-    return run.head["settings"]["batch_size"] * run.head["settings"]["length"]
-
-
 def _load(runs: Sequence[Run]) -> Section:
-    firsts = [group[0] for group in _by_router(runs).values() if len(group[0].held_out) > 1]
+    firsts = [group[0] for group in by_router(runs).values() if len(group[0].held_out) > 1]
     if not firsts:
         return _missing("load", _LOAD, "no run with two looks at held-out text")
     num_layers = len(firsts[0].held_out[0]["load"])
     layers = sorted({round(place) for place in np.linspace(0, num_layers - 1, min(num_layers, _MAX_LAYERS))})
-    shares = {run.head["router"]: _shares(run) for run in firsts}
+    shares = [_shares(run) for run in firsts]
     with drawing("load") as pyplot:
+        size = 1 + 3.2 * len(layers), 0.6 + 1.3 * len(firsts)
         figure, grid = pyplot.subplots(
-            len(firsts),
-            len(layers),
-            figsize=(1 + 3.2 * len(layers), 0.6 + 1.3 * len(firsts)),
-            squeeze=False,
-            sharex=True,
-            layout="constrained",
+            len(firsts), len(layers), figsize=size, squeeze=False, sharex=True, layout="constrained"
         )
-        limit = min(4.0, max(float(share[:, layers].max()) for share in shares.values()))
-        for row, run in enumerate(firsts):
-            share = shares[run.head["router"]]
-            for column, layer in enumerate(layers):
-                axes = grid[row, column]
+        limit = min(4.0, max(float(share[:, layers].max()) for share in shares))
+        for row, run, share in zip(grid, firsts, shares, strict=True):
+            looks, _, experts = share.shape
+            places = sorted({0, looks // 2, looks - 1})
+            scale = {"vmin": 0, "vmax": limit, "extent": (-0.5, looks - 0.5, experts - 0.5, -0.5)}
+            for axes, layer in zip(row, layers, strict=True):
                 axes.grid(visible=False)
-                image = axes.imshow(
-                    share[:, layer].T,
-                    aspect="auto",
-                    interpolation="nearest",
-                    vmin=0,
-                    vmax=limit,
-                    extent=(-0.5, len(run.held_out) - 0.5, share.shape[2] - 0.5, -0.5),
-                )
-                axes.set_yticks([0, share.shape[2] - 1])
-                places = sorted({0, len(run.held_out) // 2, len(run.held_out) - 1})
+                image = axes.imshow(share[:, layer].T, aspect="auto", interpolation="nearest", **scale)
+                axes.set_yticks([0, experts - 1])
                 axes.set_xticks(places, [str(run.held_out[place]["step"]) for place in places])
-                if row == 0:
-                    axes.set_title(f"layer {layer}", fontsize=9)
-            grid[row, 0].set_ylabel(run.head["router"], rotation=0, ha="right", va="center")
+            row[0].set_ylabel(run.head["router"], rotation=0, ha="right", va="center")
+        for axes, layer in zip(grid[0], layers, strict=True):
+            axes.set_title(f"layer {layer}", fontsize=9)
         for axes in grid[-1]:
             axes.set_xlabel("step")
         figure.colorbar(image, ax=grid, label="load of an expert over the mean", shrink=0.6)
@@ -169,9 +135,8 @@ def _load(runs: Sequence[Run]) -> Section:
         "is a balanced load. The table gives the entropy of each layer's load at the end, 1 when balanced, 0 when one "
         "expert takes all."
     )
-    table = [
-        [run.head["router"], look["step"], *look["load_entropy"]] for run in firsts for look in (run.held_out[-1],)
-    ]
+    lasts = [(run.head["router"], run.held_out[-1]) for run in firsts]
+    table = [[router, look["step"], *look["load_entropy"]] for router, look in lasts]
     return Section("load", _LOAD, text, svg, ("router", "step", *(f"layer {n}" for n in range(num_layers))), table)
 
 
@@ -179,13 +144,6 @@ def _shares(run: Run) -> np.ndarray:
     """[looks, layers, E]: load over its mean."""
     load = np.array([look["load"] for look in run.held_out], np.float64)
     return load / np.maximum(load.mean(axis=2, keepdims=True), 1e-12)
-
-
-def _by_router(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    groups: dict[str, list[Run]] = {}
-    for run in runs:
-        groups.setdefault(run.head["router"], []).append(run)
-    return groups
 
 
 def _colours(pyplot: Any, names: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:

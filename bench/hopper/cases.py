@@ -1,18 +1,20 @@
-"""What `bench.gpu` measures. Another case needs a shape, a goal, what it costs at the least, and a builder.
+"""What `bench.gpu` measures. Another case needs a shape, a goal, the products it consists of, and a builder.
 
 Builders are in `bench.hopper.problems`; they make the inputs, our way and the peers' ways to use them, and the right
 answer.
 """
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Literal
 
-from bench.hopper.goals import Case, Goal
 from bench.hopper.problems import (
     LAYER_TOP_K,
     PERMUTE_EXPERTS,
     PERMUTE_TOP_K,
+    Problem,
     backward_bf16,
     layer_fp8,
     matmul_bf16,
@@ -21,8 +23,72 @@ from bench.hopper.problems import (
     permute,
     whole_layer,
 )
+from bench.hopper.products import Product, layer_products
 from bench.model.workloads import OPERAND_DTYPES, GemmShape
-from pallas_kernels.cost import Cost, combine_cost, dispatch_cost, grouped_gate_up_cost, grouped_matmul_cost
+from pallas_kernels.chips import Chip
+from pallas_kernels.cost import Cost, combine_cost, dispatch_cost
+
+
+@dataclasses.dataclass(frozen=True)
+class Goal:
+    """What is to be reached on an H200: at most `bar` µs, or at least `bar` TFLOP/s; `aim` is what we are after."""
+
+    unit: Literal["µs", "TFLOP/s"]
+    bar: float
+    aim: float | None = None
+
+    def is_met(self, microseconds: float, flops: int) -> bool:
+        """Whether an operator of `flops` that takes `microseconds` reaches the bar."""
+        if self.unit == "µs":
+            return microseconds <= self.bar
+        return flops / microseconds / 1e6 >= self.bar
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One row of the table: an operator of a Mixture-of-Experts layer with a time or a rate to reach.
+
+    Attributes:
+      name: what --cases takes.
+      shape: G groups of M rows, K -> N; of a layer K is the hidden and N the expert width.
+      dtype: of the operands, "fp8" or "bf16".
+      goal: what is to be reached.
+      build: makes the problem for a shape.
+      products: its grouped products, which run one after the other.
+      moves: the least work of its other kernels.
+      note: what the name does not say, for people.
+      tolerance: the largest relative error of a result that counts as right.
+    """
+
+    name: str
+    shape: GemmShape
+    dtype: Literal["fp8", "bf16"]
+    goal: Goal
+    build: Callable[[GemmShape], Problem]
+    products: tuple[Product, ...] = ()
+    moves: tuple[Cost, ...] = ()
+    note: str = ""
+    tolerance: float = 2e-2
+
+    @property
+    def costs(self) -> tuple[Cost, ...]:
+        """The least work of each of its kernels."""
+        return *(product.cost for product in self.products), *self.moves
+
+    @property
+    def flops(self) -> int:
+        """FLOPs of all its kernels."""
+        return sum(cost.flops for cost in self.costs)
+
+    @property
+    def hbm_bytes(self) -> int:
+        """Bytes of main memory that all its kernels move at the least."""
+        return sum(cost.hbm_bytes for cost in self.costs)
+
+    def floor_us(self, chip: Chip) -> float:
+        """µs that no implementation beats on `chip`."""
+        dtype = OPERAND_DTYPES[self.dtype]
+        return sum(cost.floor_seconds(chip, dtype) for cost in self.costs) * 1e6
 
 
 def select_cases(names: Sequence[str] | None) -> tuple[Case, ...]:
@@ -38,68 +104,46 @@ def select_cases(names: Sequence[str] | None) -> tuple[Case, ...]:
     return tuple(case for name, case in CASES.items() if name in names)
 
 
-def _matmul_cost(case: Case) -> tuple[Cost, ...]:
-    s = case.shape
-    dtype = OPERAND_DTYPES[case.dtype][0]
-    return (grouped_matmul_cost(s.G * s.M, s.K, s.N, s.G, lhs_dtype=dtype, rhs_dtype=dtype),)
+def _moves(tokens: int, top_k: int, hidden: int) -> tuple[Cost, ...]:
+    return dispatch_cost(tokens, tokens * top_k, hidden), combine_cost(tokens, tokens * top_k, hidden)
 
 
-def _layer_cost(case: Case) -> tuple[Cost, ...]:
-    s = case.shape
-    dtype = OPERAND_DTYPES[case.dtype][0]
-    gate_up = grouped_gate_up_cost(s.G * s.M, s.K, s.N, s.G, lhs_dtype=dtype, rhs_dtype=dtype)
-    down = grouped_matmul_cost(s.G * s.M, s.N, s.K, s.G, lhs_dtype=dtype, rhs_dtype=dtype)
-    return gate_up, down
+def _qwen3(name: str, tokens: int, dtype: Literal["fp8", "bf16"], goal: Goal, note: str, num_layers: int) -> Case:
+    shape = GemmShape(128, tokens * LAYER_TOP_K // 128, 2048, 768)
+    in_8_bits = dtype == "fp8"
+    build = functools.partial(whole_layer, in_8_bits=in_8_bits, num_layers=num_layers)
+    products = layer_products(shape, "fp8-blocks" if in_8_bits else "bf16", result_in_8_bits=in_8_bits)
+    return Case(name, shape, dtype, goal, build, products, _moves(tokens, LAYER_TOP_K, shape.K), note)
 
 
-def _backward_cost(case: Case) -> tuple[Cost, ...]:
-    s = case.shape
-    rows, size = s.G * s.M, OPERAND_DTYPES[case.dtype][1]
-    # Each gradient reads two of the three matrices and writes the third.
-    one = Cost(flops=s.flops, hbm_bytes=(rows * (s.K + s.N) + s.weights) * size)
-    return one, one
-
-
-def _permute_cost(case: Case) -> tuple[Cost, ...]:
-    s = case.shape
-    rows = s.M * PERMUTE_TOP_K
-    return dispatch_cost(s.M, rows, s.K), combine_cost(s.M, rows, s.K)
-
-
-def _whole_layer_cost(case: Case) -> tuple[Cost, ...]:
-    s = case.shape
-    rows = s.G * s.M
-    tokens = rows // LAYER_TOP_K
-    return *_layer_cost(case), dispatch_cost(tokens, rows, s.K), combine_cost(tokens, rows, s.K)
-
-
-_DECODE = GemmShape(8, 48, 7168, 2048)
-_PREFILL = GemmShape(8, 4096, 7168, 4096)
+_DECODE, _DOWN = GemmShape(8, 48, 7168, 2048), GemmShape(8, 48, 2048, 7168)
+_PREFILL, _PREFILL_BACK = GemmShape(8, 4096, 7168, 4096), GemmShape(8, 4096, 4096, 7168)
 _MANY = GemmShape(64, 64, 2048, 1536)
 _PERMUTE = GemmShape(PERMUTE_EXPERTS, 16384, 4096, 4096)
-_SCALES, _GATED = "scales 1x128 and 128x128", "gate/up with silu, then down"
-_ROUTED = "route, pack and combine 16384 tokens, top 2"
 
+_BLOCKS = (Product(_PREFILL, "fp8-blocks"),)
+_FP8_LAYER = layer_products(_DECODE, "fp8", result_in_8_bits=True)
+# Both gradients and the product itself cost the same: two of the three matrices are read, the third is written.
+_GRADIENTS = Product(_PREFILL, "bf16"), Product(_PREFILL_BACK, "bf16", transposed=True)
+_MOVES = _moves(_PERMUTE.M, PERMUTE_TOP_K, _PERMUTE.K)
 
-def _wall_case(name: str, rows: int, dtype: Literal["fp8", "bf16"], goal: Goal, note: str, calls: int) -> Case:
-    shape = GemmShape(128, rows, 2048, 768)
-    return Case(name, shape, dtype, goal, _whole_layer_cost, whole_layer, note, clock="wall", calls=calls)
-
+_SMALL, _SCALES, _GATED = "many small experts", "scales 1x128 and 128x128", "gate/up with silu, then down"
+_BOTH, _ROUTED = "both gradients", "route, pack and combine 16384 tokens, top 2"
 
 _TABLE = (
-    Case("decode-fp8", _DECODE, "fp8", Goal("µs", 32, 28.5), _matmul_cost, matmul_fp8),
-    Case("decode-bf16", _DECODE, "bf16", Goal("µs", 60, 56), _matmul_cost, matmul_bf16),
-    Case("many-bf16", _MANY, "bf16", Goal("µs", 105, 97), _matmul_cost, matmul_bf16, "many small experts"),
-    Case("prefill-bf16", _PREFILL, "bf16", Goal("TFLOP/s", 725, 760), _matmul_cost, matmul_bf16),
-    Case("prefill-fp8", _PREFILL, "fp8", Goal("TFLOP/s", 1350, 1480), _matmul_cost, matmul_fp8),
-    Case("prefill-fp8-blocks", _PREFILL, "fp8", Goal("TFLOP/s", 1150), _matmul_cost, matmul_fp8_blocks, _SCALES),
-    Case("down-fp8", GemmShape(8, 48, 2048, 7168), "fp8", Goal("µs", 34, 30), _matmul_cost, matmul_fp8),
+    Case("decode-fp8", _DECODE, "fp8", Goal("µs", 32, 28.5), matmul_fp8, (Product(_DECODE, "fp8"),)),
+    Case("decode-bf16", _DECODE, "bf16", Goal("µs", 60, 56), matmul_bf16, (Product(_DECODE, "bf16"),)),
+    Case("many-bf16", _MANY, "bf16", Goal("µs", 105, 97), matmul_bf16, (Product(_MANY, "bf16"),), note=_SMALL),
+    Case("prefill-bf16", _PREFILL, "bf16", Goal("TFLOP/s", 725, 760), matmul_bf16, (Product(_PREFILL, "bf16"),)),
+    Case("prefill-fp8", _PREFILL, "fp8", Goal("TFLOP/s", 1350, 1480), matmul_fp8, (Product(_PREFILL, "fp8"),)),
+    Case("prefill-fp8-blocks", _PREFILL, "fp8", Goal("TFLOP/s", 1150), matmul_fp8_blocks, _BLOCKS, note=_SCALES),
+    Case("down-fp8", _DOWN, "fp8", Goal("µs", 34, 30), matmul_fp8, (Product(_DOWN, "fp8"),)),
     # Everyone rounds to FP8 between the two products, in a way of his own.
-    Case("layer-fp8", _DECODE, "fp8", Goal("µs", 95, 86), _layer_cost, layer_fp8, _GATED, tolerance=5e-2),
-    Case("backward-bf16", _PREFILL, "bf16", Goal("TFLOP/s", 550, 650), _backward_cost, backward_bf16, "both gradients"),
-    Case("permute-fp16", _PERMUTE, "bf16", Goal("µs", 260, 210), _permute_cost, permute, _ROUTED),
-    _wall_case("qwen3-fp8-64", 4, "fp8", Goal("µs", 210, 165), "Qwen3-30B-A3B's layer, 64 tokens, wall time", calls=8),
-    _wall_case("qwen3-bf16-16384", 1024, "bf16", Goal("µs", 2500, 2000), "the same, 16384 tokens", calls=3),
+    Case("layer-fp8", _DECODE, "fp8", Goal("µs", 95, 86), layer_fp8, _FP8_LAYER, note=_GATED, tolerance=5e-2),
+    Case("backward-bf16", _PREFILL, "bf16", Goal("TFLOP/s", 550, 650), backward_bf16, _GRADIENTS, note=_BOTH),
+    Case("permute-fp16", _PERMUTE, "bf16", Goal("µs", 260, 210), permute, moves=_MOVES, note=_ROUTED),
+    _qwen3("qwen3-fp8-64", 64, "fp8", Goal("µs", 210, 165), "Qwen3-30B-A3B's layer, 64 tokens, wall time", 8),
+    _qwen3("qwen3-bf16-16384", 16384, "bf16", Goal("µs", 2500, 2000), "the same, 16384 tokens", 3),
 )
 
 CASES: Mapping[str, Case] = MappingProxyType({case.name: case for case in _TABLE})

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import importlib.util
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,31 +19,25 @@ from bench.model.workloads import GemmShape
 from pallas_kernels.quantize import QTensor
 
 
-def _as_they_are(*inputs: Any) -> tuple[Any, ...]:
-    return inputs
-
-
 @dataclasses.dataclass(frozen=True)
 class Implementation:
     """One way to do a case.
 
     Attributes:
       name: as the tables show it.
-      package: the distribution that has it.
-      framework: whose arrays it takes and whose clock times it.
+      package: the distribution that has it; "torch" takes torch's arrays and is timed by torch's clock.
       functions: what is timed; of several configurations, each under its name, the fastest counts.
       prepare: makes the arguments of `functions` from the inputs of the case; its time does not count.
     """
 
     name: str
     package: str
-    framework: Literal["jax", "torch"]
     functions: Mapping[str, Callable[..., Any]]
-    prepare: Callable[..., tuple[Any, ...]] = _as_they_are
+    prepare: Callable[..., tuple[Any, ...]] = lambda *inputs: inputs
 
     def why_not(self) -> str | None:
         """Why it cannot run here, or None if it can."""
-        if self.framework == "torch":
+        if self.package == "torch":
             return why_not_torch()
         return None if importlib.util.find_spec(self.package) else f"{self.package} is not installed"
 
@@ -70,16 +64,16 @@ def matmul_bf16_peers(shape: GemmShape) -> tuple[Implementation, ...]:
         return tokamax.ragged_dot(lhs, rhs, group_sizes)
 
     return (
-        Implementation("jax.lax.ragged_dot", "jax", "jax", {"": jax.lax.ragged_dot}),
-        Implementation("tokamax.ragged_dot", "tokamax", "jax", {"": tokamax}),
-        Implementation("jax ragged_dot_mgpu", "jax", "jax", _mgpu_configurations(shape)),
-        Implementation("torch._grouped_mm", "torch", "torch", {"": _torch_grouped}, _torch_inputs),
+        Implementation("jax.lax.ragged_dot", "jax", {"": jax.lax.ragged_dot}),
+        Implementation("tokamax.ragged_dot", "tokamax", {"": tokamax}),
+        Implementation("jax ragged_dot_mgpu", "jax", _mgpu_configurations(shape)),
+        Implementation("torch._grouped_mm", "torch", {"": _torch_grouped}, _torch_inputs),
     )
 
 
 def matmul_fp8_peers() -> tuple[Implementation, ...]:
     """For inputs lhs [M, K] scaled per row, rhs [G, N, K] scaled per channel, group_sizes [G]: those that take FP8."""
-    return (Implementation("torch._scaled_grouped_mm", "torch", "torch", {"": _torch_scaled}, _torch_inputs),)
+    return (Implementation("torch._scaled_grouped_mm", "torch", {"": _torch_scaled}, _torch_inputs),)
 
 
 def layer_fp8_peers() -> tuple[Implementation, ...]:
@@ -98,7 +92,7 @@ def layer_fp8_peers() -> tuple[Implementation, ...]:
         return torch.compile(_torch_silu_quantise)
 
     functions = {"eager": layer(_torch_silu_quantise), "torch.compile": layer(lambda h: compiled()(h))}
-    return (Implementation("torch._scaled_grouped_mm", "torch", "torch", functions, _torch_inputs),)
+    return (Implementation("torch._scaled_grouped_mm", "torch", functions, _torch_inputs),)
 
 
 def backward_bf16_peers() -> tuple[Implementation, ...]:
@@ -114,8 +108,8 @@ def backward_bf16_peers() -> tuple[Implementation, ...]:
         return *_torch_inputs(lhs, rhs, group_sizes), to_torch(dout)
 
     return (
-        Implementation("jax.lax.ragged_dot", "jax", "jax", {"": ragged_dot}),
-        Implementation("torch._grouped_mm", "torch", "torch", {"": torch_backward}, prepare),
+        Implementation("jax.lax.ragged_dot", "jax", {"": ragged_dot}),
+        Implementation("torch._grouped_mm", "torch", {"": torch_backward}, prepare),
     )
 
 
@@ -150,16 +144,15 @@ def _torch_grouped(a, b, ends):
     return torch._grouped_mm(a, b, offs=ends, out_dtype=torch.bfloat16)
 
 
-def _torch_scaled(lhs: QTensor, rhs: QTensor, ends):
+def _torch_scaled(lhs, rhs, ends):
+    """Both operands are `QTensor`s of torch's arrays."""
     import torch
 
-    a: Any = lhs
-    b: Any = rhs
     return torch._scaled_grouped_mm(
-        a.values,
-        b.values.transpose(-2, -1),
-        a.scale.reshape(-1),
-        b.scale.reshape(b.scale.shape[0], -1),
+        lhs.values,
+        rhs.values.transpose(-2, -1),
+        lhs.scale.reshape(-1),
+        rhs.scale.reshape(rhs.scale.shape[0], -1),
         offs=ends,
         out_dtype=torch.bfloat16,
         use_fast_accum=True,
@@ -178,25 +171,19 @@ def _torch_silu_quantise(h):
 
 
 def _mgpu_configurations(shape: GemmShape) -> dict[str, Callable[..., Any]]:
-    """(block_m, block_n, block_k, steps in flight, column tiles in a stripe) that fit in shared memory."""
+    """By block_m x block_n x block_k x steps in flight x column tiles in a stripe; they fit in shared memory."""
     if shape.M <= 64:
         choices = [(64, 128, 64, 6, 1), (64, 128, 128, 4, 1)]
     else:
         choices = [(128, 128, 64, 4, 1), (128, 128, 64, 5, 8)]
-    return {"x".join(map(str, choice)): functools.partial(_mgpu, choice) for choice in choices}
+    names = "block_m", "block_n", "block_k", "max_concurrent_steps", "grid_block_n"
+    return {
+        "x".join(map(str, choice)): functools.partial(_mgpu, **dict(zip(names, choice, strict=True)))
+        for choice in choices
+    }
 
 
-def _mgpu(choice: tuple[int, int, int, int, int], lhs, rhs, group_sizes):
+def _mgpu(lhs, rhs, group_sizes, **configuration):
     from jax.experimental.pallas.ops.gpu.ragged_dot_mgpu import ragged_dot
 
-    block_m, block_n, block_k, steps, stripe = choice
-    return ragged_dot(
-        lhs,
-        rhs,
-        group_sizes=group_sizes,
-        block_m=block_m,
-        block_n=block_n,
-        block_k=block_k,
-        max_concurrent_steps=steps,
-        grid_block_n=stripe,
-    )
+    return ragged_dot(lhs, rhs, group_sizes=group_sizes, **configuration)

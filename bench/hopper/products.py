@@ -17,10 +17,12 @@ import jax.numpy as jnp
 from bench.inputs.weights import normal
 from bench.measure.clock import require_nvidia_gpu
 from bench.measure.devices import known_chip
+from bench.model.roofline import gemm_cost
 from bench.model.workloads import GemmShape
 from pallas_kernels.chips import Chip
+from pallas_kernels.cost import Cost, grouped_gate_up_cost
 from pallas_kernels.grouped_matmul import Operand, gpu
-from pallas_kernels.grouped_matmul.gpu.problem import Stage
+from pallas_kernels.grouped_matmul.gpu.hopper.problem import Stage
 from pallas_kernels.quantize import QTensor, quantize
 
 ProductDtype = Literal["bf16", "fp16", "fp8", "fp8-blocks"]
@@ -84,6 +86,14 @@ class Product:
         return jnp.dtype(jnp.float8_e4m3fn if self.result_in_8_bits else jnp.bfloat16)
 
     @property
+    def cost(self) -> Cost:
+        """The least work of all groups' rows, with a result in BF16."""
+        s = self.shape
+        if not self.fused:
+            return gemm_cost(s, self.operand)
+        return grouped_gate_up_cost(s.G * s.M, s.K, s.N // 2, s.G, lhs_dtype=self.operand, rhs_dtype=self.operand)
+
+    @property
     def name(self) -> str:
         """What it is, in a few words."""
         return f"{self.shape} {self.dtype}" + " gate/up" * self.fused + " to fp8" * self.result_in_8_bits
@@ -104,6 +114,17 @@ class Product:
         if not self.fused:
             return gpu.grouped_matmul(lhs, rhs, group_sizes, **common)
         return gpu.grouped_gate_up(lhs, rhs, group_sizes, activation="silu", activation_limit=None, **common)
+
+
+def layer_products(
+    shape: GemmShape, dtype: ProductDtype, *, num_rows: int | None = None, result_in_8_bits: bool = False
+) -> tuple[Product, Product]:
+    """Gate/up and down of a layer with hidden width K and expert width N; down takes what gate/up gives."""
+    up, down = dataclasses.replace(shape, N=2 * shape.N), dataclasses.replace(shape, K=shape.N, N=shape.K)
+    return (
+        Product(up, dtype, fused=True, num_rows=num_rows, result_in_8_bits=result_in_8_bits),
+        Product(down, "fp8-blocks" if result_in_8_bits else dtype, num_rows=num_rows),
+    )
 
 
 @functools.partial(jax.jit, static_argnums=0)

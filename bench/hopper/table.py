@@ -66,35 +66,31 @@ def _cells(record: Record) -> tuple[list[str], list[list[Cell]]]:
     rows: list[list[Cell]] = []
     for name, case in cases.items():
         label = f"{name} ({case['note']})" if case["note"] else name
-        shape = shape_text(case)
-        goal = [_goal(case["goal"], "bar"), _goal(case["goal"], "aim")]
+        failed = "error" in case
+        met = "no" if failed else {True: "yes", False: "no", None: "-"}[case["met"]]
         others = [_peer(case["peers"].get(peer)) for peer in peers]
-        if "error" in case:
-            rows.append([label, shape, "failed", "-", "-", *goal, "no", *others, case["error"]])
-            continue
-        rate = _rate(case)
-        met = {True: "yes", False: "no", None: "-"}[case["met"]]
-        share = f"{case['share_of_measured_floor']:.0%}"
-        rows.append([label, shape, _us(case["us"]), rate, share, *goal, met, *others, f"{case['relative_error']:.1e}"])
+        error = case["error"] if failed else f"{case['relative_error']:.1e}"
+        goal = [_goal(case["goal"], which) for which in ("bar", "aim")]
+        rows.append([label, *_ours(case), *goal, met, *others, error])
     return headers, rows
 
 
 def _cells_for_readers(record: Record) -> tuple[list[str], list[list[Cell]]]:
     rows: list[list[Cell]] = []
     for name, case in record["cases"].items():
-        if "error" in case:
-            continue
-        peers = [f"{peer} {_peer(case['peers'][peer])}" for peer in measured_peers(case)]
-        label = f"{name}: {case['note']}" if case["note"] else name
-        share = f"{case['share_of_measured_floor']:.0%}"
-        rows.append([label, shape_text(case), _us(case["us"]), _rate(case), share, ", ".join(peers) or "-"])
+        if "error" not in case:
+            peers = [f"{peer} {_peer(case['peers'][peer])}" for peer in measured_peers(case)]
+            rows.append([f"{name}: {case['note']}" if case["note"] else name, *_ours(case), ", ".join(peers) or "-"])
     return ["case", "G,M,K,N", "µs", "rate", "of floor", "others, µs"], rows
 
 
-def _rate(case: Record) -> str:
-    if case["goal"]["unit"] == "TFLOP/s":
-        return f"{case['tflops']:.0f} TFLOP/s"
-    return f"{case['tb_per_s']:.2f} TB/s"
+def _ours(case: Record) -> list[Cell]:
+    """Shape, time, rate and share of this run's floor."""
+    if "error" in case:
+        return [shape_text(case), "failed", "-", "-"]
+    in_flops = case["goal"]["unit"] == "TFLOP/s"
+    rate = f"{case['tflops']:.0f} TFLOP/s" if in_flops else f"{case['tb_per_s']:.2f} TB/s"
+    return [shape_text(case), f"{case['us']:.1f}", rate, f"{case['share_of_measured_floor']:.0%}"]
 
 
 def _peer(peer: Record | None) -> str:
@@ -102,15 +98,10 @@ def _peer(peer: Record | None) -> str:
         return "-"
     if "error" in peer:
         return "failed"
-    return _us(peer["us"]) + ("" if peer["ratio"] is None else f" ({peer['ratio']:.2f}×)")
-
-
-def _us(microseconds: float) -> str:
-    return f"{microseconds:.1f}"
+    return f"{peer['us']:.1f}" + ("" if peer["ratio"] is None else f" ({peer['ratio']:.2f}×)")
 
 
 def _goal(goal: Record, which: str) -> str:
-    value = goal[which]
-    if value is None:
+    if (value := goal[which]) is None:
         return "-"
     return f"≤ {value:g} µs" if goal["unit"] == "µs" else f"≥ {value:g} TFLOP/s"

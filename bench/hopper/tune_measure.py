@@ -1,8 +1,8 @@
 """Times configurations of one product on the device, after a look at their results."""
 
-import concurrent.futures
 import os
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from bench.hopper.products import Product, make_inputs
 from bench.measure.clock import copies_of, kernel_times, rotated
 from bench.measure.errors import check, describe, relative_error
-from pallas_kernels.grouped_matmul.gpu import tiling
-from pallas_kernels.grouped_matmul.gpu.problem import Config
+from pallas_kernels.grouped_matmul.gpu.hopper import tiling
+from pallas_kernels.grouped_matmul.gpu.hopper.problem import Config
 from pallas_kernels.quantize import QTensor, dequantize
 
 _TOLERANCE = 2e-2  # between two configurations, which sum in different orders
@@ -32,7 +32,7 @@ class ConfigTimer:
     def __init__(self, product: Product, repeats: int, say: Callable[[str], None]):
         self._product, self._repeats, self._say = product, repeats, say
         self._inputs = copies_of(jax.block_until_ready(make_inputs(product)))
-        self._programs: dict[Config, Any] = {}
+        self._programs: dict[Config, Future[Any]] = {}
         self._reference: jax.Array | None = None
 
     def __call__(self, configs: Sequence[Config]) -> Mapping[Config, float]:
@@ -40,10 +40,8 @@ class ConfigTimer:
         self._compile([config for config in configs if config not in self._programs])
         times = {}
         for config in configs:
-            program = self._programs[config]
             try:
-                if isinstance(program, Exception):
-                    raise program
+                program = self._programs[config].result()
                 self._check(program)
                 time = kernel_times(program, self._inputs, repeats=self._repeats, calls=len(self._inputs))
                 times[config] = time.median_us
@@ -57,11 +55,10 @@ class ConfigTimer:
             try:
                 lowered[config] = self._lower(config)
             except Exception as error:
-                self._programs[config] = error
-        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            futures = {config: pool.submit(program.compile) for config, program in lowered.items()}
-        for config, future in futures.items():
-            self._programs[config] = future.exception() or future.result()
+                self._programs[config] = Future()
+                self._programs[config].set_exception(error)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            self._programs |= {config: pool.submit(program.compile) for config, program in lowered.items()}
 
     def _lower(self, config: Config) -> Any:
         def call(*operands):  # a function of its own, as jax remembers what it traced

@@ -8,10 +8,10 @@ evenly; the buffers are as long as the exchange makes them.
 from collections.abc import Iterator
 
 from bench.hopper.cases import CASES
-from bench.hopper.products import Product, ProductDtype
+from bench.hopper.products import Product, layer_products
 from bench.model.workloads import GemmShape
 from moejax import MoEConfig, get_preset
-from sharding.exchange.plan import slab_size
+from sharding.exchange.plan import fit_slab
 
 MODELS = ("deepseek-v3", "mixtral-8x7b", "qwen3-30b-a3b", "gpt-oss-120b")
 EXPERT_GROUPS = (1, 8)
@@ -25,40 +25,22 @@ def default_products() -> tuple[Product, ...]:
         for tokens in TOKENS_A_CHIP
         for name in MODELS
         for ep in EXPERT_GROUPS
-        for product in layer_products(get_preset(name), ep, tokens)
+        for product in model_products(get_preset(name), ep, tokens)
     ]
     return tuple(dict.fromkeys([*case_products(), *models]))
 
 
 def case_products() -> tuple[Product, ...]:
     """The products of `bench.gpu`, of its backward pass the one with the transposed weights."""
-    return tuple(dict.fromkeys(product for name in CASES for product in _of_case(name)))
+    return tuple(dict.fromkeys(product for case in CASES.values() for product in case.products))
 
 
-def layer_products(config: MoEConfig, ep: int, tokens: int) -> Iterator[Product]:
+def model_products(config: MoEConfig, ep: int, tokens: int) -> Iterator[Product]:
     """Gate/up and down of a layer on one of `ep` chips that has `tokens` tokens of its own."""
     groups = config.num_experts // ep
     assignments = tokens * config.top_k
-    num_rows = assignments if ep == 1 else ep * slab_size(tokens, config.top_k, groups, ep, None)[0]
-    rows = max(1, assignments // groups)
-    hidden, width = config.hidden_size, config.intermediate_size
-    eight_bits: ProductDtype = "fp8-blocks" if config.quantization.lhs_scaling == "1x128" else "fp8"
-    dtypes: tuple[ProductDtype, ...] = ("bf16", eight_bits)
-    for dtype in dtypes:
-        yield Product(GemmShape(groups, rows, hidden, 2 * width), dtype, True, num_rows)
-        yield Product(GemmShape(groups, rows, width, hidden), dtype, False, num_rows)
-
-
-def _of_case(name: str) -> tuple[Product, ...]:
-    case = CASES[name]
-    s = case.shape
-    if name.startswith("permute"):
-        return ()
-    if name.startswith(("layer", "qwen3")):
-        dtype: ProductDtype = "fp8-blocks" if name.startswith("qwen3-fp8") else case.dtype
-        in_8_bits = case.dtype == "fp8"
-        gate_up = Product(GemmShape(s.G, s.M, s.K, 2 * s.N), dtype, fused=True, result_in_8_bits=in_8_bits)
-        return gate_up, Product(GemmShape(s.G, s.M, s.N, s.K), "fp8-blocks" if in_8_bits else dtype)
-    if name.startswith("backward"):
-        return Product(s, case.dtype), Product(GemmShape(s.G, s.M, s.N, s.K), case.dtype, transposed=True)
-    return (Product(s, "fp8-blocks" if name.endswith("blocks") else case.dtype),)
+    num_rows = assignments if ep == 1 else ep * fit_slab(tokens, config.top_k, groups, ep, None)[0]
+    shape = GemmShape(groups, max(1, assignments // groups), config.hidden_size, config.intermediate_size)
+    yield from layer_products(shape, "bf16", num_rows=num_rows)
+    in_blocks = config.quantization.lhs_scaling == "1x128"
+    yield from layer_products(shape, "fp8-blocks" if in_blocks else "fp8", num_rows=num_rows)

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from bench.hopper.products import Product
 from pallas_kernels.chips import Chip
-from pallas_kernels.grouped_matmul.gpu import tiling
-from pallas_kernels.grouped_matmul.gpu.problem import Config
+from pallas_kernels.grouped_matmul.gpu.hopper import tiling
+from pallas_kernels.grouped_matmul.gpu.hopper.problem import Config
 
 Timer = Callable[[Sequence[Config]], Mapping[Config, float]]
 """µs of each configuration; those that fail are left out."""

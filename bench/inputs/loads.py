@@ -18,6 +18,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy import special
 
 from bench.inputs.quick_jit import quick_jit
 from bench.inputs.text import default_text_path, embed, read_text, sample_contexts
@@ -25,18 +26,14 @@ from bench.inputs.text import default_text_path, embed, read_text, sample_contex
 Kind = Literal["balanced", "zipf", "text"]
 KINDS: Sequence[Kind] = ("balanced", "zipf", "text")
 
+_read_text = functools.lru_cache(maxsize=1)(read_text)
 _CHOSEN, _STEP, _NOISE = 4.0, 0.25, 0.1  # far enough apart for 16-bit activations to keep the order
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Load:
-    """Tokens and a router.
-
-    Attributes:
-      x: [T, H] in the dtype asked for, about unit root mean square.
-      router: [H, E] in the same dtype.
-    """
+    """Tokens x [T, H], of about unit root mean square, and a router [H, E], both in the dtype asked for."""
 
     x: jax.Array
     router: jax.Array
@@ -71,22 +68,11 @@ def make_load(
     zipf_exponent: float = 1.0,
     text: pathlib.Path | None = None,
 ) -> Load:
-    """Tokens of a load, equal for equal arguments.
-
-    Args:
-      kind: one of `KINDS`.
-      num_tokens: T.
-      hidden: H, at least E, so that a router can tell the experts apart.
-      num_experts: E.
-      top_k: K, at most E, the choices that are balanced.
-      seed: of all that is random.
-      dtype: of the activations and the router.
-      zipf_exponent: s, at least 0.
-      text: a file, or None for a text that Python carries.
+    """Tokens of a load, equal for equal arguments; `text` is a file, or None for a text that Python carries.
 
     Raises:
-      ValueError: the kind is unknown, H is less than E, K is more than E, the exponent is negative, or the file
-        cannot be read.
+      ValueError: the kind is unknown, H is less than E, so that no router can tell the experts apart, K is more than E,
+        the exponent is negative, or the file cannot be read.
     """
     if kind not in KINDS:
         raise ValueError(f"load must be one of {', '.join(KINDS)}, got {kind!r}")
@@ -102,10 +88,11 @@ def make_load(
     orthonormal, _ = np.linalg.qr(rng.standard_normal((hidden, num_experts)))
     router = jnp.asarray(orthonormal, jnp.float32)
     if kind == "text":
-        contexts = sample_contexts(_text(text or default_text_path()), num_tokens, seed)
+        contexts = sample_contexts(_read_text(text or default_text_path(), "--text"), num_tokens, seed)
         return _embedded(jnp.asarray(contexts), router, hidden=hidden, seed=seed, dtype=jnp.dtype(dtype))
     if kind == "zipf":
-        logits = _zipf_logits(rng, num_tokens, num_experts, zipf_exponent)
+        rank = rng.permutation(num_experts) + 1.0
+        logits = rng.gumbel(size=(num_tokens, num_experts)) - zipf_exponent * np.log(rank)
     else:
         logits = _balanced_logits(rng, num_tokens, num_experts, top_k)
     return _with_logits(jnp.asarray(logits, jnp.float32), router, seed=seed, dtype=jnp.dtype(dtype))
@@ -117,22 +104,11 @@ def load_figures(tokens_per_expert: np.ndarray, capacity: int) -> LoadFigures:
     total = load.sum()
     if total == 0:
         return LoadFigures(0.0, 0.0, 1.0, 0.0)
-    share = load[load > 0] / total
     most = math.log(max(load.size, 2))
-    entropy = float(-(share * np.log(share)).sum())
+    entropy = float(special.entr(load / total).sum())
     kl = max(0.0, math.log(load.size) - entropy)
     overflow = float(np.maximum(load - capacity, 0).sum() / total)
     return LoadFigures(float(load.std() / load.mean()), kl, entropy / most, overflow)
-
-
-@functools.lru_cache(maxsize=1)
-def _text(path: pathlib.Path) -> np.ndarray:
-    return read_text(path, option="--text")
-
-
-def _zipf_logits(rng: np.random.Generator, num_tokens: int, num_experts: int, exponent: float) -> np.ndarray:
-    rank = rng.permutation(num_experts) + 1.0
-    return rng.gumbel(size=(num_tokens, num_experts)) - exponent * np.log(rank)
 
 
 def _balanced_logits(rng: np.random.Generator, num_tokens: int, num_experts: int, top_k: int) -> np.ndarray:

@@ -26,11 +26,7 @@ def default_text_path() -> pathlib.Path:
 
 
 def read_text(path: pathlib.Path, option: str = "--input") -> np.ndarray:
-    """The bytes of a file, uint8 [length].
-
-    Args:
-      path: the file.
-      option: what named it on the command line, for errors.
+    """The bytes of a file, uint8 [length]; errors name the `option` of the command line that named it.
 
     Raises:
       ValueError: the file cannot be read, or has fewer bytes than one context.

@@ -68,7 +68,7 @@ class _Program:
     """Shapes and dtypes of what a call gives."""
 
 
-class Clock:
+class StepTimer:
     """Measures, and keeps compiled programs as long as they are of use.
 
     Args:

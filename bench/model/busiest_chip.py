@@ -36,8 +36,7 @@ def activated_experts(
     Raises:
       ValueError: a size is not positive, ep does not divide E, top_k exceeds E, or the rounding is unknown.
     """
-    if rounding not in ("round", "ceil"):
-        raise ValueError(f"rounding must be 'round' (DS_TPU) or 'ceil' (Tier6), got {rounding!r}")
+    check_rounding(rounding)
     expected = expected_activated_experts(min(batch_size, LARGEST_TABULATED_BATCH), ep, num_experts, top_k)
     whole = round(expected) if rounding == "round" else math.ceil(expected)
     return max(1, whole)
@@ -83,6 +82,12 @@ def expected_busiest_rows(num_tokens: int, ep: int, num_experts: int = 256, top_
     for choice in picks:
         counts += np.bincount((first_bin + choice // (num_experts // ep)).ravel(), minlength=trials * ep)
     return float(counts.reshape(trials, ep).max(axis=1).mean())
+
+
+def check_rounding(rounding: str) -> None:
+    """Raises ValueError where `rounding` is none of `Rounding`."""
+    if rounding not in ("round", "ceil"):
+        raise ValueError(f"rounding must be 'round' (DS_TPU) or 'ceil' (Tier6), got {rounding!r}")
 
 
 def _sample_experts(num_tokens: int, num_experts: int, top_k: int) -> np.ndarray:

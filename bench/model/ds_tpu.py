@@ -5,13 +5,13 @@ P_G × P_M × P_N × P_K blocks, one a core; a core walks its block in tiles tha
 with the least modelled time wins, and with it the tiles that move the fewest bytes. Source: the DS_TPU evaluator.
 
     time = evaluate_gemm(get_chip("v32-run"), GemmShape(8, 48, 7168, 2048), "fp8")
-    time.elapsed, time.best_partition.procs      # 17.96 µs, (8, 1, 2, 4)
+    time.elapsed, time.best_partition      # 17.96 µs, (8, 1, 2, 4)
 """
 
 import dataclasses
 import functools
 import math
-from typing import Any, Literal
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
@@ -28,7 +28,10 @@ LINK_EFFICIENCY = 0.95
 LINK_START_US = 0.59  # latency of one exchange at the default protocol
 
 LoopOrder = Literal["mnk", "nkm", "mkn"]
-LOOP_ORDERS: tuple[LoopOrder, ...] = ("mnk", "nkm", "mkn")
+LOOP_ORDERS: tuple[LoopOrder, ...] = get_args(LoopOrder)
+
+Partition = tuple[int, int, int, int]
+"""(P_G, P_M, P_N, P_K): into how many parts the cores cut each dimension."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,18 +42,6 @@ class Tile:
     M: int
     N: int
     K: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Partition:
-    """Into how many parts the cores cut each dimension: procs[i] parts of dims[i]."""
-
-    procs: tuple[int, int, int, int]
-    dims: str = "GMNK"
-
-    def as_dict(self) -> dict[str, Any]:
-        """The JSON form."""
-        return {"dims": self.dims, "procs": list(self.procs)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,20 +86,14 @@ class OperatorTime:
 
 
 def evaluate_gemm(chip: Chip, shape: GemmShape, dtype: str, name: str = "gemm") -> OperatorTime:
-    """Time, traffic, tile and partition of a grouped GEMM on a DS_TPU-like chip.
-
-    Args:
-      chip: gives cores, peak, DRAM bandwidth and SRAM; the model fits chips of kind "ds_tpu".
-      shape: the product; the output is BF16.
-      dtype: of both operands: "fp8", "int8", "bf16" or "fp16".
-      name: copied into the result.
+    """Time, traffic, tile and partition of a grouped GEMM with a BF16 output on a chip of kind "ds_tpu".
 
     Raises:
-      ValueError: unknown dtype.
+      ValueError: the operands' dtype is not "fp8", "int8", "bf16" or "fp16".
     """
-    full_name, operand_bytes = operand_dtype(dtype)
-    peak = chip.peak(full_name)
-    best = _search(shape, operand_bytes, chip.cores, peak, chip.hbm_bandwidth, chip.fast_memory_bytes)
+    operand = operand_dtype(dtype)
+    peak = chip.peak(operand)
+    best = _search(shape, operand.itemsize, chip.cores, peak, chip.hbm_bandwidth, chip.fast_memory_bytes)
     return OperatorTime(
         name=name,
         kind="matmul",
@@ -119,7 +104,7 @@ def evaluate_gemm(chip: Chip, shape: GemmShape, dtype: str, name: str = "gemm") 
         dma_elapsed=best.dma_elapsed,
         flops=shape.flops,
         dram_traffic=best.dram_traffic,
-        dram_occupy=shape.weights * operand_bytes,
+        dram_occupy=shape.weights * operand.itemsize,
         param=shape.weights,
         urate=shape.flops / (best.elapsed * 1e-6 * peak),
         best_tile=best.tile,
@@ -133,18 +118,16 @@ def evaluate_exchange(chip: Chip, kind: Literal["dispatch", "combine"], num_byte
     return OperatorTime(name=kind, kind=kind, elapsed=elapsed, link_elapsed=elapsed, comm_size=num_bytes)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Candidate:
+class _Candidate(NamedTuple):
+    """Its fields in the order of their rank; no two candidates have the same partition."""
+
     elapsed: float
-    comp_elapsed: float
-    dma_elapsed: float
     dram_traffic: int
     num_tiles: int
-    tile: Tile
     partition: Partition
-
-    def rank(self) -> tuple:
-        return self.elapsed, self.dram_traffic, self.num_tiles, self.partition.procs
+    tile: Tile
+    comp_elapsed: float
+    dma_elapsed: float
 
 
 @functools.lru_cache(maxsize=4096)
@@ -155,28 +138,29 @@ def _search(
     core_bandwidth = bandwidth / cores
     sram_limit = int(SRAM_SHARE * sram_bytes)
 
-    def evaluate(procs: tuple[int, int, int, int]) -> _Candidate:
+    def evaluate(partition: Partition) -> _Candidate:
         # The first core's blocks are the largest in every dimension: it is the slowest, and its time the chip's.
-        g, m, n, k = (-(-extent // parts) for extent, parts in zip(_gmnk(shape), procs, strict=True))
+        extents = shape.G, shape.M, shape.N, shape.K
+        g, m, n, k = (-(-extent // parts) for extent, parts in zip(extents, partition, strict=True))
         tile, core_traffic = best_tile(m, n, k, operand_bytes, sram_limit)
         comp = g * _up(m, CUBE_M) * _up(k, CUBE_K) * _up(n, CUBE_N) * 1e6 / core_macs
         dma = g * core_traffic * 1e6 / core_bandwidth
         return _Candidate(
             elapsed=max(comp, dma) + (1 - OVERLAP) * min(comp, dma),
-            comp_elapsed=comp,
-            dma_elapsed=dma,
             dram_traffic=_chip_traffic(shape, (m, n, k), tile, operand_bytes),
             num_tiles=g * math.prod(-(-extent // size) for extent, size in zip((m, n, k), _mnk(tile), strict=True)),
+            partition=partition,
             tile=tile,
-            partition=Partition(procs),
+            comp_elapsed=comp,
+            dma_elapsed=dma,
         )
 
-    return min(map(evaluate, partitions(cores)), key=_Candidate.rank)
+    return min(map(evaluate, partitions(cores)))
 
 
 @functools.lru_cache(maxsize=64)
-def partitions(cores: int) -> tuple[tuple[int, int, int, int], ...]:
-    """Every (P_G, P_M, P_N, P_K) whose product is `cores`, in ascending order."""
+def partitions(cores: int) -> tuple[Partition, ...]:
+    """Every partition whose product is `cores`, in ascending order."""
     return tuple(
         (g, m, n, cores // (g * m * n))
         for g in _divisors(cores)
@@ -256,10 +240,6 @@ def _divisors(number: int) -> list[int]:
 
 def _up(extent, step: int):
     return -(-extent // step) * step
-
-
-def _gmnk(shape: GemmShape) -> tuple[int, int, int, int]:
-    return shape.G, shape.M, shape.N, shape.K
 
 
 def _mnk(tile: Tile) -> tuple[int, int, int]:

@@ -36,8 +36,8 @@ def build_evaluation(
     Args:
       layer: modelled times.
       num_layers: layers of the model.
-      run_info: entries to add to the top-level "run_info" (a date, a command line).
-      measured: results of a real run, stored as they are under the top-level "measured"; left out if None.
+      run_info: what to add to "run_info" (a date, a command line).
+      measured: results of a real run, stored under "measured"; left out if None.
 
     Raises:
       ValueError: num_layers is below 1.
@@ -47,7 +47,7 @@ def build_evaluation(
     workload, chip = layer.workload, layer.chip
     total_us = num_layers * layer.elapsed
     flops = num_layers * layer.total("flops")
-    peak = chip.peak(OPERAND_DTYPES[workload.dtype][0])
+    peak = chip.peak(OPERAND_DTYPES[workload.dtype])
     tps = workload.batch_size * workload.q_len / (total_us * 1e-6)
     evaluation: dict[str, Any] = {
         "run_info": {"tool": "moejax bench", "model": layer.model, "chip": chip.name, **(run_info or {})},
@@ -94,7 +94,8 @@ def layer_record(layer: LayerTime) -> dict[str, Any]:
         },
         "arch": {
             **_fields(workload, *_ARCHITECTURE),
-            **_fields(layer, "mean_rows", "busiest_rows"),
+            "mean_rows": workload.token_per_ep_group,
+            "busiest_rows": workload.busiest_rows,
         },
         "comp_operators": [operator_record(op) for op in layer.operators if op.kind == "matmul"],
         "comm_operators": [operator_record(op) for op in layer.operators if op.kind != "matmul"],
@@ -116,8 +117,8 @@ def operator_record(operator: OperatorTime) -> dict[str, Any]:
         **head,
         "parallel_params": dataclasses.asdict(operator.shape),
         **_fields(operator, "param", "flops", "dram_occupy", "dram_traffic", "elapsed", "comp_elapsed", "dma_elapsed"),
-        "best_tile": dataclasses.asdict(operator.best_tile) if operator.best_tile else None,
-        "best_partition": operator.best_partition.as_dict() if operator.best_partition else None,
+        "best_tile": operator.best_tile and dataclasses.asdict(operator.best_tile),
+        "best_partition": operator.best_partition and {"dims": "GMNK", "procs": list(operator.best_partition)},
         "urate": operator.urate,
     }
 

@@ -5,16 +5,19 @@ at its peak. It reads the weights of the activated experts only, and gives the r
 chip, as that is the one that the others wait for.
 
     layer = model_layer(get_chip("h200"), moe_workload(config, batch_size=1536, ep=32))
-    layer.elapsed, layer.mean_rows, layer.busiest_rows
+    layer.elapsed, layer.comm_elapsed
 """
 
 import dataclasses
+import functools
 from typing import Any, Literal
 
+import jax
+
 from bench.model.ds_tpu import OperatorTime, evaluate_exchange, evaluate_gemm
-from bench.model.workloads import GemmShape, Matmul, Workload, layer_operators, operand_dtype
+from bench.model.workloads import GemmShape, Workload, layer_matmuls, operand_dtype
 from pallas_kernels.chips import Chip
-from pallas_kernels.cost import grouped_matmul_cost
+from pallas_kernels.cost import Cost, grouped_matmul_cost
 
 WGMMA_ROWS = 64  # rows that a GPU's matrix instruction takes at least
 
@@ -26,18 +29,17 @@ class LayerTime:
     Attributes:
       chip: what was modelled.
       workload: the layer and its batch.
-      model: "ds_tpu" or "roofline".
-      operators: one record an operator, in order of execution.
-      mean_rows: rows (token–expert assignments) of a chip when all have the same, rounded up.
-      busiest_rows: expected rows of the chip that has the most.
+      operators: in order of execution.
     """
 
     chip: Chip
     workload: Workload
-    model: Literal["ds_tpu", "roofline"]
     operators: tuple[OperatorTime, ...]
-    mean_rows: int
-    busiest_rows: float
+
+    @property
+    def model(self) -> Literal["ds_tpu", "roofline"]:
+        """The model that fits the chip."""
+        return "ds_tpu" if self.chip.kind == "ds_tpu" else "roofline"
 
     def total(self, field: str) -> Any:
         """The sum over the operators of one of their figures."""
@@ -61,33 +63,18 @@ def model_layer(chip: Chip, workload: Workload, *, grad: bool = False) -> LayerT
     gradients, all in BF16, follow each operator.
     """
     is_ds_tpu = chip.kind == "ds_tpu"
-    busiest_rows = workload.busiest_rows
     times: list[OperatorTime] = []
-    for operator in layer_operators(workload, None if is_ds_tpu else busiest_rows):
-        if isinstance(operator, Matmul):
-            times.append(model_gemm(chip, operator.shape, workload.dtype, operator.name))
-            backward = _backward(operator.shape) if grad else ()
-            times += [model_gemm(chip, shape, "bf16", f"{operator.name}_grad") for shape in backward]
-            continue
-        # The gradient of dispatch travels as combine does, in BF16, and that of combine as well.
-        for num_bytes in (operator.num_bytes, *([workload.combine_bytes] if grad else ())):
-            if is_ds_tpu:
-                times.append(evaluate_exchange(chip, operator.name, num_bytes))
-            else:
-                times.append(roofline_exchange(chip, operator.name, num_bytes, workload.ep))
-    return LayerTime(
-        chip=chip,
-        workload=workload,
-        model="ds_tpu" if is_ds_tpu else "roofline",
-        operators=tuple(times),
-        mean_rows=workload.token_per_ep_group,
-        busiest_rows=busiest_rows,
-    )
-
-
-def _backward(shape: GemmShape) -> tuple[GemmShape, GemmShape]:
-    """The products that give the gradients of the rows and of the weights."""
-    return GemmShape(shape.G, shape.M, shape.N, shape.K), GemmShape(shape.G, shape.K, shape.M, shape.N)
+    for name, shape in layer_matmuls(workload, None if is_ds_tpu else workload.busiest_rows).items():
+        times.append(model_gemm(chip, shape, workload.dtype, name))
+        if grad:  # of the rows and of the weights
+            backward = GemmShape(shape.G, shape.M, shape.N, shape.K), GemmShape(shape.G, shape.K, shape.M, shape.N)
+            times += [model_gemm(chip, gradient, "bf16", f"{name}_grad") for gradient in backward]
+    exchange = evaluate_exchange if is_ds_tpu else functools.partial(roofline_exchange, ep=workload.ep)
+    # The gradient of dispatch travels as combine does, in BF16, and that of combine as well.
+    gradient_bytes = [workload.combine_bytes] if grad else []
+    times += [exchange(chip, "dispatch", num_bytes) for num_bytes in (workload.dispatch_bytes, *gradient_bytes)]
+    times += [exchange(chip, "combine", num_bytes) for num_bytes in (workload.combine_bytes, *gradient_bytes)]
+    return LayerTime(chip, workload, tuple(times))
 
 
 def model_gemm(chip: Chip, shape: GemmShape, dtype: str, name: str = "gemm") -> OperatorTime:
@@ -100,33 +87,24 @@ def model_gemm(chip: Chip, shape: GemmShape, dtype: str, name: str = "gemm") -> 
     return model(chip, shape, dtype, name=name)
 
 
-def roofline_gemm(
-    chip: Chip, shape: GemmShape, dtype: str, name: str = "gemm", block_m: int | None = None
-) -> OperatorTime:
-    """The least time of a grouped GEMM with a BF16 output.
+def gemm_cost(shape: GemmShape, dtype: jax.typing.DTypeLike) -> Cost:
+    """The least work of a grouped GEMM with both operands in `dtype` and a BF16 output; every group has rows."""
+    return grouped_matmul_cost(shape.G * shape.M, shape.K, shape.N, shape.G, lhs_dtype=dtype, rhs_dtype=dtype)
 
-    Args:
-      chip: gives the peak and the memory bandwidth. A dtype that its matrix unit does not take still saves bytes.
-      shape: the product; every group counts as touched.
-      dtype: of both operands: "fp8", "int8", "bf16" or "fp16".
-      name: copied into the result.
-      block_m: the arithmetic pads each group's rows to this many, `default_block_m` if None.
+
+def roofline_gemm(chip: Chip, shape: GemmShape, dtype: str, name: str = "gemm") -> OperatorTime:
+    """The least time of a grouped GEMM with a BF16 output, whose arithmetic pads each group to `least_rows`.
+
+    A dtype that the chip's matrix unit does not take still saves bytes.
 
     Raises:
-      ValueError: unknown dtype, or block_m below 1.
+      ValueError: the operands' dtype is not "fp8", "int8", "bf16" or "fp16".
     """
-    full_name, operand_bytes = operand_dtype(dtype)
-    block_m = default_block_m(chip, dtype) if block_m is None else block_m
-    if block_m < 1:
-        raise ValueError(f"block_m must be at least 1, got {block_m}")
-
-    def cost(rows_per_group: int):
-        rows = shape.G * rows_per_group
-        return grouped_matmul_cost(rows, shape.K, shape.N, shape.G, lhs_dtype=full_name, rhs_dtype=full_name)
-
-    padded = cost(-(-shape.M // block_m) * block_m)
-    real = cost(shape.M)
-    comp = padded.compute_seconds(chip, full_name) * 1e6
+    operand = operand_dtype(dtype)
+    block_m = least_rows(chip, dtype)
+    real = gemm_cost(shape, operand)
+    padded = gemm_cost(dataclasses.replace(shape, M=-(-shape.M // block_m) * block_m), operand)
+    comp = padded.compute_seconds(chip, operand) * 1e6
     dma = real.memory_seconds(chip) * 1e6
     elapsed = max(comp, dma)
     return OperatorTime(
@@ -139,9 +117,9 @@ def roofline_gemm(
         dma_elapsed=dma,
         flops=real.flops,
         dram_traffic=real.hbm_bytes,
-        dram_occupy=shape.weights * operand_bytes,
+        dram_occupy=shape.weights * operand.itemsize,
         param=shape.weights,
-        urate=real.flops / (elapsed * 1e-6 * chip.peak(full_name)),
+        urate=real.flops / (elapsed * 1e-6 * chip.peak(operand)),
     )
 
 
@@ -160,6 +138,6 @@ def roofline_exchange(chip: Chip, kind: Literal["dispatch", "combine"], num_byte
     )
 
 
-def default_block_m(chip: Chip, dtype: str) -> int:
-    """Rows to which a group is padded at the least: one wgmma on a GPU, one register tile (8 × 4 bytes) on a TPU."""
-    return WGMMA_ROWS if chip.kind == "gpu" else 32 // operand_dtype(dtype)[1]
+def least_rows(chip: Chip, dtype: str) -> int:
+    """Rows to which a group is padded: one wgmma on a GPU, one register tile (8 × 4 bytes) on a TPU."""
+    return WGMMA_ROWS if chip.kind == "gpu" else 32 // operand_dtype(dtype).itemsize

@@ -1,7 +1,7 @@
 """The operators of one Mixture-of-Experts layer as a chip of an expert-parallel group sees them.
 
-A `Workload` is a layer and a way to run it; `layer_operators` lists what one chip does for it, in order. Nothing here
-knows how long anything takes. Source of the derived numbers: the DS_TPU evaluator.
+A `Workload` is a layer and a way to run it; `layer_matmuls` lists what one chip multiplies for it, in order. Nothing
+here knows how long anything takes. Source of the derived numbers: the DS_TPU evaluator.
 """
 
 import dataclasses
@@ -10,25 +10,27 @@ from argparse import ArgumentTypeError
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import jax.numpy as jnp
+
 from bench.command.values import POSITIVE_INTS
-from bench.model.busiest_chip import Rounding, activated_experts, expected_busiest_rows
+from bench.model.busiest_chip import Rounding, activated_experts, check_rounding, expected_busiest_rows
 from moejax import MoEConfig
 from moejax.config import Precision
 
-# What each precision's and each command line's short name stands for: (dtype, bytes of an element).
-OPERAND_DTYPES: dict[str, tuple[str, int]] = {
-    "fp8": ("float8_e4m3fn", 1),
-    "int8": ("int8", 1),
-    "bf16": ("bfloat16", 2),
-    "fp16": ("float16", 2),
+# What each precision's and each command line's short name stands for.
+OPERAND_DTYPES: dict[str, jnp.dtype] = {
+    "fp8": jnp.dtype(jnp.float8_e4m3fn),
+    "int8": jnp.dtype(jnp.int8),
+    "bf16": jnp.dtype(jnp.bfloat16),
+    "fp16": jnp.dtype(jnp.float16),
 }
 OUTPUT_BYTES = 2  # every matmul writes BF16, and combine travels in BF16
 
 _SIZES_OF_A_LAYER = ("hidden_size", "intermediate_size", "shared_intermediate_size", "num_experts", "top_k")
 
 
-def operand_dtype(name: str) -> tuple[str, int]:
-    """The dtype called `name` on command lines, and the bytes of its elements.
+def operand_dtype(name: str) -> jnp.dtype:
+    """The dtype called `name` on command lines.
 
     Raises:
       ValueError: the name is not one of `OPERAND_DTYPES`.
@@ -87,22 +89,6 @@ def shape_text(shape: Mapping[str, Any]) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Matmul:
-    """One (grouped) matrix product of the layer."""
-
-    name: str
-    shape: GemmShape
-
-
-@dataclasses.dataclass(frozen=True)
-class Exchange:
-    """One all-to-all of the layer: `num_bytes` is what a chip sends, its own share included."""
-
-    name: Literal["dispatch", "combine"]
-    num_bytes: int
-
-
-@dataclasses.dataclass(frozen=True)
 class Workload:
     """A layer, its batch, and its spread over chips. `moe_workload` makes one and fills in the defaults.
 
@@ -145,11 +131,6 @@ class Workload:
         return self.quantized_dtype if self.precision == "w8a8" else "bf16"
 
     @property
-    def operand_bytes(self) -> int:
-        """Bytes of an operand's element, on the wire of dispatch as well."""
-        return OPERAND_DTYPES[self.dtype][1]
-
-    @property
     def num_chips(self) -> int:
         """Chips that hold the experts."""
         return self.ep * self.moe_tp
@@ -186,8 +167,8 @@ class Workload:
 
     @property
     def dispatch_bytes(self) -> int:
-        """Payload that a chip dispatches, at operand width."""
-        return self.token_per_ep_group * (self.hidden_size // self.moe_tp) * self.operand_bytes
+        """Payload that a chip dispatches, its own share included, at operand width."""
+        return self.token_per_ep_group * (self.hidden_size // self.moe_tp) * OPERAND_DTYPES[self.dtype].itemsize
 
     @property
     def combine_bytes(self) -> int:
@@ -216,29 +197,25 @@ def moe_workload(
     return Workload(**sizes, batch_size=batch_size, q_len=q_len, ep=ep, dp=dp, moe_tp=moe_tp, **settings)
 
 
-def layer_operators(workload: Workload, routed_rows: float | None = None) -> tuple[Matmul | Exchange, ...]:
-    """What one chip does for the layer: router, shared expert, routed experts, dispatch, combine.
+def layer_matmuls(workload: Workload, routed_rows: float | None = None) -> dict[str, GemmShape]:
+    """What one chip multiplies for the layer, by name: router, shared expert, routed experts.
 
     Router and shared expert are whole on every chip and see its own tokens. `routed_rows` are the rows of the routed
     experts together, the mean over chips if None; they are spread evenly over the activated experts.
     """
     w = workload
     tokens = w.batch_size_local * w.q_len
-    operators: list[Matmul | Exchange] = [Matmul("gate", GemmShape(1, tokens, w.hidden_size, w.num_experts))]
+    shapes = {"gate": GemmShape(1, tokens, w.hidden_size, w.num_experts)}
     if w.shared_intermediate_size:
-        operators += _mlp("shared", 1, tokens, w.hidden_size, w.shared_intermediate_size)
+        shapes |= _mlp("shared", 1, tokens, w.hidden_size, w.shared_intermediate_size)
     groups = w.activated_expert_per_ep_group
     rows = w.token_per_ep_group if routed_rows is None else routed_rows
-    operators += _mlp("routed", groups, math.ceil(rows / groups), w.hidden_size, w.intermediate_size // w.moe_tp)
-    return (*operators, Exchange("dispatch", w.dispatch_bytes), Exchange("combine", w.combine_bytes))
+    return shapes | _mlp("routed", groups, math.ceil(rows / groups), w.hidden_size, w.intermediate_size // w.moe_tp)
 
 
-def _mlp(kind: str, groups: int, rows: int, hidden: int, width: int) -> list[Matmul]:
-    return [
-        Matmul(f"{kind}_gate_proj", GemmShape(groups, rows, hidden, width)),
-        Matmul(f"{kind}_up_proj", GemmShape(groups, rows, hidden, width)),
-        Matmul(f"{kind}_down_proj", GemmShape(groups, rows, width, hidden)),
-    ]
+def _mlp(kind: str, groups: int, rows: int, hidden: int, width: int) -> dict[str, GemmShape]:
+    up, down = GemmShape(groups, rows, hidden, width), GemmShape(groups, rows, width, hidden)
+    return {f"{kind}_gate_proj": up, f"{kind}_up_proj": up, f"{kind}_down_proj": down}
 
 
 def _check(w: Workload) -> None:
@@ -250,27 +227,18 @@ def _check(w: Workload) -> None:
         raise ValueError(
             f"shared_intermediate_size must be 0 (no shared expert) or its width, got {w.shared_intermediate_size}"
         )
-    if w.precision not in ("w8a8", "w16a16"):
-        raise ValueError(f"precision must be 'w8a8' or 'w16a16', got {w.precision!r}")
-    if w.quantized_dtype not in ("fp8", "int8"):
-        raise ValueError(f"quantized_dtype must be 'fp8' or 'int8', got {w.quantized_dtype!r}")
-    if w.rounding not in ("round", "ceil"):
-        raise ValueError(f"rounding must be 'round' (DS_TPU) or 'ceil' (Tier6), got {w.rounding!r}")
+    for name, (one, other) in (("precision", ("w8a8", "w16a16")), ("quantized_dtype", ("fp8", "int8"))):
+        if getattr(w, name) not in (one, other):
+            raise ValueError(f"{name} must be {one!r} or {other!r}, got {getattr(w, name)!r}")
+    check_rounding(w.rounding)
     if w.top_k > w.num_experts:
         raise ValueError(f"top_k must be at most num_experts={w.num_experts}, got {w.top_k}")
-    if w.batch_size % w.dp:
-        raise ValueError(
-            f"batch_size must be a multiple of dp, got batch_size={w.batch_size} for dp={w.dp}; "
-            f"pass dp={math.gcd(w.batch_size, w.dp)} or batch_size={math.ceil(w.batch_size / w.dp) * w.dp}"
-        )
-    if w.num_experts % w.ep:
-        raise ValueError(
-            f"num_experts must be a multiple of ep, got num_experts={w.num_experts} for ep={w.ep}; "
-            f"pass ep={math.gcd(w.num_experts, w.ep)}"
-        )
-    for name in ("intermediate_size", "hidden_size"):
-        if getattr(w, name) % w.moe_tp:
+    splits = ("batch_size", "dp"), ("num_experts", "ep"), ("intermediate_size", "moe_tp"), ("hidden_size", "moe_tp")
+    for whole, parts in splits:
+        size, count = getattr(w, whole), getattr(w, parts)
+        if size % count:
+            larger = f" or batch_size={math.ceil(size / count) * count}" if whole == "batch_size" else ""
             raise ValueError(
-                f"{name} must be a multiple of moe_tp, got {name}={getattr(w, name)} for moe_tp={w.moe_tp}; "
-                f"pass moe_tp={math.gcd(getattr(w, name), w.moe_tp)}"
+                f"{whole} must be a multiple of {parts}, got {whole}={size} for {parts}={count}; "
+                f"pass {parts}={math.gcd(size, count)}{larger}"
             )

@@ -13,14 +13,16 @@ assignment are zeros, and stay so: the experts have no biases here. Only "padded
 import dataclasses
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from moejax import MoEConfig
-from moejax.experts import down_projection, gate_up_projection
+from moejax.experts import down_projection, gate_up_projection, math_of
 from pallas_kernels.activations import gated_halves
 from pallas_kernels.plan import Plan, make_plan
+from pallas_kernels.quantize import Operand
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +61,8 @@ class Layout:
 
     name: str
     plan: Callable[[jax.Array, Sizes], Plan]
-    gate_up: Callable[[jax.Array, Plan, jax.Array, MoEConfig], jax.Array]
-    down: Callable[[jax.Array, Plan, jax.Array, MoEConfig], jax.Array]
+    gate_up: Callable[[jax.Array, Plan, jax.Array, MoEConfig], Operand]
+    down: Callable[[Any, Plan, jax.Array, MoEConfig], jax.Array]
     drops: bool = False
 
 
@@ -107,12 +109,12 @@ def _batched_gate_up(rows: jax.Array, plan: Plan, weights: jax.Array, config: Mo
     return gated_halves(h, config.activation, config.activation_limit).astype(rows.dtype)
 
 
-def _grouped_gate_up(rows: jax.Array, plan: Plan, weights: jax.Array, config: MoEConfig) -> jax.Array:
-    return gate_up_projection(rows, plan.group_sizes, weights, config)
+def _grouped_gate_up(rows: jax.Array, plan: Plan, weights: jax.Array, config: MoEConfig) -> Operand:
+    return gate_up_projection(rows, plan.group_sizes, weights, math_of(config))
 
 
-def _grouped_down(h: jax.Array, plan: Plan, weights: jax.Array, config: MoEConfig) -> jax.Array:
-    return down_projection(h, plan.group_sizes, weights, config)
+def _grouped_down(h: Operand, plan: Plan, weights: jax.Array, config: MoEConfig) -> jax.Array:
+    return down_projection(h, plan.group_sizes, weights, math_of(config))
 
 
 _COMPACT = Layout(

@@ -12,7 +12,7 @@ from bench.command.parser import make_parser
 from bench.command.side_by_side import my_turns
 from bench.command.values import NAMES, POSITIVE_FLOATS, POSITIVE_INTS, positive_float, positive_int
 from bench.inputs.loads import KINDS
-from bench.measure.steps import Clock
+from bench.measure.steps import StepTimer
 from bench.measure.turns import Turns
 from bench.one_chip.cases import DTYPES, Bench, Case
 from bench.one_chip.layouts import LAYOUTS
@@ -195,7 +195,7 @@ def run(
 ) -> Outcome:
     """Runs the cases as the options of `add_run_options` say."""
     progress = Progress(len(cases))
-    clock = Clock(turns=my_turns(args.out) if args.out else Turns())
+    clock = StepTimer(turns=my_turns(args.out) if args.out else Turns())
     origin = origin_of(module, argv, args.commit)
     where = "device time of kernels" if clock.name == "kernels" else "wall time"
     progress.say(f"{origin['chip']}: {where}, {args.repeats} repeats, {len(cases)} cases")

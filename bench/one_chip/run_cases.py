@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Callable, Sequence
 
 from bench.measure.errors import describe
-from bench.measure.steps import Clock
+from bench.measure.steps import StepTimer
 from bench.one_chip.cases import Case
 from bench.one_chip.records import Record, failure, lines_of, measured_cases, read_lines
 from bench.record.json_files import append_records
@@ -18,7 +18,7 @@ IDENTITY_TOLERANCE = 1e-3
 AGREEMENT_TOLERANCE = 2e-2
 """Of layouts with one another: products of 16-bit operands that are added up, and rounded, in different orders."""
 
-RunCase = Callable[[Case, Clock, int], list[Record]]
+RunCase = Callable[[Case, StepTimer, int], list[Record]]
 
 
 @dataclasses.dataclass
@@ -39,7 +39,7 @@ class Outcome:
 def run_cases(
     cases: Sequence[Case],
     run_case: Callable[[Case], RunCase],
-    clock: Clock,
+    clock: StepTimer,
     origin: Record,
     *,
     path: pathlib.Path | None,
@@ -100,7 +100,7 @@ def problems(lines: Sequence[Record]) -> list[str]:
     return found
 
 
-def _run(case: Case, run_case: RunCase, clock: Clock, origin: Record, repeats: int) -> list[Record]:
+def _run(case: Case, run_case: RunCase, clock: StepTimer, origin: Record, repeats: int) -> list[Record]:
     try:
         return lines_of(run_case(case, clock, repeats), origin)
     except Exception as error:  # inputs that do not fit into memory, say; the other cases still count

@@ -14,7 +14,7 @@ import numpy as np
 from bench.inputs.loads import Load, load_figures, make_load
 from bench.inputs.quick_jit import quick_jit
 from bench.measure.samples import paired, summarise
-from bench.measure.steps import Clock, Measured, Step, device_peak_bytes
+from bench.measure.steps import Measured, Step, StepTimer, device_peak_bytes
 from bench.one_chip.cases import Case
 from bench.one_chip.layouts import Layout, Sizes, get_layout
 from bench.one_chip.records import Record, comparison, measured_record
@@ -86,14 +86,14 @@ def distinct(steps: Iterable[Step]) -> list[Step]:
     return list(by_name.values())
 
 
-def measure(case: Case, clock: Clock, steps: Sequence[Step], values: dict[str, Any], rounds: int) -> Measured:
+def measure(case: Case, clock: StepTimer, steps: Sequence[Step], values: dict[str, Any], rounds: int) -> Measured:
     """Times the steps; programs are kept for the next case, if it differs by load and capacity only."""
     return clock.measure(steps, values, scope=case.programs_key, rounds=rounds)
 
 
 def records_of(
     case: Case,
-    clock: Clock,
+    clock: StepTimer,
     measured: Measured,
     operators: Sequence[str],
     *,

@@ -1,29 +1,42 @@
-"""The full-size layer as a programme to compile for a slice: shapes and shardings, no numbers."""
+"""The full-size layer compiled for a slice: shapes and shardings, no numbers, and what the compiler makes of them.
+
+`bench.aot` runs this module, in a process of its own, as the other end of `bench.tpu.libtpu.run_job`.
+"""
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+import warnings
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import jaxlib
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bench.expert_parallel.fit import reduce_width
+from bench.measure.clock import Stopwatch
+from bench.measure.errors import one_line
+from bench.tpu.hlo_text import Program, parse_program
+from bench.tpu.libtpu import LONGEST_REASON, libtpu_version, serve
+from bench.tpu.pallas_calls import find_kernels
 from bench.tpu.slices import Slice, parse_slice
+from bench.tpu.static_cycles import compile_alone
 from moejax import MoEConfig, MoEParams, get_preset, moe, param_specs, quantize_params
 from moejax.config import Precision
 from moejax.functional import axes_on
 from moejax.param import Param
 from moejax.params import map_table
 from pallas_kernels.quantize import QDtype
+from pallas_kernels.tracing.target import targeting
 from sharding.mesh import make_mesh
 from sharding.placement import Placement
+
+_SHOWN = 40
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerJob:
-    """What to compile. Its fields, as a dictionary, are the job of `bench.tpu.aot_worker`.
+    """What to compile.
 
     Attributes:
       topology: the slice, such as "v6e:4x8".
@@ -79,26 +92,22 @@ class LayerJob:
             )
         return reduce_width(config, self.reduce)
 
-    def program(self, devices: Sequence[jax.Device]) -> tuple[Any, tuple[Any, ...]]:
-        """The jitted function over `devices`, the slice's, and the shapes of its arguments."""
+    def program(self) -> tuple[Any, tuple[Any, ...]]:
+        """The jitted function over the slice's devices, and the shapes of its arguments."""
         config = self.config()
-        mesh = make_mesh(self.ep, self.dp, devices=devices)
-        x = jax.ShapeDtypeStruct(
-            (self.batch, config.hidden_size),
-            config.dtype,
-            sharding=NamedSharding(mesh, PartitionSpec(axes_on(mesh, None, config).tokens)),
-        )
+        mesh = make_mesh(self.ep, self.dp, devices=self.slice.devices)
+        tokens = NamedSharding(mesh, PartitionSpec(axes_on(mesh, None, config).tokens))
+        x = jax.ShapeDtypeStruct((self.batch, config.hidden_size), config.dtype, sharding=tokens)
         params = abstract_params(config, mesh, training=self.grad)
 
-        def forward(x: jax.Array, params: MoEParams) -> Any:
-            return moe(x, params, config, mesh=mesh)
+        forward = functools.partial(moe, config=config, mesh=mesh)
+        if not self.grad:
+            return jax.jit(forward), (x, params)
 
         def loss(x: jax.Array, params: MoEParams) -> jax.Array:
             y, aux = forward(x, params)
             return jnp.square(y.astype(jnp.float32)).mean() + aux.loss
 
-        if not self.grad:
-            return jax.jit(forward), (x, params)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, (x, params))
         return jax.jit(jax.grad(loss, argnums=(0, 1)), out_shardings=shardings), (x, params)
 
@@ -122,3 +131,64 @@ def abstract_params(config: MoEConfig, mesh: Mesh, *, training: bool) -> MoEPara
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
 
     return jax.tree.map(placed, params, specs)
+
+
+def work(job: dict[str, Any]) -> dict[str, Any]:
+    """Compiles the `LayerJob` job["layer"], or its kernels one by one where job["kernels"] names some.
+
+    Of a layer sizes are bytes of a device.
+    """
+    layer = LayerJob(**job["layer"])
+    watch = Stopwatch()
+    with warnings.catch_warnings(record=True) as notes, targeting(layer.slice.chip):
+        warnings.simplefilter("always")
+        function, shapes = layer.program()
+        traced = function.trace(*shapes)
+        if "kernels" in job:
+            kernels = find_kernels(traced.jaxpr)
+            return compile_alone([kernel.alone for kernel in kernels], {"topology": layer.topology, **job})
+        lowered = traced.lower()
+    trace_seconds = watch.seconds
+    compiled = lowered.compile()
+    compile_seconds = watch.seconds - trace_seconds
+    kernels, program = find_kernels(traced.jaxpr), parse_program(compiled.as_text())
+    return {
+        "device_kind": layer.slice.devices[0].device_kind,
+        "trace_s": round(trace_seconds, 2),
+        "compile_s": round(compile_seconds, 2),
+        "memory": memory_record(compiled.memory_analysis()),
+        "vmem_bytes": max((operation.vmem_bytes for operation, _ in program.executed()), default=0),
+        "collectives": program.collectives(),
+        **_operations(program),
+        "kernels": [{name: getattr(kernel, name) for name in ("name", "calls", "hbm_bytes")} for kernel in kernels],
+        "notes": sorted({one_line(x.message, LONGEST_REASON) for x in notes if issubclass(x.category, UserWarning)}),
+        "versions": {"jax": jax.__version__, "jaxlib": jaxlib.__version__, "libtpu": libtpu_version()},
+    }
+
+
+def memory_record(analysis: Any) -> dict[str, int]:
+    """The compiler's own account of HBM. The arguments, what it needs beside them, and both at once."""
+    names = ("argument", "output", "alias", "temp", "generated_code")
+    record = {f"{name}_bytes": int(getattr(analysis, f"{name}_size_in_bytes")) for name in names}
+    return {**record, "peak_bytes": sum(record.values()) - 2 * record["alias_bytes"]}
+
+
+def _operations(program: Program) -> dict[str, Any]:
+    """XLA's own operations that take the most cycles; collectives, of which no cycles are known, are left out."""
+    rows: dict[str, dict[str, Any]] = {}
+    for operation, times in program.executed():
+        if operation.collective is None and not operation.is_kernel and operation.cycles:
+            name = f"{operation.opcode} {operation.source}".strip()
+            row = rows.setdefault(name, {"name": name, "calls": 0, "cycles": 0})
+            row["calls"] += times
+            row["cycles"] += times * operation.cycles
+    ranked = sorted(rows.values(), key=lambda row: -row["cycles"])
+    return {
+        "xla_cycles": sum(row["cycles"] for row in ranked),
+        "xla_operations": ranked[:_SHOWN],
+        "has_dynamic_loops": program.has_dynamic_loops,
+    }
+
+
+if __name__ == "__main__":
+    serve(work)

@@ -1,18 +1,11 @@
 """The grouped products that `bench.cycles` compares, and who makes them with which tiles."""
 
 import dataclasses
-import functools
 import importlib.util
-from collections.abc import Callable, Mapping
-from typing import Any
-
-import jax
-import jax.numpy as jnp
+from collections.abc import Mapping
 
 from bench.model.workloads import GemmShape
 from moejax import get_preset
-from pallas_kernels.activations import gated_halves
-from pallas_kernels.grouped_matmul import grouped_gate_up, grouped_matmul
 
 _CASES = (
     ("decode", "qwen3-30b-a3b", 8),
@@ -54,14 +47,6 @@ class Case:
     def name(self) -> str:
         """What it is, in a few words."""
         return f"{self.model} {self.step} {self.product}"
-
-    @property
-    def sizes(self) -> list[int]:
-        """Rows of each group."""
-        return [self.shape.M] * self.shape.G
-
-
-Function = Callable[..., jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,19 +95,6 @@ def choices(case: Case, kind: str) -> Mapping[str, list[Choice]]:
     return made
 
 
-def function_of(choice: Choice) -> Function:
-    """The function of lhs [M, K], rhs [G, K, N] and group sizes; of the product [M, N] alone for an activation."""
-    if choice.implementation == OURS:
-        return functools.partial(grouped_matmul, backend="pallas_tpu")
-    if choice.implementation == FUSED:
-        return functools.partial(grouped_gate_up, backend="pallas_tpu")
-    if choice.implementation == ACTIVATION:
-        return _activation
-    if choice.implementation == MEGABLOX:
-        return functools.partial(_megablox, tiles=choice.tiles)
-    return functools.partial(_tokamax, implementation=choice.implementation, tiles=choice.tiles)
-
-
 def copied_bytes(choice: Choice, case: Case) -> int | None:
     """What a kernel of the peers copies from and to HBM with its tiles, None where those are its own choice.
 
@@ -132,42 +104,11 @@ def copied_bytes(choice: Choice, case: Case) -> int | None:
     if len(choice.tiles) < 3:
         return None
     block_m, block_k, block_n = choice.tiles[:3]
-    shape, num_rows = case.shape, sum(case.sizes)
-    visits, end = 0, 0
-    for size in case.sizes:
-        begin, end = end, end + size
-        visits += -(-end // block_m) - begin // block_m
-    column_tiles = -(-shape.N // block_n)
+    shape = case.shape
+    begins = [group * shape.M for group in range(shape.G)]
+    visits = sum(-(-(begin + shape.M) // block_m) - begin // block_m for begin in begins)
+    num_rows, column_tiles = shape.G * shape.M, -(-shape.N // block_n)
     rows_read = num_rows if choice.implementation == TOKAMAX[1] else visits * block_m
     weights_read = shape.G if block_k >= shape.K else visits
     elements = column_tiles * rows_read * shape.K + weights_read * shape.K * shape.N + num_rows * shape.N
-    return elements * jnp.dtype(jnp.bfloat16).itemsize
-
-
-def _activation(product: jax.Array) -> jax.Array:
-    return gated_halves(product, "silu", None).astype(product.dtype)
-
-
-def _megablox(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, tiles: tuple[int, ...]) -> jax.Array:
-    from jax.experimental.pallas.ops.tpu.megablox import gmm
-
-    return gmm(lhs, rhs, group_sizes, preferred_element_type=jnp.bfloat16, tiling=tiles)
-
-
-def _tokamax(
-    lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, implementation: str, tiles: tuple[int, ...]
-) -> jax.Array:
-    """Through tokamax's own classes: its public function takes no tiles."""
-    from tokamax._src.ops.ragged_dot import pallas_mosaic_tpu, pallas_mosaic_tpu_v2
-
-    config: Any = None
-    names = ("tile_m", "tile_k", "tile_n", "bucket_base")
-    if implementation == TOKAMAX[0]:
-        if tiles:
-            config = pallas_mosaic_tpu.Config(**dict(zip(names, tiles, strict=False)))
-        made: Any = pallas_mosaic_tpu.PallasMosaicTpuRaggedDot(config=config, bypass_device_check=True)
-    else:
-        if tiles:
-            config = pallas_mosaic_tpu_v2.Config(**dict(zip(names, tiles, strict=False)))
-        made = pallas_mosaic_tpu_v2.PallasMosaicTpuV2RaggedDot(config=config, bypass_device_check=True)
-    return made(lhs, rhs, group_sizes=group_sizes, preferred_element_type=jnp.bfloat16)
+    return elements * 2  # bytes of BF16

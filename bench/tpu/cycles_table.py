@@ -34,14 +34,15 @@ def over_unfused(row: Row, name: str = FUSED) -> float | None:
 
 def table(rows: Sequence[Row]) -> str:
     """One line a case, TPU and kind, all figures."""
-    headers = ["chip", "case", "G,M,K,N", "figures", "floor", OURS, MEGABLOX, *TOKAMAX, "ours/tokamax", "fused/unfused"]
+    names = (OURS, MEGABLOX, *TOKAMAX)
+    headers = ["chip", "case", "G,M,K,N", "figures", "floor", *names, "ours/tokamax", "fused/unfused"]
     lines: list[list[Cell]] = []
     for row in rows:
-        for kind in (WAITS, INSTRUCTIONS):
-            figures = [_cell(row, kind, name) for name in (OURS, MEGABLOX, *TOKAMAX)]
-            ratios = [_times(over_tokamax(row, kind)), _times(over_unfused(row) if kind == WAITS else None)]
-            floor = row["floor_cycles" if kind == WAITS else "arithmetic_cycles"]
-            lines.append([row["chip"], row["case"], shape_text(row["shape"]), kind, floor, *figures, *ratios])
+        for kind, floor in ((WAITS, "floor_cycles"), (INSTRUCTIONS, "arithmetic_cycles")):
+            ratios = over_tokamax(row, kind), over_unfused(row) if kind == WAITS else None
+            texts = ["-" if ratio is None else f"{ratio:.2f}" for ratio in ratios]
+            figures = [_shown(row, kind, name) for name in names]
+            lines.append([row["chip"], row["case"], shape_text(row["shape"]), kind, row[floor], *figures, *texts])
     return format_table(headers, lines)
 
 
@@ -68,61 +69,51 @@ def block(record: Mapping[str, Any], link: str) -> str:
 
 def summary(rows: Sequence[Row]) -> str:
     """What the figures come to, in a few sentences."""
+    over = {
+        "Whole kernels": [over_tokamax(row, WAITS) for row in rows],
+        "With the floor for what lies below it": [over_tokamax(row, WAITS, row["floor_cycles"]) for row in rows],
+        "Instructions alone": [over_tokamax(row, INSTRUCTIONS) for row in rows],
+    }
     texts = [
-        _share("Whole kernels", [over_tokamax(row, WAITS) for row in rows]),
-        _share(
-            "With the floor for what lies below it", [over_tokamax(row, WAITS, row["floor_cycles"]) for row in rows]
-        ),
-        _share("Instructions alone", [over_tokamax(row, INSTRUCTIONS) for row in rows]),
+        f"{name}: ours takes no more than tokamax's best in {sum(x <= 1 for x in known)} of {len(known)} cells, "
+        f"{min(known):.2f}× to {max(known):.2f}×."
+        for name, ratios in over.items()
+        if (known := _known(ratios))
     ]
-    fused = [ratio for row in rows if (ratio := over_unfused(row)) is not None]
-    if fused:
+    if fused := _known([over_unfused(row) for row in rows]):
         texts.append(
             f"The fused kernel takes {min(fused):.2f}× to {max(fused):.2f}× of the unfused, at most 0.9× in "
             f"{sum(x <= 0.9 for x in fused)} of {len(fused)} cells."
         )
-    hidden = [ratio for row in rows if (ratio := over_unfused(row, OURS)) is not None]
-    if hidden:
+    if hidden := _known([over_unfused(row, OURS) for row in rows]):
         texts.append(
             f"An activation that took no time at all would make that {min(hidden):.2f}× to {max(hidden):.2f}×, at most "
             f"0.9× in {sum(x <= 0.9 for x in hidden)}."
         )
-    return " ".join(text for text in texts if text)
+    return " ".join(texts)
 
 
-def _share(name: str, ratios: Sequence[float | None]) -> str:
-    known = [ratio for ratio in ratios if ratio is not None]
-    if not known:
-        return ""
-    return (
-        f"{name}: ours takes no more than tokamax's best in {sum(x <= 1 for x in known)} of {len(known)} cells, "
-        f"{min(known):.2f}× to {max(known):.2f}×."
-    )
+def _known(ratios: Sequence[float | None]) -> list[float]:
+    return [ratio for ratio in ratios if ratio is not None]
 
 
 def _readers_cell(row: Row | None) -> str:
     if row is None:
         return "-"
-    whole = [_thousands(row, WAITS, *names) for names in ((OURS,), TOKAMAX, (MEGABLOX,))]
+    peers = ((OURS,), TOKAMAX, (MEGABLOX,))
+    whole = [_shown(row, WAITS, *names, unit=1000) for names in peers]
     parts = [f"{' / '.join(whole)}, floor {row['floor_cycles'] / 1000:,.0f}"]
     if row[INSTRUCTIONS]:
-        parts.append(" / ".join(_thousands(row, INSTRUCTIONS, *names) for names in ((OURS,), TOKAMAX)))
+        parts.append(" / ".join(_shown(row, INSTRUCTIONS, *names, unit=1000) for names in peers[:2]))
     if (fused := over_unfused(row)) is not None:
         parts.append(f"fused {fused:.2f}×")
     return "; ".join(parts)
 
 
-def _thousands(row: Row, kind: str, *names: str) -> str:
-    cycles = cycles_of(row, kind, *names)
-    return f"{cycles / 1000:,.0f}" if cycles is not None else _reason(row, kind, *names)
-
-
-def _cell(row: Row, kind: str, name: str) -> str:
-    cycles = cycles_of(row, kind, name)
-    return f"{cycles:,}" if cycles is not None else _reason(row, kind, name)
-
-
-def _reason(row: Row, kind: str, *names: str) -> str:
+def _shown(row: Row, kind: str, *names: str, unit: int = 1) -> str:
+    """The fewest cycles of some implementations in a unit, or why there are none."""
+    if (cycles := cycles_of(row, kind, *names)) is not None:
+        return f"{cycles / unit:,.0f}"
     figures = [figure for name in names for figure in _figures(row, kind, name)]
     return f"no: {figures[0]['reason'][:50]}" if figures else "-"
 
@@ -135,7 +126,3 @@ def _figures(row: Row, kind: str, name: str) -> Sequence[Mapping[str, Any]]:
     """
     guesses = [figure for figure in row[INSTRUCTIONS].get(name, []) if figure.get("reason") == GUESSED]
     return guesses or row[kind].get(name, [])
-
-
-def _times(ratio: float | None) -> str:
-    return "-" if ratio is None else f"{ratio:.2f}"

@@ -5,11 +5,10 @@ The compiler notes its own estimate beside most operations. It knows neither a l
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
-
-import jax.numpy as jnp
 
 COLLECTIVES = (
     "all-gather",
@@ -24,19 +23,11 @@ _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _OPERATION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.+?) ([a-z][\w\-]*)\(")
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+[a-z0-9]*)\[([\d,]*)\]")
 _NO_ESTIMATE = 1 << 62
-_DTYPES = {"pred": "bool", "bf16": "bfloat16", "f16": "float16", "f32": "float32", "f64": "float64"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Operation:
-    """One operation of a compiled programme.
-
-    Attributes:
-      name: as the compiler calls it.
-      opcode: of HLO.
-      type: of its result, as text.
-      attributes: the rest of its line.
-    """
+    """One operation of a compiled programme: its result's type and, in `attributes`, the rest of its line as text."""
 
     name: str
     opcode: str
@@ -74,6 +65,17 @@ class Operation:
         return kind if kind in COLLECTIVES else None
 
     @property
+    def trip_count(self) -> int | None:
+        """The trips of a loop; None where only the data tell."""
+        found = re.search(r'"known_trip_count":\{"n":"(\d+)"', self.attributes)
+        return int(found[1]) if found else None
+
+    def called(self, *names: str) -> list[str]:
+        """The computations that some of its attributes name."""
+        found = re.findall(rf"\b(?:{'|'.join(names)})=(\{{[^}}]*\}}|%?[\w.\-]+)", self.attributes)
+        return [name.strip().lstrip("%") for group in found for name in group.strip("{}").split(",")]
+
+    @property
     def result_bytes(self) -> int:
         """Bytes of its result; of a tuple, of its largest element."""
         return max((_bytes(dtype, sizes) for dtype, sizes in _ARRAY.findall(self.type)), default=0)
@@ -81,32 +83,29 @@ class Operation:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A compiled programme.
-
-    Attributes:
-      computations: by name.
-      entry: the name of the first.
-    """
+    """A compiled programme: its computations by name, and the name of the first."""
 
     computations: Mapping[str, Sequence[Operation]]
     entry: str
 
-    def executed(self) -> Iterator[tuple[Operation, int]]:
-        """Each operation that runs by itself, and how many times; of a branch, the one with the most cycles."""
-        yield from self._executed(self.entry, 1)
+    def executed(self, name: str | None = None, times: int = 1) -> Iterator[tuple[Operation, int]]:
+        """Each operation that runs by itself, and how many times; of a branch, the one with the most cycles.
 
-    def _executed(self, name: str, times: int) -> Iterator[tuple[Operation, int]]:
-        for operation in self.computations.get(name, ()):
+        Args:
+          name: the computation, the first if None.
+          times: that it runs.
+        """
+        for operation in self.computations.get(name or self.entry, ()):
             if operation.opcode == "while":
-                body = _attribute(operation, "body")
-                yield from self._executed(body[0], times * trip_count(operation)) if body else ()
+                for body in operation.called("body"):
+                    yield from self.executed(body, times * (operation.trip_count or 1))
             elif operation.opcode == "conditional":
-                names = _attribute(operation, "branch_computations", "true_computation", "false_computation")
-                branches = [list(self._executed(branch, times)) for branch in names]
+                names = operation.called("branch_computations", "true_computation", "false_computation")
+                branches = [list(self.executed(branch, times)) for branch in names]
                 yield from max(branches, key=lambda ops: sum(op.cycles * n for op, n in ops), default=())
             elif operation.opcode in ("call", "async-start"):
-                for called in _attribute(operation, "to_apply", "calls"):
-                    yield from self._executed(called, times)
+                for called in operation.called("to_apply", "calls"):
+                    yield from self.executed(called, times)
             else:
                 yield operation, times
 
@@ -114,7 +113,7 @@ class Program:
     def has_dynamic_loops(self) -> bool:
         """Whether some loop's trips are not known to the compiler."""
         operations = [op for operations in self.computations.values() for op in operations]
-        return any(op.opcode == "while" and '"known_trip_count"' not in op.attributes for op in operations)
+        return any(op.opcode == "while" and op.trip_count is None for op in operations)
 
     def collectives(self) -> list[dict[str, Any]]:
         """The collectives by kind: how many a device takes part in, and the bytes of their results there."""
@@ -145,24 +144,6 @@ def parse_program(text: str) -> Program:
     return Program(computations, entry)
 
 
-def trip_count(operation: Operation) -> int:
-    """The trips of a loop; 1 where only the data tell."""
-    found = re.search(r'"known_trip_count":\{"n":"(\d+)"', operation.attributes)
-    return int(found[1]) if found else 1
-
-
-def _attribute(operation: Operation, *names: str) -> list[str]:
-    """The computations that an operation's attributes name."""
-    found = re.findall(rf"\b(?:{'|'.join(names)})=(\{{[^}}]*\}}|%?[\w.\-]+)", operation.attributes)
-    return [name.strip().lstrip("%") for group in found for name in group.strip("{}").split(",")]
-
-
 def _bytes(dtype: str, sizes: str) -> int:
-    count = 1
-    for size in filter(None, sizes.split(",")):
-        count *= int(size)
-    if dtype.startswith("f8"):
-        return count
-    if dtype not in _DTYPES:  # s8, u32, …
-        return count * max(8, int(re.sub(r"\D", "", dtype))) // 8
-    return count * jnp.dtype(_DTYPES[dtype]).itemsize
+    bits = int(re.search(r"\d+", f"{dtype} 8")[0])  # type: ignore[index]  # the first number, 8 for pred
+    return math.prod(map(int, filter(None, sizes.split(",")))) * max(8, bits) // 8

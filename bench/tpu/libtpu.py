@@ -8,7 +8,8 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+import traceback
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,10 @@ _ENVIRONMENT = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_WORKER_ID": "0",
 }
-_LONGEST_REASON = 400  # characters
+
+LONGEST_REASON = 400
+"""Characters of a reason that are kept: what VMEM does not hold is named with its sizes and shapes in some 330, which
+the 300 of other messages would cut."""
 
 
 class CompileError(Exception):
@@ -39,34 +43,14 @@ def libtpu_version() -> str | None:
     return package_version("libtpu")
 
 
-def require_libtpu() -> str:
-    """The version of the installed compiler.
-
-    Raises:
-      ValueError: it is not installed.
-    """
-    version = libtpu_version()
-    if version is None:
+def require_libtpu() -> None:
+    """Raises ValueError if the compiler is not installed."""
+    if libtpu_version() is None:
         raise ValueError("the TPU compiler is not installed; pip install -e '.[aot]' (or make with EXTRAS=aot)")
-    return version
-
-
-def environment(options: str = "") -> dict[str, str]:
-    """The environment in which jax runs on the CPU and compiles for TPUs; `options` are flags of libtpu."""
-    return {**child_environment(), **_ENVIRONMENT, "LIBTPU_INIT_ARGS": options}
 
 
 def run_job(module: str, job: Mapping[str, Any], *, options: str = "", timeout: float = 1800) -> dict[str, Any]:
-    """Runs `python -m {module}`, whose `main` is `serve(...)`, in the compiler's environment.
-
-    Args:
-      module: to run.
-      job: what it is given; JSON can say it.
-      options: flags of libtpu.
-      timeout: seconds.
-
-    Returns:
-      What it answers.
+    """What `python -m {module}`, which calls `serve`, answers to a job of what JSON can say; `options` are libtpu's.
 
     Raises:
       CompileError: it failed, died or took too long.
@@ -77,7 +61,7 @@ def run_job(module: str, job: Mapping[str, Any], *, options: str = "", timeout: 
             done = subprocess.run(
                 [sys.executable, "-m", module, str(answer)],
                 input=json.dumps(job),
-                env=environment(options),
+                env={**child_environment(), **_ENVIRONMENT, "LIBTPU_INIT_ARGS": options},
                 text=True,
                 capture_output=True,
                 timeout=timeout,
@@ -93,7 +77,7 @@ def run_job(module: str, job: Mapping[str, Any], *, options: str = "", timeout: 
         raise CompileError(f"the compiler ended with status {done.returncode}: {reason_of(done.stderr)}")
 
 
-def serve(work) -> None:
+def serve(work: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
     """The other end of `run_job`: reads the job, calls `work(job)` and writes its answer, or why there is none."""
     end_with_parent()
     job = json.load(sys.stdin)
@@ -101,10 +85,8 @@ def serve(work) -> None:
         answer = work(job)
     except Exception as error:
         # Whatever the compiler raises becomes one line; where it came from matters to who mends a kernel.
-        import traceback
-
         traceback.print_exc()
-        answer = {"error": describe(error, _LONGEST_REASON)}
+        answer = {"error": describe(error, LONGEST_REASON)}
     path = Path(sys.argv[1])
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(answer))
@@ -114,8 +96,6 @@ def serve(work) -> None:
 def reason_of(stderr: str) -> str:
     """The line of a dead compiler's output that says why it died."""
     lines = [line for line in stderr.splitlines() if line.strip()]
-    for pattern in (r"Check failed|LLO_CHECK", r"Error\b|ERROR|error:"):
-        for line in lines:
-            if re.search(pattern, line):
-                return one_line(line, _LONGEST_REASON)
-    return one_line(lines[-1], _LONGEST_REASON) if lines else "no reason given"
+    patterns = (r"Check failed|LLO_CHECK", r"Error\b|ERROR|error:")
+    telling = [line for pattern in patterns for line in lines if re.search(pattern, line)]
+    return one_line([*telling, *lines[-1:], "no reason given"][0], LONGEST_REASON)

@@ -1,20 +1,21 @@
 """The Pallas kernels in a traced function: which they are, how often they are called, and each as a function.
 
 kernels = find_kernels(jax.jit(layer).trace(*shapes).jaxpr)
-jax.jit(kernels[0].function).lower(*kernels[0].arguments(sharding)).compile()
+function, shapes = kernels[0].alone
+jax.jit(function).lower(*shapes).compile()
 
 With `known` arguments, such as the sizes of groups, a kernel becomes its static twin: see `bench.tpu.static_twin`.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.extend import core
 
-from bench.tpu.static_twin import dynamic_dims, inner_jaxprs, kernel_jaxpr, reads_scalars, with_scalars
+from bench.tpu.static_twin import contains, dynamic_dims, inner_jaxprs, kernel_jaxpr, reads_scalars, with_scalars
 
 _KERNELS = ("pallas_call", "mpmd_map")
 """Primitives that are kernels: of `pl.pallas_call` and, over the cores of a device, of `pl.kernel`."""
@@ -48,15 +49,10 @@ class PallasCall:
     scalars: Mapping[int, Any] = dataclasses.field(default_factory=dict)
 
     @property
-    def dynamic_dims(self) -> int:
-        """Grid dimensions that the data give."""
-        return dynamic_dims(self.equation)
-
-    @property
     def is_static(self) -> bool:
         """Whether all that its loops and branches may depend on is known."""
-        wanted = reads_scalars(self.equation)
-        return (not self.dynamic_dims or self.grid is not None) and all(place in self.scalars for place in wanted)
+        has_grid = self.grid is not None or not dynamic_dims(self.equation)
+        return has_grid and self.scalars.keys() >= set(reads_scalars(self.equation))
 
     @property
     def hbm_bytes(self) -> int | None:
@@ -64,23 +60,20 @@ class PallasCall:
         estimate = self.equation.params["cost_estimate"]
         return None if estimate is None else int(estimate.bytes_accessed)
 
-    def function(self, *args: jax.Array) -> Any:
-        """The kernel alone; with a known `grid` and `scalars` its static twin."""
+    @property
+    def alone(self) -> tuple[Callable[..., Any], list[jax.ShapeDtypeStruct]]:
+        """The kernel as a function, with a known `grid` and `scalars` its static twin; and its arguments."""
+        return self._call, [jax.ShapeDtypeStruct(x.aval.shape, x.aval.dtype) for x in self.equation.invars]
+
+    def _call(self, *args: jax.Array) -> Any:
         params = with_scalars(self.equation, self.scalars)
-        if self.dynamic_dims and self.grid is not None:
+        if self.grid is not None:
             mapping = params["grid_mapping"]
             values = iter(self.grid)
             sizes = tuple(size if isinstance(size, int) else next(values) for size in mapping.grid)
             params["grid_mapping"] = mapping.replace(grid=sizes)
-            args = args[self.dynamic_dims :]
+            args = args[len(self.grid) :]
         return self.equation.primitive.bind(*args, **params)
-
-    def arguments(self, sharding: jax.sharding.Sharding) -> list[jax.ShapeDtypeStruct]:
-        """Shapes and dtypes of its arguments."""
-        return [
-            jax.ShapeDtypeStruct(variable.aval.shape, variable.aval.dtype, sharding=sharding)
-            for variable in self.equation.invars
-        ]
 
 
 def find_kernels(traced: core.Jaxpr, known: Mapping[int, Any] | None = None) -> list[PallasCall]:
@@ -122,13 +115,17 @@ def _walk(
             yield equation, times, inputs
             continue
         if equation.primitive.name in _UNCHANGED:
-            values |= dict(zip(equation.outvars, inputs, strict=True))
-            continue
-        is_small = sum(_size(variable) for variable in equation.outvars) <= _MOST_ELEMENTS
-        if works_out and is_small and all(value is not None for value in inputs) and not _has_kernel(equation):
-            _evaluate(equation, inputs, values)
+            values |= zip(equation.outvars, inputs, strict=True)
             continue
         inner = inner_jaxprs(dict(equation.params))
+        outputs: Sequence[Any] = equation.outvars
+        is_index = sum(variable.aval.size for variable in outputs) <= _MOST_ELEMENTS
+        is_known = works_out and all(value is not None for value in inputs)
+        if is_known and is_index and not any(contains(body, _KERNELS) for body in inner):
+            with jax.ensure_compile_time_eval():
+                results = equation.primitive.bind(*map(np.asarray, inputs), **equation.params)
+            values |= zip(outputs, results if equation.primitive.multiple_results else [results], strict=True)
+            continue
         binds = equation.primitive.name not in _OWN_ARGUMENTS
         for body in inner:
             binds = binds and len(body.invars) == len(inputs)
@@ -136,23 +133,8 @@ def _walk(
             below |= _constants(body)
             yield from _walk(body, below, times * equation.params.get("length", 1), works_out)
             if binds and len(inner) == 1:
-                for outer, result in zip(equation.outvars, body.outvars, strict=True):
+                for outer, result in zip(outputs, body.outvars, strict=True):
                     values[outer] = result.val if isinstance(result, core.Literal) else below.get(result)
-
-
-def _size(variable: Any) -> int:
-    return variable.aval.size
-
-
-def _evaluate(equation: Any, inputs: list[Any], values: dict[Any, Any]) -> None:
-    with jax.ensure_compile_time_eval():
-        results = equation.primitive.bind(*map(np.asarray, inputs), **equation.params)
-    values |= dict(zip(equation.outvars, results if equation.primitive.multiple_results else [results], strict=True))
-
-
-def _has_kernel(equation: Any) -> bool:
-    bodies = inner_jaxprs(dict(equation.params))
-    return any(inner.primitive.name in _KERNELS or _has_kernel(inner) for body in bodies for inner in body.eqns)
 
 
 def _constants(jaxpr: core.Jaxpr) -> dict[Any, Any]:

@@ -8,7 +8,10 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
+
+import jax
+from jax.experimental import topologies
+from jax.sharding import Mesh
 
 from bench.model.workloads import operand_dtype
 from pallas_kernels.chips import Chip, ds_tpu_chip, get_chip
@@ -22,31 +25,27 @@ class Generation:
 
     Attributes:
       chip: its row of `pallas_kernels.chips`.
-      rank: dimensions of its network.
-      devices_per_chip: that jax shows.
       clock_hz: cycles a second of a core: its BF16 peak over twice the multiply-adds of a cycle, which are 4 · 128² on
         v5e and v5p and 4 · 256² on v6e and v7x.
       slices: shapes to choose from by the number of devices, ascending.
+      devices_per_chip: that jax shows.
     """
 
     chip: str
-    rank: int
-    devices_per_chip: int
     clock_hz: float
     slices: tuple[str, ...]
+    devices_per_chip: int = 1
 
 
 _TORUS_2D = ("4x8", "8x8", "8x16", "16x16")
 _TORUS_3D = ("2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8")
 
-GENERATIONS: Mapping[str, Generation] = MappingProxyType(
-    {
-        "v5e": Generation("v5e", rank=2, devices_per_chip=1, clock_hz=1.5e9, slices=_TORUS_2D),
-        "v5p": Generation("v5p", rank=3, devices_per_chip=1, clock_hz=1.75e9, slices=_TORUS_3D),
-        "v6e": Generation("v6e", rank=2, devices_per_chip=1, clock_hz=1.75e9, slices=_TORUS_2D),
-        "tpu7x": Generation("v7x", rank=3, devices_per_chip=2, clock_hz=2.2e9, slices=_TORUS_3D),
-    }
-)
+GENERATIONS: Mapping[str, Generation] = {
+    "v5e": Generation("v5e", 1.5e9, _TORUS_2D),
+    "v5p": Generation("v5p", 1.75e9, _TORUS_3D),
+    "v6e": Generation("v6e", 1.75e9, _TORUS_2D),
+    "tpu7x": Generation("v7x", 2.2e9, _TORUS_3D, devices_per_chip=2),
+}
 """By the name that stands before the colon."""
 
 
@@ -70,25 +69,43 @@ class Slice:
         return self.num_chips * self.generation.devices_per_chip
 
     @property
+    def chip(self) -> Chip:
+        """What one of its chips has."""
+        return get_chip(self.generation.chip)
+
+    @property
     def device(self) -> Chip:
-        """What one of these devices has: the chip, or its share of a chip."""
-        chip, share = get_chip(self.generation.chip), self.generation.devices_per_chip
-        if share == 1:
-            return chip
-        return dataclasses.replace(
-            chip,
-            name=f"{chip.name} (1/{share})",
-            cores=chip.cores // share,
-            peak_flops={dtype: rate / share for dtype, rate in chip.peak_flops.items()},
-            hbm_bandwidth=chip.hbm_bandwidth / share,
-            hbm_bytes=chip.hbm_bytes / share,
-            link_bandwidth=chip.link_bandwidth / share,
-        )
+        """What one of its devices has: the chip, or its share of a chip."""
+        return share_of(self.chip, self.generation.devices_per_chip)
+
+    @property
+    def devices(self) -> Sequence[jax.Device]:
+        """The devices, to compile for; needs libtpu, and no TPU."""
+        return topologies.get_topology_desc(platform="tpu", topology_name=self.name).devices
+
+    @property
+    def one_device(self) -> Mesh:
+        """A mesh of its first device."""
+        return Mesh(self.devices[:1], "x")
+
+
+def share_of(chip: Chip, parts: int) -> Chip:
+    """One of the equal parts of a chip. Its fast memory is a core's and stays whole."""
+    if parts == 1:
+        return chip
+    rates = ("hbm_bandwidth", "hbm_bytes", "link_bandwidth")
+    return dataclasses.replace(
+        chip,
+        name=f"{chip.name} (1/{parts})",
+        cores=chip.cores // parts,
+        peak_flops={dtype: rate / parts for dtype, rate in chip.peak_flops.items()},
+        **{name: getattr(chip, name) / parts for name in rates},
+    )
 
 
 def as_ds_tpu(device: Chip, dtype: str) -> Chip:
     """A chip for DS_TPU's model with a device's peak at `dtype`, its bandwidth and its links."""
-    peak, bandwidth = device.peak(operand_dtype(dtype)[0]) / 1e12, device.hbm_bandwidth / 1e9
+    peak, bandwidth = device.peak(operand_dtype(dtype)) / 1e12, device.hbm_bandwidth / 1e9
     chip = ds_tpu_chip(device.name, DS_TPU_CORES, peak, bandwidth, "this device, as DS_TPU's")
     return dataclasses.replace(chip, link_bandwidth=device.link_bandwidth)
 
@@ -100,21 +117,25 @@ def parse_slice(name: str) -> Slice:
       ValueError: the name is not that of a known TPU, a colon, and a shape with as many sizes as its network has.
     """
     kind, colon, shape = name.lower().partition(":")
-    kind = {"v7x": "tpu7x"}.get(kind, kind)
+    kind = "tpu7x" if kind == "v7x" else kind
     generation = GENERATIONS.get(kind)
     if generation is None or not colon or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape):
-        known = ", ".join(f"{kind}:{generation.slices[0]}" for kind, generation in GENERATIONS.items())
-        raise ValueError(f"unknown topology {name!r}; expected a TPU and the shape of a slice, such as {known}")
+        raise ValueError(f"unknown topology {name!r}; expected a TPU and the shape of a slice, such as {examples()}")
     sizes = [int(size) for size in shape.split("x")]
-    if len(sizes) != generation.rank:
+    example = generation.slices[0]
+    if len(sizes) != (rank := len(example.split("x"))):
         raise ValueError(
-            f"topology {name!r}: slices of {kind} have {generation.rank} dimensions, such as "
-            f"{kind}:{generation.slices[0]}, got {len(sizes)}"
+            f"topology {name!r}: slices of {kind} have {rank} dimensions, such as {kind}:{example}, got {len(sizes)}"
         )
     return Slice(f"{kind}:{shape}", generation, math.prod(sizes))
 
 
-def slices_for(num_devices: int) -> Sequence[Slice]:
+def examples() -> str:
+    """The smallest slice of each kind, between commas."""
+    return ", ".join(f"{kind}:{generation.slices[0]}" for kind, generation in GENERATIONS.items())
+
+
+def slices_for(num_devices: int) -> list[Slice]:
     """The smallest slice of each kind with at least `num_devices` devices, and at least 32.
 
     Raises:
@@ -122,9 +143,9 @@ def slices_for(num_devices: int) -> Sequence[Slice]:
     """
     found = []
     for kind, generation in GENERATIONS.items():
-        slices = [parse_slice(f"{kind}:{shape}") for shape in generation.slices]
-        fitting = [slice_ for slice_ in slices if slice_.num_devices >= max(32, num_devices)]
-        if not fitting:
+        slices = (parse_slice(f"{kind}:{shape}") for shape in generation.slices)
+        fitting = next((slice_ for slice_ in slices if slice_.num_devices >= max(32, num_devices)), None)
+        if fitting is None:
             raise ValueError(f"no slice of {kind} with {num_devices} devices is known; name one with --topology")
-        found.append(fitting[0])
+        found.append(fitting)
     return found

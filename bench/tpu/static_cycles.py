@@ -11,88 +11,77 @@ been written. So kernels are compiled one after the other in a process that may 
 
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from bench.measure.errors import describe
-from bench.tpu.libtpu import CompileError, run_job
-from bench.tpu.pallas_calls import PallasCall
+from bench.record.json_files import append_records, read_records
+from bench.tpu.libtpu import LONGEST_REASON, CompileError, run_job
+from bench.tpu.slices import parse_slice
 
-_CURRENT = "current"
+_ANSWERS = "answers.jsonl"
 NOTE = (
     "cycles leave out loops whose trips the data tell, so grouped products show less than they take (bench.cycles has "
     "those); waits for copies are counted as if each semaphore had a memory of its own"
 )
 
 
-def kernel_cycles(module: str, job: Mapping[str, Any], count: int, timeout: float = 120) -> list[int | str]:
+def kernel_cycles(
+    module: str, job: Mapping[str, Any], count: int, timeout: float = 120, *, total: bool = False
+) -> list[int | str]:
     """The cycles of kernels 0 … count − 1, or why there is no figure.
 
     Args:
       module: one whose `main` serves jobs with `compile_alone`.
-      job: what it is given, besides "kernels" and "folder".
+      job: what it is given, with the "topology" to compile for.
       count: kernels.
       timeout: seconds for all of them; the compiler walks a grid step by step, and large ones take it long.
+      total: the cycles of all operations, as for a function that is no kernel, instead of the longest one's.
     """
     answers: list[int | str] = []
     while len(answers) < count:
         with tempfile.TemporaryDirectory() as folder:
-            rest = list(range(len(answers), count))
-            reasons: dict[str, str] = {}
+            rest = {"kernels": list(range(len(answers), count)), "folder": folder, "total": total}
+            profile = f"--xla_jf_dump_static_llo_profile_to={folder}"
             died = None
             try:
-                reasons = run_job(
-                    module,
-                    {**job, "kernels": rest, "folder": folder},
-                    options=f"--xla_jf_dump_static_llo_profile_to={folder}",
-                    timeout=timeout,
-                )["reasons"]
+                run_job(module, {**job, **rest}, options=profile, timeout=timeout)
             except CompileError as error:
                 died = str(error)
-            current = Path(folder, _CURRENT)
-            last = int(current.read_text()) if current.exists() else rest[0]
-            for kernel in range(rest[0], last + 1):
-                done = Path(folder, str(kernel))
-                cycles = profiled_cycles(done if done.exists() else Path(folder))
-                answers.append(cycles if cycles is not None else reasons.get(str(kernel), died or "no profile written"))
-            if died is None and last < rest[-1]:
-                raise RuntimeError(f"{module} compiled kernels up to {last} of {rest}")
+            answers += [record["answer"] for _, record in read_records(Path(folder, _ANSWERS), {})]
+            if died is not None and len(answers) < count:
+                answers.append(profiled_cycles(Path(folder), died, total=total))
     return answers
 
 
-def compile_alone(kernels: Sequence[PallasCall], job: Mapping[str, Any]) -> dict[str, Any]:
-    """The other end: compiles the kernels of job["kernels"] for one device of job["topology"]."""
-    folder = Path(job["folder"])
-    topology = topologies.get_topology_desc(platform="tpu", topology_name=job["topology"])
-    mesh = Mesh(topology.devices[:1], "x")
-    sharding = NamedSharding(mesh, PartitionSpec())
-    reasons: dict[int, str] = {}
+def compile_alone(kernels: Sequence[tuple[Callable, Sequence[Any]]], job: Mapping[str, Any]) -> dict[str, Any]:
+    """The other end: compiles those of `kernels`, functions and shapes, that job["kernels"] says, for one device."""
+    folder, mesh = Path(job["folder"]), parse_slice(job["topology"]).one_device
     for index in job["kernels"]:
-        Path(folder, _CURRENT).write_text(str(index))
+        function, shapes = kernels[index]
+        reason = "the compiler wrote no profile"
         try:
-            function = jax.jit(kernels[index].function, keep_unused=True)
             with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # says which TPU the kernel is for
-                lowered = function.lower(*kernels[index].arguments(sharding))
+                jitted = jax.jit(function, keep_unused=True, in_shardings=NamedSharding(mesh, PartitionSpec()))
+                lowered = jitted.lower(*shapes)
             lowered.compile()
         except Exception as error:  # the compiler's reason is the result; the other kernels go on
-            reasons[index] = describe(error, 400)
-        done = Path(folder, str(index))
-        done.mkdir()
+            reason = describe(error, LONGEST_REASON)
+        append_records(folder / _ANSWERS, [{"answer": profiled_cycles(folder, reason, total=job["total"])}])
         for profile in folder.glob("*.textproto"):
-            profile.rename(done / profile.name)
-    return {"reasons": reasons}
+            profile.unlink()
+    return {}
 
 
-def profiled_cycles(folder: Path, all_of_them: bool = False) -> int | None:
-    """The cycles in a folder's profiles of the operation that takes most, or of all; None where there is no profile.
+def profiled_cycles(folder: Path, reason: str, *, total: bool = False) -> int | str:
+    """The cycles in a folder's profiles of the operation that takes most, or of all; `reason` if there is no profile.
 
     Around a kernel alone there are only trifles.
     """
     texts = [path.read_text() for path in folder.glob("*.textproto")]
     cycles = [int(number) for text in texts for number in re.findall(r"estimated_cycles: (\d+)", text)]
-    return None if not cycles else sum(cycles) if all_of_them else max(cycles)
+    return reason if not cycles else sum(cycles) if total else max(cycles)

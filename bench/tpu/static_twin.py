@@ -32,7 +32,8 @@ def reads_scalars(equation: Any) -> list[int]:
     """The positions of a kernel's arguments that are in scalar memory."""
     skipped = dynamic_dims(equation)
     inputs = kernel_jaxpr(equation).invars[: len(equation.invars) - skipped]
-    return [skipped + place for place, variable in enumerate(inputs) if _is_scalars(variable)]
+    spaces = [getattr(variable.aval, "memory_space", None) for variable in inputs]
+    return [skipped + place for place, space in enumerate(spaces) if space == pltpu.SMEM]
 
 
 def with_scalars(equation: Any, scalars: Mapping[int, Any]) -> dict[str, Any]:
@@ -54,8 +55,19 @@ def with_scalars(equation: Any, scalars: Mapping[int, Any]) -> dict[str, Any]:
 
 def without_copies(equation: Any) -> Any:
     """The equation of a kernel that starts and awaits no copies; None where it has none of its own to leave out."""
-    bare, left_out = _without_copies(kernel_jaxpr(equation))
-    return equation.replace(params=_with_kernel(dict(equation.params), bare)) if left_out else None
+    kernel = kernel_jaxpr(equation)
+    if not contains(kernel, _COPIES):
+        return None
+    return equation.replace(params=_with_kernel(dict(equation.params), _without_copies(kernel)))
+
+
+def contains(jaxpr: core.Jaxpr, primitives: Sequence[str]) -> bool:
+    """Whether a function, or one inside it, has an equation of some primitives."""
+    return any(
+        equation.primitive.name in primitives
+        or any(contains(inner, primitives) for inner in inner_jaxprs(dict(equation.params)))
+        for equation in jaxpr.eqns
+    )
 
 
 def _with_kernel(params: dict[str, Any], kernel: core.Jaxpr) -> dict[str, Any]:
@@ -63,27 +75,14 @@ def _with_kernel(params: dict[str, Any], kernel: core.Jaxpr) -> dict[str, Any]:
     return params | ({"jaxpr": kernel} if "jaxpr" in params else {"jaxprs": (kernel, *params["jaxprs"][1:])})
 
 
-def _without_copies(jaxpr: core.Jaxpr) -> tuple[core.Jaxpr, int]:
-    kept, left_out = [], 0
+def _without_copies(jaxpr: core.Jaxpr) -> core.Jaxpr:
+    def bare(value: Any) -> Any:
+        if not inner_jaxprs(value):
+            return value
+        return jax.tree.map(lambda leaf: _without_copies(leaf) if is_jaxpr(leaf) else leaf, value, is_leaf=is_jaxpr)
 
-    def inner(leaf: Any) -> Any:
-        nonlocal left_out
-        if not is_jaxpr(leaf):
-            return leaf
-        bare, count = _without_copies(leaf)
-        left_out += count
-        return bare
-
-    for equation in jaxpr.eqns:
-        if equation.primitive.name in _COPIES:
-            left_out += 1
-            continue
-        params = {
-            name: jax.tree.map(inner, value, is_leaf=is_jaxpr) if inner_jaxprs(value) else value
-            for name, value in equation.params.items()
-        }
-        kept.append(equation.replace(params=params))
-    return jaxpr.replace(eqns=kept), left_out
+    kept = [equation for equation in jaxpr.eqns if equation.primitive.name not in _COPIES]
+    return jaxpr.replace(eqns=[e.replace(params={name: bare(value) for name, value in e.params.items()}) for e in kept])
 
 
 def is_jaxpr(value: Any) -> bool:
@@ -122,7 +121,3 @@ def _writes(values: Sequence[np.ndarray], rank: int) -> core.Jaxpr:
     call = pl.pallas_call(body, out_shape=[], grid=(1,) * rank, in_specs=[in_scalar_memory] * len(values), out_specs=[])
     (equation,) = [e for e in jax.make_jaxpr(call)(*shapes).eqns if e.primitive.name == "pallas_call"]
     return kernel_jaxpr(equation)
-
-
-def _is_scalars(variable: Any) -> bool:
-    return getattr(variable.aval, "memory_space", None) == pltpu.SMEM

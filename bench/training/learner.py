@@ -7,6 +7,7 @@ held_out = learner.evaluate(state, batches)
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -52,9 +53,7 @@ class Recipe:
         return optax.chain(
             optax.clip_by_global_norm(self.clip),
             optax.scale_by_adam(b1=0.9, b2=0.95),
-            optax.add_decayed_weights(
-                self.weight_decay, mask=lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params)
-            ),
+            optax.add_decayed_weights(self.weight_decay, mask=functools.partial(jax.tree.map, lambda x: x.ndim > 1)),
         )
 
 
@@ -115,16 +114,11 @@ class Learner:
     """The programs of one kind of model; states of several seeds share what is compiled."""
 
     def __init__(self, make_model: Callable[[nnx.Rngs], Transformer], recipe: Recipe):
-        """Compiles nothing yet.
-
-        Args:
-          make_model: makes the model from random streams.
-          recipe: of the optimiser.
-        """
+        """Compiles nothing yet."""
         self._make_model = make_model
         self._optimiser = recipe.optimiser()
         self._step = jax.jit(self._traced_step, donate_argnums=0)
-        self._evaluate = jax.jit(_traced_evaluate)
+        self._evaluate = jax.jit(lambda state, tokens: _metrics(state.model, tokens, train=False)[0])
 
     def start(self, seed: int) -> State:
         """The state before the first step."""
@@ -162,10 +156,6 @@ def _split(model: Transformer) -> tuple[Any, Any, Any]:
     """Its graph, what gradients train, and the rest."""
     graph, params, rest = nnx.split(model, nnx.Param, ...)  # type: ignore[misc]
     return graph, params, rest
-
-
-def _traced_evaluate(state: State, tokens: jax.Array) -> Metrics:
-    return _metrics(state.model, tokens, train=False)[0]
 
 
 def _metrics(model: Transformer, tokens: jax.Array, *, train: bool) -> tuple[Metrics, list[MoEAux]]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -10,6 +11,10 @@ from bench.record.tables import Cell
 from bench.training.records import Run
 
 _BASELINE = "softmax"
+_MEANS = ("tokens_per_second", "drop_rate", "load_cv", "unrouted_rate")
+
+End = Mapping[str, Any]
+"""An "end" record; `bench.training.runs.summary` says what is in it."""
 
 HEADERS = (
     "router", "seeds", "held-out loss", "± 95 %", f"against {_BASELINE}", "± 95 %", "bits/byte", "ms/step", "tokens/s",
@@ -55,14 +60,19 @@ class RouterSummary:
     diverged: tuple[int, ...]
 
 
+def by_router(runs: Iterable[Run]) -> dict[str, list[Run]]:
+    """The runs of each router."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(run.head["router"], []).append(run)
+    return groups
+
+
 def summaries(runs: Iterable[Run]) -> list[RouterSummary]:
     """A summary of each router that has finished runs: first those that are causal, by held-out loss."""
-    by_router: dict[str, list[Run]] = {}
-    for run in runs:
-        if run.end is not None:
-            by_router.setdefault(run.head["router"], []).append(run)
-    baseline = _losses(by_router.get(_BASELINE, ()))
-    found = [_summary(router, finished, baseline) for router, finished in by_router.items()]
+    finished = by_router(run for run in runs if run.end is not None)
+    baseline = _losses(_ends(finished.get(_BASELINE, ())))
+    found = [_summary(runs[0].head, _ends(runs), baseline) for runs in finished.values()]
     return sorted(found, key=lambda row: (not row.causal, row.held_out_loss.mean if row.held_out_loss else np.inf))
 
 
@@ -115,51 +125,43 @@ def _notes(row: RouterSummary) -> list[str]:
     return notes + ["COLLAPSED"] * bool(row.collapsed) + ["DIVERGED"] * bool(row.diverged)
 
 
-def _losses(runs: Iterable[Run]) -> dict[int, float]:
+def _ends(runs: Iterable[Run]) -> list[tuple[int, End]]:
+    """Seed and end of each run."""
+    return [(run.head["seed"], run.end) for run in runs if run.end is not None]
+
+
+def _losses(ends: Sequence[tuple[int, End]]) -> dict[int, float]:
     """The held-out loss of each seed, of the runs that did not diverge."""
-    ends = [(run.head["seed"], run.end) for run in runs if run.end is not None]
-    return {
-        seed: end["held_out_loss"] for seed, end in ends if not end["diverged"] and end["held_out_loss"] is not None
-    }
+    sound = [(seed, end["held_out_loss"]) for seed, end in ends if not end["diverged"]]
+    return {seed: loss for seed, loss in sound if loss is not None}
 
 
-def _summary(router: str, runs: Sequence[Run], baseline: Mapping[int, float]) -> RouterSummary:
-    ends = [run.end for run in runs if run.end is not None]
-    losses = _losses(runs)
+def _summary(head: Mapping[str, Any], ends: Sequence[tuple[int, End]], baseline: Mapping[int, float]) -> RouterSummary:
+    losses = _losses(ends)
     differences = [loss - baseline[seed] for seed, loss in losses.items() if seed in baseline]
-    entropies = [entropy for end in ends for entropy in end["load_entropy"] if entropy is not None]
+    entropies = [entropy for _, end in ends for entropy in end["load_entropy"] if entropy is not None]
     loss = Interval.of(list(losses.values())) if losses else None
 
     def mean(name: str) -> float:
-        return float(np.mean([end[name] for end in ends if end[name] is not None]))
+        return float(np.mean([end[name] for _, end in ends if end[name] is not None]))
 
+    means: dict[str, Any] = {name: mean(name) for name in _MEANS}
     return RouterSummary(
-        router=router,
-        causal=runs[0].head["causal"],
-        seeds=len(runs),
+        **{name: head[name] for name in ("router", "causal", "parameters")},
+        **means,
+        seeds=len(ends),
         held_out_loss=loss,
-        against_baseline=Interval.of(differences) if differences and router != _BASELINE else None,
-        ms_per_step=Interval.of([end["ms_per_step"] for end in ends]),
+        against_baseline=Interval.of(differences) if differences and head["router"] != _BASELINE else None,
+        ms_per_step=Interval.of([end["ms_per_step"] for _, end in ends]),
         bits_per_byte=None if loss is None else loss.mean / float(np.log(2)),
-        tokens_per_second=mean("tokens_per_second"),
-        drop_rate=mean("drop_rate"),
-        load_cv=mean("load_cv"),
-        unrouted_rate=mean("unrouted_rate"),
-        least_entropy=min(entropies) if entropies else None,
-        parameters=runs[0].head["parameters"],
+        least_entropy=min(entropies, default=None),
         active_parameters=round(mean("active_parameters")),
-        collapsed=tuple(_collapsed(run) for run in runs if run.end is not None and run.end["collapsed"]),
-        diverged=tuple(run.head["seed"] for run in runs if run.end is not None and run.end["diverged"]),
+        collapsed=tuple(f"seed {seed}: {_collapsed(end)}" for seed, end in ends if end["collapsed"]),
+        diverged=tuple(seed for seed, end in ends if end["diverged"]),
     )
 
 
-def _collapsed(run: Run) -> str:
-    assert run.end is not None
-    layers = [
-        f"layer {layer} (entropy {_shown(run.end['load_entropy'][layer])})" for layer in run.end["collapsed_layers"]
-    ]
-    return f"seed {run.head['seed']}: {', '.join(layers)}"
-
-
-def _shown(entropy: float | None) -> str:
-    return "not finite" if entropy is None else f"{entropy:.2f}"
+def _collapsed(end: End) -> str:
+    entropies = [(layer, end["load_entropy"][layer]) for layer in end["collapsed_layers"]]
+    shown = [(layer, "not finite" if entropy is None else f"{entropy:.2f}") for layer, entropy in entropies]
+    return ", ".join(f"layer {layer} (entropy {entropy})" for layer, entropy in shown)

@@ -52,20 +52,10 @@ class Block(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """Next-byte prediction.
-
-    Attributes:
-      blocks: one for each layer; `block.experts` is the layer under test.
-    """
+    """Next-byte prediction; in each of its `blocks`, `block.experts` is the layer under test."""
 
     def __init__(self, config: MoEConfig, num_layers: int, num_heads: int, *, rngs: nnx.Rngs):
-        """Makes the parameters.
-
-        Args:
-          config: of the feed-forward layers; its hidden size and dtype are the model's.
-          num_layers: blocks.
-          num_heads: heads of the attention.
-          rngs: its "params" stream initialises the parameters; what else layers draw from is theirs to say.
+        """Makes the parameters; the hidden size and dtype of `config`, the feed-forward layers', are the model's.
 
         Raises:
           ValueError: the hidden size does not divide into heads of even width.

@@ -3,14 +3,15 @@
 Shapes on one chip: T tokens, K choices each, E experts of which L = E / ep are here, H hidden, C rows that it receives.
 Of the seven stages of a token's way, these are the exchange's:
 
-    plan       topk_ids [T, K]   -> which row goes where
-    send       [T, H]            -> [C, H], sorted by local expert
-    (experts   gate/up and down, two grouped products: what the caller gives)
-    give back  [C, H]            -> the slots from which the rows came
-    combine    Σ_k weight · slot -> [T, H], in float32, in a fixed order
+    plan_rows      topk_ids [T, K]   -> which row goes where
+    send           [T, H]            -> [C, H], sorted by local expert
+    (experts       gate/up and down, two grouped products: what the caller gives)
+    give_back      [C, H]            -> the slots from which the rows came
+    combine_slots  Σ_k weight · slot -> [T, H], in float32, in a fixed order
 
-`dense` has them as functions and carries rows over `lax.all_to_all`. `one_chip`, for chips that hold all experts, folds
-sending into a gather and giving back into the sum. `pick` chooses between transports.
+Every transport has them as functions of these names (`transport`). `dense` carries rows over `lax.all_to_all`.
+`one_chip`, for chips that hold all experts, folds sending into a gather and giving back into the sum. `pick` chooses
+between transports.
 """
 
 from typing import Any
@@ -20,7 +21,8 @@ import jax.numpy as jnp
 
 from pallas_kernels.quantize import Operand
 from sharding.exchange.pick import check_transport, pick_transport
-from sharding.exchange.way import DISPATCHED_NAME, PLAN_NAME, RETURNED_NAME, Experts, Transport, Way
+from sharding.exchange.transport import DISPATCHED_NAME, PLAN_NAME, RETURNED_NAME, Experts, Transport
+from sharding.exchange.way import Way
 from sharding.exchange.wire import Wire
 
 

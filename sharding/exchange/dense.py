@@ -21,13 +21,14 @@ from sharding.collectives import as_bytes
 from sharding.exchange.plan import (
     ExchangePlan,
     SortedByRank,
+    fit_slab,
     plan_arrival,
     plan_departure,
-    slab_size,
     sort_by_rank,
 )
 from sharding.exchange.rounds import sum_over_rounds
-from sharding.exchange.way import DISPATCHED_NAME, PLAN_NAME, RETURNED_NAME, Experts, Way, named
+from sharding.exchange.transport import DISPATCHED_NAME, PLAN_NAME, RETURNED_NAME, Experts, in_one_round, named
+from sharding.exchange.way import Way
 from sharding.tensor_parallel import gather_columns, gather_tokens, sum_columns, to_columns, to_tokens
 
 
@@ -48,38 +49,41 @@ def exchange(
     """
     if isinstance(x, QTensor):
         raise ValueError("x must be an array when experts are split over chips; way.wire sends its rows in 8 bits")
-    axes = way.axes
-    num_tokens, top_k = topk_ids.shape
-    slab, max_rounds = slab_and_rounds(num_tokens, top_k, way)
-    if axes.tp > 1:
-        topk_weights, topk_ids = gather_tokens(topk_weights, axes.mlp), gather_tokens(topk_ids, axes.mlp)
-    one = _Round(experts, way, slab)
-    choices, args = sort_by_rank(topk_ids, way.placement), (x, topk_weights, params)
+    slab, max_rounds = slab_and_rounds(topk_ids.shape, way)
     if max_rounds == 1:
-        y = one.sum(0, choices, args)
-    else:
-        everywhere = tuple(dict.fromkeys((*axes.tokens, *axes.expert, *axes.mlp)))
-        rounds = lax.pmax(-(-choices.by_rank.group_sizes.max() // slab), everywhere)
-        y = _sum_of_rounds(one, rounds, choices, args)
-    if way.columns_over:
-        y = to_tokens(y.astype(x.dtype), way.columns_over)
-    return y.astype(preferred_element_type)
+        return _in_one_round(
+            x, topk_weights, topk_ids, experts, params, way, preferred_element_type=preferred_element_type
+        )
+    axes = way.axes
+    choices = sort_by_rank(gather_tokens(topk_ids, way.columns_over), way.placement)
+    everywhere = tuple(dict.fromkeys((*axes.tokens, *axes.expert, *axes.mlp)))
+    rounds = lax.pmax(-(-choices.by_rank.group_sizes.max() // slab), everywhere)
+    args = x, gather_tokens(topk_weights, way.columns_over), params
+    y = _sum_of_rounds(_Round(experts, way, slab), rounds, choices, args)
+    return _own_tokens(y, x.dtype, way).astype(preferred_element_type)
 
 
 def rows_held(num_tokens: int, top_k: int, way: Way) -> int:
-    """See `sharding.exchange.way.Transport`."""
-    return way.axes.ep * slab_and_rounds(num_tokens, top_k, way)[0]
+    """See `sharding.exchange.transport.Transport`."""
+    return way.axes.ep * slab_and_rounds((num_tokens, top_k), way)[0]
 
 
-def slab_and_rounds(num_tokens: int, top_k: int, way: Way) -> tuple[int, int]:
-    """`slab_size` for the T tokens of a chip, and those of the chips that share the width of its experts."""
-    axes = way.axes
+def slab_and_rounds(shape: tuple[int, ...], way: Way) -> tuple[int, int]:
+    """`fit_slab` for the [T, K] choices of a chip, and those of the chips that share the width of its experts."""
+    axes, (num_tokens, top_k) = way.axes, shape
     max_rows = None if way.max_rows is None else axes.tp * way.max_rows
     choices = axes.tp * num_tokens * top_k
     if (most := way.counted_choices) is not None:  # evenly over the groups
         groups = axes.size(tuple(dict.fromkeys((*axes.tokens, *axes.mlp)))) // axes.tp
         choices = min(choices, max(1, -(-most // groups)))
-    return slab_size(axes.tp * num_tokens, top_k, way.placement.num_local, axes.ep, max_rows, choices=choices)
+    num_local = way.placement.num_local
+    return fit_slab(axes.tp * num_tokens, top_k, num_local, axes.ep, max_rows, choices=choices, slab=way.slab)
+
+
+def plan_rows(topk_ids: jax.Array, way: Way) -> ExchangePlan:
+    """The plan of the first round, which is all of them where a slab holds all that one chip has for another."""
+    slab, _ = slab_and_rounds(topk_ids.shape, way)
+    return plan_round(sort_by_rank(gather_tokens(topk_ids, way.columns_over), way.placement), slab, 0, way)
 
 
 def plan_round(choices: SortedByRank, slab: int, index: jax.Array | int, way: Way) -> ExchangePlan:
@@ -140,6 +144,28 @@ def give_back(rows: jax.Array, plan: ExchangePlan, way: Way) -> jax.Array:
     if way.columns_over:
         rows = sum_columns(rows, way.columns_over).astype(rows.dtype)
     return _all_to_all(combine(rows, plan.arrival, backend=way.backend), way.axes.expert)
+
+
+def combine_slots(
+    slots: jax.Array,
+    plan: ExchangePlan,
+    topk_weights: jax.Array,
+    way: Way,
+    *,
+    preferred_element_type: jax.typing.DTypeLike,
+) -> jax.Array:
+    """[ep·S, H], as `give_back` had them -> the weighted sums [T, H] of this chip's tokens."""
+    weights = gather_tokens(topk_weights, way.columns_over)
+    y = combine(slots, plan.departure, weights, preferred_element_type="float32", backend=way.backend)
+    return _own_tokens(y, slots.dtype, way).astype(preferred_element_type)
+
+
+_in_one_round = in_one_round(plan_rows, send, give_back, combine_slots)
+
+
+def _own_tokens(y: jax.Array, dtype: jax.typing.DTypeLike, way: Way) -> jax.Array:
+    """The sums of this chip's tokens, where chips had sums for a part of the columns of others' tokens too."""
+    return to_tokens(y.astype(dtype), way.columns_over) if way.columns_over else y
 
 
 def _all_to_all(slots: jax.Array, axis: tuple[str, ...]) -> jax.Array:

@@ -1,10 +1,10 @@
 """No exchange: every chip, or every tensor-parallel group of chips, holds all experts.
 
-Sending vanishes into the gather that sorts the rows by expert, returning into the weighted sum that undoes it.
+Sending vanishes into the gather that sorts the rows by expert, returning into the weighted sum that undoes it. Chips of
+a tensor-parallel group work on the tokens of all of them, each on a part of the experts' width.
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,45 +13,46 @@ from pallas_kernels.combine import combine
 from pallas_kernels.dispatch import dispatch
 from pallas_kernels.plan import Plan, make_plan
 from pallas_kernels.quantize import Operand
-from sharding.exchange.way import DISPATCHED_NAME, PLAN_NAME, RETURNED_NAME, Experts, Way, named
+from sharding.exchange.transport import in_one_round
+from sharding.exchange.way import Way
 from sharding.tensor_parallel import gather_tokens, sum_tokens
 
 
-def exchange(
-    x: Operand,
-    topk_weights: jax.Array,
-    topk_ids: jax.Array,
-    experts: Experts,
-    params: Any,
-    way: Way,
-    *,
-    preferred_element_type: jax.typing.DTypeLike,
-) -> jax.Array:
-    """See `sharding.exchange.exchange`. x may be a QTensor in which every row has scales of its own."""
-    axes = way.axes
-    if axes.tp > 1:
-        x = gather_tokens(x, axes.mlp)
-        topk_weights, topk_ids = gather_tokens(topk_weights, axes.mlp), gather_tokens(topk_ids, axes.mlp)
-    plan = named(make_rows_plan(topk_ids, way), PLAN_NAME)
-    rows = named(dispatch(x, plan, backend=way.backend), DISPATCHED_NAME)
-    rows = named(experts(params, rows, plan.group_sizes), RETURNED_NAME)
-    if axes.tp == 1:
-        return combine(rows, plan, topk_weights, preferred_element_type=preferred_element_type, backend=way.backend)
-    partial = combine(rows, plan, topk_weights, preferred_element_type=rows.dtype, backend=way.backend)
-    return sum_tokens(partial, axes.mlp).astype(preferred_element_type)
-
-
-def rows_held(num_tokens: int, top_k: int, way: Way) -> int:
-    """See `sharding.exchange.way.Transport`."""
-    rows = way.axes.tp * num_tokens * top_k
-    return rows if way.counted_choices is None else min(rows, way.counted_choices)
-
-
-def make_rows_plan(topk_ids: jax.Array, way: Way) -> Plan:
-    """The plan of [T, K] assignments into rows sorted by expert, no more of them than choices are made."""
-    plan = make_plan(topk_ids, way.placement.num_experts)
+def plan_rows(topk_ids: jax.Array, way: Way) -> Plan:
+    """The plan of [T, K] choices into rows sorted by expert, no more rows than choices that are made."""
+    plan = make_plan(gather_tokens(topk_ids, way.columns_over), way.placement.num_experts)
     if (most := way.counted_choices) is None:
         return plan
     # Rows in use lie first, so that these hold every choice.
     inverse = jnp.where(plan.inverse < most, plan.inverse, -1)
     return dataclasses.replace(plan, order=plan.order[:most], inverse=inverse)
+
+
+def send[Rows: Operand](x: Rows, plan: Plan, way: Way) -> Rows:
+    """X [T, H] -> [C, H], sorted by expert; a QTensor if every row has scales of its own."""
+    return dispatch(gather_tokens(x, way.columns_over), plan, backend=way.backend)
+
+
+def give_back(rows: jax.Array, plan: Plan, way: Way) -> jax.Array:
+    """The rows as they are: those who sum them know where they lie."""
+    del plan, way
+    return rows
+
+
+def combine_slots(
+    slots: jax.Array, plan: Plan, topk_weights: jax.Array, way: Way, *, preferred_element_type: jax.typing.DTypeLike
+) -> jax.Array:
+    """[C, H] -> the weighted sums [T, H] of this chip's tokens."""
+    weights = gather_tokens(topk_weights, way.columns_over)
+    dtype = slots.dtype if way.columns_over else preferred_element_type
+    y = combine(slots, plan, weights, preferred_element_type=dtype, backend=way.backend)
+    return sum_tokens(y, way.columns_over).astype(preferred_element_type) if way.columns_over else y
+
+
+exchange = in_one_round(plan_rows, send, give_back, combine_slots)
+
+
+def rows_held(num_tokens: int, top_k: int, way: Way) -> int:
+    """See `sharding.exchange.transport.Transport`."""
+    rows = way.axes.tp * num_tokens * top_k
+    return rows if way.counted_choices is None else min(rows, way.counted_choices)

@@ -4,7 +4,8 @@ A transport is a module of this folder. It is added by its file and its line in 
 """
 
 from sharding.exchange import dense, one_chip
-from sharding.exchange.way import AUTO, Transport, Way
+from sharding.exchange.transport import Transport
+from sharding.exchange.way import AUTO, Way
 
 TRANSPORTS: dict[str, Transport] = {"dense": dense}
 """Those that carry rows between chips, by name."""

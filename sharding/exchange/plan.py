@@ -50,7 +50,7 @@ class ExchangePlan:
         return self.arrival.group_sizes
 
 
-def slab_size(
+def fit_slab(
     num_tokens: int,
     top_k: int,
     num_local_experts: int,
@@ -58,21 +58,23 @@ def slab_size(
     max_rows: int | None,
     *,
     choices: int | None = None,
+    slab: int | None = None,
 ) -> tuple[int, int]:
     """S, the rows that one rank can send to another in a round; and the most rounds that any load can need.
 
     A slab holds twice the rows of a balanced load, in multiples of 8. Where that is not far from all that one rank
     could ever have for another, it holds all of it and one round will do. A balanced load is T·K choices, or `choices`
-    where many of the T·K are not made. An expert gets at most `max_rows` from one rank, if that is not None.
+    where many of the T·K are not made. An expert gets at most `max_rows` from one rank, if that is not None. A
+    `slab` that is given is taken.
     """
     worst = num_tokens * top_k
     if max_rows is not None:
         worst = min(worst, num_local_experts * max_rows)
-    balanced = num_tokens * top_k if choices is None else choices
-    twice_balanced = 8 * math.ceil(2 * balanced / ep / 8)
-    if worst <= 2 * twice_balanced:
-        return worst, 1
-    return twice_balanced, math.ceil(worst / twice_balanced)
+    if slab is None:
+        balanced = num_tokens * top_k if choices is None else choices
+        twice_balanced = 8 * math.ceil(2 * balanced / ep / 8)
+        slab = worst if worst <= 2 * twice_balanced else twice_balanced
+    return slab, math.ceil(worst / slab) if worst > slab else 1
 
 
 def sort_by_rank(topk_ids: jax.Array, placement: Placement) -> SortedByRank:

@@ -56,7 +56,7 @@ def test_a_job_that_dies_or_fails_says_why():
     with pytest.raises(CompileError, match=r"ended with status 1: .*no_such_module"):
         run_job("bench.no_such_module", {})
     with pytest.raises(CompileError, match="KeyError"):
-        run_job("bench.tpu.aot_worker", {})
+        run_job("bench.tpu.aot_layer", {})
 
 
 @needs_libtpu
@@ -91,7 +91,7 @@ def test_a_small_layer_compiles_and_is_shown(tmp_path):
 @pytest.mark.slow
 def test_what_cannot_be_compiled_gives_the_compilers_reason():
     job = LayerJob("v5e:2x2", "llama-4-maverick", ep=4, batch=4, precision="w16a16", grad=True)
-    record = compile_record(job, "int8", with_cycles=False)
+    record = compile_record(job, with_cycles=False)
     assert not record["ok"]
     assert "RESOURCE_EXHAUSTED" in record["reason"]
     assert "\n" not in record["reason"]
@@ -103,10 +103,10 @@ def test_what_cannot_be_compiled_gives_the_compilers_reason():
 def test_what_is_compiled_stays_when_the_rest_is_stopped(tmp_path, monkeypatch):
     path = tmp_path / "aot.json"
 
-    def stopped_at_the_second(job, quantized, **kwargs):
+    def stopped_at_the_second(job, **kwargs):
         if path.exists():
             raise KeyboardInterrupt
-        return compile_record(job, quantized, **kwargs)
+        return compile_record(job, **kwargs)
 
     monkeypatch.setattr("bench.aot.compile_record", stopped_at_the_second)
     with pytest.raises(KeyboardInterrupt):

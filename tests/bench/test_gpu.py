@@ -22,7 +22,7 @@ def outcomes(monkeypatch):
     given = {}
 
     def measure_case(case, *, repeats, with_peers):
-        peers = {"jax.lax.ragged_dot": measurement(100.0), "tokamax.ragged_dot": "tokamax is not installed"}
+        peers = {"jax.lax.ragged_dot": measurement(100.0), "tokamax.ragged_dot": {"error": "tokamax is not installed"}}
         outcome = given.get(case.name, 1.0)
         if isinstance(outcome, Exception):
             raise outcome

@@ -6,7 +6,7 @@ import pytest
 
 from bench import layer as bench
 from bench.command.parser import run
-from bench.measure.steps import Clock
+from bench.measure.steps import StepTimer
 from bench.one_chip.layouts import LAYOUTS
 from moejax import MoEConfig, MoEParams, dense_moe
 from tests.bench.one_chip.small_cases import lines, small
@@ -19,7 +19,7 @@ SMALL = ["--tokens", "64", "--hidden", "32", "--experts", "4", "--repeats", "2"]
 @pytest.fixture(scope="module")
 def records():
     case = small("layer", load="zipf", capacity_factor=4.0, with_xla=True)
-    return bench.run_case(case, Clock(), 3)
+    return bench.run_case(case, StepTimer(), 3)
 
 
 def test_every_stage_of_every_layout(records):
@@ -51,7 +51,7 @@ def test_the_layer_is_the_dense_oracles(rng):
     case = small("layer", load="text")
     measured = {}
 
-    class Keeping(Clock):
+    class Keeping(StepTimer):
         def measure(self, steps, values, **settings):
             measured.update(super().measure(steps, values, **settings).values)
             return super().measure(steps, values, **settings)
@@ -67,7 +67,7 @@ def test_the_layer_is_the_dense_oracles(rng):
 
 @pytest.mark.slow
 def test_programs_are_shared_between_loads_and_capacities():
-    clock = Clock()
+    clock = StepTimer()
     bench.run_case(small("layer", load="zipf", capacity_factor=1.0), clock, 2)
     count = len(clock._programs)
     bench.run_case(small("layer", load="text", capacity_factor=1.0, seed=4), clock, 2)

@@ -15,8 +15,8 @@ from bench.hopper.tune_search import Outcome
 from bench.measure.clock import CallTime
 from bench.model.workloads import GemmShape
 from pallas_kernels.chips import get_chip
-from pallas_kernels.grouped_matmul.gpu import tiling
-from pallas_kernels.grouped_matmul.gpu.tuned_table import parse_table
+from pallas_kernels.grouped_matmul.gpu.hopper import tiling
+from pallas_kernels.grouped_matmul.gpu.hopper.tuned_table import parse_table
 
 MODEL, BEST = tiling.Config(64, 128, 6, 1, 16), tiling.Config(128, 128, 5, 2, 4)
 SHAPE = ["--shape", "8,48,7168,2048"]
@@ -27,14 +27,15 @@ def gains(monkeypatch):
     """Stands in for an H200 on which the best of each product, in turn, saves such a share."""
     given = []
 
-    def tune_one(product, chip, progress, args):
+    def search(product, chip, timer, exhaustive):
         gain = given.pop(0)
         if isinstance(gain, Exception):
             raise gain
         return Outcome(MODEL, 100.0, BEST, 100.0 * (1 - gain), 7)
 
     monkeypatch.setattr(tune, "hopper_at_hand", lambda: get_chip("h200"))
-    monkeypatch.setattr(tune, "tune", tune_one)
+    monkeypatch.setattr(tune, "ConfigTimer", lambda *args: None)
+    monkeypatch.setattr(tune, "search", search)
     monkeypatch.setattr(jax, "clear_caches", lambda: None)
     return given
 

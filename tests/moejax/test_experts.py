@@ -22,7 +22,7 @@ from moejax import (
     quantize_params,
     with_changes,
 )
-from moejax.experts import expert_mlp, shared_mlp
+from moejax.experts import expert_mlp, math_of, shared_mlp
 from moejax.params import EXPERT_FIELDS, EXPERT_WEIGHTS, check_params
 from tests.helpers import LIMIT, float64, normal, relative_error, same_bits
 from tests.moejax.layers import random_params
@@ -31,7 +31,7 @@ CONFIG = MoEConfig(hidden_size=24, intermediate_size=16, num_experts=4, top_k=2,
 GROUP_SIZES = (3, 0, 17, 5)
 NUM_ROWS = 32  # seven rows belong to no expert
 
-mlp = functools.partial(jax.jit, static_argnames="config")(expert_mlp)
+mlp = functools.partial(jax.jit, static_argnames="math")(expert_mlp)
 
 
 def gelu(x):
@@ -74,7 +74,7 @@ def expected_mlp(rows, params, config):
 
 def run_mlp(rows, params, config):
     weights = {name: getattr(params, name) for name in EXPERT_FIELDS}
-    return mlp(rows, jnp.array(GROUP_SIZES, jnp.int32), config=config, **weights)
+    return mlp(rows, jnp.array(GROUP_SIZES, jnp.int32), math=math_of(config), **weights)
 
 
 @pytest.mark.parametrize("with_bias", [False, True], ids=["", "bias"])
@@ -107,7 +107,7 @@ def test_shared_expert_is_a_group_of_all_tokens(rng):
     config = dataclasses.replace(CONFIG, shared_intermediate_size=16)
     params, x = random_params(config, rng), normal(rng, 9, config.hidden_size)
     gate, up = (float64(x) @ float64(params.shared_gate_up)[:, half] for half in (0, 1))
-    out = shared_mlp(x, params.shared_gate_up, params.shared_down, config)
+    out = shared_mlp(x, params.shared_gate_up, params.shared_down, math_of(config), config)
     assert relative_error(out, GATED["silu"](gate, up) @ float64(params.shared_down)) < LIMIT["float32"]
 
 

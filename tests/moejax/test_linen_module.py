@@ -97,6 +97,7 @@ def test_partition_specs_and_gradients_over_a_mesh(axis_type, variables, x):
         assert relative_error(gradient, reference) < LIMIT["float32"], jax.tree_util.keystr(path)
 
 
+@pytest.mark.slow
 def test_serving_in_8_bits(rng):
     config = dataclasses.replace(
         CONFIG, hidden_size=128, intermediate_size=128, shared_intermediate_size=0, precision="w8a8"

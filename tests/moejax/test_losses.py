@@ -262,6 +262,7 @@ SPREAD = np.full((8, 4), 0.25)
         (specialization_loss, np.eye(4)[[0, 0, 0, 0, 1, 1, 1, 1]], 0.5),
     ],
 )
+@pytest.mark.quick("importance_loss-gates0-0", "importance_loss-gates2-3", "specialization_loss-gates7-0.5")
 def test_importance_and_specialization(loss, gates, expected):
     """Padding behind the tokens counts for nothing, and gradients are finite at the borders."""
     more = jnp.asarray(np.concatenate([gates, np.eye(4)[[0, 0, 0]]]), jnp.float32)

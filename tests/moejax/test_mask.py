@@ -87,7 +87,7 @@ def test_real_tokens_fare_as_without_padding(ep, dtype, capacity_factor, rng):
 
 
 @pytest.mark.parametrize("ep", [1, 4])
-@pytest.mark.quick("4")
+@pytest.mark.quick("1")
 def test_the_balancing_bias_moves_by_real_tokens(ep, rng):
     x = normal(rng, BATCH, REAL, 32)
     padded_x, mask = padded(rng, x)

@@ -108,6 +108,7 @@ def test_a_layer_over_another_transport():
 
 
 @pytest.mark.parametrize("name", MESHES)
+@pytest.mark.quick("fsdp, expert and tensor", "foreign names")
 def test_every_chip_works_on_its_share_of_the_tokens(name):
     config, params, x, _, _ = problem("float32")
     mesh, partition = mesh_of(name)
@@ -148,7 +149,7 @@ def equations(jaxpr, name: str):
 
 
 @pytest.mark.parametrize("spec", [P("data", "expert"), P("data"), P(None, ("data", "expert"))])
-@pytest.mark.quick("spec0", "spec2")
+@pytest.mark.quick("spec2")
 def test_activations_are_taken_as_they_lie(spec):
     """Beside the layer's own exchange nothing moves between chips."""
     config, params, x, _, _ = problem("float32")

@@ -152,7 +152,7 @@ def check_parameters(module: MoE, layer: MoE, mesh) -> None:
 
 @AXIS_TYPES
 @pytest.mark.parametrize("how", ["set_mesh", "set_mesh, jit", "mesh="])
-@pytest.mark.quick("set_mesh-explicit")
+@pytest.mark.slow
 def test_parameters_lie_over_the_expert_axis(how, axis_type, layer):
     mesh = mesh_of(axis_type)
     module = in_mesh(how, mesh)

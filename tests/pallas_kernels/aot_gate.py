@@ -5,14 +5,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from bench.measure.errors import describe
-from bench.tpu.libtpu import serve
+from bench.tpu.libtpu import LONGEST_REASON, serve
 from bench.tpu.pallas_calls import find_kernels
 from bench.tpu.slices import parse_slice
-from pallas_kernels.chips import get_chip
 from pallas_kernels.combine import combine
 from pallas_kernels.dispatch import dispatch
 from pallas_kernels.grouped_matmul import grouped_gate_up, grouped_matmul
@@ -148,10 +146,8 @@ def products(array, groups, rows, dense) -> dict[str, tuple[Callable[..., Any], 
 def work(job: dict) -> dict:
     """For each case of the job, the kernels in it, or why it does not compile."""
     slice_ = parse_slice(job["topology"])
-    topology = topologies.get_topology_desc(platform="tpu", topology_name=slice_.name)
-    mesh = Mesh(topology.devices[:1], "x")
+    mesh, chip = slice_.one_device, slice_.chip
     sharding = NamedSharding(mesh, PartitionSpec())
-    chip = get_chip(slice_.generation.chip)
 
     def array(shape, dtype):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
@@ -166,7 +162,7 @@ def work(job: dict) -> dict:
                 traced.lower().compile()
             answers[name] = sorted({kernel.name for kernel in find_kernels(traced.jaxpr)})
         except Exception as error:
-            answers[name] = describe(error, 400)
+            answers[name] = describe(error, LONGEST_REASON)
     return answers
 
 

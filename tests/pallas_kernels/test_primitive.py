@@ -58,6 +58,7 @@ def trained(*operands):
 
 
 @pytest.mark.parametrize("function", [layer, trained, sharded])
+@pytest.mark.quick("sharded", "trained")
 def test_exported_for_a_tpu_from_another_machine(function):
     text = export.export(jax.jit(function), platforms=["tpu"])(*shapes()).mlir_module()
     for kernel in ("dispatch", "grouped_matmul", "combine", *(["grouped_gate_up"] if function is not trained else [])):

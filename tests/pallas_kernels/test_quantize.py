@@ -47,6 +47,14 @@ def step(x: np.ndarray, scale: np.ndarray, dtype: str) -> np.ndarray:
 
 @pytest.mark.parametrize("scaling", SCALINGS)
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.quick(
+    "float8_e4m3fn-per_tensor",
+    "float8_e5m2-128x128",
+    "float8_e5m2-32x64",
+    "float8_e5m2-per_channel",
+    "float8_e5m2-per_row",
+    "int8-1x128",
+)
 def test_error_is_at_most_half_a_step(rng, dtype, scaling):
     x = normal(rng, 256, 128) * jnp.asarray(10.0 ** rng.uniform(-3, 3, (256, 1)), jnp.float32)
     q = jitted(x, dtype, scaling=scaling)
@@ -116,6 +124,16 @@ def test_zeros_have_scale_one(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("amax", [1e-20, 1e-30, 1e-32, 1e-34, 1e-36, 1.2e-38, 1e-40, 1e-45])
+@pytest.mark.quick(
+    "1.2e-38-float8_e5m2",
+    "1e-20-int8",
+    "1e-30-int8",
+    "1e-32-float8_e4m3fn",
+    "1e-34-int8",
+    "1e-36-float8_e4m3fn",
+    "1e-40-float8_e5m2",
+    "1e-45-float8_e4m3fn",
+)
 def test_tiny_magnitudes_give_small_finite_numbers(dtype, amax):
     x = np.array([[amax, -amax / 2, 0]])
     q = jitted(jnp.asarray(x, jnp.float32), dtype)
@@ -130,6 +148,14 @@ def test_tiny_magnitudes_give_small_finite_numbers(dtype, amax):
 @pytest.mark.parametrize("fault", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("scaling", SCALINGS)
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.quick(
+    "float8_e4m3fn-per_row--inf",
+    "float8_e5m2-1x128-inf",
+    "int8-128x128-nan",
+    "int8-32x64--inf",
+    "int8-per_channel-inf",
+    "int8-per_tensor-inf",
+)
 def test_a_fault_poisons_its_block_and_nothing_else(rng, dtype, scaling, fault):
     x = normal(rng, 256, 128)
     row, column = rng.integers(256), rng.integers(128)
@@ -143,6 +169,7 @@ def test_a_fault_poisons_its_block_and_nothing_else(rng, dtype, scaling, fault):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("source", ["bfloat16", "float16"])
+@pytest.mark.quick("bfloat16-float8_e4m3fn", "bfloat16-int8", "float16-float8_e5m2")
 def test_narrow_inputs_are_quantised_as_their_float32_values(rng, dtype, source):
     x = normal(rng, 32, 128, dtype=source)
     assert same_bits(jitted(x, dtype, scaling="per_row"), jitted(x.astype(jnp.float32), dtype, scaling="per_row"))
@@ -196,6 +223,7 @@ def test_a_qtensor_passes_through_jit_and_tells_its_shape():
 
 @pytest.mark.parametrize("transform", [jax.grad, jax.jacfwd, lambda f: jax.jit(jax.grad(f))])
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.quick("float8_e4m3fn-grad", "float8_e5m2-<lambda>", "int8-jacfwd")
 def test_differentiation_is_refused_with_advice(dtype, transform):
     with raises_saying(TypeError, "quantize()", "quantization=Quantization(...)", "jax.lax.stop_gradient"):
         transform(lambda x: dequantize(quantize(x, dtype)).sum())(jnp.ones((4, 4)))

@@ -2,8 +2,7 @@
 
 import pytest
 
-from bench.hopper.cases import CASES, select_cases
-from bench.hopper.goals import Goal
+from bench.hopper.cases import CASES, Goal, select_cases
 from bench.model.roofline import roofline_gemm
 from pallas_kernels.chips import get_chip
 

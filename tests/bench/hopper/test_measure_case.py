@@ -41,41 +41,41 @@ def _in_xla(function, *args, **kwargs):
 def test_a_case_is_right(name, times):
     case = dataclasses.replace(CASES[name], shape=GemmShape(2, 8, 256, 128))
     ours, peers = measure_case(case, repeats=1, with_peers=False)
-    assert ours.relative_error < (4e-3 if name != "layer-fp8" else 4e-2)  # which rounds to FP8 in between
-    assert (ours.time.median_us, peers) == (1.0, {})
+    assert ours["relative_error"] < (4e-3 if name != "layer-fp8" else 4e-2)  # which rounds to FP8 in between
+    assert (ours["us"], peers) == (1.0, {})
 
 
 def test_moving_rows_is_right(times):
     case = dataclasses.replace(CASES["permute-fp16"], shape=GemmShape(128, 40, 64, 64))
     ours, peers = measure_case(case, repeats=1, with_peers=True)
-    assert max(ours.relative_error, peers["xla"].relative_error) < 1e-3
+    assert max(ours["relative_error"], peers["xla"]["relative_error"]) < 1e-3
 
 
 @pytest.mark.parametrize("name", ["qwen3-fp8-64", "qwen3-bf16-16384"])
 @pytest.mark.slow
 def test_a_layer_is_timed_by_the_wall_clock(name):
-    case = dataclasses.replace(CASES[name], shape=GemmShape(16, 4, 256, 128), calls=2)
+    case = dataclasses.replace(CASES[name], shape=GemmShape(16, 4, 256, 128))
     ours, _ = measure_case(case, repeats=2, with_peers=False)
-    assert ours.relative_error < 2e-2
-    assert ours.time.median_us > 0
+    assert ours["relative_error"] < 2e-2
+    assert ours["us"] > 0
 
 
 def test_peers_get_the_same_inputs(times):
     case = dataclasses.replace(CASES["decode-bf16"], shape=GemmShape(2, 8, 128, 128))
     _, peers = measure_case(case, repeats=1, with_peers=True)
-    assert peers["jax.lax.ragged_dot"].relative_error < 4e-3
-    assert isinstance(peers["jax ragged_dot_mgpu"], str)
+    assert peers["jax.lax.ragged_dot"]["relative_error"] < 4e-3
+    assert list(peers["jax ragged_dot_mgpu"]) == ["error"]
 
 
 def _try(functions, **settings):
-    implementation = Implementation("x", "jax", "jax", functions, **settings)
-    return attempt(CASES["decode-bf16"], implementation, [(jnp.ones(4),)], jnp.ones(4), repeats=1)
+    implementation = Implementation("x", "jax", functions, **settings)
+    return attempt(implementation, [(jnp.ones(4),)], jnp.ones(4), tolerance=2e-2, repeats=1)
 
 
 def test_a_wrong_result_is_not_timed(times):
     reason = "ValueError: wrong result: relative error 5.0e-01, limit 2e-02"
-    assert _try({"": lambda x: 1.5 * x}) == reason
-    assert _try({"": lambda x: x * jnp.nan}) == "ValueError: wrong result: relative error nan, limit 2e-02"
+    assert _try({"": lambda x: 1.5 * x}) == {"error": reason}
+    assert _try({"": lambda x: x * jnp.nan}) == {"error": "ValueError: wrong result: relative error nan, limit 2e-02"}
 
 
 def test_the_fastest_configuration_that_works_counts(times):
@@ -85,9 +85,9 @@ def test_the_fastest_configuration_that_works_counts(times):
         raise NotImplementedError("too many\n tiles")
 
     outcome = _try({"a": lambda x: x, "wrong": lambda x: -x, "b": lambda x: x, "fails": fails, "c": lambda x: x})
-    assert (outcome.configuration, outcome.time.median_us) == ("b", 3.0)
-    assert _try({"fails": fails}) == "NotImplementedError: too many tiles"
-    assert _try({"": lambda x: x}, prepare=fails) == "NotImplementedError: too many tiles"
+    assert (outcome["configuration"], outcome["us"]) == ("b", 3.0)
+    assert _try({"fails": fails}) == {"error": "NotImplementedError: too many tiles"}
+    assert _try({"": lambda x: x}, prepare=fails) == {"error": "NotImplementedError: too many tiles"}
 
 
 def test_record_of_a_case():

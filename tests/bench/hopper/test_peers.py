@@ -13,7 +13,7 @@ from bench.record.provenance import package_version
 
 
 def test_a_package_that_is_missing_is_the_reason():
-    missing = Implementation("x", "no_such_package", "jax", {})
+    missing = Implementation("x", "no_such_package", {})
     assert missing.why_not() == "no_such_package is not installed"
     assert package_version("jax") == jax.__version__
 
@@ -43,4 +43,4 @@ def test_mgpu_configurations_fit_shared_memory(rows, block_m):
 
 def test_preparation_leaves_inputs_as_they_are():
     x = jnp.ones(3)
-    assert Implementation("x", "jax", "jax", {}).prepare(x, 1) == (x, 1)
+    assert Implementation("x", "jax", {}).prepare(x, 1) == (x, 1)

@@ -9,7 +9,7 @@ from bench.hopper.tune_products import TOKENS_A_CHIP, case_products, default_pro
 from bench.hopper.tune_search import by_modelled_time, other_strips, search, shorter_rings
 from bench.model.workloads import GemmShape
 from pallas_kernels.chips import get_chip
-from pallas_kernels.grouped_matmul.gpu import tiling
+from pallas_kernels.grouped_matmul.gpu.hopper import tiling
 
 CHIP = get_chip("h200")
 PREFILL = Product(GemmShape(8, 4096, 7168, 4096), "bf16")
@@ -106,14 +106,8 @@ def test_strips_and_rings():
     config = tiling.Config(64, 256, 3, 1, 8)
     assert other_strips(DECODE, config) == [config]  # one row of tiles
     assert [c.strip for c in other_strips(PREFILL, config)] == [8, 1, 4, 16]
-    assert [c.strip for c in other_strips(PREFILL, dataclasses.replace(config, strip=2, block_n=64))] == [
-        2,
-        1,
-        4,
-        8,
-        16,
-        64,
-    ]
+    narrow = dataclasses.replace(config, strip=2, block_n=64)
+    assert [c.strip for c in other_strips(PREFILL, narrow)] == [2, 1, 4, 8, 16, 64]
     assert [c.num_stages for c in shorter_rings(config)] == [2]
 
 

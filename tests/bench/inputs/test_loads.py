@@ -22,6 +22,7 @@ def counts(load, k):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize(("tokens", "experts", "k"), [(256, 8, 1), (256, 8, 4), (100, 32, 8), (7, 8, 2), (64, 4, 4)])
+@pytest.mark.quick("100-32-8-float16", "256-8-1-float32", "256-8-4-float32", "64-4-4-float32", "7-8-2-bfloat16")
 def test_balanced_is_balanced_to_one_assignment(tokens, experts, k, dtype):
     load = make_load("balanced", num_tokens=tokens, hidden=64, num_experts=experts, top_k=k, dtype=dtype)
     assert load.x.dtype == load.router.dtype == dtype
@@ -51,6 +52,7 @@ def test_text_is_skewed_by_itself_alone(tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.quick("zipf", "text")
 def test_equal_arguments_give_equal_loads_and_seeds_change_them(kind):
     sizes = {"num_tokens": 50, "hidden": 32, "num_experts": 8, "top_k": 2}
     load = make_load(kind, **sizes, seed=1)

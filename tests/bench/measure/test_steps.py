@@ -7,7 +7,7 @@ import pytest
 
 from bench.measure import steps
 from bench.measure.clock import CallTime
-from bench.measure.steps import Clock, Step
+from bench.measure.steps import Step, StepTimer
 
 STEPS = [
     Step("double", lambda x: 2 * x, ("x",)),
@@ -22,7 +22,7 @@ def x():
 
 
 def test_values_samples_and_memory(x):
-    measured = Clock().measure(STEPS, {"x": x}, scope="a", rounds=3)
+    measured = StepTimer().measure(STEPS, {"x": x}, scope="a", rounds=3)
     total, of_twice = measured.values["sum"]
     np.testing.assert_array_equal(total, 3 * np.arange(6) + 1)
     assert of_twice == 30
@@ -35,7 +35,7 @@ def test_values_samples_and_memory(x):
 
 
 def test_a_cpu_has_the_wall_clock():
-    assert Clock().name == "wall"
+    assert StepTimer().name == "wall"
 
 
 def test_programs_are_used_again_until_the_scope_changes(x):
@@ -48,7 +48,7 @@ def test_programs_are_used_again_until_the_scope_changes(x):
 
         return [Step("double", double, ("x",))]
 
-    clock = Clock()
+    clock = StepTimer()
     clock.measure(doubling(), {"x": x}, scope="a", rounds=1)
     measured = clock.measure(doubling(), {"x": x + 1}, scope="a", rounds=1)
     np.testing.assert_array_equal(measured.values["double"], 2 * np.arange(1, 7))
@@ -60,7 +60,7 @@ def test_programs_are_used_again_until_the_scope_changes(x):
 
 
 def test_a_key_tells_functions_of_one_name_apart(x):
-    clock = Clock()
+    clock = StepTimer()
     for factor in (2, 3):
         step = Step("times", lambda x, factor=factor: factor * x, ("x",), key=factor)
         measured = clock.measure([step], {"x": x}, scope="a", rounds=1)
@@ -83,7 +83,7 @@ def gpu(monkeypatch):
 
 
 def test_rounds_alternate_and_inputs_are_copied(gpu, x):
-    measured = Clock("kernels").measure(STEPS, {"x": x}, scope="a", rounds=3)
+    measured = StepTimer("kernels").measure(STEPS, {"x": x}, scope="a", rounds=3)
     assert measured.samples_us == {"double": [1.0, 4.0, 5.0], "sum": [2.0, 3.0, 6.0]}
     assert all(len(set(pointers)) == 2 for pointers in gpu)
 
@@ -94,12 +94,12 @@ def test_a_driver_that_forbids_kernel_times_leaves_the_wall_clock(monkeypatch):
 
     monkeypatch.setattr(steps, "is_nvidia", lambda device: True)
     monkeypatch.setattr(steps, "kernel_times", kernel_times)
-    assert Clock().name == "wall"
+    assert StepTimer().name == "wall"
 
 
 @pytest.mark.gpu
 def test_device_time_of_a_gpu():
-    clock = Clock()
+    clock = StepTimer()
     assert clock.name == "kernels"
     x = jnp.ones((1 << 14, 1 << 13), jnp.float32)
     step = Step("sum", lambda x: x.sum(axis=1), ("x",))

@@ -1,4 +1,3 @@
-import dataclasses
 import itertools
 import math
 import time
@@ -8,76 +7,48 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench.model import ds_tpu
-from bench.model.ds_tpu import Partition, Tile, best_tile, evaluate_exchange, evaluate_gemm, partitions
+from bench.model.ds_tpu import Tile, best_tile, evaluate_exchange, evaluate_gemm, partitions
 from bench.model.workloads import GemmShape
 from pallas_kernels.chips import get_chip
 
-
-@dataclasses.dataclass(frozen=True)
-class Figures:
-    """One row of the evaluators' published figures; None where they print none."""
-
-    chip: str
-    dtype: str
-    shape: tuple[int, int, int, int]
-    procs: tuple[int, int, int, int]
-    elapsed: float
-    traffic_mb: float
-    comp: float | None = None
-    dma: float | None = None
-    digits: int | None = None
-
-
-# `digits`: decimals that elapsed, comp and dma are printed with; None means to the last bit or two.
+# Chip, dtype, shape and parts of the evaluators' published figures; µs elapsed, of arithmetic and of copies; MB.
 EXACT = [
-    Figures(
-        "seed", "fp8", (8, 48, 7168, 2048), (8, 1, 2, 4), 16.589714285714287, 129.236992, 14.336, 11.268571428571429
+    ("seed", "fp8", (8, 48, 7168, 2048), (8, 1, 2, 4), (16.589714285714287, 14.336, 11.268571428571429), 129.236992),
+    (
+        *("v32-run", "fp8", (8, 48, 7168, 2048), (8, 1, 2, 4)),
+        *((17.960774704761906, 14.680064, 15.024761904761904), 129.236992),
     ),
-    Figures(
-        "v32-run",
-        "fp8",
-        (8, 48, 7168, 2048),
-        (8, 1, 2, 4),
-        17.960774704761906,
-        129.236992,
-        14.680064,
-        15.024761904761904,
-    ),
-    Figures(
-        "v32-run", "fp8", (1, 48, 7168, 256), (1, 1, 2, 32), 0.4306371047619048, 3.309568, 0.229376, 0.3847619047619048
+    (
+        *("v32-run", "fp8", (1, 48, 7168, 256), (1, 1, 2, 32)),
+        *((0.4306371047619048, 0.229376, 0.3847619047619048), 3.309568),
     ),
 ]
 ROUNDED = [
-    Figures("tier6", "bf16", (8, 48, 7168, 2048), (8, 1, 2, 4), 24.925, 252.18, 14.680, 21.989, 3),
-    Figures("tier6", "fp8", (8, 48, 7168, 2048), (8, 1, 2, 4), 16.93, 129.24, 14.680, 11.269, 2),
-    Figures("tier6", "bf16", (4, 1, 7168, 2048), (4, 1, 2, 8), 10.751, 117.686, 2.447, 10.261, 3),
-    Figures("seed", "fp8", (8, 4, 7168, 2048), (8, 1, 2, 4), 11.2814, 118.4236, digits=4),
+    ("tier6", "bf16", (8, 48, 7168, 2048), (8, 1, 2, 4), ("24.925", "14.680", "21.989"), "252.18"),
+    ("tier6", "fp8", (8, 48, 7168, 2048), (8, 1, 2, 4), ("16.93", "14.680", "11.269"), "129.24"),
+    ("tier6", "bf16", (4, 1, 7168, 2048), (4, 1, 2, 8), ("10.751", "2.447", "10.261"), "117.686"),
+    ("seed", "fp8", (8, 4, 7168, 2048), (8, 1, 2, 4), ("11.2814",), "118.4236"),
 ]
 
 
-def by_shape(row: Figures) -> str:
-    return f"{row.chip}-{row.dtype}-{row.shape[0]}x{row.shape[1]}"
+def figures_of(chip, dtype, shape):
+    result = evaluate_gemm(get_chip(chip), GemmShape(*shape), dtype)
+    return result.best_partition, (result.elapsed, result.comp_elapsed, result.dma_elapsed), result.dram_traffic
 
 
-@pytest.mark.parametrize("row", EXACT, ids=by_shape)
-def test_figures_to_all_digits(row):
-    result = evaluate_gemm(get_chip(row.chip), GemmShape(*row.shape), row.dtype)
-    assert result.best_partition == Partition(row.procs)
-    assert (result.elapsed, result.comp_elapsed, result.dma_elapsed) == pytest.approx(
-        (row.elapsed, row.comp, row.dma), rel=1e-12
-    )
-    assert result.dram_traffic == round(row.traffic_mb * 1e6)
+@pytest.mark.parametrize(("chip", "dtype", "shape", "procs", "times", "traffic_mb"), EXACT)
+def test_figures_to_all_digits(chip, dtype, shape, procs, times, traffic_mb):
+    found_procs, found_times, traffic = figures_of(chip, dtype, shape)
+    assert (found_procs, traffic) == (procs, round(traffic_mb * 1e6))
+    assert found_times == pytest.approx(times, rel=1e-12)
 
 
-@pytest.mark.parametrize("row", ROUNDED, ids=by_shape)
-def test_figures_to_the_printed_digits(row):
-    result = evaluate_gemm(get_chip(row.chip), GemmShape(*row.shape), row.dtype)
-    assert result.best_partition == Partition(row.procs)
-    assert round(result.elapsed, row.digits) == row.elapsed
-    if row.comp is not None:
-        assert (round(result.comp_elapsed, 3), round(result.dma_elapsed, 3)) == (row.comp, row.dma)
-    decimals = len(str(row.traffic_mb).split(".")[1])
-    assert round(result.dram_traffic / 1e6, decimals) == row.traffic_mb
+@pytest.mark.parametrize(("chip", "dtype", "shape", "procs", "times", "traffic_mb"), ROUNDED)
+def test_figures_to_the_printed_digits(chip, dtype, shape, procs, times, traffic_mb):
+    found_procs, found_times, traffic = figures_of(chip, dtype, shape)
+    assert found_procs == procs
+    for printed, found in ((traffic_mb, traffic / 1e6), *zip(times, found_times, strict=False)):
+        assert f"{found:.{len(printed.partition('.')[2])}f}" == printed
 
 
 def test_tile_of_the_bf16_example():
@@ -118,22 +89,25 @@ def test_partitions_cover_every_factorisation(cores, count):
     assert all(math.prod(procs) == cores for procs in found)
 
 
+def by_order(m, n, k, tile, operand_bytes):
+    """Bytes of a block in tiles of (M, N, K), by the formulas as they are written down."""
+    t_m, t_n, t_k = (math.ceil(extent / size) for extent, size in zip((m, n, k), tile, strict=True))
+    a, b, c, spill = m * k * operand_bytes, k * n * operand_bytes, m * n * 2, m * n * 8 * (t_k - 1)
+    return {"mnk": a * t_n + b * t_m + c, "nkm": b + a * t_n + spill + c, "mkn": a + b * t_m + spill + c}
+
+
 def oracle_tile_traffic(m, n, k, operand_bytes, sram_limit):
-    """The least traffic over every tile in steps of 16, 8 and 32, by the formulas as they are written down."""
+    """The least traffic over every tile in steps of 16, 8 and 32."""
 
     def up(x, step):
         return math.ceil(x / step) * step
 
-    a, b, c = m * k * operand_bytes, k * n * operand_bytes, m * n * 2
     k_tiles = [*range(1, 32), *range(32, k, 32), k]
-    least = None
+    least = math.inf
     for mt, nt, kt in itertools.product(range(16, up(m, 16) + 1, 16), range(8, up(n, 8) + 1, 8), k_tiles):
         if (up(mt, 16) + up(nt, 16)) * kt * operand_bytes + up(mt, 16) * up(nt * 2, 32) > sram_limit or kt > k:
             continue
-        t_m, t_n, t_k = math.ceil(m / mt), math.ceil(n / nt), math.ceil(k / kt)
-        spill = m * n * 8 * (t_k - 1)
-        for traffic in (a * t_n + b * t_m + c, b + a * t_n + spill + c, a + b * t_m + spill + c):
-            least = traffic if least is None else min(least, traffic)
+        least = min(least, *by_order(m, n, k, (mt, nt, kt), operand_bytes).values())
     return least
 
 
@@ -179,14 +153,7 @@ def oracle_chip_traffic(shape, procs, tile, operand_bytes):
     total = 0
     sizes = [blocks(e, p) for e, p in zip((shape.G, shape.M, shape.N, shape.K), procs, strict=True)]
     for g, m, n, k in itertools.product(*sizes):
-        t_m, t_n, t_k = math.ceil(m / tile.M), math.ceil(n / tile.N), math.ceil(k / tile.K)
-        a, b, c, spill = m * k * operand_bytes, k * n * operand_bytes, m * n * 2, m * n * 8 * (t_k - 1)
-        per_order = {
-            "mnk": a * t_n + b * t_m + c,
-            "nkm": b + a * t_n + spill + c,
-            "mkn": a + b * t_m + spill + c,
-        }
-        total += g * per_order[tile.order]
+        total += g * by_order(m, n, k, (tile.M, tile.N, tile.K), operand_bytes)[tile.order]
     return total
 
 
@@ -206,8 +173,7 @@ def test_invariants(shape, dtype, cores):
     assert result.dram_traffic >= compulsory
     assert result.dma_elapsed >= result.dram_traffic / chip.hbm_bandwidth * 1e6 * (1 - 1e-12)
     assert 0 < result.urate <= 1
-    procs = result.best_partition.procs
-    assert result.dram_traffic == oracle_chip_traffic(shape, procs, result.best_tile, width)
+    assert result.dram_traffic == oracle_chip_traffic(shape, result.best_partition, result.best_tile, width)
 
 
 @settings(max_examples=25, deadline=None)

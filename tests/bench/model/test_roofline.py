@@ -5,22 +5,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bench.model.roofline import default_block_m, model_gemm, model_layer, roofline_exchange, roofline_gemm
+from bench.model.roofline import least_rows, model_gemm, model_layer, roofline_exchange, roofline_gemm
 from bench.model.workloads import GemmShape, Workload
 from pallas_kernels.chips import CHIPS, get_chip
 
-DECODE = Workload(
-    hidden_size=7168,
-    intermediate_size=2048,
-    shared_intermediate_size=2048,
-    num_experts=256,
-    top_k=8,
-    batch_size=1536,
-    q_len=1,
-    ep=32,
-    dp=32,
-    moe_tp=1,
-)
+DECODE = Workload(7168, 2048, 2048, 256, 8, batch_size=1536, q_len=1, ep=32, dp=32, moe_tp=1)
 REAL_CHIPS = [name for name, chip in CHIPS.items() if chip.kind != "ds_tpu"]
 
 
@@ -47,14 +36,13 @@ def test_an_alien_dtype_saves_bytes_and_no_arithmetic():
     assert fp8.dma_elapsed < 0.6 * bf16.dma_elapsed
 
 
-def test_rows_are_padded_to_the_chip_and_on_request():
-    assert default_block_m(get_chip("h200"), "fp8") == default_block_m(get_chip("b200"), "bf16") == 64
-    assert (default_block_m(get_chip("v6e"), "int8"), default_block_m(get_chip("v7x"), "bf16")) == (32, 16)
-    chip, shape = get_chip("h200"), GemmShape(8, 4, 7168, 2048)
-    times = [roofline_gemm(chip, shape, "fp8", block_m=block_m).comp_elapsed for block_m in (4, 64, 128)]
-    assert times == pytest.approx([times[0], 16 * times[0], 32 * times[0]])
-    with pytest.raises(ValueError, match="block_m must be at least 1, got 0"):
-        roofline_gemm(chip, shape, "fp8", block_m=0)
+def test_rows_are_padded_to_the_chip():
+    assert least_rows(get_chip("h200"), "fp8") == least_rows(get_chip("b200"), "bf16") == 64
+    assert (least_rows(get_chip("v6e"), "int8"), least_rows(get_chip("v7x"), "bf16")) == (32, 16)
+    times = [roofline_gemm(get_chip("h200"), GemmShape(8, rows, 7168, 2048), "fp8") for rows in (4, 64, 65)]
+    one, same, two = (time.comp_elapsed for time in times)
+    assert (same, two) == pytest.approx((one, 2 * one))
+    assert times[1].flops == 16 * times[0].flops
 
 
 @pytest.mark.parametrize(("dtype", "width"), [("fp8", 1), ("int8", 1), ("bf16", 2), ("fp16", 2)])
@@ -87,15 +75,15 @@ def test_layer_of_the_v32_run():
     assert times["dispatch"].elapsed == pytest.approx(7.057368421052632, rel=1e-12)
     assert layer.elapsed == pytest.approx(sum(operator.elapsed for operator in layer.operators))
     assert layer.comm_elapsed == times["dispatch"].elapsed + times["combine"].elapsed
-    assert layer.mean_rows == 384
-    assert layer.busiest_rows == pytest.approx(424.5, abs=3)
+    assert layer.workload.token_per_ep_group == 384
+    assert layer.workload.busiest_rows == pytest.approx(424.5, abs=3)
 
 
 def test_the_roofline_waits_for_the_busiest_chip():
     layer = model_layer(get_chip("h200"), DECODE)
     routed = {operator.name: operator for operator in layer.operators}["routed_gate_proj"]
-    assert routed.shape == GemmShape(8, math.ceil(layer.busiest_rows / 8), 7168, 2048)
-    assert layer.busiest_rows > layer.mean_rows
+    assert routed.shape == GemmShape(8, math.ceil(layer.workload.busiest_rows / 8), 7168, 2048)
+    assert layer.workload.busiest_rows > layer.workload.token_per_ep_group
 
 
 @pytest.mark.parametrize("name", REAL_CHIPS)

@@ -2,7 +2,7 @@ import dataclasses
 
 import pytest
 
-from bench.model.workloads import Exchange, GemmShape, Matmul, Workload, layer_operators, moe_workload
+from bench.model.workloads import GemmShape, Workload, layer_matmuls, moe_workload
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,48 +33,45 @@ def test_precision_sets_the_width_of_dispatch_and_not_of_combine():
     assert moe_workload(DEEPSEEK, batch_size=64, ep=32, quantized_dtype="int8").dtype == "int8"
 
 
-def test_operators_of_the_v32_run():
-    operators = layer_operators(moe_workload(DEEPSEEK, batch_size=1536, ep=32))
-    assert operators == (
-        Matmul("gate", GemmShape(1, 48, 7168, 256)),
-        Matmul("shared_gate_proj", GemmShape(1, 48, 7168, 2048)),
-        Matmul("shared_up_proj", GemmShape(1, 48, 7168, 2048)),
-        Matmul("shared_down_proj", GemmShape(1, 48, 2048, 7168)),
-        Matmul("routed_gate_proj", GemmShape(8, 48, 7168, 2048)),
-        Matmul("routed_up_proj", GemmShape(8, 48, 7168, 2048)),
-        Matmul("routed_down_proj", GemmShape(8, 48, 2048, 7168)),
-        Exchange("dispatch", 2_752_512),
-        Exchange("combine", 5_505_024),
-    )
+def test_products_of_the_v32_run():
+    workload = moe_workload(DEEPSEEK, batch_size=1536, ep=32)
+    assert list(layer_matmuls(workload).items()) == [
+        ("gate", GemmShape(1, 48, 7168, 256)),
+        ("shared_gate_proj", GemmShape(1, 48, 7168, 2048)),
+        ("shared_up_proj", GemmShape(1, 48, 7168, 2048)),
+        ("shared_down_proj", GemmShape(1, 48, 2048, 7168)),
+        ("routed_gate_proj", GemmShape(8, 48, 7168, 2048)),
+        ("routed_up_proj", GemmShape(8, 48, 7168, 2048)),
+        ("routed_down_proj", GemmShape(8, 48, 2048, 7168)),
+    ]
+    assert (workload.dispatch_bytes, workload.combine_bytes) == (2_752_512, 5_505_024)
 
 
-def test_no_shared_expert_no_shared_operators():
+def test_no_shared_expert_no_shared_products():
     layer = dataclasses.replace(DEEPSEEK, shared_intermediate_size=0)
-    names = [operator.name for operator in layer_operators(moe_workload(layer, batch_size=64, ep=32))]
-    assert names == ["gate", "routed_gate_proj", "routed_up_proj", "routed_down_proj", "dispatch", "combine"]
+    names = list(layer_matmuls(moe_workload(layer, batch_size=64, ep=32)))
+    assert names == ["gate", "routed_gate_proj", "routed_up_proj", "routed_down_proj"]
 
 
 def test_moe_tp_cuts_the_routed_experts_and_the_wire():
     whole = moe_workload(DEEPSEEK, batch_size=64, ep=16)
     cut = moe_workload(DEEPSEEK, batch_size=64, ep=16, moe_tp=4)
-    routed = {operator.name: operator for operator in layer_operators(cut)}
-    assert routed["routed_gate_proj"].shape.N == routed["routed_down_proj"].shape.K == 512
-    assert routed["shared_gate_proj"].shape.N == 2048
+    shapes = layer_matmuls(cut)
+    assert shapes["routed_gate_proj"].N == shapes["routed_down_proj"].K == 512
+    assert shapes["shared_gate_proj"].N == 2048
     assert (cut.dispatch_bytes, cut.num_chips) == (whole.dispatch_bytes // 4, 64)
 
 
 @pytest.mark.parametrize(("rounding", "shape"), [("round", (3, 1, 7168, 2048)), ("ceil", (4, 1, 7168, 2048))])
 def test_both_evaluators_roundings_of_config_a(rounding, shape):
-    workload = moe_workload(DEEPSEEK, batch_size=4, ep=32, dp=1, rounding=rounding)
-    operators = {operator.name: operator for operator in layer_operators(workload)}
-    assert operators["routed_gate_proj"].shape == GemmShape(*shape)
-    assert operators["gate"].shape.M == 4
+    shapes = layer_matmuls(moe_workload(DEEPSEEK, batch_size=4, ep=32, dp=1, rounding=rounding))
+    assert shapes["routed_gate_proj"] == GemmShape(*shape)
+    assert shapes["gate"].M == 4
 
 
 def test_rows_can_be_those_of_another_chip():
     workload = moe_workload(DEEPSEEK, batch_size=1536, ep=32)
-    operators = {operator.name: operator for operator in layer_operators(workload, routed_rows=424.5)}
-    assert operators["routed_up_proj"].shape == GemmShape(8, 54, 7168, 2048)
+    assert layer_matmuls(workload, routed_rows=424.5)["routed_up_proj"] == GemmShape(8, 54, 7168, 2048)
     assert workload.busiest_rows > workload.token_per_ep_group
 
 
@@ -82,7 +79,7 @@ def test_q_len_multiplies_tokens_but_not_sequences():
     workload = moe_workload(DEEPSEEK, batch_size=64, ep=32, q_len=3)
     assert workload.token_per_ep_group == 48
     assert workload.batch_size_local == 2
-    assert layer_operators(workload)[0].shape.M == 6
+    assert layer_matmuls(workload)["gate"].M == 6
 
 
 @pytest.mark.parametrize(

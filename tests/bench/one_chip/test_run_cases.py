@@ -5,7 +5,7 @@ import io
 import pytest
 
 from bench import topk
-from bench.measure.steps import Clock
+from bench.measure.steps import StepTimer
 from bench.one_chip.run_cases import problems, run_cases
 from bench.record.progress import Progress
 from tests.bench.one_chip.small_cases import lines, small
@@ -17,7 +17,7 @@ CASES = [small("topk", k=k) for k in (1, 2, 3)]
 @pytest.fixture
 def go(tmp_path):
     """Runs cases; the seconds that pass with each are those of `clock`."""
-    clock, now, ran = Clock(), [0.0], []
+    clock, now, ran = StepTimer(), [0.0], []
 
     def run(cases=CASES, seconds=0.0, broken=(), **settings):
         def run_case(case, clock, rounds):

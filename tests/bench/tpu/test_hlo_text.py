@@ -1,6 +1,8 @@
 """Reading compiled programmes: on a text of the compiler's, cut down, whose numbers were added up by hand."""
 
-from bench.tpu.hlo_text import parse_program
+import pytest
+
+from bench.tpu.hlo_text import Operation, parse_program
 from tests.helpers import raises_saying
 
 TEXT = """HloModule jit_f, is_scheduled=true
@@ -45,6 +47,14 @@ def test_collectives_count_the_bytes_of_their_results():
         {"kind": "all-reduce", "count": 1, "bytes": 16},
         {"kind": "all-to-all", "count": 3, "bytes": 3 * 32 * 24 * 128},
     ]
+
+
+@pytest.mark.parametrize(
+    ("type_", "size"),
+    [("pred[3]", 3), ("f8e4m3fn[7]{0}", 7), ("s4[5]", 5), ("bf16[2,2]{1,0}", 8), ("c64[]", 8), ("(s32[2], u8[9])", 9)],
+)
+def test_bytes_of_a_result(type_, size):
+    assert Operation("x", "copy", type_, "").result_bytes == size
 
 
 def test_kernels_memory_and_where_an_operation_came_from():

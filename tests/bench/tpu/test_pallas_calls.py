@@ -5,6 +5,7 @@ from jax.experimental import pallas as pl
 
 from bench.tpu.pallas_calls import find_kernels
 from bench.tpu.static_cycles import profiled_cycles
+from bench.tpu.static_twin import dynamic_dims
 
 X = jax.ShapeDtypeStruct((256, 128), jnp.float32)
 
@@ -39,15 +40,17 @@ def test_a_grid_that_follows_from_known_arguments_is_fixed(nested):
 
     sizes = jnp.array([100, 100])
     (unknown,) = kernels(function, X, sizes)
-    assert (unknown.dynamic_dims, unknown.grid) == (1, None)
+    assert (dynamic_dims(unknown.equation), unknown.grid) == (1, None)
     (known,) = kernels(function, X, sizes, known={1: sizes})
     assert known.grid == (2,)
-    static = jax.jit(known.function).trace(*known.arguments(None)).jaxpr.eqns[0].params["grid_mapping"]
+    function, shapes = known.alone
+    static = jax.jit(function).trace(*shapes).jaxpr.eqns[0].params["grid_mapping"]
     assert (static.grid, static.num_dynamic_grid_bounds) == ((2,), 0)
 
 
 def test_profiles_of_a_folder(tmp_path):
-    assert profiled_cycles(tmp_path) is None
+    assert profiled_cycles(tmp_path, "none") == "none"
     for name, cycles in (("copy", 3), ("double.1", 70)):
         (tmp_path / f"{name}_static.textproto").write_text(f'hlo_op_name: "{name}"\n  estimated_cycles: {cycles}\n')
-    assert profiled_cycles(tmp_path) == 70
+    assert profiled_cycles(tmp_path, "none") == 70
+    assert profiled_cycles(tmp_path, "none", total=True) == 73

@@ -79,7 +79,7 @@ def test_rematerialised_layers_have_the_same_gradients(name):
 
 
 @every_router
-@pytest.mark.quick("switch", "expert_choice")
+@pytest.mark.quick("expert_choice")
 def test_known_nan_is_refused_and_hidden_nan_shows(name):
     layer = new_layer(name, np.random.default_rng(0))
     _, _, x, *_ = case(name)
@@ -91,7 +91,7 @@ def test_known_nan_is_refused_and_hidden_nan_shows(name):
 
 
 @every_router
-@pytest.mark.quick("chain_of_experts", "expert_choice")
+@pytest.mark.quick("chain_of_experts")
 def test_causal_is_what_the_layer_says(name):
     """The first sequence's beginning is the same whatever comes after it; where experts or slots choose, it is not."""
     rng = np.random.default_rng(3)
@@ -143,6 +143,7 @@ def test_choices_of_an_earlier_call_can_be_made_again(name):
 
 
 @pytest.mark.parametrize("name", ["expert_choice", "soft_moe", "hash"])
+@pytest.mark.quick("hash")
 def test_choices_cannot_be_given_where_tokens_make_none(name):
     layer = new_layer(name)
     _, _, x, *_, aux, _ = case(name)
@@ -152,7 +153,7 @@ def test_choices_cannot_be_given_where_tokens_make_none(name):
 
 
 @every_router
-@pytest.mark.quick("softmax", "specialized", "hash")
+@pytest.mark.quick("specialized")
 def test_the_same_call_gives_the_same_bits(name):
     layer = new_layer(name, np.random.default_rng(0))
     _, _, x, *_ = case(name)

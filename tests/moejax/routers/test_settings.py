@@ -164,6 +164,7 @@ def test_updates_balance_a_lopsided_router(rng):
 
 
 @pytest.mark.parametrize("name", sorted(set(ROUTERS) - {"loss_free", "group_limited"}))
+@pytest.mark.quick("hash", "soft_moe", "switch")
 def test_update_changes_nothing_elsewhere(name):
     layer = new_layer(name)
     before = jax.tree.map(jnp.copy, nnx.state(layer, nnx.Not(nnx.RngState)))

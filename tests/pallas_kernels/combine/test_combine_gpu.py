@@ -45,6 +45,7 @@ def test_strips_that_overlap(rng):
 
 @pytest.mark.parametrize("columns", [512, 1160])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.quick("bfloat16-1160", "float32-512")
 def test_gradient_of_the_weights_interpreted(rng, dtype, columns):
     rows, plan, _ = problem(rng, columns, dtype, 4)
     dout = normal(rng, 9, columns, dtype=dtype)

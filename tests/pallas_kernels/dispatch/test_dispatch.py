@@ -30,7 +30,7 @@ def gathered(x: np.ndarray, plan) -> np.ndarray:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int8", "float8_e4m3fn"])
 @pytest.mark.parametrize("capacity", [None, 7])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.quick("*-(64, 4, 8, 256)-7-bfloat16", "*-(37, 3, 5, 19)-7-float8_e4m3fn")
+@pytest.mark.quick("pallas_tpu-(64, 4, 8, 256)-7-bfloat16", "xla-(37, 3, 5, 19)-7-float8_e4m3fn", "pallas_gpu*")
 def test_rows_are_copies_of_their_tokens(backend, rng, shape, capacity, dtype):
     x = (10 * normal(rng, shape[0], shape[3])).astype(dtype)
     plan = random_plan(rng, *shape[:3], capacity)
@@ -117,6 +117,7 @@ def test_checkpoint(backend, rng):
 
 
 @pytest.mark.parametrize("capacity", [None, 3])
+@pytest.mark.quick("pallas_tpu-None", "xla-3", "pallas_gpu*")
 def test_no_tokens(backend, capacity):
     plan = planned(jnp.zeros((0, 2), jnp.int32), 2, capacity=capacity)
     x = jnp.zeros((0, 8))

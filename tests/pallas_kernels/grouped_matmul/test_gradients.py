@@ -127,7 +127,9 @@ def test_every_pattern_of_empty_groups(backend, rng, share):
 
 @pytest.mark.parametrize(("shape", "dtype"), [((M, K, N), "float32"), ((M, 200, 192), "bfloat16")], ids=str)
 @pytest.mark.parametrize("used", [0, 1, 37, M - 1])
-@pytest.mark.quick("*-0-(70, 33, 22)-float32", "xla-37-*")
+@pytest.mark.quick(
+    "pallas_tpu-0-(70, 33, 22)-float32", "xla-37-(70, 200, 192)-bfloat16", "xla-37-(70, 33, 22)-float32", "pallas_gpu*"
+)
 def test_nan_in_unowned_rows_reaches_no_gradient(backend, rng, used, shape, dtype):
     lhs, rhs, bias, dout = problem(rng, *shape, dtype=dtype)
     sizes = random_sizes(rng, G, used)
@@ -293,6 +295,7 @@ def test_same_inputs_same_bits(backend, rng):
 
 
 @pytest.mark.parametrize("function", [grouped_matmul, grouped_gate_up])
+@pytest.mark.quick("pallas_tpu-grouped_gate_up", "xla-grouped_matmul", "pallas_gpu*")
 def test_no_rows(backend, function):
     def loss(lhs, rhs, bias):
         return function(lhs, rhs, jnp.zeros(2, jnp.int32), bias=bias, backend=backend).sum()

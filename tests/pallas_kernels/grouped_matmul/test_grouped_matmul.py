@@ -42,7 +42,9 @@ EITHER = [(AWKWARD, "float32"), ((70, 200, 256, 8), "bfloat16")]
     ],
     ids=str,
 )
-@pytest.mark.quick("*-(1, 64, 128, 512)-bfloat16-matmul", "*-(301, 200, 384, 8)-bfloat16-gate_up")
+@pytest.mark.quick(
+    "pallas_tpu-(1, 64, 128, 512)-bfloat16-matmul", "xla-(301, 200, 384, 8)-bfloat16-gate_up", "pallas_gpu*"
+)
 def test_every_shape_and_dtype(backend, rng, shape, dtype, fused):
     lhs, rhs, bias = operands(rng, shape, dtype)
     sizes = random_sizes(rng, shape[3], shape[0])
@@ -90,6 +92,13 @@ def test_without_bias(backend, rng):
 @pytest.mark.parametrize(("shape", "dtype"), EITHER, ids=str)
 @pytest.mark.parametrize("fused", [False, True], ids=["matmul", "gate_up"])
 @pytest.mark.parametrize("used", [0, 1, 37, AWKWARD[0] - 1])
+@pytest.mark.quick(
+    "pallas_tpu-37-gate_up-(70, 200, 256, 8)-bfloat16",
+    "pallas_tpu-69-matmul-(70, 200, 256, 8)-bfloat16",
+    "xla-0-gate_up-(70, 33, 22, 8)-float32",
+    "xla-1-gate_up-(70, 200, 256, 8)-bfloat16",
+    "pallas_gpu*",
+)
 def test_rows_past_the_groups_are_never_data(backend, rng, used, fused, shape, dtype):
     lhs, rhs, bias = operands(rng, shape, dtype)
     sizes = random_sizes(rng, shape[3], used)
@@ -133,7 +142,9 @@ def test_transposed_rhs(backend, rng, shape, dtype, fused):
 
 @pytest.mark.parametrize("limit", [None, 0.5])
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "swigluoai", "relu2"])
-@pytest.mark.quick("xla-*", "*-swigluoai-0.5")
+@pytest.mark.quick(
+    "pallas_tpu-swigluoai-0.5", "xla-gelu-None", "xla-gelu_tanh-0.5", "xla-relu2-None", "xla-silu-None", "pallas_gpu*"
+)
 def test_fused_activation(backend, rng, activation, limit):
     lhs, rhs, bias = operands(rng, AWKWARD)
     sizes = random_sizes(rng, AWKWARD[3], AWKWARD[0] - 6)
@@ -158,6 +169,7 @@ def test_result_dtype(backend, rng, lhs_dtype, rhs_dtype, preferred):
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "int16"])
+@pytest.mark.quick("pallas_tpu-int16", "xla-uint8", "pallas_gpu*")
 def test_narrow_group_sizes_do_not_overflow(backend, rng, dtype):
     lhs, rhs, _ = operands(rng, (301, 16, 8, 4))
     sizes = jnp.asarray([90, 100, 60, 51], dtype)
@@ -165,6 +177,7 @@ def test_narrow_group_sizes_do_not_overflow(backend, rng, dtype):
 
 
 @pytest.mark.parametrize("shape", [(0, 8, 6, 3), (5, 0, 6, 3), (5, 8, 0, 3)], ids=str)
+@pytest.mark.quick("pallas_tpu-(5, 8, 0, 3)", "xla-(0, 8, 6, 3)", "xla-(5, 0, 6, 3)", "pallas_gpu*")
 def test_empty_operands(backend, rng, shape):
     m, k, n, g = shape
     lhs, rhs, bias = jnp.ones((m, k)), jnp.ones((g, k, n)), normal(rng, g, n)

@@ -13,11 +13,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.backend import Unsupported
 from pallas_kernels.chips import get_chip
 from pallas_kernels.grouped_matmul import grouped_gate_up, grouped_gate_up_in_8_bits, grouped_matmul
-from pallas_kernels.grouped_matmul.gpu import tiling
-from pallas_kernels.grouped_matmul.gpu.hopper import drhs
+from pallas_kernels.grouped_matmul.gpu.hopper import drhs, tiling
 from pallas_kernels.grouped_matmul.gpu.hopper import kernel as hopper
+from pallas_kernels.grouped_matmul.gpu.hopper.problem import Config
 from pallas_kernels.grouped_matmul.gpu.hopper.smem import single_view
-from pallas_kernels.grouped_matmul.gpu.problem import Config
 from pallas_kernels.quantize import dequantize
 from tests.helpers import LIMIT, normal, relative_error
 from tests.pallas_kernels.grouped_matmul.grouped import dense_drhs, dense_gate_up, dense_matmul, operands, quantized
@@ -31,7 +30,7 @@ def simulated(monkeypatch, config):
     monkeypatch.setattr(tiling, "pick", lambda *args, **kwargs: config)
     two_cores = functools.partial(hopper.grouped_product)
     monkeypatch.setattr(
-        "pallas_kernels.grouped_matmul.gpu.grouped_product",
+        "pallas_kernels.grouped_matmul.gpu.hopper.grouped_product",
         lambda *args, **kwargs: two_cores(*args, **(kwargs | {"num_blocks": 2})),
     )
     with single_view(True), plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
@@ -159,7 +158,12 @@ SHAPES = [  # G, M, K, N
 @pytest.mark.parametrize(("g", "m", "k", "n"), SHAPES)
 @pytest.mark.parametrize("operand", ["bfloat16", "float16", "fp8-row-channel", "fp8-blocks"])
 @pytest.mark.parametrize("fused", [False, True], ids=["matmul", "gate_up"])
-@pytest.mark.quick("matmul-bfloat16-8-*", "gate_up-fp8-blocks-*", "matmul-fp8-row-channel-*")
+@pytest.mark.quick(
+    "matmul-bfloat16-8-384-7168-2048",
+    "gate_up-fp8-blocks-64-4096-2048-1536",
+    "matmul-fp8-row-channel-32-2048-2880-5760",
+    "gate_up-float16-512-512-2048-768",
+)
 def test_lowers_for_cuda(g, m, k, n, operand, fused):
     lhs = jax.ShapeDtypeStruct((m, k), "bfloat16" if operand.startswith("fp8") else operand)
     rhs = jax.ShapeDtypeStruct((g, k, n), lhs.dtype)
@@ -179,7 +183,7 @@ def test_lowers_for_cuda(g, m, k, n, operand, fused):
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "swigluoai", "relu2"])
-@pytest.mark.quick("gelu", "relu2")
+@pytest.mark.quick("gelu")
 def test_activations_lower_for_cuda(activation):
     def run(lhs, rhs, sizes):
         return grouped_gate_up(lhs, rhs, sizes, activation=activation, activation_limit=7.0, backend="pallas_gpu")
@@ -190,7 +194,7 @@ def test_activations_lower_for_cuda(activation):
 
 @pytest.mark.parametrize(("lhs_scaling", "rhs_scaling"), [("per_row", "per_channel"), ("1x128", "128x128")])
 @pytest.mark.parametrize("config", ["picked", *ALL_CONFIGS], ids=str)
-@pytest.mark.quick("picked-*")
+@pytest.mark.quick("picked-1x128-128x128")
 def test_a_result_in_8_bits_lowers_for_cuda(config, lhs_scaling, rhs_scaling):
     """With all that shares the memory of a block: scales of rows and columns, bias, scales of the result."""
 

@@ -43,9 +43,10 @@ QUANTIZED = [
 @pytest.mark.parametrize(("lhs_scaling", "rhs_scaling", "lhs_dtype", "rhs_dtype"), QUANTIZED)
 @pytest.mark.parametrize("k_major", [False, True], ids=["", "k_major"])
 @pytest.mark.quick(
-    "*-k_major-per_row-per_channel-float8_e4m3fn-float8_e4m3fn-matmul",
-    "*--1x128-128x128-*-gate_up",
-    "xla-k_major-per_tensor-per_channel-*-matmul",
+    "pallas_tpu--1x128-128x128-float8_e4m3fn-float8_e4m3fn-gate_up",
+    "xla-k_major-per_row-per_channel-float8_e4m3fn-float8_e4m3fn-matmul",
+    "xla-k_major-per_tensor-per_channel-float8_e4m3fn-float8_e5m2-matmul",
+    "pallas_gpu*",
 )
 def test_qtensors(backend, rng, lhs_scaling, rhs_scaling, lhs_dtype, rhs_dtype, fused, k_major):
     lhs, rhs, bias = operands(rng, (256, 256, 256, 4), jnp.bfloat16)

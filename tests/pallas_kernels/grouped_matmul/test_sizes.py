@@ -44,7 +44,17 @@ sizes_and_rows = pytest.mark.parametrize(("sizes", "rows"), SIZES.values(), ids=
 
 @sizes_and_rows
 @pytest.mark.parametrize("fused", [False, True], ids=["matmul", "gate_up"])
-@pytest.mark.quick("*-negative", "xla-*")
+@pytest.mark.quick(
+    "pallas_tpu-matmul-negative",
+    "xla-gate_up-all huge",
+    "xla-gate_up-all negative",
+    "xla-gate_up-fitting",
+    "xla-gate_up-full",
+    "xla-gate_up-huge after negative",
+    "xla-gate_up-one huge",
+    "xla-matmul-past the end",
+    "pallas_gpu*",
+)
 def test_products(backend, rng, fused, sizes, rows):
     lhs, rhs, bias = operands(rng, (M, K, N, G), "bfloat16")
     function, oracle = (gate_up, dense_gate_up) if fused else (matmul, dense_matmul)
@@ -79,6 +89,17 @@ def test_rounded_inside(rng, sizes, rows):
 
 
 @sizes_and_rows
+@pytest.mark.quick(
+    "pallas_tpu-one huge",
+    "pallas_tpu-past the end",
+    "xla-all huge",
+    "xla-all negative",
+    "xla-fitting",
+    "xla-full",
+    "xla-huge after negative",
+    "xla-negative",
+    "pallas_gpu*",
+)
 def test_a_result_in_8_bits(backend, rng, sizes, rows):
     lhs, rhs, _ = operands(rng, (M, K, 2 * N, G), "bfloat16")
     run = jitted(grouped_gate_up_in_8_bits, backend=backend)
@@ -107,6 +128,7 @@ def test_the_rows_themselves(sizes, rows):
 
 @pytest.mark.parametrize("num_rows", [0, 1, (1 << 30) + 1, MOST])
 @pytest.mark.parametrize("num_groups", [1, 2, 7, 300])
+@pytest.mark.quick("1-1", "2-0", "300-1073741825", "7-2147483647")
 def test_sums_do_not_wrap_round(rng, num_rows, num_groups):
     sizes = rng.choice([0, 1, -1, 1 << 29, (1 << 31) - 2, MOST, LEAST], num_groups)
     ends = np.minimum(np.cumsum(np.maximum(sizes, 0), dtype=np.int64), num_rows)
@@ -115,6 +137,9 @@ def test_sums_do_not_wrap_round(rng, num_rows, num_groups):
 
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint16", "uint32", "int64", "uint64"])
 @pytest.mark.parametrize("num_rows", [70, 100_000])
+@pytest.mark.quick(
+    "100000-int64", "100000-int8", "100000-uint16", "100000-uint32", "100000-uint64", "100000-uint8", "70-int16"
+)
 def test_other_integers(dtype, num_rows):
     info = np.iinfo(dtype)
     sizes = [1, int(info.min), 3, max(int(info.min), 5 - (1 << 32)), int(info.max), 2]
@@ -140,6 +165,12 @@ def checked(sizes, function=grouped_matmul, **options):
 @pytest.mark.parametrize(
     ("name", "group", "size"),
     [("negative", 1, -20), ("past the end", 3, 41), ("one huge", 1, MOST), ("all huge", 0, MOST)],
+)
+@pytest.mark.quick(
+    "all huge-0-2147483647-grouped_matmul",
+    "negative-1--20-grouped_matmul",
+    "one huge-1-2147483647-grouped_gate_up",
+    "past the end-3-41-grouped_matmul",
 )
 def test_debug_checks_name_the_group(function, name, group, size):
     message = checked(SIZES[name][0], function).get()

@@ -28,6 +28,16 @@ def visited(walk: Walk, sizes: jax.Array, first: int, step: int) -> tuple[jax.Ar
 @pytest.mark.parametrize("strip", [1, 2, 4])
 @pytest.mark.parametrize("blocks", [1, 3])
 @pytest.mark.parametrize(("sizes", "rows"), SIZES.values(), ids=list(SIZES))
+@pytest.mark.quick(
+    "all huge-3-4",
+    "all negative-1-2",
+    "fitting-1-2",
+    "full-1-1",
+    "huge after negative-3-1",
+    "negative-3-4",
+    "one huge-1-1",
+    "past the end-3-4",
+)
 def test_every_row_is_in_one_tile_of_its_group(sizes, rows, blocks, strip):
     """Those that no group owns are the last group's, however many rows the sizes claim."""
     walk = Walk(len(sizes), M, 16, 3, strip)

@@ -3,7 +3,7 @@
 import pytest
 
 from pallas_kernels.chips import get_chip
-from pallas_kernels.grouped_matmul.gpu import tiling
+from pallas_kernels.grouped_matmul.gpu.hopper import tiling
 
 H200 = get_chip("h200")
 

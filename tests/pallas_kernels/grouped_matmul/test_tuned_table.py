@@ -6,8 +6,8 @@ import json
 import pytest
 
 from pallas_kernels.chips import CHIPS, get_chip
-from pallas_kernels.grouped_matmul.gpu import tiling, tuned_table
-from pallas_kernels.grouped_matmul.gpu.tuned_table import Key, parse_table, tuned_configs
+from pallas_kernels.grouped_matmul.gpu.hopper import tiling, tuned_table
+from pallas_kernels.grouped_matmul.gpu.hopper.tuned_table import Key, parse_table, tuned_configs
 
 H200 = get_chip("h200")
 PRODUCT = dict(
@@ -109,7 +109,7 @@ def test_what_does_not_fit_is_told(config):
 
 
 def test_files_say_where_they_come_from():
-    folder = tuned_table.importlib.resources.files("pallas_kernels.grouped_matmul.gpu") / "tuned"
+    folder = tuned_table.importlib.resources.files("pallas_kernels.grouped_matmul.gpu.hopper") / "tuned"
     files = [file for file in folder.iterdir() if file.name.endswith(".json")]
     assert "h200.json" in [file.name for file in files]
     for file in files:

@@ -13,7 +13,7 @@ from pallas_kernels.chips import CHIPS, get_chip
 from pallas_kernels.combine import combine
 from pallas_kernels.dispatch import dispatch
 from pallas_kernels.grouped_matmul import grouped_gate_up, grouped_matmul
-from pallas_kernels.grouped_matmul.gpu import tiling
+from pallas_kernels.grouped_matmul.gpu.hopper import tiling
 from pallas_kernels.on_gpu import device
 from pallas_kernels.on_gpu.device import hopper_chip, require_hopper
 from pallas_kernels.plan import make_plan

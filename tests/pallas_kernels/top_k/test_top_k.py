@@ -28,6 +28,16 @@ def test_largest_first(backend, rng, tokens, experts, k):
 
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize(("tokens", "experts", "k"), SHAPES)
+@pytest.mark.quick(
+    "xla-1-8-2-True",
+    "xla-16384-128-2-False",
+    "xla-257-64-64-True",
+    "xla-3-512-4-True",
+    "xla-300-256-8-False",
+    "xla-64-128-8-False",
+    "xla-70-60-4-False",
+    "pallas_gpu*",
+)
 def test_weights_and_their_gradients(backend, rng, tokens, experts, k, normalize):
     scores = jax.nn.softmax(normal(rng, tokens, experts))
     cotangent = normal(rng, tokens, k)
@@ -93,6 +103,7 @@ def test_on_a_simulated_gpu(rng, k):
 
 
 @pytest.mark.parametrize(("tokens", "experts", "k"), [s for s in SHAPES if s[0] >= 64 and s[1] % 8 == 0])
+@pytest.mark.quick("300-256-8", "16384-128-2")
 def test_lowers_for_cuda(tokens, experts, k):
     function = jax.jit(lambda scores: top_k(scores, k, normalize=True, backend="pallas_gpu"))
     scores = jax.ShapeDtypeStruct((tokens, experts), jnp.float32)

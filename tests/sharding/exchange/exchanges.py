@@ -47,7 +47,7 @@ class Problem:
 
     @property
     def slab_and_rounds(self) -> tuple[int, int]:
-        return slab_and_rounds(self.num_tokens, self.top_k, self.way)
+        return slab_and_rounds((self.num_tokens, self.top_k), self.way)
 
     @property
     def all_tokens(self) -> int:

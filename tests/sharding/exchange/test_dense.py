@@ -83,6 +83,7 @@ def test_every_pattern_of_ranks_without_tokens(problem, rng):
 
 
 @every_problem
+@pytest.mark.quick("dp1-ep4-T6", "dp1-ep8-T24")
 def test_all_tokens_to_one_expert(problem):
     """The worst load: it fills every slab for one rank in every round, and all others are empty."""
     for expert in range(problem.num_experts):
@@ -90,6 +91,7 @@ def test_all_tokens_to_one_expert(problem):
 
 
 @every_problem
+@pytest.mark.quick("dp1-ep8-T24", "dp2-ep4-T9")
 def test_one_token(problem):
     for token in {0, problem.num_tokens, problem.all_tokens - 1}:
         ids = np.full((problem.all_tokens, problem.top_k), -1, np.int32)

@@ -180,6 +180,7 @@ def test_bits_do_not_tell_how_many_rounds_there_were(used, rng):
 
 
 @every_problem
+@pytest.mark.quick("dp1-ep8-T24", "dp2-ep4-T9-gathered")
 def test_two_runs_give_the_same_bits(problem, rng):
     _, weights, ids, factors = inputs(problem, rng, used=[0, 1])
     x = normal(rng, problem.all_tokens, problem.hidden)

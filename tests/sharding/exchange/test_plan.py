@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from sharding.exchange.capacity import expert_capacity
-from sharding.exchange.plan import plan_arrival, plan_departure, slab_size, sort_by_rank
+from sharding.exchange.plan import fit_slab, plan_arrival, plan_departure, sort_by_rank
 from sharding.placement import Placement
 
 NUM_TOKENS, TOP_K, NUM_EXPERTS = 13, 3, 8
@@ -27,7 +27,7 @@ sizes = {
 @given(**sizes, factor=st.none() | st.floats(0.1, 4))
 def test_slabs_hold_any_load_and_stay_small(num_tokens, top_k, num_local, ep, factor):
     capacity = None if factor is None else expert_capacity(num_tokens, top_k, num_local * ep, factor)
-    slab, rounds = slab_size(num_tokens, top_k, num_local, ep, capacity)
+    slab, rounds = fit_slab(num_tokens, top_k, num_local, ep, capacity)
     assignments = num_tokens * top_k
     worst = assignments if capacity is None else min(assignments, num_local * capacity)
     assert slab >= 1
@@ -40,7 +40,7 @@ def test_slabs_hold_any_load_and_stay_small(num_tokens, top_k, num_local, ep, fa
 @given(**sizes, choices=st.integers(1, 5000))
 def test_slabs_where_few_of_the_choices_are_made(num_tokens, top_k, num_local, ep, choices):
     """Buffers are for the choices that are made, twice the balanced load; rounds are enough for all that could be."""
-    slab, rounds = slab_size(num_tokens, top_k, num_local, ep, None, choices=choices)
+    slab, rounds = fit_slab(num_tokens, top_k, num_local, ep, None, choices=choices)
     assert rounds * slab >= num_tokens * top_k
     assert ep * slab <= 4 * choices + 16 * ep
     if rounds > 1:
@@ -96,7 +96,7 @@ arrival = jax.jit(lambda experts: plan_arrival(experts, Placement(8, 2)))
 
 def test_the_largest_layer_fits_into_int32():
     """Row numbers stay below 2³¹ for a million tokens on a chip, although its elements do not."""
-    slab, rounds = slab_size(2**20, 8, 8, 32, None)
+    slab, rounds = fit_slab(2**20, 8, 8, 32, None)
     assert 32 * slab < 2**31 < 32 * slab * 7168
     assert math.ceil(2**23 / slab) == rounds
     assert rounds * slab < 2**31

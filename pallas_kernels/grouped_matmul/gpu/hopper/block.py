@@ -9,8 +9,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.grouped_matmul.gpu.hopper.problem import SCALE_BLOCK, WGMMA_ROWS, Config, Epilogue, Inputs, Stage
 from pallas_kernels.grouped_matmul.gpu.hopper.smem import SWIZZLE, Views, swizzled
-from pallas_kernels.grouped_matmul.gpu.problem import SCALE_BLOCK, WGMMA_ROWS, Config, Epilogue, Inputs, Stage
 from pallas_kernels.grouped_matmul.gpu.tiles import Tile, Walk
 
 # The copy engine reads a vector only from every fourth float on. The scales of a tile's rows are therefore copied from

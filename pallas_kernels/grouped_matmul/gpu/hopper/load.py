@@ -22,7 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.grouped_matmul.gpu.hopper.block import VECTOR_SLACK, VECTOR_START, Block, vector_shift
-from pallas_kernels.grouped_matmul.gpu.problem import WGMMA_ROWS
+from pallas_kernels.grouped_matmul.gpu.hopper.problem import WGMMA_ROWS
 from pallas_kernels.grouped_matmul.gpu.tiles import Tile
 
 _LHS_BOXES = (16, 32, 48, WGMMA_ROWS)

@@ -8,9 +8,9 @@ the memory delivers the weights. Constants were fitted to an H200.
 from collections.abc import Iterator
 
 from pallas_kernels.chips import Chip
+from pallas_kernels.grouped_matmul.gpu.hopper.problem import SCALE_BLOCK, WGMMA_ROWS, Config
 from pallas_kernels.grouped_matmul.gpu.hopper.smem import SWIZZLE
-from pallas_kernels.grouped_matmul.gpu.problem import SCALE_BLOCK, WGMMA_ROWS, Config
-from pallas_kernels.grouped_matmul.gpu.tuned_table import Key, tuned_configs
+from pallas_kernels.grouped_matmul.gpu.hopper.tuned_table import Key, tuned_configs
 from pallas_kernels.tracing.override import Override
 
 _ISSUE_RATE = 0.75  # share of the peak that wgmma sustains

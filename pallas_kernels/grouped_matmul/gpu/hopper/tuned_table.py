@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from pallas_kernels.grouped_matmul.gpu.problem import Config
+from pallas_kernels.grouped_matmul.gpu.hopper.problem import Config
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,138 @@
+"""The seven stages of a token's way, in their order: a function each, for the layer, the benches and the docs.
+
+    route      x [T, H]              -> topk_ids, topk_weights [T, K]
+    plan       topk_ids              -> which row goes where
+    send       x [T, H]              -> rows [C, H], sorted by local expert
+    gate_up    rows [C, H]           -> h [C, I]
+    down       h [C, I]              -> rows [C, H]
+    give_back  rows [C, H]           -> the slots from which they were sent
+    combine    slots, topk_weights   -> y [T, H]
+
+A layer leaves the order of all but the first to the transport (`routed`), which may go in rounds and overlap them.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from moejax.config import MoEConfig
+from moejax.experts import ExpertMath, down_projection, expert_mlp, gate_up_projection
+from moejax.params import EXPERT_FIELDS, MoEParams
+from moejax.routers.base import Decision, Given
+from pallas_kernels.quantize import Operand
+from sharding.exchange import Transport, Way, Wire, exchange, pick_transport
+from sharding.partition import Axes
+from sharding.placement import Placement
+from sharding.tokens import Tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Stages:
+    """The stages of a layer on one chip, inside shard_map where there are several.
+
+    Attributes:
+      config: the layer.
+      way: how rows travel.
+      math: of the routed experts.
+    """
+
+    config: MoEConfig
+    way: Way
+    math: ExpertMath
+
+    @property
+    def transport(self) -> Transport:
+        """Whose the plan, the sending, the giving back and the sum are."""
+        return pick_transport(self.way)
+
+    def route(self, x: jax.Array, params: MoEParams, tokens: Tokens, given: Given | None = None) -> Decision:
+        """Stage 1: the router's choice for x [T, H]."""
+        return self.config.router.route(x, params.router or {}, self.config, tokens, given or Given())
+
+    def plan(self, topk_ids: jax.Array) -> Any:
+        """Stage 2: of int32 [T, K]; `group_sizes` [L] of what it gives count the rows of each local expert."""
+        return self.transport.plan_rows(topk_ids, self.way)
+
+    def send(self, x: Operand, plan: Any) -> Operand:
+        """Stage 3: x [T, H] -> rows [C, H]."""
+        return self.transport.send(x, plan, self.way)
+
+    def gate_up(self, rows: Operand, plan: Any, params: MoEParams) -> Operand:
+        """Stage 4, kernel one: rows [C, H] -> h [C, I]."""
+        return gate_up_projection(rows, plan.group_sizes, params.gate_up, self.math, bias=params.gate_up_bias)
+
+    def down(self, h: Operand, plan: Any, params: MoEParams) -> jax.Array:
+        """Stage 5, kernel two: h [C, I] -> rows [C, H]."""
+        return down_projection(h, plan.group_sizes, params.down, self.math, bias=params.down_bias)
+
+    def give_back(self, rows: jax.Array, plan: Any) -> jax.Array:
+        """Stage 6: rows [C, H] -> slots."""
+        return self.transport.give_back(rows, plan, self.way)
+
+    def combine(
+        self,
+        slots: jax.Array,
+        plan: Any,
+        topk_weights: jax.Array,
+        *,
+        preferred_element_type: jax.typing.DTypeLike,
+    ) -> jax.Array:
+        """Stage 7: slots and float32 weights [T, K] -> y [T, H]."""
+        return self.transport.combine_slots(
+            slots, plan, topk_weights, self.way, preferred_element_type=preferred_element_type
+        )
+
+    def routed(
+        self,
+        x: jax.Array,
+        topk_weights: jax.Array,
+        topk_ids: jax.Array,
+        params: dict[str, Any],
+        *,
+        preferred_element_type: jax.typing.DTypeLike,
+    ) -> jax.Array:
+        """Stages 2 to 7: Σ_k topk_weights[t, k] · expert[topk_ids[t, k]](x[t]), [T, H].
+
+        Where the experts' rows stay in 8 bits, x is rounded before it is copied to them. The result is the same.
+
+        Args:
+          x: [T, H] in config.dtype.
+          topk_weights: float32 [T, K].
+          topk_ids: int32 [T, K], −1 for no choice.
+          params: the `EXPERT_FIELDS` of MoEParams by name, of the experts of this chip.
+          preferred_element_type: of the sum.
+        """
+        inputs = x
+        if self.config.scale_inputs:
+            inputs = x.astype(jnp.float32) * topk_weights
+            if self.math.quantization is None:  # 8 bits are rounded to from float32, once.
+                inputs = inputs.astype(x.dtype)
+            topk_weights = jnp.ones_like(topk_weights)
+
+        def experts(params: dict[str, Any], rows: Operand, group_sizes: jax.Array) -> jax.Array:
+            return expert_mlp(rows, group_sizes, math=self.math, **params)
+
+        return exchange(
+            self.math.rounded(inputs) if self.way.axes.ep == 1 else inputs,
+            topk_weights,
+            topk_ids,
+            experts,
+            {name: params[name] for name in EXPERT_FIELDS},
+            self.way,
+            preferred_element_type=preferred_element_type,
+        )
+
+
+def way_of(config: MoEConfig, axes: Axes, *, max_choices: int | None = None, max_rows: int | None = None) -> Way:
+    """How the rows of a layer travel over `axes`; see `Way` for the rest."""
+    return Way(
+        Placement(config.num_experts, axes.ep),
+        axes,
+        Wire(config.quantization.dtype, config.wire_scaling) if config.precision == "w8a8" else None,
+        config.backend,
+        config.transport,
+        max_choices,
+        max_rows,
+    )

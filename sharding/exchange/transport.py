@@ -1,0 +1,104 @@
+"""What every transport has: its share of the seven stages of a token's way, and the exchange that is made of them."""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+from jax.ad_checkpoint import checkpoint_name
+
+from pallas_kernels.quantize import Operand
+from sharding.exchange.way import Way
+
+PLAN_NAME, DISPATCHED_NAME, RETURNED_NAME = "moe_plan", "moe_dispatched", "moe_returned"
+"""The names by which policies of `jax.checkpoint` know the plan, and rows before and after the experts."""
+
+
+class Experts(Protocol):
+    """The local experts as a function of rows sorted by expert. Closes over nothing that is traced."""
+
+    def __call__(self, params: Any, rows: Any, group_sizes: jax.Array) -> jax.Array:
+        """Rows [R, H] (of the kind of x), group_sizes int32 [L] -> [R, H]; rows past their sum hold no token."""
+
+
+class Exchange(Protocol):
+    """A function with the signature of `sharding.exchange.exchange`."""
+
+    def __call__(
+        self,
+        x: Operand,
+        topk_weights: jax.Array,
+        topk_ids: jax.Array,
+        experts: Experts,
+        params: Any,
+        way: Way,
+        *,
+        preferred_element_type: jax.typing.DTypeLike,
+    ) -> jax.Array:
+        """See `sharding.exchange.exchange`."""
+
+
+class Transport(Protocol):
+    """A way to carry an exchange out: a module of `sharding.exchange`, or anything else with these functions.
+
+    A plan is what the transport likes it to be: a pytree whose `group_sizes`, int32 [L], count the rows that arrive for
+    each local expert. C are the rows that a chip holds for its experts.
+    """
+
+    exchange: Exchange
+    """All of it, in as many rounds as the load needs, however the transport overlaps them."""
+
+    def rows_held(self, num_tokens: int, top_k: int, way: Way) -> int:
+        """C for a chip with T tokens of K choices, used or not."""
+
+    def plan_rows(self, topk_ids: jax.Array, way: Way) -> Any:
+        """Choices int32 [T, K], −1 for one that is not made -> the plan of one round."""
+
+    def send(self, x: Any, plan: Any, way: Way) -> Any:
+        """X [T, H] -> [C, H], sorted by local expert."""
+
+    def give_back(self, rows: jax.Array, plan: Any, way: Way) -> jax.Array:
+        """What the experts made of the rows, [C, H] -> the slots from which the rows came."""
+
+    def combine_slots(
+        self,
+        slots: jax.Array,
+        plan: Any,
+        topk_weights: jax.Array,
+        way: Way,
+        *,
+        preferred_element_type: jax.typing.DTypeLike,
+    ) -> jax.Array:
+        """Σ_k topk_weights[t, k] · the slot of choice (t, k), in float32 and in the order of k -> [T, H]."""
+
+
+def in_one_round(
+    plan_rows: Callable[..., Any],
+    send: Callable[..., Any],
+    give_back: Callable[..., Any],
+    combine_slots: Callable[..., jax.Array],
+) -> Exchange:
+    """The `exchange` of a transport that takes these four functions of its one after the other."""
+
+    def exchange(
+        x: Operand,
+        topk_weights: jax.Array,
+        topk_ids: jax.Array,
+        experts: Experts,
+        params: Any,
+        way: Way,
+        *,
+        preferred_element_type: jax.typing.DTypeLike,
+    ) -> jax.Array:
+        """See `sharding.exchange.exchange`."""
+        plan = named(plan_rows(topk_ids, way), PLAN_NAME)
+        rows = named(send(x, plan, way), DISPATCHED_NAME)
+        made = experts(params, rows, plan.group_sizes)
+        slots = named(give_back(made, plan, way), RETURNED_NAME)
+        return combine_slots(slots, plan, topk_weights, way, preferred_element_type=preferred_element_type)
+
+    return exchange
+
+
+def named(tree: Any, name: str) -> Any:
+    """`tree`, every leaf with a name for the policies of `jax.checkpoint`."""
+    return jax.tree.map(lambda leaf: checkpoint_name(leaf, name), tree)
