@@ -109,7 +109,7 @@ def _jobs(args: argparse.Namespace) -> list[LayerJob]:
             "topology": slice_.name,
             **{name: getattr(args, name) for name in ("model", "ep", "grad", "backend", "reduce")},
             "batch": batch if args.batch is None else args.batch,
-            "weights": operand_dtype(args.weights or native)[0],
+            "weights": operand_dtype(args.weights or native).name,
         }
         jobs += [LayerJob(precision=precision, **settings) for precision in args.precision or ["w8a8"]]
     for job in jobs:
