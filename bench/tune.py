@@ -29,7 +29,7 @@ from bench.record.progress import Progress
 from bench.record.provenance import provenance
 from bench.record.tables import Cell, format_table
 from pallas_kernels.chips import Chip
-from pallas_kernels.grouped_matmul.gpu.hopper import tiling, tuned_table
+from pallas_kernels.grouped_matmul.gpu.hopper import tuned_table
 from pallas_kernels.grouped_matmul.gpu.hopper.problem import Config
 from pallas_kernels.grouped_matmul.gpu.hopper.tuned_table import Key
 
@@ -70,7 +70,7 @@ def main(argv: Sequence[str]) -> int:
         finally:
             jax.clear_caches()  # each product needs most of the memory at times
             gc.collect()
-        key = key_of(product)
+        key = Key.of(product.problem)
         entries.pop(key, None)
         if outcome.is_worth_it:
             entries[key] = entry(key, outcome, head)
@@ -83,13 +83,6 @@ def main(argv: Sequence[str]) -> int:
     else:
         print(_table(tuned, chip))
     return 1 if failed else 0
-
-
-def key_of(product: Product) -> Key:
-    """Where the table has the product."""
-    s = product.shape
-    rows = tiling.rows_of_a_group(product.lhs_rows, s.G)
-    return Key.of(product.operand, product.block_scales, product.fused, product.result_in_8_bits, s.G, rows, s.K, s.N)
 
 
 def entry(key: Key, outcome: Outcome, head: Mapping[str, Any]) -> dict[str, Any]:

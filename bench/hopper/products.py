@@ -22,7 +22,7 @@ from bench.model.workloads import GemmShape
 from pallas_kernels.chips import Chip
 from pallas_kernels.cost import Cost, grouped_gate_up_cost
 from pallas_kernels.grouped_matmul import Operand, gpu
-from pallas_kernels.grouped_matmul.gpu.hopper.problem import Stage
+from pallas_kernels.grouped_matmul.gpu.hopper.problem import Problem, Stage
 from pallas_kernels.quantize import QTensor, quantize
 
 ProductDtype = Literal["bf16", "fp16", "fp8", "fp8-blocks"]
@@ -79,6 +79,20 @@ class Product:
     def block_scales(self) -> bool:
         """Whether scales come every 128 of K."""
         return self.dtype == "fp8-blocks"
+
+    @property
+    def problem(self) -> Problem:
+        """What its tiles depend on."""
+        return Problem(
+            self.operand,
+            self.block_scales,
+            self.fused,
+            self.result_in_8_bits,
+            num_groups=self.shape.G,
+            num_rows=self.lhs_rows,
+            depth=self.shape.K,
+            columns=self.shape.N,
+        )
 
     @property
     def out_dtype(self) -> jnp.dtype:

@@ -90,26 +90,8 @@ def search(product: Product, chip: Chip, timer: Timer, *, exhaustive: bool = Fal
 
 def by_modelled_time(product: Product, chip: Chip) -> dict[Config, float]:
     """Every size of a tile with its modelled time; the model's choice is the first."""
-    shape = product.shape
-    options = tiling.candidates(
-        chip,
-        out_itemsize=product.out_dtype.itemsize,
-        block_scales=product.block_scales,
-        fused=product.fused,
-        columns=shape.N,
-    )
-    times = {
-        config: tiling.modelled_seconds(
-            chip,
-            config,
-            rows=tiling.rows_of_a_group(product.lhs_rows, shape.G),
-            num_groups=min(shape.G, product.lhs_rows),
-            depth=shape.K,
-            columns=shape.N,
-            operand=product.operand,
-        )
-        for config in options
-    }
+    problem = product.problem
+    times = {config: tiling.modelled_seconds(chip, config, problem) for config in tiling.candidates(chip, problem)}
     return dict(sorted(times.items(), key=lambda item: item[1]))
 
 

@@ -33,17 +33,7 @@ def timer_of(function):
 
 
 def pick(product):
-    return tiling.pick(
-        CHIP,
-        num_rows=product.lhs_rows,
-        num_groups=product.shape.G,
-        depth=product.shape.K,
-        columns=product.shape.N,
-        operand=product.operand,
-        out_itemsize=2,
-        block_scales=product.block_scales,
-        fused=product.fused,
-    )
+    return tiling.pick(CHIP, product.problem)
 
 
 @pytest.mark.parametrize("product", [PREFILL, DECODE])
@@ -74,9 +64,7 @@ def test_every_combination_is_timed_if_asked():
     few = search(PREFILL, CHIP, timer).num_timed
     assert search(PREFILL, CHIP, timer, exhaustive=True).num_timed > 2 * few
     assert calls[-1][0] == pick(PREFILL)
-    assert all(
-        tiling.fits(CHIP, config, out_itemsize=2, block_scales=False, fused=False) for call in calls for config in call
-    )
+    assert all(tiling.fits(CHIP, config, PREFILL.problem) for call in calls for config in call)
 
 
 def test_a_gain_that_does_not_come_back_is_luck():

@@ -1,6 +1,7 @@
 """The Hopper kernels without a GPU: on a simulated one that finds races, and lowered for CUDA."""
 
 import contextlib
+import dataclasses
 import functools
 import types
 
@@ -15,7 +16,7 @@ from pallas_kernels.chips import get_chip
 from pallas_kernels.grouped_matmul import grouped_gate_up, grouped_gate_up_in_8_bits, grouped_matmul
 from pallas_kernels.grouped_matmul.gpu.hopper import drhs, tiling
 from pallas_kernels.grouped_matmul.gpu.hopper import kernel as hopper
-from pallas_kernels.grouped_matmul.gpu.hopper.problem import Config
+from pallas_kernels.grouped_matmul.gpu.hopper.problem import Config, Problem
 from pallas_kernels.grouped_matmul.gpu.hopper.smem import single_view
 from pallas_kernels.quantize import dequantize
 from tests.helpers import LIMIT, normal, relative_error
@@ -132,13 +133,9 @@ def test_gradient_of_the_weights_on_a_simulated_gpu(rng):
     assert not np.asarray(out[1]).any()
 
 
-ALL_CONFIGS = [
-    config
-    for block_scales in (False, True)
-    for config in tiling.candidates(
-        get_chip("h200"), out_itemsize=1, block_scales=block_scales, fused=True, columns=1536
-    )
-]
+TO_8_BITS = Problem("float8_e4m3fn", False, True, True, num_groups=64, num_rows=512, depth=2048, columns=1536)
+IN_BLOCKS = dataclasses.replace(TO_8_BITS, block_scales=True)
+ALL_CONFIGS = [config for problem in (TO_8_BITS, IN_BLOCKS) for config in tiling.candidates(get_chip("h200"), problem)]
 
 
 def lowered_for_cuda(function, *args):
@@ -205,10 +202,8 @@ def test_a_result_in_8_bits_lowers_for_cuda(config, lhs_scaling, rhs_scaling):
     shapes = ((512, 2048), (64, 2048, 1536), (64,), (64, 1536))
     dtypes = (jnp.bfloat16, jnp.bfloat16, jnp.int32, jnp.float32)
     arguments = [jax.ShapeDtypeStruct(*each) for each in zip(shapes, dtypes, strict=True)]
-    blocks = rhs_scaling == "128x128"
-    if config != "picked" and not tiling.fits(
-        get_chip("h200"), config, out_itemsize=1, block_scales=blocks, fused=True
-    ):
+    problem = IN_BLOCKS if rhs_scaling == "128x128" else TO_8_BITS
+    if config != "picked" and not tiling.fits(get_chip("h200"), config, problem):
         pytest.skip("does not fit, as tiling knows")
     with contextlib.nullcontext() if config == "picked" else tiling.forced(config):
         assert "mosaic_gpu" in lowered_for_cuda(run, *arguments)
@@ -226,27 +221,16 @@ def test_gradients_lower_for_cuda():
 @pytest.mark.parametrize("rows", [1, 8, 64, 4096])
 @pytest.mark.parametrize(("block_scales", "fused"), [(False, False), (True, False), (False, True), (True, True)])
 def test_every_configuration_fits(rows, block_scales, fused):
-    chip = get_chip("h200")
-    for operand, out_itemsize, columns in (("bfloat16", 2, 2048), ("float8_e4m3fn", 4, 7168)):
-        config = tiling.pick(
-            chip,
-            num_rows=8 * rows,
-            num_groups=8,
-            depth=4096,
-            columns=columns,
-            operand=operand,
-            out_itemsize=out_itemsize,
-            block_scales=block_scales,
-            fused=fused,
-        )
+    for operand, columns in (("bfloat16", 2048), ("float8_e4m3fn", 7168)):
+        problem = Problem(operand, block_scales, fused, False, 8, num_rows=8 * rows, depth=4096, columns=columns)
+        config = tiling.pick(get_chip("h200"), problem)
         assert config.num_stages >= 3
         assert config.block_m in (64, 64 * config.warpgroups)
 
 
 def test_many_rows_take_large_tiles():
-    common = dict(num_groups=8, depth=7168, columns=4096, operand="bfloat16", out_itemsize=2)
     small, large = (
-        tiling.pick(get_chip("h200"), num_rows=8 * rows, block_scales=False, fused=False, **common)
+        tiling.pick(get_chip("h200"), Problem("bfloat16", False, False, False, 8, 8 * rows, 7168, 4096))
         for rows in (48, 4096)
     )
     assert (small.block_m, large.block_m, large.block_n) == (64, 128, 256)

@@ -1,11 +1,15 @@
 """Which tiles the Hopper kernels are offered: those whose sums their registers hold."""
 
+import dataclasses
+
 import pytest
 
 from pallas_kernels.chips import get_chip
 from pallas_kernels.grouped_matmul.gpu.hopper import tiling
+from pallas_kernels.grouped_matmul.gpu.hopper.problem import Problem
 
 H200 = get_chip("h200")
+PROBLEM = Problem("bfloat16", False, False, False, num_groups=8, num_rows=384, depth=7168, columns=4096)
 
 TILES = {
     *((64, block_n, 1) for block_n in (64, 128, 192, 256)),
@@ -21,7 +25,7 @@ of which one warpgroup alone takes 128 at most, and two take 192."""
 
 @pytest.mark.parametrize("block_scales", [False, True])
 def test_tiles_with_block_scales_leave_registers_for_a_second_set_of_sums(block_scales):
-    offered = tiling.candidates(H200, out_itemsize=2, block_scales=block_scales, fused=False, columns=4096)
+    offered = tiling.candidates(H200, dataclasses.replace(PROBLEM, block_scales=block_scales))
     tiles = {(config.block_m, config.block_n, config.warpgroups) for config in offered}
     assert tiles == (TILES - TOO_MANY_SUMS if block_scales else TILES)
 
@@ -30,5 +34,6 @@ def test_tiles_with_block_scales_leave_registers_for_a_second_set_of_sums(block_
 def test_a_tile_from_a_table_is_held_to_the_same_limit(tile):
     block_m, block_n, warpgroups = tile
     config = tiling.Config(block_m, block_n, 2, warpgroups, 1)
-    assert tiling.fits(H200, config, out_itemsize=2, block_scales=False, fused=False)
-    assert tiling.fits(H200, config, out_itemsize=2, block_scales=True, fused=False) == (tile not in TOO_MANY_SUMS)
+    assert tiling.fits(H200, config, PROBLEM)
+    in_blocks = dataclasses.replace(PROBLEM, block_scales=True)
+    assert tiling.fits(H200, config, in_blocks) == (tile not in TOO_MANY_SUMS)

@@ -7,19 +7,11 @@ import pytest
 
 from pallas_kernels.chips import CHIPS, get_chip
 from pallas_kernels.grouped_matmul.gpu.hopper import tiling, tuned_table
+from pallas_kernels.grouped_matmul.gpu.hopper.problem import Problem
 from pallas_kernels.grouped_matmul.gpu.hopper.tuned_table import Key, parse_table, tuned_configs
 
 H200 = get_chip("h200")
-PRODUCT = dict(
-    num_rows=8 * 48,
-    num_groups=8,
-    depth=7168,
-    columns=2048,
-    operand="bfloat16",
-    out_itemsize=2,
-    block_scales=False,
-    fused=False,
-)
+PRODUCT = Problem("bfloat16", False, False, False, num_groups=8, num_rows=8 * 48, depth=7168, columns=2048)
 KEY = Key("bfloat16", False, False, False, 8, 64, 7168, 2048)
 TUNED = tiling.Config(64, 64, 5, 1, 4)
 
@@ -34,7 +26,7 @@ def table(monkeypatch):
 
 @pytest.mark.parametrize("rows", [33, 48, 64])
 def test_an_entry_wins_for_as_many_rows_up_to_a_power_of_two(table, rows):
-    assert tiling.pick(H200, **PRODUCT | {"num_rows": 8 * rows}) == TUNED
+    assert tiling.pick(H200, dataclasses.replace(PRODUCT, num_rows=8 * rows)) == TUNED
 
 
 @pytest.mark.parametrize(
@@ -51,46 +43,42 @@ def test_an_entry_wins_for_as_many_rows_up_to_a_power_of_two(table, rows):
     ],
 )
 def test_other_products_fall_to_the_model(table, change):
-    with_table = tiling.pick(H200, **PRODUCT | change)
+    with_table = tiling.pick(H200, dataclasses.replace(PRODUCT, **change))
     table.clear()
-    assert with_table == tiling.pick(H200, **PRODUCT | change) != TUNED
+    assert with_table == tiling.pick(H200, dataclasses.replace(PRODUCT, **change)) != TUNED
 
 
 def test_other_chips_fall_to_the_model(table):
-    assert tiling.pick(get_chip("h100"), **PRODUCT) != TUNED
+    assert tiling.pick(get_chip("h100"), PRODUCT) != TUNED
 
 
 def test_an_entry_that_the_result_does_not_allow_falls_to_the_model(table):
-    fused = PRODUCT | {"operand": "float8_e4m3fn", "fused": True}
+    fused = dataclasses.replace(PRODUCT, operand="float8_e4m3fn", fused=True)
     key = Key("float8_e4m3fn", False, True, False, 8, 64, 7168, 2048)
     deep = tiling.Config(64, 256, 5, 2, 4)  # a wider result does not fit beside it
     table |= {key: deep, dataclasses.replace(key, result_in_8_bits=True): deep}
-    assert tiling.pick(H200, **fused) != deep
-    assert tiling.pick(H200, **fused | {"out_itemsize": 1}) == deep
+    assert tiling.pick(H200, fused) != deep
+    assert tiling.pick(H200, dataclasses.replace(fused, result_in_8_bits=True)) == deep
 
 
 def test_forced_comes_first(table):
     config = tiling.Config(128, 256, 2, 2, 1)
     with tiling.forced(config):
-        assert tiling.pick(H200, **PRODUCT) == config
-    assert tiling.pick(H200, **PRODUCT) == TUNED
+        assert tiling.pick(H200, PRODUCT) == config
+    assert tiling.pick(H200, PRODUCT) == TUNED
 
 
 @pytest.mark.parametrize(("rows", "rounded"), [(1, 1), (2, 2), (3, 4), (64, 64), (65, 128), (4096, 4096)])
 def test_rows_are_rounded_up_to_a_power_of_two(rows, rounded):
-    assert Key.of("bfloat16", False, False, False, 8, rows, 1, 1).rows == rounded
+    assert Key.of(dataclasses.replace(PRODUCT, num_rows=8 * rows)).rows == rounded
 
 
 @pytest.mark.parametrize("chip", list(CHIPS.values()), ids=list(CHIPS))
 def test_every_tuned_configuration_fits(chip):
     for key, config in tuned_configs(chip.name).items():
-        assert tiling.fits(
-            chip,
-            config,
-            out_itemsize=1 if key.result_in_8_bits else 2,
-            block_scales=key.block_scales,
-            fused=key.fused,
-        ), key
+        fields = dataclasses.asdict(key)
+        problem = Problem(**fields | {"num_rows": key.num_groups * fields.pop("rows")})
+        assert tiling.fits(chip, config, problem), key
         assert key.rows == 1 << (key.rows - 1).bit_length()
 
 
@@ -105,7 +93,7 @@ def test_every_tuned_configuration_fits(chip):
     ],
 )
 def test_what_does_not_fit_is_told(config):
-    assert not tiling.fits(H200, config, out_itemsize=2, block_scales=False, fused=False)
+    assert not tiling.fits(H200, config, PRODUCT)
 
 
 def test_files_say_where_they_come_from():

@@ -116,7 +116,7 @@ def test_every_operator_falls_back_and_says_so_once(operator, name):
 def test_grouped_products_are_cut_for_the_target(monkeypatch, name):
     chips = []
     pick = tiling.pick
-    monkeypatch.setattr(tiling, "pick", lambda chip, **problem: chips.append(chip.name) or pick(chip, **problem))
+    monkeypatch.setattr(tiling, "pick", lambda chip, problem: chips.append(chip.name) or pick(chip, problem))
     with targeting(get_chip(name)):
         for run in (OPERATORS["grouped_matmul"], OPERATORS["grouped_gate_up"]):
             lower_for_cuda(lambda run=run: run(backend="pallas_gpu"))

@@ -20,7 +20,7 @@ from pallas_kernels.activations import Activation
 from pallas_kernels.backend import Unsupported
 from pallas_kernels.grouped_matmul.gpu.hopper import drhs, tiling
 from pallas_kernels.grouped_matmul.gpu.hopper.kernel import grouped_product
-from pallas_kernels.grouped_matmul.gpu.hopper.problem import SCALE_BLOCK, Epilogue, Inputs, Stage
+from pallas_kernels.grouped_matmul.gpu.hopper.problem import SCALE_BLOCK, Epilogue, Inputs, Problem, Stage
 from pallas_kernels.grouped_matmul.group_sizes import bounds
 from pallas_kernels.on_gpu.device import hopper_chip
 from pallas_kernels.quantize import Operand, QTensor, dequantize, quantize
@@ -118,16 +118,15 @@ def _product(lhs, rhs, group_sizes, bias, group_offset, k_major: bool, epilogue:
     rhs_values, rhs_scale, rhs_kind = _rhs_scale(rhs)
     if epilogue.activation and rhs_kind == "block":
         require_multiple("I of an rhs with block scales", columns // 2, SCALE_BLOCK)
-    config = tiling.pick(
-        chip,
-        num_rows=lhs.shape[0],
-        num_groups=rhs.shape[0],
-        depth=lhs.shape[1],
-        columns=columns,
+    problem = Problem(
         operand=lhs.dtype.name,
-        out_itemsize=epilogue.out_dtype.itemsize,
         block_scales="block" in (lhs_kind, rhs_kind),
         fused=epilogue.activation is not None,
+        result_in_8_bits=epilogue.requantizes,
+        num_groups=rhs.shape[0],
+        num_rows=lhs.shape[0],
+        depth=lhs.shape[1],
+        columns=columns,
     )
     out = grouped_product(
         Inputs(
@@ -140,7 +139,7 @@ def _product(lhs, rhs, group_sizes, bias, group_offset, k_major: bool, epilogue:
             bias,
         ),
         Epilogue(epilogue.out_dtype, lhs_kind, rhs_kind, epilogue.activation, epilogue.activation_limit),
-        config,
+        tiling.pick(chip, problem),
         k_major=k_major,
         num_blocks=chip.cores,
         stage=stage,

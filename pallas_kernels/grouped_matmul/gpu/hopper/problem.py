@@ -18,6 +18,36 @@ Stage = Literal["full", "comp", "dma"]
 
 
 @dataclasses.dataclass(frozen=True)
+class Problem:
+    """What of a product its tiles depend on.
+
+    Attributes:
+      operand: dtype of the operands.
+      block_scales: whether scales come every 128 of K.
+      fused: whether gate and up are multiplied together.
+      result_in_8_bits: whether the result is rounded to FP8.
+      num_groups: G.
+      num_rows: M, at least 1, of all groups.
+      depth: K.
+      columns: columns of rhs.
+    """
+
+    operand: str
+    block_scales: bool
+    fused: bool
+    result_in_8_bits: bool
+    num_groups: int
+    num_rows: int
+    depth: int
+    columns: int
+
+    @property
+    def rows(self) -> int:
+        """Rows of each group, if they are spread evenly."""
+        return -(-self.num_rows // self.num_groups)
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """How the work is cut.
 

@@ -8,7 +8,7 @@ the memory delivers the weights. Constants were fitted to an H200.
 from collections.abc import Iterator
 
 from pallas_kernels.chips import Chip
-from pallas_kernels.grouped_matmul.gpu.hopper.problem import SCALE_BLOCK, WGMMA_ROWS, Config
+from pallas_kernels.grouped_matmul.gpu.hopper.problem import SCALE_BLOCK, WGMMA_ROWS, Config, Problem
 from pallas_kernels.grouped_matmul.gpu.hopper.smem import SWIZZLE
 from pallas_kernels.grouped_matmul.gpu.hopper.tuned_table import Key, tuned_configs
 from pallas_kernels.tracing.override import Override
@@ -23,107 +23,65 @@ forced = Override[Config]("forced")
 """Kernels traced inside `with forced(config)` are cut as `config` says."""
 
 
-def pick(
-    chip: Chip,
-    *,
-    num_rows: int,
-    num_groups: int,
-    depth: int,
-    columns: int,
-    operand: str,
-    out_itemsize: int,
-    block_scales: bool,
-    fused: bool,
-) -> Config:
-    """The configuration for rows spread evenly over the groups: measured where the chip's table has it, else modelled.
-
-    Args:
-      chip: a Hopper.
-      num_rows: M.
-      num_groups: G.
-      depth: K.
-      columns: columns of rhs.
-      operand: dtype of the operands.
-      out_itemsize: bytes of an element of the result.
-      block_scales: whether scales come every 128 of K.
-      fused: whether gate and up are multiplied together.
-    """
+def pick(chip: Chip, problem: Problem) -> Config:
+    """The configuration for the problem: as it was measured, where the chip has a table that says so, else modelled."""
     if (config := forced.get()) is not None:
         return config
-    rows = rows_of_a_group(num_rows, num_groups)
-    key = Key.of(operand, block_scales, fused, out_itemsize == 1, num_groups, rows, depth, columns)
-    tuned = tuned_configs(chip.name).get(key)
-    if tuned is not None and fits(chip, tuned, out_itemsize=out_itemsize, block_scales=block_scales, fused=fused):
+    tuned = tuned_configs(chip.name).get(Key.of(problem))
+    if tuned is not None and fits(chip, tuned, problem):
         return tuned
-    options = candidates(chip, out_itemsize=out_itemsize, block_scales=block_scales, fused=fused, columns=columns)
-
-    def seconds(config: Config) -> float:
-        return modelled_seconds(
-            chip, config, rows=rows, num_groups=min(num_groups, num_rows), depth=depth, columns=columns, operand=operand
-        )
-
-    return min(options, key=seconds)
+    return min(candidates(chip, problem), key=lambda config: modelled_seconds(chip, config, problem))
 
 
-def rows_of_a_group(num_rows: int, num_groups: int) -> int:
-    """Rows of each group when they are spread evenly."""
-    return max(1, -(-num_rows // num_groups))
-
-
-def modelled_seconds(
-    chip: Chip, config: Config, *, rows: int, num_groups: int, depth: int, columns: int, operand: str
-) -> float:
-    """Time of a product of `num_groups` groups of `rows` rows each."""
-    itemsize = 1 if "float8" in operand else 2
-    steps = -(-depth * itemsize // SWIZZLE)
-    tiles = num_groups * -(-rows // config.block_m) * -(-columns // config.block_n)
+def modelled_seconds(chip: Chip, config: Config, problem: Problem) -> float:
+    """Time of the product where no group is empty, or each has one row at most."""
+    itemsize = 1 if "float8" in problem.operand else 2
+    num_groups = min(problem.num_groups, problem.num_rows)
+    steps = -(-problem.depth * itemsize // SWIZZLE)
+    tiles = num_groups * -(-problem.rows // config.block_m) * -(-problem.columns // config.block_n)
     waves = -(-tiles // chip.cores)
     flops = 2 * config.block_m * config.block_n * SWIZZLE // itemsize
-    multiply = flops / (chip.peak(operand) / chip.cores * _ISSUE_RATE)
+    multiply = flops / (chip.peak(problem.operand) / chip.cores * _ISSUE_RATE)
     copy = (config.block_m + config.block_n) * SWIZZLE / (_CACHE_BANDWIDTH * chip.hbm_bandwidth / chip.cores)
     # With two math warpgroups one multiplies while the other finishes; one alone leaves the tensor cores idle.
     finish = _FINISH_SECONDS * (0.5 if config.warpgroups > 1 else 1) * config.block_n / 128
-    weights = num_groups * depth * columns * itemsize / chip.hbm_bandwidth
+    weights = num_groups * problem.depth * problem.columns * itemsize / chip.hbm_bandwidth
     return max(waves * (steps * max(multiply, copy) + finish), weights * (1 + 0.02 * (config.block_n < 128)))
 
 
-def candidates(chip: Chip, *, out_itemsize: int, block_scales: bool, fused: bool, columns: int) -> Iterator[Config]:
+def candidates(chip: Chip, problem: Problem) -> Iterator[Config]:
     """One configuration for each size of a tile that the kernel can do, with as many stages as fit."""
     for block_m, warpgroups in ((64, 1), (64, 2), (128, 2)):
         for block_n in (64, 128, 192, 256):
-            stage_bytes, other_bytes = _shared_memory(block_m, block_n, warpgroups, out_itemsize, block_scales)
+            stage_bytes, other_bytes = _shared_memory(block_m, block_n, warpgroups, problem)
             stages = min(_MAX_STAGES, (chip.fast_memory_bytes - other_bytes) // stage_bytes)
-            column_tiles = -(-columns // block_n)
+            column_tiles = -(-problem.columns // block_n)
             strip = column_tiles if block_m == 64 else min(8, column_tiles)
             config = Config(block_m, block_n, stages, warpgroups, strip)
-            if fits(chip, config, out_itemsize=out_itemsize, block_scales=block_scales, fused=fused):
+            if fits(chip, config, problem):
                 yield config
 
 
-def fits(chip: Chip, config: Config, *, out_itemsize: int, block_scales: bool, fused: bool) -> bool:
+def fits(chip: Chip, config: Config, problem: Problem) -> bool:
     """Whether the kernel can do `config`: its tiles divide among the warpgroups, its buffers fit the chip."""
     if (config.block_m, config.warpgroups) not in ((64, 1), (64, 2), (128, 2)) or config.block_n > 256:
         return False
     if config.num_stages < 2 or config.strip < 1:
         return False
-    width = config.block_n // 2 if fused else config.block_n
-    if width // config.column_groups % 64 or (out_itemsize == 1 and SCALE_BLOCK % width):
+    width = config.block_n // 2 if problem.fused else config.block_n
+    if width // config.column_groups % 64 or (problem.result_in_8_bits and SCALE_BLOCK % width):
         return False
     # The sums and a part that is not scaled yet are in the registers together.
     most_columns = 192 if config.warpgroups > 1 else 128
-    if block_scales and config.block_n // config.column_groups > most_columns:
+    if problem.block_scales and config.block_n // config.column_groups > most_columns:
         return False
-    stage_bytes, other_bytes = _shared_memory(
-        config.block_m, config.block_n, config.warpgroups, out_itemsize, block_scales
-    )
+    stage_bytes, other_bytes = _shared_memory(config.block_m, config.block_n, config.warpgroups, problem)
     return config.num_stages * stage_bytes + other_bytes <= chip.fast_memory_bytes
 
 
-def _shared_memory(
-    block_m: int, block_n: int, warpgroups: int, out_itemsize: int, block_scales: bool
-) -> tuple[int, int]:
+def _shared_memory(block_m: int, block_n: int, warpgroups: int, problem: Problem) -> tuple[int, int]:
     """Bytes of a stage, and of all that is not in stages."""
-    stage = (block_m + block_n) * SWIZZLE + block_scales * 4 * (block_m + 32)
+    stage = (block_m + block_n) * SWIZZLE + problem.block_scales * 4 * (block_m + 32)
     column_groups = warpgroups * WGMMA_ROWS // block_m
-    staged_row = SWIZZLE if out_itemsize > 1 else SCALE_BLOCK // column_groups
+    staged_row = SCALE_BLOCK // column_groups if problem.result_in_8_bits else SWIZZLE
     return stage, warpgroups * 2 * WGMMA_ROWS * staged_row + _RESERVED_BYTES

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from pallas_kernels.grouped_matmul.gpu.hopper.problem import Config
+from pallas_kernels.grouped_matmul.gpu.hopper.problem import Config, Problem
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,20 +46,10 @@ class Key:
     columns: int
 
     @classmethod
-    def of(
-        cls,
-        operand: str,
-        block_scales: bool,
-        fused: bool,
-        result_in_8_bits: bool,
-        num_groups: int,
-        rows: int,
-        depth: int,
-        columns: int,
-    ) -> "Key":
-        """The key of a product with `rows` rows a group, not yet rounded."""
-        rows = 1 << (rows - 1).bit_length()
-        return cls(operand, block_scales, fused, result_in_8_bits, num_groups, rows, depth, columns)
+    def of(cls, problem: Problem) -> "Key":
+        """The key of a product."""
+        fields = dataclasses.asdict(problem) | {"rows": 1 << (problem.rows - 1).bit_length()}
+        return cls(**{field.name: fields[field.name] for field in dataclasses.fields(cls)})
 
 
 @functools.cache
