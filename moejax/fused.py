@@ -11,7 +11,7 @@ from moejax.packing import GateUpOrder, Layout, split_gate_up
 from pallas_kernels.activations import Activation
 from pallas_kernels.plan import in_int32
 from pallas_kernels.quantize import Operand, QTensor, Quantization, block_shape
-from sharding.exchange import Way, Wire, exchange
+from sharding.exchange import Way, Wire, check_transport, exchange
 from sharding.partition import Axes
 from sharding.placement import Placement
 
@@ -31,6 +31,7 @@ def fused_experts(
     layout: Layout = "out_in",
     gate_up_order: GateUpOrder = "gate_first",
     ep_axis: str | None = None,
+    transport: str = "auto",
     backend: str = "auto",
 ) -> jax.Array:
     """Σ_k topk_weights[t, k] · expert[topk_ids[t, k]](hidden_states[t]): dispatch, two kernels, combine.
@@ -57,14 +58,16 @@ def fused_experts(
         weights in another order are rearranged in every call, so prefer to call `pack_experts` once.
       ep_axis: inside `jax.shard_map`, the mesh axis that experts are split over: w1, w2, b1 and b2 then hold the
         experts of this chip, hidden_states, topk_weights and topk_ids this chip's tokens, with ids over all chips.
+      transport: what carries rows between the chips of `ep_axis`, as in `MoEConfig`.
       backend: "auto", "xla", "pallas_tpu" or "pallas_gpu".
 
     Returns:
       [T, H] in the dtype of hidden_states.
 
     Raises:
-      ValueError: shapes or dtypes do not fit.
+      ValueError: shapes or dtypes do not fit, or `transport` is unknown.
     """
+    check_transport(transport)
     w1, b1 = _gate_first(w1, b1, layout, gate_up_order)
     _check(hidden_states, w1, w2, topk_weights, topk_ids, b1, b2, layout)
     num_local, ep = w1.shape[0], 1 if ep_axis is None else jax.lax.axis_size(ep_axis)
@@ -75,7 +78,7 @@ def fused_experts(
     axes = Axes(expert=names, tokens=names, sizes=tuple((name, ep) for name in names))
     math = ExpertMath(activation, activation_limit, quantization, hidden_states.dtype, backend)
     run = functools.partial(
-        _run, k_major=layout == "out_in", way=Way(Placement(num_local * ep, ep), axes, wire, backend)
+        _run, k_major=layout == "out_in", way=Way(Placement(num_local * ep, ep), axes, wire, backend, transport)
     )
     params = {"w1": w1, "w2": w2, "b1": b1, "b2": b2}
     return math.serve_or_train(

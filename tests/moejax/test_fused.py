@@ -194,6 +194,15 @@ def test_over_an_axis(rng, quantization, check_vma):
     assert relative_error(y, alone) < (LIMIT["float32"] if quantization is None else LIMIT["bfloat16"])
 
 
+@pytest.mark.usefixtures("gathered_transport")
+def test_over_another_transport(rng):
+    arguments = problem(rng, tokens=40)
+    y, alone = (jax.jit(run)(*arguments) for run in (over_axis(4, transport="gathered"), fused_experts))
+    assert relative_error(y, alone) < LIMIT["float32"]
+    with pytest.raises(ValueError, match=r"transport must be one of 'auto', .*, got 'post'"):
+        fused_experts(*arguments, transport="post")
+
+
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("ep", [4, 8])  # 8 take rounds
 @pytest.mark.quick("8-True")
@@ -214,11 +223,11 @@ def test_gradients_over_an_axis_take_the_kernels_of_a_gpu(rng, ep):
     assert all(kernel in lowered for kernel in ("counting_sort", "dispatch", "grouped_matmul", "combine_dweights"))
 
 
-def over_axis(ep, check_vma=True):
+def over_axis(ep, check_vma=True, **options):
     """`fused_experts` over so many chips."""
     mesh = make_mesh(ep)
     split = PartitionSpec(mesh.axis_names[-1])
-    run = functools.partial(fused_experts, ep_axis=mesh.axis_names[-1])
+    run = functools.partial(fused_experts, ep_axis=mesh.axis_names[-1], **options)
     return jax.shard_map(run, mesh=mesh, in_specs=(split,) * 5, out_specs=split, check_vma=check_vma)
 
 
