@@ -159,7 +159,10 @@ def gate_up_projection(
     rows: Operand, group_sizes: jax.Array, gate_up: Operand, math: ExpertMath, *, bias: jax.Array | None = None
 ) -> Operand:
     """Kernel one of `expert_mlp` alone: rows [R, H] -> [R, I]."""
-    weights, bias = flat_halves(_ready(gate_up, math)), None if bias is None else bias.reshape(bias.shape[0], -1)
+    weights, bias = (
+        flat_halves(_in_compute_dtype(gate_up, math)),
+        None if bias is None else bias.reshape(bias.shape[0], -1),
+    )
     return math.gate_up(rows, group_sizes, weights, k_major=isinstance(gate_up, QTensor), bias=bias)
 
 
@@ -167,7 +170,7 @@ def down_projection(
     h: Operand, group_sizes: jax.Array, down: Operand, math: ExpertMath, *, bias: jax.Array | None = None
 ) -> jax.Array:
     """Kernel two of `expert_mlp` alone: h [R, I] -> [R, H]."""
-    return math.down(h, group_sizes, _ready(down, math), k_major=isinstance(down, QTensor), bias=bias)
+    return math.down(h, group_sizes, _in_compute_dtype(down, math), k_major=isinstance(down, QTensor), bias=bias)
 
 
 def shared_mlp(x: jax.Array, gate_up: Operand, down: Operand, math: ExpertMath, config: MoEConfig) -> jax.Array:
@@ -181,7 +184,7 @@ def shared_mlp(x: jax.Array, gate_up: Operand, down: Operand, math: ExpertMath, 
     return expert_mlp(x, jnp.array([x.shape[0]], jnp.int32), gate_up, down, own)
 
 
-def _ready(weights: Operand, math: ExpertMath) -> Operand:
+def _in_compute_dtype(weights: Operand, math: ExpertMath) -> Operand:
     """Casts weights to `math.dtype`, unless they are, or will be, in 8 bits: those are rounded as they come.
 
     Over an FSDP axis they were cast earlier, before they were gathered.

@@ -96,8 +96,8 @@ def _run(
     k_major: bool,
     way: Way,
 ) -> jax.Array:
-    """Where the experts' rows stay in 8 bits, x is rounded before it is copied to them."""
-    rows = math.rounded(x) if way.axes.ep == 1 else x
+    """The exchange with `math` as the experts."""
+    rows = math.rounded(x) if way.takes_8_bits else x
 
     def experts(params: dict[str, Any], rows: Operand, group_sizes: jax.Array) -> jax.Array:
         w1, w2 = params["w1"], params["w2"]

@@ -30,7 +30,7 @@ class Settings:
     Attributes:
       config: the layer.
       max_choices: see `Way.max_choices`.
-      whole_scales: the 8-bit parameters that have one scale for all of H.
+      whole_scales: names of the QTensors whose scale covers all of H.
     """
 
     config: MoEConfig
@@ -184,7 +184,7 @@ class LayerExperts:
         dropped = jnp.zeros(config.num_experts, jnp.int32)
         if limited and config.capacity_factor is not None:
             kept, max_rows = limit_to_capacity(
-                topk_ids, config.num_experts, config.capacity_factor, tokens, config.capacity_of
+                topk_ids, config.num_experts, config.capacity_factor, tokens, config.capacity_of, backend=config.backend
             )
             dropped = tokens.sum(count_dropped(topk_ids, kept, config.num_experts))
         way = way_of(config, self.axes, max_choices=max_choices, max_rows=max_rows)

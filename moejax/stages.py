@@ -8,7 +8,8 @@
     give_back  rows [C, H]           -> the slots from which they were sent
     combine    slots, topk_weights   -> y [T, H]
 
-A layer leaves the order of all but the first to the transport (`routed`), which may go in rounds and overlap them.
+A layer takes the first from its router and all others at once (`routed`): a transport may go in rounds, and overlap
+them. Benches take them one by one, which is one round: `Way.slab` can make it hold everything.
 """
 
 import dataclasses
@@ -44,7 +45,7 @@ class Stages:
 
     @property
     def transport(self) -> Transport:
-        """Whose the plan, the sending, the giving back and the sum are."""
+        """The transport that runs stages 2, 3, 6 and 7."""
         return pick_transport(self.way)
 
     def route(self, x: jax.Array, params: MoEParams, tokens: Tokens, given: Given | None = None) -> Decision:
@@ -52,7 +53,7 @@ class Stages:
         return self.config.router.route(x, params.router or {}, self.config, tokens, given or Given())
 
     def plan(self, topk_ids: jax.Array) -> Any:
-        """Stage 2: of int32 [T, K]; `group_sizes` [L] of what it gives count the rows of each local expert."""
+        """Stage 2: choices int32 [T, K] -> the plan of one round, whose `group_sizes` [L] count the rows of local experts."""
         return self.transport.plan_rows(topk_ids, self.way)
 
     def send(self, x: Operand, plan: Any) -> Operand:
@@ -115,7 +116,7 @@ class Stages:
             return expert_mlp(rows, group_sizes, math=self.math, **params)
 
         return exchange(
-            self.math.rounded(inputs) if self.way.axes.ep == 1 else inputs,
+            self.math.rounded(inputs) if self.way.takes_8_bits else inputs,
             topk_weights,
             topk_ids,
             experts,

@@ -69,6 +69,5 @@ __all__ = [
     "Wire",
     "check_transport",
     "exchange",
-    "one_chip",
     "pick_transport",
 ]

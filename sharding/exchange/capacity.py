@@ -17,7 +17,7 @@ from pallas_kernels.plan import make_plan
 from sharding.tokens import Tokens
 
 Scope = Literal["batch", "chip"]
-"""The tokens that a capacity is of."""
+"""Which tokens share a capacity."""
 
 _DENOMINATOR = 1000
 """A capacity factor is taken as the nearest fraction with such a denominator at most.
@@ -63,7 +63,13 @@ def _carried(quotient: jax.Array, remainder: jax.Array, divisor: int) -> tuple[j
 
 
 def limit_to_capacity(
-    topk_ids: jax.Array, num_experts: int, capacity_factor: float, tokens: Tokens, scope: Scope
+    topk_ids: jax.Array,
+    num_experts: int,
+    capacity_factor: float,
+    tokens: Tokens,
+    scope: Scope,
+    *,
+    backend: str = "auto",
 ) -> tuple[jax.Array, int]:
     """Takes from each expert what exceeds its capacity.
 
@@ -73,6 +79,7 @@ def limit_to_capacity(
       capacity_factor: see `expert_capacity`.
       tokens: those of this chip.
       scope: whether the capacity is of the whole batch or of each chip.
+      backend: of the sort.
 
     Returns:
       topk_ids with −1 for each choice that is dropped; and the most that an expert can get from this chip.
@@ -80,10 +87,10 @@ def limit_to_capacity(
     num_tokens, top_k = topk_ids.shape
     if scope == "chip":
         real = num_tokens if tokens.real is None else jnp.maximum(tokens.real.sum(dtype=jnp.int32), 1)
-        rank = _rank_on_chip(topk_ids, num_experts)
+        rank = _rank_on_chip(topk_ids, num_experts, backend)
     else:
         real = tokens.count
-        rank = _rank_in_batch(topk_ids, num_experts, tokens)
+        rank = _rank_in_batch(topk_ids, num_experts, tokens, backend)
     capacity = expert_capacity(real, top_k, num_experts, capacity_factor)
     most = most_rows(num_tokens, tokens.total, top_k, num_experts, capacity_factor, scope)
     return jnp.where(rank < capacity, topk_ids, -1), most
@@ -101,22 +108,22 @@ def count_dropped(topk_ids: jax.Array, kept_ids: jax.Array, num_experts: int) ->
     return lost.sum((0, 1), dtype=jnp.int32)
 
 
-def _rank_on_chip(topk_ids: jax.Array, num_experts: int) -> jax.Array:
+def _rank_on_chip(topk_ids: jax.Array, num_experts: int, backend: str) -> jax.Array:
     """int32 [T, K]: how many choices of the same expert go before each on this chip."""
     num_tokens, top_k = topk_ids.shape
     # All first choices, then all second ones.
-    plan = make_plan(topk_ids.T.reshape(-1, 1), num_experts)
+    plan = make_plan(topk_ids.T.reshape(-1, 1), num_experts, backend=backend)
     row = plan.inverse.reshape(top_k, num_tokens).T
     return row - plan.offsets[jnp.maximum(topk_ids, 0)]
 
 
-def _rank_in_batch(topk_ids: jax.Array, num_experts: int, tokens: Tokens) -> jax.Array:
+def _rank_in_batch(topk_ids: jax.Array, num_experts: int, tokens: Tokens, backend: str) -> jax.Array:
     """int32 [T, K]: how many choices of the same expert go before each in the whole batch.
 
     A run of tokens that are neighbours in the batch goes before or after every other run as a whole. So chips tell
     each other how many choices of each expert every run of theirs makes, and where it begins.
     """
-    rank = _rank_on_chip(topk_ids, num_experts)
+    rank = _rank_on_chip(topk_ids, num_experts, backend)
     if not tokens.axes:
         return rank
     num_tokens, top_k = topk_ids.shape

@@ -27,7 +27,7 @@ from sharding.exchange.plan import (
     sort_by_rank,
 )
 from sharding.exchange.rounds import sum_over_rounds
-from sharding.exchange.transport import DISPATCHED_NAME, PLAN_NAME, RETURNED_NAME, Experts, in_one_round, named
+from sharding.exchange.transport import Experts, in_one_round, there_and_back
 from sharding.exchange.way import Way
 from sharding.tensor_parallel import gather_columns, gather_tokens, sum_columns, to_columns, to_tokens
 
@@ -55,7 +55,7 @@ def exchange(
             x, topk_weights, topk_ids, experts, params, way, preferred_element_type=preferred_element_type
         )
     axes = way.axes
-    choices = sort_by_rank(gather_tokens(topk_ids, way.columns_over), way.placement)
+    choices = _choices(topk_ids, way)
     everywhere = tuple(dict.fromkeys((*axes.tokens, *axes.expert, *axes.mlp)))
     rounds = lax.pmax(-(-choices.by_rank.group_sizes.max() // slab), everywhere)
     args = x, gather_tokens(topk_weights, way.columns_over), params
@@ -81,15 +81,21 @@ def slab_and_rounds(shape: tuple[int, ...], way: Way) -> tuple[int, int]:
 
 
 def plan_rows(topk_ids: jax.Array, way: Way) -> ExchangePlan:
-    """The plan of the first round, which is all of them where a slab holds all that one chip has for another."""
+    """The plan of the first round, the only one if a slab holds everything that a chip can have for another."""
     slab, _ = slab_and_rounds(topk_ids.shape, way)
-    return plan_round(sort_by_rank(gather_tokens(topk_ids, way.columns_over), way.placement), slab, 0, way)
+    return plan_round(_choices(topk_ids, way), slab, 0, way)
 
 
 def plan_round(choices: SortedByRank, slab: int, index: jax.Array | int, way: Way) -> ExchangePlan:
     """What leaves in one round, in slabs of S rows; peers tell each other what for, and so learn what arrives."""
     departure, for_experts = plan_departure(choices, way.placement, slab, index)
-    return ExchangePlan(departure, plan_arrival(_all_to_all(for_experts, way.axes.expert), way.placement))
+    arrived = _all_to_all(for_experts, way.axes.expert)
+    return ExchangePlan(departure, plan_arrival(arrived, way.placement, backend=way.backend))
+
+
+def _choices(topk_ids: jax.Array, way: Way) -> SortedByRank:
+    """Those of this chip, and of the chips that share the width of its experts."""
+    return sort_by_rank(gather_tokens(topk_ids, way.columns_over), way.placement, backend=way.backend)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
@@ -195,10 +201,8 @@ class _Round:
     def _returned(self, index: jax.Array | int, choices: SortedByRank, args: Any) -> tuple[jax.Array, Plan]:
         """The experts' rows in the slots in which the choices left, and the plan of these slots."""
         x, _, params = args
-        plan = named(plan_round(choices, self.slab, index, self.way), PLAN_NAME)
-        rows = named(send(x, plan, self.way), DISPATCHED_NAME)
-        made = self.experts(params, rows, plan.group_sizes)
-        return named(give_back(made, plan, self.way), RETURNED_NAME), plan.departure
+        plan = plan_round(choices, self.slab, index, self.way)
+        return there_and_back(send, give_back, x, plan, self.experts, params, self.way), plan.departure
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))

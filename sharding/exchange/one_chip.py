@@ -20,7 +20,7 @@ from sharding.tensor_parallel import gather_tokens, sum_tokens
 
 def plan_rows(topk_ids: jax.Array, way: Way) -> Plan:
     """The plan of [T, K] choices into rows sorted by expert, no more rows than choices that are made."""
-    plan = make_plan(gather_tokens(topk_ids, way.columns_over), way.placement.num_experts)
+    plan = make_plan(gather_tokens(topk_ids, way.columns_over), way.placement.num_experts, backend=way.backend)
     if (most := way.counted_choices) is None:
         return plan
     # Rows in use lie first, so that these hold every choice.
@@ -29,7 +29,7 @@ def plan_rows(topk_ids: jax.Array, way: Way) -> Plan:
 
 
 def send[Rows: Operand](x: Rows, plan: Plan, way: Way) -> Rows:
-    """X [T, H] -> [C, H], sorted by expert; a QTensor if every row has scales of its own."""
+    """Rows x [T, H] -> [C, H], sorted by expert; a QTensor if every row has scales of its own."""
     return dispatch(gather_tokens(x, way.columns_over), plan, backend=way.backend)
 
 

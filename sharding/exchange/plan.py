@@ -1,4 +1,4 @@
-"""Who sends which assignment where: sizes and slots, before any row moves.
+"""Who sends which choice where: sizes and slots, before any row moves.
 
 An exchange gives each rank a slab of S slots for every peer. Slabs have a fixed size, because shapes are static, while
 the load varies: so an exchange runs in rounds, as many as the fullest pair of ranks needs. Where chips share the width
@@ -23,7 +23,7 @@ class SortedByRank:
     Attributes:
       topk_ids: int32 [T, K], as the tokens chose.
       ranks: int32 [T, K], which rank holds the expert of each; −1 for a choice that is not made.
-      by_rank: the tight plan of the assignments, grouped by rank.
+      by_rank: the tight plan of the choices, grouped by rank.
     """
 
     topk_ids: jax.Array
@@ -37,7 +37,7 @@ class ExchangePlan:
     """The plan of one round of an exchange, as one rank sees it.
 
     Attributes:
-      departure: [T, K] assignments -> [ep·S] slots, grouped by destination rank.
+      departure: [T, K] choices -> [ep·S] slots, grouped by destination rank.
       arrival: the [ep·S, 1] slots that peers filled -> [ep·S] rows, grouped by local expert (G = L).
     """
 
@@ -77,19 +77,19 @@ def fit_slab(
     return slab, math.ceil(worst / slab) if worst > slab else 1
 
 
-def sort_by_rank(topk_ids: jax.Array, placement: Placement) -> SortedByRank:
+def sort_by_rank(topk_ids: jax.Array, placement: Placement, *, backend: str = "auto") -> SortedByRank:
     """The choices int32 [T, K] by the rank of their experts."""
     ranks = placement.rank(topk_ids)
-    return SortedByRank(topk_ids, ranks, make_plan(ranks, placement.ep))
+    return SortedByRank(topk_ids, ranks, make_plan(ranks, placement.ep, backend=backend))
 
 
 def plan_departure(
     choices: SortedByRank, placement: Placement, slab: int, round_index: jax.Array | int
 ) -> tuple[Plan, jax.Array]:
-    """The slots of the assignments that leave in one round, and what the peers must know of them.
+    """The slots of the choices that leave in one round, and what the peers must know of them.
 
     Returns:
-      The plan of [T, K] assignments into [ep·S] slots, and int32 [ep·S]: the local expert that the row in each slot
+      The plan of [T, K] choices into [ep·S] slots, and int32 [ep·S]: the local expert that the row in each slot
       is for, −1 in an empty slot.
     """
     departure = take_slots(choices.by_rank, choices.ranks, slab, begin=round_index * slab)
@@ -97,6 +97,6 @@ def plan_departure(
     return departure, jnp.where(departure.order >= 0, expert, -1)
 
 
-def plan_arrival(experts: jax.Array, placement: Placement) -> Plan:
+def plan_arrival(experts: jax.Array, placement: Placement, *, backend: str = "auto") -> Plan:
     """The rows that arrived, sorted by local expert; `experts` is int32 [ep·S] as the peers announced it."""
-    return make_plan(experts[:, None], placement.num_local)
+    return make_plan(experts[:, None], placement.num_local, backend=backend)

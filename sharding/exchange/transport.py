@@ -17,7 +17,10 @@ class Experts(Protocol):
     """The local experts as a function of rows sorted by expert. Closes over nothing that is traced."""
 
     def __call__(self, params: Any, rows: Any, group_sizes: jax.Array) -> jax.Array:
-        """Rows [R, H] (of the kind of x), group_sizes int32 [L] -> [R, H]; rows past their sum hold no token."""
+        """Rows [R, H] (of the kind of x), group_sizes int32 [L] -> [R, H].
+
+        Rows past the sum of group_sizes hold no token. What is made of them may be anything, NaN too.
+        """
 
 
 class Exchange(Protocol):
@@ -48,13 +51,13 @@ class Transport(Protocol):
     """All of it, in as many rounds as the load needs, however the transport overlaps them."""
 
     def rows_held(self, num_tokens: int, top_k: int, way: Way) -> int:
-        """C for a chip with T tokens of K choices, used or not."""
+        """C for a chip with T tokens of K choices: the rows that `experts` is given at a time, used or not."""
 
     def plan_rows(self, topk_ids: jax.Array, way: Way) -> Any:
         """Choices int32 [T, K], −1 for one that is not made -> the plan of one round."""
 
     def send(self, x: Any, plan: Any, way: Way) -> Any:
-        """X [T, H] -> [C, H], sorted by local expert."""
+        """Rows x [T, H] -> [C, H], sorted by local expert."""
 
     def give_back(self, rows: jax.Array, plan: Any, way: Way) -> jax.Array:
         """What the experts made of the rows, [C, H] -> the slots from which the rows came."""
@@ -90,15 +93,29 @@ def in_one_round(
         preferred_element_type: jax.typing.DTypeLike,
     ) -> jax.Array:
         """See `sharding.exchange.exchange`."""
-        plan = named(plan_rows(topk_ids, way), PLAN_NAME)
-        rows = named(send(x, plan, way), DISPATCHED_NAME)
-        made = experts(params, rows, plan.group_sizes)
-        slots = named(give_back(made, plan, way), RETURNED_NAME)
+        plan = plan_rows(topk_ids, way)
+        slots = there_and_back(send, give_back, x, plan, experts, params, way)
         return combine_slots(slots, plan, topk_weights, way, preferred_element_type=preferred_element_type)
 
     return exchange
 
 
-def named(tree: Any, name: str) -> Any:
+def there_and_back(
+    send: Callable[..., Any],
+    give_back: Callable[..., jax.Array],
+    x: Any,
+    plan: Any,
+    experts: Experts,
+    params: Any,
+    way: Way,
+) -> jax.Array:
+    """One round up to its sum: x [T, H] -> the slots in which the experts' rows come back, each step named."""
+    plan = _named(plan, PLAN_NAME)
+    rows = _named(send(x, plan, way), DISPATCHED_NAME)
+    made = experts(params, rows, plan.group_sizes)
+    return _named(give_back(made, plan, way), RETURNED_NAME)
+
+
+def _named(tree: Any, name: str) -> Any:
     """`tree`, every leaf with a name for the policies of `jax.checkpoint`."""
     return jax.tree.map(lambda leaf: checkpoint_name(leaf, name), tree)

@@ -33,6 +33,7 @@ def test_json_of_one_shape_is_one_object():
     assert (record["chip"], record["dtype"], record["G"], record["N"]) == ("v32-run", "fp8", 8, 2048)
 
 
+@pytest.mark.slow
 def test_an_error_is_one_line_without_traceback():
     done = call("--chip", "v33", "--shape", "8,48,7168,2048")
     assert (done.returncode, done.stdout) == (2, "")
@@ -126,6 +127,7 @@ def test_measured_beside_modelled(h200, dtype, capsys):
     assert h200 == [(stage, (32, 128)) for stage in ("full", "comp", "dma")]
 
 
+@pytest.mark.slow
 def test_measured_table_and_another_chip(h200, capsys):
     assert run(main, ["--device", "--chip", "tier6", "--dtype", "bf16", "--shape", "8,48,7168,2048"]) == 0
     *_, title, head, _, measured, modelled = capsys.readouterr().out.splitlines()

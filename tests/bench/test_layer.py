@@ -22,6 +22,7 @@ def records():
     return bench.run_case(case, StepTimer(), 3)
 
 
+@pytest.mark.slow
 def test_every_stage_of_every_layout(records):
     timed = {(record["operator"], record["layout"]) for record in records if record["backend"] == "auto"}
     assert timed == {("router", None), *((o, name) for o in (*STAGES[1:], "layer") for name in LAYOUTS)}
@@ -47,6 +48,7 @@ def test_layouts_agree_when_nothing_overflows(records):
     assert all(record["load_cv"] == whole[0]["load_cv"] > 0 for record in whole)
 
 
+@pytest.mark.slow
 def test_the_layer_is_the_dense_oracles(rng):
     case = small("layer", load="text")
     measured = {}

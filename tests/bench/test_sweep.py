@@ -109,7 +109,7 @@ def test_bad_arguments_are_one_clear_line(args, message, capsys):
 
 
 @pytest.mark.parametrize("module", ["sweep", "layer", "permute", "topk"])
-@pytest.mark.quick("sweep")
+@pytest.mark.slow
 def test_help_has_examples(module):
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-W", "error", "-m", f"bench.{module}", "--help"]

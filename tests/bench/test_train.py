@@ -36,7 +36,6 @@ def variant():
     return compile_variant("noisy_top_k", SETTINGS, corpus())
 
 
-@pytest.mark.slow
 def test_a_run_that_resumes_equals_one_that_was_not_interrupted(tmp_path, variant):
     text = corpus()
     whole, parts = tmp_path / "whole.jsonl", tmp_path / "parts.jsonl"
@@ -235,6 +234,21 @@ def test_a_run_diverges_with_its_last_step(losses_, diverged):
     run_ = a_run(2.0)
     steps = [{**run_.steps[0], "step": step, "loss": loss} for step, loss in enumerate(losses_, 1)]
     assert summary(Run(run_.head, steps, run_.held_out), SETTINGS)["diverged"] == diverged
+
+
+def test_one_slow_step_does_not_make_a_run_slow():
+    run_ = a_run(2.0)
+    steps = [{**run_.steps[0], "ms_per_step": ms} for ms in (1.0, 1.0, 100.0)]
+    figures = summary(Run(run_.head, steps, run_.held_out), SETTINGS)
+    assert figures["ms_per_step"] == 1.0
+    assert figures["tokens_per_second"] == SETTINGS.batch_size * SETTINGS.length * 1e3
+
+
+def test_a_run_that_goes_on_forgets_what_came_after_its_checkpoint():
+    run_ = a_run(2.0)
+    steps, looks = [{**run_.steps[0], "step": n} for n in (2, 4, 6)], [{**run_.held_out[0], "step": n} for n in (0, 4)]
+    resumed = Run(run_.head, steps, looks).resumed({**run_.head, "resumed_from": 3})
+    assert [record["step"] for record in (*resumed.steps, *resumed.held_out)] == [2, 0]
 
 
 def test_losses_are_compared_with_those_of_the_same_seed():

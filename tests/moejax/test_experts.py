@@ -283,7 +283,7 @@ def test_tokens_are_rounded_before_they_are_copied(rng):
 @pytest.mark.parametrize(
     ("name", "ep"), [("fp8-blocks", 1), ("fp8-blocks", 2), ("e5m2-channels", 1), ("int8-tensor", 2)]
 )
-@pytest.mark.quick("fp8-blocks-1")
+@pytest.mark.slow
 def test_serving_equals_quantising_on_the_fly(name, ep, rng):
     """The weights that training rounds in every step are the ones that serving keeps, to the bit."""
     config = config_in_8_bits(name)

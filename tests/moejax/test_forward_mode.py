@@ -13,7 +13,7 @@ from tests.moejax.layers import narrow, random_params
 
 @pytest.mark.parametrize("ep", [1, 2])
 @pytest.mark.parametrize("precision", ["w16a16", "w8a8"])
-@pytest.mark.quick("w16a16-2")
+@pytest.mark.slow
 def test_forward_mode_agrees_with_reverse(precision, ep, rng):
     config = narrow("qwen3-30b-a3b", num_experts=8, top_k=2, dtype="float32", precision=precision)
     params, x = random_params(config, rng), normal(rng, 12, config.hidden_size)

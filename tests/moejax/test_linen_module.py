@@ -146,6 +146,7 @@ def test_scanned_over_layers_of_a_mesh(x):
     assert losses.shape == (3,)
 
 
+@pytest.mark.slow
 def test_inside_a_linen_model(x):
     class Block(linen.Module):
         @linen.compact

@@ -190,6 +190,7 @@ def drops_over_eight_chips(problem, config):
     return aux.load.dropped_per_expert.tolist(), np.asarray(aux.topk_ids).reshape(21, TOP_K)
 
 
+@pytest.mark.slow
 def test_padding_takes_no_room_from_tokens(problem):
     """With a capacity of one row, two padding tokens before a real one would push it out."""
     config = dataclasses.replace(CONFIG, capacity_factor=1.0, capacity_of="chip")
@@ -201,6 +202,7 @@ def test_padding_takes_no_room_from_tokens(problem):
     assert got == dropped.tolist()
 
 
+@pytest.mark.slow
 def test_a_capacity_of_the_batch_is_of_the_tokens_without_padding(problem):
     """⌈21 · 2 / 8⌉ = 6 of an expert's choices are kept wherever they are made."""
     config = dataclasses.replace(CONFIG, capacity_factor=1.0)

@@ -87,7 +87,7 @@ def test_real_tokens_fare_as_without_padding(ep, dtype, capacity_factor, rng):
 
 
 @pytest.mark.parametrize("ep", [1, 4])
-@pytest.mark.quick("1")
+@pytest.mark.slow
 def test_the_balancing_bias_moves_by_real_tokens(ep, rng):
     x = normal(rng, BATCH, REAL, 32)
     padded_x, mask = padded(rng, x)
@@ -102,7 +102,7 @@ def test_the_balancing_bias_moves_by_real_tokens(ep, rng):
 
 
 @pytest.mark.parametrize("name", ROUTERS)
-@pytest.mark.quick("soft_moe")
+@pytest.mark.slow
 def test_every_router_passes_over_what_is_masked(name, rng):
     """Tokens that are masked, NaN or not, change nothing of the others, and come out as zeros."""
     config = ROUTERS[name](dataclasses.replace(CONFIG, router=TopKRouter()))
@@ -117,6 +117,16 @@ def test_every_router_passes_over_what_is_masked(name, rng):
     assert not np.asarray(y)[~np.asarray(mask)].any()
     assert np.isfinite(np.asarray(y)).all()
     assert np.asarray(y)[np.asarray(mask)].any()
+
+
+@pytest.mark.parametrize("name", ["expert_choice", "soft_moe"])
+@pytest.mark.quick("soft_moe")
+def test_routers_of_whole_sequences_see_real_tokens_alone(name, rng):
+    layer = MoE(ROUTERS[name](dataclasses.replace(CONFIG, router=TopKRouter())), rngs=nnx.Rngs(0))
+    x = normal(rng, BATCH, REAL, 32)
+    padded_x, mask = padded(rng, x)
+    call = nnx.jit(lambda layer, x, mask: layer(x, mask=mask)[0])
+    assert relative_error(call(layer, padded_x, mask)[mask], call(layer, x, None).reshape(-1, 32)) < 1e-5
 
 
 def test_masked_slots_of_a_decoding_batch_in_every_face(rng):

@@ -63,7 +63,7 @@ def problem(dtype: str):
 
 @pytest.mark.parametrize("dtype", LIMITS)
 @pytest.mark.parametrize("name", MESHES)
-@pytest.mark.quick("fsdp, expert and tensor-float32")
+@pytest.mark.slow
 def test_gradients_equal_the_dense_oracles_and_lie_as_the_parameters(name, dtype):
     config, params, x, direction, expected = problem(dtype)
     mesh, partition = mesh_of(name)

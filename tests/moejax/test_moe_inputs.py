@@ -255,7 +255,7 @@ def test_flax_rules_say_the_partition(params, rng):
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
-@pytest.mark.quick("True")
+@pytest.mark.slow
 def test_inside_another_shard_map(check_vma, params, rng):
     """Two stages with a layer each, over an axis that the layer knows nothing of."""
     x, direction = normal(rng, 2, 12, 32), normal(rng, 2, 12, 32)

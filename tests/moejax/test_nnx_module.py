@@ -187,7 +187,7 @@ def values_and_gradients(layer, x):
 
 @AXIS_TYPES
 @pytest.mark.parametrize("how", ["set_mesh", "mesh="])
-@pytest.mark.quick("set_mesh-explicit")
+@pytest.mark.slow
 def test_values_and_gradients_over_a_mesh_equal_those_of_one_chip(how, axis_type, x, expected):
     mesh = mesh_of(axis_type)
     module = in_mesh(how, mesh)

@@ -47,6 +47,7 @@ def test_nothing_travels_or_is_multiplied_again(ep, rng):
     assert all(again[name] > plain[name] for name in COUNTED if ep > 1 or name in ("dispatch", "grouped_matmul"))
 
 
+@pytest.mark.slow
 def test_gradients_stay_what_they_are(rng):
     gradient, args = gradient_of_two_layers(rng, make_mesh(4), policy=remat_policy)
     plain, _ = gradient_of_two_layers(rng, make_mesh(4))

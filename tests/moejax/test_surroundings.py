@@ -39,7 +39,7 @@ def test_inside_pmap_it_is_the_layer_of_one_chip(params, rng):
 
 
 @pytest.mark.parametrize("check_vma", [False, True])
-@pytest.mark.quick("True")
+@pytest.mark.slow
 def test_inside_a_shard_map_over_all_axes_it_is_the_layer_of_one_chip(check_vma, params, rng):
     x = normal(rng, 4, 3, 32)
     mesh = jax.make_mesh((4,), ("data",), (AxisType.Auto,), devices=jax.devices()[:4])

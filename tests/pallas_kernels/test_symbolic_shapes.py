@@ -109,7 +109,7 @@ def check(function, shapes, numbers, arguments):
 
 
 @pytest.mark.parametrize("name", list(CASES))
-@pytest.mark.quick("dispatch in 8 bits", "slots")
+@pytest.mark.quick("dispatch in 8 bits")
 def test_operators(rng, name):
     function, *inputs = CASES[name]
 

@@ -1,5 +1,6 @@
 """Processes side by side end when the one that started them does, however it ends."""
 
+import functools
 import os
 import pathlib
 import signal
@@ -40,11 +41,14 @@ def wait_until(condition) -> bool:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent has ended")
 @pytest.mark.parametrize("how", ["SIGTERM", "SIGINT", "SIGKILL"])
+@pytest.mark.quick("SIGTERM", "SIGINT")
 def test_they_end_with_the_process_that_started_them(how, tmp_path):
     (tmp_path / "child.py").write_text(PARENT)
     environment = {**os.environ, "PYTHONPATH": f"{pathlib.Path.cwd()}{os.pathsep}{tmp_path}"}
     command = [sys.executable, "-m", "child", str(tmp_path)]
-    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as parent:
+    # A shell that starts the tests in the background has them ignore Ctrl-C.
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, preexec_fn=heed) as parent:
         assert wait_until(lambda: (tmp_path / "0").exists() and (tmp_path / "1").exists())
         found = pathlib.Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text()
         children = [int(pid) for pid in found.split()]

@@ -66,6 +66,11 @@ def test_values():
     assert layer["arch"]["busiest_rows"] > 384
 
 
+def test_the_rate_of_a_chip_is_that_of_all_that_hold_the_experts():
+    wide = build_evaluation(model_layer(get_chip("v32-run"), dataclasses.replace(DECODE, moe_tp=2)))["performance"]
+    assert wide["tps_per_chip"] == pytest.approx(wide["tps"] / 64)
+
+
 @pytest.mark.parametrize(("precision", "width"), [("w8a8", 1), ("w16a16", 2)])
 @pytest.mark.parametrize("chip", ["v32-run", "h200"])
 def test_times_are_microseconds_and_sizes_bytes(chip, precision, width):

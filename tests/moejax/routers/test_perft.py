@@ -112,6 +112,7 @@ def test_training_begins_with_the_frozen_layer(name, rng):
     assert layer.causal
 
 
+@pytest.mark.slow
 def test_no_gradient_reaches_the_base_and_one_passes_through_it(rng):
     base = MoE(CONFIG, rngs=nnx.Rngs(0))
     x, target = normal(rng, 12, 16), normal(rng, 12, 16)

@@ -41,6 +41,17 @@ def inputs(problem: Problem, rng, **kwargs):
     return x, weights, ids, np.arange(1, problem.num_experts + 1, dtype=np.float32)
 
 
+def test_a_choice_beyond_full_slabs_takes_one_more_round():
+    """Of the first chip, one choice more goes to the first rank than fits into one slab, two, …"""
+    slab, rounds = EP8.slab_and_rounds
+    for full in range(1, rounds):
+        x, weights, ids, factors = inputs(EP8, np.random.default_rng(full), used=())
+        ids.reshape(-1)[: full * slab + 1] = 0
+        weights = np.where(ids < 0, weights, 1)
+        y, _ = apply_experts(EP8)(x, weights, ids, factors)
+        np.testing.assert_array_equal(y, expected_sum(x, weights, ids, factors))
+
+
 def expected_sum(x, weights, ids, factors):
     """Σ_k weights · factors[expert] · x, choice by choice."""
     y = np.zeros(x.shape)
