@@ -159,10 +159,8 @@ def gate_up_projection(
     rows: Operand, group_sizes: jax.Array, gate_up: Operand, math: ExpertMath, *, bias: jax.Array | None = None
 ) -> Operand:
     """Kernel one of `expert_mlp` alone: rows [R, H] -> [R, I]."""
-    weights, bias = (
-        flat_halves(_in_compute_dtype(gate_up, math)),
-        None if bias is None else bias.reshape(bias.shape[0], -1),
-    )
+    weights = flat_halves(_in_compute_dtype(gate_up, math))
+    bias = None if bias is None else bias.reshape(bias.shape[0], -1)
     return math.gate_up(rows, group_sizes, weights, k_major=isinstance(gate_up, QTensor), bias=bias)
 
 

@@ -53,7 +53,7 @@ class Stages:
         return self.config.router.route(x, params.router or {}, self.config, tokens, given or Given())
 
     def plan(self, topk_ids: jax.Array) -> Any:
-        """Stage 2: choices int32 [T, K] -> the plan of one round, whose `group_sizes` [L] count the rows of local experts."""
+        """Stage 2: choices int32 [T, K] -> the plan of one round, with `group_sizes` [L], rows of local experts."""
         return self.transport.plan_rows(topk_ids, self.way)
 
     def send(self, x: Operand, plan: Any) -> Operand:

@@ -1,6 +1,5 @@
 """Processes side by side end when the one that started them does, however it ends."""
 
-import functools
 import os
 import pathlib
 import signal
@@ -11,7 +10,8 @@ import time
 import pytest
 
 PARENT = """
-import pathlib, sys, time
+import pathlib, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background processes ignore it
 from bench.command.parser import run
 from bench.command.side_by_side import my_share, run_side_by_side
 folder = pathlib.Path(sys.argv[1])
@@ -46,9 +46,7 @@ def test_they_end_with_the_process_that_started_them(how, tmp_path):
     (tmp_path / "child.py").write_text(PARENT)
     environment = {**os.environ, "PYTHONPATH": f"{pathlib.Path.cwd()}{os.pathsep}{tmp_path}"}
     command = [sys.executable, "-m", "child", str(tmp_path)]
-    # A shell that starts the tests in the background has them ignore Ctrl-C.
-    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, preexec_fn=heed) as parent:
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as parent:
         assert wait_until(lambda: (tmp_path / "0").exists() and (tmp_path / "1").exists())
         found = pathlib.Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text()
         children = [int(pid) for pid in found.split()]
