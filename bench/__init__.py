@@ -2,7 +2,7 @@
 
 import sys
 
-from bench.command.interrupts import quiet_while_importing
+from bench.processes.interrupts import quiet_while_importing
 
 if sys.argv[0] == "-m":  # so it is while Python looks for the module that `python -m` named
     quiet_while_importing()

@@ -24,6 +24,7 @@ from bench.record.provenance import command_line, now
 from moejax import PRESETS, MoEConfig, get_preset
 from moejax.config import PRECISIONS
 from pallas_kernels.chips import CHIPS, chip_of, get_chip
+from sharding.exchange.pick import TRANSPORTS
 from sharding.mesh import make_mesh
 from sharding.placement import Placement
 
@@ -40,7 +41,11 @@ def main(argv: Sequence[str]) -> int:
     args = _parser().parse_args(argv)
     # All that can be said without devices is checked before any of them starts.
     config = get_preset(
-        args.model, precision=args.precision, backend=args.backend, capacity_factor=args.capacity_factor
+        args.model,
+        precision=args.precision,
+        backend=args.backend,
+        transport=args.transport,
+        capacity_factor=args.capacity_factor,
     )
     Placement(config.num_experts, args.ep)  # raises where they do not fit
     workload = moe_workload(config, batch_size=args.batch, ep=args.ep, precision=args.precision, rounding=args.rounding)
@@ -113,6 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--capacity-factor", type=positive_float, help="drop what exceeds it (default: drop nothing)")
     add("--reduce", type=positive_int, metavar="N", help="divide the widths by N (default: as memory allows)")
     add("--backend", default="auto", help="auto, xla, pallas_tpu or pallas_gpu (default auto)")
+    add("--transport", default="auto", help=f"auto, {', '.join(TRANSPORTS)}: what carries rows between chips")
     add("--rounding", default="round", help="activated experts: round (DS_TPU) or ceil (Tier6)")
     add("--seed", type=seed_number, default=0, help="of weights, embedding and places in the text (default 0)")
     add("--coordinator", metavar="HOST:PORT", help="of process 0, for a run over several hosts")

@@ -86,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--quick", action="store_true", help=f"ours only, {_QUICK_REPEATS} repeats instead of {_REPEATS}")
     add("--json", type=output_file, metavar="PATH", help="write the record to PATH, - for standard output only")
     add("--md", action="store_true", help="print the table as Markdown")
-    add("--commit", help="what to record as the commit where git does not know it")
+    add("--commit", help="the commit to record (default: what git says)")
     return parser
 
 

@@ -16,13 +16,13 @@ import bench.permute
 import bench.topk
 from bench.command.parser import make_parser
 from bench.command.parser import run as run_command
-from bench.command.side_by_side import Share, my_share, prepare_jobs, run_side_by_side
 from bench.command.values import NAMES, POSITIVE_INTS, positive_int
 from bench.one_chip.cases import BENCHES, Case
 from bench.one_chip.options import add_load_options, add_run_options, finish, run
 from bench.one_chip.run_cases import Outcome, RunCase
 from bench.one_chip.sweep_grid import full_grid, quick_grid
 from bench.plot import say_report
+from bench.processes.side_by_side import Share, my_share, prepare_jobs, run_side_by_side
 from bench.record.files import holding
 
 _EXAMPLES = (

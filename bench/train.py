@@ -16,11 +16,11 @@ from typing import Any
 import jax
 
 from bench.command.parser import make_parser, run
-from bench.command.side_by_side import my_share, my_turns, prepare_jobs, run_side_by_side
 from bench.command.values import NAMES, natural_int, output_file, output_folder, positive_float, positive_int
 from bench.inputs.corpus import Corpus, load_corpus
 from bench.measure.clock import Stopwatch
 from bench.plot import say_report
+from bench.processes.side_by_side import my_share, my_turns, prepare_jobs, run_side_by_side
 from bench.record.files import holding
 from bench.record.json_files import write_json
 from bench.record.progress import Progress
@@ -88,7 +88,7 @@ def _train_all(
     corpus: Corpus,
     head: dict[str, Any],
 ) -> int:
-    """What the process does that was called: it holds the folder."""
+    """The run as the user started it; the folder is reserved."""
     out, file = args.out, args.out / FILE_NAME
     _check_runs(_prepare(out, args), head, out)
     failed = False
@@ -159,7 +159,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--resume", action="store_true", help="add to the runs in DIR: finished ones stay, others go on or begin")
     add("--overwrite", action="store_true", help="remove the runs in DIR first")
     add("--json", type=output_file, metavar="PATH", help="write the table to PATH as JSON, - for standard output only")
-    add("--commit", help="what to record as the commit where git does not know it")
+    add("--commit", help="the commit to record (default: what git says)")
     return parser
 
 
@@ -199,7 +199,7 @@ def _head(argv: Sequence[str], commit: str | None, settings: Settings, corpus: C
 
 
 def _check_runs(runs: dict[str, Run], head: dict[str, Any], out: pathlib.Path) -> None:
-    """Runs of other settings, text or chip cannot be compared with, or continued; nor those that lack records."""
+    """Refuses runs made with other settings, text or chip, and checkpoints newer than their records."""
     file = out / FILE_NAME
     for folder in sorted((out / _CHECKPOINTS).glob("*")):
         last = runs[folder.name].last_step if folder.name in runs else 0

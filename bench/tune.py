@@ -129,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
         help="begin no product after so many; the most wanted come first (default: %(default)s)",
     )
     add("--output", type=output_file, metavar="PATH", help="the table, - for standard output (default: the package's)")
-    add("--commit", help="what to record as the commit where git does not know it")
+    add("--commit", help="the commit to record (default: what git says)")
     return parser
 
 

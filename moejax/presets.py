@@ -131,6 +131,7 @@ class Changes(TypedDict, total=False):
     capacity_of: Scope
     dtype: jax.typing.DTypeLike
     param_dtype: jax.typing.DTypeLike
+    transport: str
     backend: str
 
     scoring: Scoring

@@ -43,6 +43,7 @@ class Chip:
       link_bandwidth: bytes/s that the chip can send to its peers (one direction, all links together).
       fast_memory_bytes: software-managed on-chip memory of one core in bytes (VMEM, shared memory, SRAM).
       device_kinds: the strings that `jax.Device.device_kind` shows for this chip.
+      jax_devices: JAX devices that one chip is; its TensorCores are shared out evenly.
       matrix_unit: rows (and as many columns) of the weights that a systolic matrix unit holds; None without one.
       source: where the figures come from.
     """
@@ -58,6 +59,7 @@ class Chip:
     fast_memory_bytes: int
     source: str
     device_kinds: tuple[str, ...] = ()
+    jax_devices: int = 1
     matrix_unit: int | None = None
 
     def is_native(self, dtype: jax.typing.DTypeLike) -> bool:
@@ -171,6 +173,7 @@ CHIPS: Mapping[str, Chip] = MappingProxyType(
                 link_bandwidth=600 * GB,
                 fast_memory_bytes=64 * MIB,
                 device_kinds=("TPU7x",),
+                jax_devices=2,
                 matrix_unit=256,
                 source=_CLOUD_TPU,
             ),

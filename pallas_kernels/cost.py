@@ -1,7 +1,7 @@
 """What each operator must do at the least: arithmetic and bytes of main memory.
 
-Each input is read once and each output written once; weights count only for groups that have rows. Tiling ranks
-configurations by these, kernels hand them to the compiler (`pl.CostEstimate`), and bench turns them into floors.
+Each input is read once and each output written once; weights count only for groups that have rows. Kernels
+hand these to the compiler (`pl.CostEstimate`), and bench turns them into floors.
 """
 
 import dataclasses

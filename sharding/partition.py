@@ -185,6 +185,11 @@ class Axes:
         return PartitionSpec(*(one_or_all(mesh_axes[name]) if name else None for name in logical))
 
 
+def expert_axes(ep: int) -> Axes:
+    """The axes of a mesh that is nothing but `ep` chips, which share the experts and the tokens."""
+    return Axes(expert=(EXPERT_AXIS,), tokens=(EXPERT_AXIS,), sizes=((EXPERT_AXIS, ep),))
+
+
 ONE_CHIP = Axes()
 """Those of a layer that no mesh splits."""
 

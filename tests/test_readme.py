@@ -25,8 +25,8 @@ PAGES = {
 THAT_RUN = ["README.md", "docs/serving.md"]
 """Pages whose code is whole; that of the others has gaps which a reader fills."""
 
-NOT_THERE = ("moejax/routers/NAME.py", "sharding/exchange/NAME.py", "moejax/hf/")
-"""A file that a recipe has its reader write, and places that docs/architecture.md names ahead of their files."""
+NOT_THERE = ("moejax/routers/NAME.py", "sharding/exchange/NAME.py", "bench/NAME.py", "tests/bench/test_NAME.py")
+"""Files that recipes have their reader write."""
 
 
 def code_of(page: str, language: str = "python") -> list[str]:
@@ -44,6 +44,7 @@ def test_the_readme_stays_short():
 
 
 @pytest.mark.parametrize("page", THAT_RUN)
+@pytest.mark.quick("README.md")
 def test_code_runs(page, monkeypatch):
     """Each block after those before it."""
     monkeypatch.setattr(moejax, "get_preset", lambda name, **changes: narrow(name, **changes))

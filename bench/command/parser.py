@@ -13,7 +13,7 @@ import textwrap
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from bench.command.interrupts import INTERRUPTED, end_with_parent, raise_at_interrupts
+from bench.processes.interrupts import INTERRUPTED, end_with_parent, raise_at_interrupts
 
 _TOO_LARGE = re.compile("RESOURCE_EXHAUSTED|size exceeding")
 """What jax says where memory does not suffice, or no machine's would."""

@@ -12,7 +12,7 @@ import pathlib
 from collections.abc import Callable
 
 _LARGEST = 2**63 - 1
-"""Of a size: XLA counts in int64."""
+"""The largest size accepted: XLA counts in int64."""
 
 
 def whole_number(least: int, most: int = _LARGEST) -> Callable[[str], int]:

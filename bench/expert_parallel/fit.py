@@ -7,12 +7,11 @@ import jax.numpy as jnp
 
 from bench.measure.devices import Devices
 from moejax import MoEConfig
-from moejax.on_chip import way_of
 from moejax.params import param_shapes
+from moejax.stages import way_of
 from sharding.exchange import pick_transport
 from sharding.exchange.capacity import most_rows
-from sharding.mesh import EXPERT_AXIS
-from sharding.partition import Axes
+from sharding.partition import expert_axes
 
 SHARE_OF_MEMORY = 0.5
 """Of what the devices have; the rest is for the compiler, the oracle, and other programs."""
@@ -111,7 +110,7 @@ def memory_bytes(config: MoEConfig, ep: int, batch_size: int) -> int:
     if config.capacity_factor is not None:
         sizes = tokens, batch_size, config.top_k, config.num_experts
         most = most_rows(*sizes, config.capacity_factor, config.capacity_of)
-    way = way_of(config, Axes(expert=(EXPERT_AXIS,), tokens=(EXPERT_AXIS,), sizes=((EXPERT_AXIS, ep),)), max_rows=most)
+    way = way_of(config, expert_axes(ep), max_rows=most)
     rows = pick_transport(way).rows_held(tokens, config.top_k, way)
     # Alive at the peak: rows sent and received, rows in and out of the experts, and the hidden layer in float32.
     buffers = rows * (6 * 2 * config.hidden_size + 4 * config.intermediate_size)

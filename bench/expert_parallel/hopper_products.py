@@ -12,8 +12,8 @@ from moejax import MoEConfig, MoEParams
 from moejax.params import flat_halves
 from pallas_kernels.backend import Unsupported
 from pallas_kernels.grouped_matmul import Operand, gpu
-from pallas_kernels.grouped_matmul.gpu.hopper.problem import Stage
 from pallas_kernels.quantize import QTensor, quantize
+from pallas_kernels.stage import Stage
 
 
 def lhs_of_kernel(rows: Operand, config: MoEConfig) -> Operand:

@@ -26,7 +26,6 @@ from moejax.experts import math_of, shared_mlp
 from moejax.functional import axes_on
 from moejax.stages import Stages, way_of
 from pallas_kernels.backend import Unsupported
-from sharding.exchange.plan import sort_by_rank
 from sharding.mesh import EXPERT_AXIS
 from sharding.tokens import Tokens
 
@@ -71,9 +70,8 @@ def time_stages(
     topk_ids, topk_weights = clock("gate", gate, x)
     if params.shared_gate_up is not None:
         clock("shared", lambda x, p: shared_mlp(x, p.shared_gate_up, p.shared_down, stages.math, config), x)
-    sizes = jax.jit(jax.vmap(lambda ids: sort_by_rank(ids, way.placement).by_rank.group_sizes))
-    slab = max(1, int(sizes(topk_ids).max()))
-    stages = dataclasses.replace(stages, way=dataclasses.replace(way, slab=slab))
+    fullest = jax.jit(lambda ids: jax.nn.one_hot(way.placement.rank(ids), way.axes.ep).sum((1, 2)).max())
+    stages = dataclasses.replace(stages, way=dataclasses.replace(way, slab=max(1, int(fullest(topk_ids)))))
 
     def dispatch(x, topk_ids, _):
         plan = stages.plan(topk_ids)

@@ -79,6 +79,7 @@ def measured_record(result: DecodeRun, fitted: Fit, devices: Devices) -> dict[st
         "hidden_size": fitted.config.hidden_size,
         "intermediate_size": fitted.config.intermediate_size,
         "width_reduction": fitted.reduction,
+        "transport": fitted.config.transport,
         "wall_us": result.wall_seconds * 1e6,
         **stages_record(result.stages),
         "relative_error": result.relative_error,

@@ -1,6 +1,6 @@
 """What `bench.gpu` measures. Another case needs a shape, a goal, the products it consists of, and a builder.
 
-Builders are in `bench.hopper.problems`; they make the inputs, our way and the peers' ways to use them, and the right
+Builders are in `bench.hopper.case_data`; they make the inputs, our way and the peers' ways to use them, and the right
 answer.
 """
 
@@ -10,11 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Literal
 
-from bench.hopper.problems import (
+from bench.hopper.case_data import (
     LAYER_TOP_K,
     PERMUTE_EXPERTS,
     PERMUTE_TOP_K,
-    Problem,
+    CaseData,
     backward_bf16,
     layer_fp8,
     matmul_bf16,
@@ -64,7 +64,7 @@ class Case:
     shape: GemmShape
     dtype: Literal["fp8", "bf16"]
     goal: Goal
-    build: Callable[[GemmShape], Problem]
+    build: Callable[[GemmShape], CaseData]
     products: tuple[Product, ...] = ()
     moves: tuple[Cost, ...] = ()
     note: str = ""

@@ -22,8 +22,9 @@ from bench.model.workloads import GemmShape
 from pallas_kernels.chips import Chip
 from pallas_kernels.cost import Cost, grouped_gate_up_cost
 from pallas_kernels.grouped_matmul import Operand, gpu
-from pallas_kernels.grouped_matmul.gpu.hopper.problem import Problem, Stage
+from pallas_kernels.grouped_matmul.gpu.hopper.problem import Problem
 from pallas_kernels.quantize import QTensor, quantize
+from pallas_kernels.stage import Stage
 
 ProductDtype = Literal["bf16", "fp16", "fp8", "fp8-blocks"]
 
@@ -96,7 +97,7 @@ class Product:
 
     @property
     def out_dtype(self) -> jnp.dtype:
-        """Of the result."""
+        """The result's dtype."""
         return jnp.dtype(jnp.float8_e4m3fn if self.result_in_8_bits else jnp.bfloat16)
 
     @property

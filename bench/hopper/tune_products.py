@@ -11,7 +11,9 @@ from bench.hopper.cases import CASES
 from bench.hopper.products import Product, layer_products
 from bench.model.workloads import GemmShape
 from moejax import MoEConfig, get_preset
-from sharding.exchange.plan import fit_slab
+from moejax.stages import way_of
+from sharding.exchange import pick_transport
+from sharding.partition import expert_axes
 
 MODELS = ("deepseek-v3", "mixtral-8x7b", "qwen3-30b-a3b", "gpt-oss-120b")
 EXPERT_GROUPS = (1, 8)
@@ -39,7 +41,8 @@ def model_products(config: MoEConfig, ep: int, tokens: int) -> Iterator[Product]
     """Gate/up and down of a layer on one of `ep` chips that has `tokens` tokens of its own."""
     groups = config.num_experts // ep
     assignments = tokens * config.top_k
-    num_rows = assignments if ep == 1 else ep * fit_slab(tokens, config.top_k, groups, ep, None)[0]
+    way = way_of(config, expert_axes(ep))
+    num_rows = pick_transport(way).rows_held(tokens, config.top_k, way)
     shape = GemmShape(groups, max(1, assignments // groups), config.hidden_size, config.intermediate_size)
     yield from layer_products(shape, "bf16", num_rows=num_rows)
     in_blocks = config.quantization.lhs_scaling == "1x128"

@@ -91,7 +91,7 @@ def search(product: Product, chip: Chip, timer: Timer, *, exhaustive: bool = Fal
 def by_modelled_time(product: Product, chip: Chip) -> dict[Config, float]:
     """Every size of a tile with its modelled time; the model's choice is the first."""
     problem = product.problem
-    times = {config: tiling.modelled_seconds(chip, config, problem) for config in tiling.candidates(chip, problem)}
+    times = {config: tiling.modelled_seconds(chip, problem, config) for config in tiling.candidates(chip, problem)}
     return dict(sorted(times.items(), key=lambda item: item[1]))
 
 

@@ -1,1 +1,1 @@
-"""Measuring: clocks, errors, statistics of samples, devices, and turns on an accelerator."""
+"""Measuring: clocks, errors, statistics of samples, devices."""

@@ -38,7 +38,7 @@ class Stopwatch:
 
     @property
     def seconds(self) -> float:
-        """Since the beginning."""
+        """Seconds elapsed since it was made."""
         return self._clock() - self._begin
 
 

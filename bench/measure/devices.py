@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import jax
 
-from bench.measure.gather import gather
+from bench.processes.rendezvous import meet
 from pallas_kernels.chips import Chip, chip_of
 
 MAX_VIRTUAL_DEVICES = 256
@@ -101,7 +101,7 @@ def _join(
     coordinator: str | None, num_processes: int | None, process_id: int | None, say: Callable[[str], None]
 ) -> bool:
     if coordinator is not None and num_processes is not None and process_id is not None:
-        gather(coordinator, num_processes, process_id, say)
+        meet(coordinator, num_processes, process_id, say)
         # Only CPU processes need it, and it must be chosen before the first use of JAX.
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(coordinator, num_processes, process_id)

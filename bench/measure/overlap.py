@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
 from bench.measure.clock import kernel_times, rotated
-from pallas_kernels.grouped_matmul.gpu.hopper.problem import Stage
+from pallas_kernels.stage import Stage
 
 KERNEL_STAGES: tuple[Stage, ...] = get_args(Stage)
 

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from bench.measure.clock import copies_of, is_nvidia, kernel_times, num_copies, rotated, wall_seconds
-from bench.measure.turns import Turns
+from bench.processes.turns import Turns
 
 ClockName = Literal["kernels", "wall"]
 

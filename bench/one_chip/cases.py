@@ -106,7 +106,7 @@ class Case:
 
     @property
     def jax_dtype(self) -> jnp.dtype:
-        """Of activations and weights."""
+        """The dtype of activations and weights."""
         return jnp.dtype(DTYPES[self.dtype])
 
     @property

@@ -85,7 +85,7 @@ def block_plan(topk_ids: jax.Array, num_experts: int, block: int, *, backend: st
     blocks = -(-tight.group_sizes // block)
     ends = jnp.cumsum(blocks, dtype=jnp.int32)
     offsets = (ends - blocks) * block
-    # Past the last group this is E, whose rows lie beyond the size of any group.
+    # Blocks past the last group count as its own, where they lie beyond its rows.
     number = jnp.arange(num_blocks, dtype=jnp.int32)
     group = jnp.minimum(jnp.searchsorted(ends, number, side="right"), num_experts - 1)
     rank = number[:, None] * block + jnp.arange(block, dtype=jnp.int32) - offsets[group][:, None]
@@ -97,7 +97,7 @@ def block_plan(topk_ids: jax.Array, num_experts: int, block: int, *, backend: st
 
 
 def _batched(rows: jax.Array, weights: jax.Array) -> jax.Array:
-    """Rows [E·C, K] · weights [E, K, …] -> [E·C, N] in the dtype of `rows`, added up in float32."""
+    """Rows [E·C, K] · weights [E, K, …] -> [E·C, N] in the dtype of `rows`."""
     by_expert = rows.reshape(weights.shape[0], -1, rows.shape[1])
     matrices = weights.astype(rows.dtype).reshape(*weights.shape[:2], -1)
     product = jnp.einsum("eck,ekn->ecn", by_expert, matrices)

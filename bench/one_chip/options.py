@@ -9,15 +9,15 @@ from typing import Any
 
 from bench.command import values
 from bench.command.parser import make_parser
-from bench.command.side_by_side import my_turns
 from bench.command.values import NAMES, POSITIVE_FLOATS, POSITIVE_INTS, positive_float, positive_int
 from bench.inputs.loads import KINDS
 from bench.measure.steps import StepTimer
-from bench.measure.turns import Turns
 from bench.one_chip.cases import DTYPES, Bench, Case
 from bench.one_chip.layouts import LAYOUTS
 from bench.one_chip.records import Record, origin_of
 from bench.one_chip.run_cases import Outcome, RunCase, run_cases
+from bench.processes.side_by_side import my_turns
+from bench.processes.turns import Turns
 from bench.record.files import holding
 from bench.record.json_files import write_json
 from bench.record.progress import Progress
@@ -147,7 +147,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="write the records to PATH as one list, - for standard output",
     )
-    add("--commit", help="what to record as the commit where git does not know it")
+    add("--commit", help="the commit to record (default: what git says)")
 
 
 def combinations(bench: Bench, args: argparse.Namespace) -> list[Case]:

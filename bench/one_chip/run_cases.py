@@ -87,7 +87,7 @@ def run_cases(
 
 
 def problems(lines: Sequence[Record]) -> list[str]:
-    """A sentence for each record that says of a fault."""
+    """A sentence for each record that reports a fault."""
     found = []
     for line in lines:
         if line["error"] is not None:

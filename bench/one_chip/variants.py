@@ -71,7 +71,7 @@ def load_of(case: Case) -> Load:
 
 
 def logits_of(load: Load) -> jax.Array:
-    """What the router says of a load: [T, E] in float32."""
+    """The router's logits for a load, float32 [T, E]."""
     return jax.block_until_ready(_router_logits(load.x, load.router))
 
 

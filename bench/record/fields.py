@@ -25,7 +25,7 @@ Expected = Any
     a function              an object, of which the function says what is expected
 """
 
-_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+_NAMES = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
 
 
 def check(value: Any, expected: Expected, place: str, name: str = "") -> None:

@@ -5,7 +5,7 @@ import os
 import pathlib
 from collections.abc import Iterator
 
-from bench.measure.file_lock import lock
+from bench.processes.file_lock import lock
 
 _HELD = ".held"
 
@@ -50,7 +50,7 @@ def write_whole(path: pathlib.Path, text: str) -> None:
 
 @contextlib.contextmanager
 def holding(folder: pathlib.Path) -> Iterator[None]:
-    """Has a folder for this run alone, and makes it if need be.
+    """Reserves a folder for this run, creating it if needed.
 
     Raises:
       ValueError: another run has it.

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.measure.file_lock import lock
+from bench.processes.file_lock import lock
 from bench.record.fields import Expected, check
 from bench.record.files import read_text, write_whole
 
@@ -84,11 +84,11 @@ def _parsed(text: str, place: str) -> Any:
     try:
         return json.loads(text, parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{place}: no JSON: {error}; mend it, or move the file away") from None
+        raise ValueError(f"{place}: not valid JSON: {error}; mend it, or move the file away") from None
 
 
 def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no number there")
+    raise ValueError(f"{constant} is not valid JSON")
 
 
 def _plain(value: Any) -> Any:

@@ -29,7 +29,7 @@ class Progress:
 
     @property
     def seconds(self) -> float:
-        """Since the beginning."""
+        """Seconds elapsed since it was made."""
         return self._watch.seconds
 
     def show(self, done: int, doing: str, at_most: float = float("inf")) -> None:

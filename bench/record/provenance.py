@@ -22,7 +22,7 @@ def provenance(
       argv: its arguments.
       chip: as the device calls itself.
       packages: distributions whose versions matter.
-      commit: what to record where git does not know it.
+      commit: the commit to record; None for what git says.
     """
     return {
         "command": command_line(module, argv),

@@ -51,7 +51,7 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """One way to make a product: who, and with which tiles; none of our own choice, theirs being empty too."""
+    """Who makes a product, and with which tiles; empty tiles leave the choice to the implementation."""
 
     implementation: str
     tiles: tuple[int, ...] = ()

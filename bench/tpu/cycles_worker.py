@@ -33,7 +33,7 @@ _TOKAMAX = {
 def work(job: dict[str, Any]) -> dict[str, Any]:
     """Compiles job["choice"] in job["case"] for job["topology"].
 
-    For job["kind"] "instructions" without the kernel's copies.
+    If job["kind"] is "instructions", the kernel's copies are left out.
     """
     logging.getLogger("absl").setLevel(logging.ERROR)  # tokamax tells of shapes that it has not tuned
     choice = Choice(job["choice"]["implementation"], tuple(job["choice"]["tiles"]))

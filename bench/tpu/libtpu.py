@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from bench.command.interrupts import child_environment, end_with_parent
 from bench.measure.errors import describe, one_line
+from bench.processes.interrupts import child_environment, end_with_parent
 from bench.record.provenance import package_version
 
 _ENVIRONMENT = {

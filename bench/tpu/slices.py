@@ -28,13 +28,11 @@ class Generation:
       clock_hz: cycles a second of a core: its BF16 peak over twice the multiply-adds of a cycle, which are 4 · 128² on
         v5e and v5p and 4 · 256² on v6e and v7x.
       slices: shapes to choose from by the number of devices, ascending.
-      devices_per_chip: that jax shows.
     """
 
     chip: str
     clock_hz: float
     slices: tuple[str, ...]
-    devices_per_chip: int = 1
 
 
 _TORUS_2D = ("4x8", "8x8", "8x16", "16x16")
@@ -44,7 +42,7 @@ GENERATIONS: Mapping[str, Generation] = {
     "v5e": Generation("v5e", 1.5e9, _TORUS_2D),
     "v5p": Generation("v5p", 1.75e9, _TORUS_3D),
     "v6e": Generation("v6e", 1.75e9, _TORUS_2D),
-    "tpu7x": Generation("v7x", 2.2e9, _TORUS_3D, devices_per_chip=2),
+    "tpu7x": Generation("v7x", 2.2e9, _TORUS_3D),
 }
 """By the name that stands before the colon."""
 
@@ -66,7 +64,7 @@ class Slice:
     @property
     def num_devices(self) -> int:
         """Devices that jax shows."""
-        return self.num_chips * self.generation.devices_per_chip
+        return self.num_chips * self.chip.jax_devices
 
     @property
     def chip(self) -> Chip:
@@ -76,7 +74,7 @@ class Slice:
     @property
     def device(self) -> Chip:
         """What one of its devices has: the chip, or its share of a chip."""
-        return share_of(self.chip, self.generation.devices_per_chip)
+        return share_of(self.chip, self.chip.jax_devices)
 
     @property
     def devices(self) -> Sequence[jax.Device]:

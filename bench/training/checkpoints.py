@@ -103,7 +103,7 @@ def _without_keys(tree: Any) -> list[Any]:
 
 
 def _checksum(leaves: list[Any]) -> np.ndarray:
-    """Orbax and what it builds on notice a byte that is missing, but not one that is wrong."""
+    """The CRC-32 of all leaves: Orbax notices a missing byte, but not a wrong one."""
     checksum = 0
     for leaf in leaves:
         checksum = zlib.crc32(np.asarray(leaf).tobytes(), checksum)

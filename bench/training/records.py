@@ -69,7 +69,7 @@ class Run:
 
     @property
     def last_step(self) -> int:
-        """The last that its records tell of; 0 without a look at the held-out text, which comes first."""
+        """The last step recorded; 0 if the first look at the held-out text is missing."""
         return max((record["step"] for record in self.steps), default=0) if self.held_out else 0
 
     def resumed(self, head: dict[str, Any]) -> "Run":

@@ -49,7 +49,7 @@ class Settings:
 
     @property
     def recipe(self) -> Recipe:
-        """Of the optimiser."""
+        """The optimiser's settings."""
         return Recipe(self.steps, self.learning_rate)
 
     @property

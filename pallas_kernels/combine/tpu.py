@@ -23,8 +23,9 @@ from pallas_kernels.backend import Unsupported
 from pallas_kernels.combine import reference
 from pallas_kernels.cost import combine_cost
 from pallas_kernels.on_tpu.device import tpu_chip
-from pallas_kernels.on_tpu.row_copies import SUBLANES, Rows, Stage, Steps, pipelined
+from pallas_kernels.on_tpu.row_copies import SUBLANES, Rows, Steps, pipelined
 from pallas_kernels.plan import Plan
+from pallas_kernels.stage import Stage
 from pallas_kernels.tracing.varying import result_varying_as
 
 _TILE = 2 * SUBLANES  # tokens in a tile of BF16, the narrowest result

@@ -22,9 +22,10 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.cost import dispatch_cost
 from pallas_kernels.dispatch import reference
 from pallas_kernels.on_tpu.device import tpu_chip
-from pallas_kernels.on_tpu.row_copies import SUBLANES, Rows, Stage, Steps, pipelined
+from pallas_kernels.on_tpu.row_copies import SUBLANES, Rows, Steps, pipelined
 from pallas_kernels.plan import Plan
 from pallas_kernels.quantize import QTensor
+from pallas_kernels.stage import Stage
 from pallas_kernels.tracing.varying import result_varying_as
 
 

@@ -5,7 +5,7 @@ import contextlib
 import jax
 
 from pallas_kernels.backend import Unsupported
-from pallas_kernels.chips import Chip, chip_of, get_chip
+from pallas_kernels.chips import CHIPS, Chip, chip_of, get_chip
 from pallas_kernels.tracing.target import target_chip
 
 ASSUMED = "v6e"
@@ -26,13 +26,14 @@ def tpu_chip() -> Chip:
     if device.platform != "tpu":
         return get_chip(ASSUMED)
     if (chip := chip_of(device)) is None:
-        raise Unsupported(f"Pallas TPU kernels know v5e, v5p, v6e and v7x, got {device.device_kind}")
+        known = ", ".join(name for name, known in CHIPS.items() if known.kind == "tpu")
+        raise Unsupported(f"Pallas TPU kernels know {known}, got {device.device_kind}")
     return chip
 
 
 def cores_of_a_device(chip: Chip) -> int:
-    """TensorCores that act as one JAX device: both of a v5p, one of the others (a v7x is two devices)."""
-    return chip.cores if chip.name == "v5p" else 1
+    """TensorCores that act as one JAX device."""
+    return chip.cores // chip.jax_devices
 
 
 def as_on_a_tpu() -> contextlib.AbstractContextManager[object]:

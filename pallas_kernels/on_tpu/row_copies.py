@@ -10,7 +10,6 @@ from there.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +19,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.backend import Unsupported
 from pallas_kernels.chips import Chip
+from pallas_kernels.stage import Stage
 from pallas_kernels.tracing.target import target_platform
-
-Stage = Literal["full", "comp", "dma"]
 
 LANES = 128
 SUBLANES = 8

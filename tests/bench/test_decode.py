@@ -107,7 +107,7 @@ def test_bad_arguments_are_one_clear_line(args, message, capsys):
         ([*SMALL, "--reduce", "5"], "hidden_size=4096 is not divisible by the reduction 5"),
     ],
 )
-@pytest.mark.quick("args2-*")
+@pytest.mark.slow
 def test_bad_arguments_that_devices_reveal(args, message):
     status, out, err = finish(start(*args))
     assert status == 2

@@ -8,10 +8,10 @@ import sys
 import pytest
 
 from bench.command.parser import run
-from bench.command.side_by_side import Share
 from bench.inputs.loads import KINDS
 from bench.one_chip.layouts import LAYOUTS
 from bench.one_chip.sweep_grid import full_grid, quick_grid
+from bench.processes.side_by_side import Share
 from bench.sweep import main, share_of
 from tests.bench.one_chip.small_cases import lines
 
@@ -65,6 +65,7 @@ def test_a_part_of_the_quick_grid_is_swept_and_not_again(tmp_path, capsys):
     assert lines(tmp_path / "sweep.jsonl") == records
 
 
+@pytest.mark.slow
 def test_processes_side_by_side(tmp_path, capsys):
     command = ["--quick", "--bench", "topk", "--repeats", "2", "--out", str(tmp_path)]
     assert run(main, [*command, "--jobs", "2"]) == 0

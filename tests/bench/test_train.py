@@ -11,7 +11,7 @@ from bench.command.parser import run
 from bench.measure.samples import Interval
 from bench.record.files import holding
 from bench.train import main
-from bench.training.checkpoints import open_checkpoints
+from bench.training.checkpoints import latest_step, open_checkpoints
 from bench.training.records import FILE_NAME, Run, read_runs
 from bench.training.runs import compile_variant, fit_steps, seconds_a_step, summary, train
 from bench.training.table import summaries, table_rows, warnings_of
@@ -36,6 +36,7 @@ def variant():
     return compile_variant("noisy_top_k", SETTINGS, corpus())
 
 
+@pytest.mark.slow
 def test_a_run_that_resumes_equals_one_that_was_not_interrupted(tmp_path, variant):
     text = corpus()
     whole, parts = tmp_path / "whole.jsonl", tmp_path / "parts.jsonl"
@@ -84,9 +85,12 @@ def call(tmp_path, one_letter):
 
 
 def test_command(call, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)  # no report
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name))
     table = tmp_path / "table.json"
-    assert call("--routers", "hash,softmax", "--seeds", "1", "--json", str(table)) == 0
+    every = "--checkpoint-every=2"
+    assert call("--routers", "hash,softmax", "--seeds", "1", "--json", str(table), every) == 0
+    assert latest_step(tmp_path / "out" / "checkpoints" / "hash-seed0") == 4
     out, err = capsys.readouterr()
     # Every token is the same letter, so the hash router sends all to two experts, and says so.
     assert "COLLAPSED" in next(line for line in out.splitlines() if line.startswith("hash"))

@@ -45,7 +45,7 @@ PROGRAM = """
 
 
 @pytest.mark.parametrize("how", MAKERS)
-@pytest.mark.quick("nnx")
+@pytest.mark.slow
 def test_a_layer_made_eagerly_lies_in_memory_once(how):
     size = 3 * 1024 * 1024 * 32 * 4
     program = textwrap.dedent(PROGRAM).replace("def peak", textwrap.dedent(MAKERS[how]) + "\ndef peak")

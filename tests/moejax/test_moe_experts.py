@@ -43,7 +43,7 @@ def gradients(x, weights, ids, params, *, max_choices=None, ep=1):
 
 
 @pytest.mark.parametrize("ep", [1, 4])
-@pytest.mark.quick("4")
+@pytest.mark.slow
 def test_router_and_experts_are_the_layer(ep, params, rng):
     x = normal(rng, 10, 32)
     routing = route(x, params.router["kernel"], CONFIG)

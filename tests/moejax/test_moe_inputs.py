@@ -290,7 +290,7 @@ def test_one_vector_is_one_token(params, rng):
 
 
 @pytest.mark.parametrize("ep", [1, 8])
-@pytest.mark.quick("8")
+@pytest.mark.slow
 def test_equal_inputs_give_equal_bits(ep, params, rng):
     mesh = make_mesh(ep) if ep > 1 else None
     x = normal(rng, 57, 32)

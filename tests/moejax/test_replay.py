@@ -24,7 +24,7 @@ def test_every_router_replays_or_refuses():
 
 @pytest.mark.parametrize("ep", [1, 4])
 @pytest.mark.parametrize("name", REPLAYING)
-@pytest.mark.quick("group_limited-1")
+@pytest.mark.slow
 def test_the_same_choices_give_the_same_result(name, ep, rng):
     layer = MoE(
         ROUTERS[name](CONFIG),
@@ -111,6 +111,7 @@ def test_choices_that_do_not_fit(rng):
         layer(x, topk_ids=jnp.zeros((4, 8), jnp.int32))
 
 
+@pytest.mark.slow
 def test_ids_of_unsigned_types(rng):
     params, x = random_params(CONFIG, rng), normal(rng, 4, 32)
     _, aux = moe(x, params, CONFIG)

@@ -60,7 +60,7 @@ def test_inside_a_shard_map_over_all_axes_it_is_the_layer_of_one_chip(check_vma,
 
 @pytest.mark.parametrize("check_vma", [False, True])
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.quick("AxisType.Explicit-True")
+@pytest.mark.slow
 def test_pipeline_stages(axis_type, check_vma, rng):
     """Each stage is a layer of its own over the expert axis that is left; gradients are those without a pipeline."""
     stages = [random_params(CONFIG, rng) for _ in range(2)]
@@ -158,6 +158,7 @@ def test_a_checkpoint_is_restored_on_other_meshes(tmp_path, rng):
             assert relative_error(call(resumed, x), call(layer, x)) < 1e-6
 
 
+@pytest.mark.slow
 def test_arrays_that_are_committed_to_one_device_are_spread(params, rng):
     x = normal(rng, 2, 8, 32)
     expected, _ = moe(x, params, CONFIG)
@@ -166,6 +167,7 @@ def test_arrays_that_are_committed_to_one_device_are_spread(params, rng):
     assert relative_error(y, expected) < 1e-6
 
 
+@pytest.mark.slow
 def test_a_layer_of_another_mesh_is_moved(rng):
     x = normal(rng, 4, 8, 32)
     with jax.set_mesh(make_mesh(4)):

@@ -149,12 +149,7 @@ def plain_sum(x, weights, ids, parts):
 
 @every_mesh
 @pytest.mark.parametrize("one_sided", [False, True], ids=["", "one-sided"])
-@pytest.mark.quick(
-    "-tokens in another order",
-    "one-sided-ep8 tp2",
-    "one-sided-tp of two axes",
-    "one-sided-tp4, every chip with all experts",
-)
+@pytest.mark.quick("-tokens in another order", "one-sided-ep8 tp2")
 def test_experts_of_which_each_chip_has_a_part(one_sided, sizes, partition, rng):
     args = problem(rng, one_sided=one_sided)
     np.testing.assert_array_equal(tensor_parallel(sizes, partition, None)(*args), plain_sum(*args))
@@ -167,7 +162,7 @@ def test_another_transport_carries_parts_too(rng):
 
 
 @every_mesh
-@pytest.mark.quick("ep8 tp2", "tp of two axes")
+@pytest.mark.quick("ep8 tp2")
 def test_gradients(sizes, partition, rng):
     _, _, ids, parts = problem(rng, one_sided=True)
     # Positive, so that no sum cancels out and leaves rounding only.

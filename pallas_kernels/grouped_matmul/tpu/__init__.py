@@ -21,10 +21,11 @@ from pallas_kernels.cost import grouped_gate_up_cost, grouped_matmul_cost
 from pallas_kernels.grouped_matmul.tpu import drhs, tiling
 from pallas_kernels.grouped_matmul.tpu.kernel import grouped_product
 from pallas_kernels.grouped_matmul.tpu.math import Arithmetic
-from pallas_kernels.grouped_matmul.tpu.memory import Inputs, Stage
+from pallas_kernels.grouped_matmul.tpu.memory import Inputs
 from pallas_kernels.grouped_matmul.tpu.scales import lhs_scales, rhs_scales
 from pallas_kernels.on_tpu.device import cores_of_a_device, tpu_chip
 from pallas_kernels.quantize import Operand, QTensor, dequantize, quantize
+from pallas_kernels.stage import Stage
 
 _FLOATS = ("bfloat16", "float32")
 

@@ -13,8 +13,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.grouped_matmul.tpu.math import Arithmetic, activate, product
-from pallas_kernels.grouped_matmul.tpu.memory import Config, Inputs, Layout, Scratch, Stage, chunk_lengths
+from pallas_kernels.grouped_matmul.tpu.memory import Config, Inputs, Layout, Scratch, chunk_lengths
 from pallas_kernels.grouped_matmul.tpu.rows import Tile
+from pallas_kernels.stage import Stage
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,8 +25,9 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.grouped_matmul.tpu.core import Core
 from pallas_kernels.grouped_matmul.tpu.math import Arithmetic
-from pallas_kernels.grouped_matmul.tpu.memory import Config, Inputs, Layout, Scratch, Stage
+from pallas_kernels.grouped_matmul.tpu.memory import Config, Inputs, Layout, Scratch
 from pallas_kernels.grouped_matmul.tpu.rows import Groups, Tile
+from pallas_kernels.stage import Stage
 from pallas_kernels.tracing.varying import result_varying_as
 
 

@@ -1,16 +1,13 @@
 """The operands of the TPU kernel, how its work is cut, and the memory of a core that follows from both."""
 
 import dataclasses
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.grouped_matmul.tpu.math import Arithmetic
-
-Stage = Literal["full", "comp", "dma"]
-"""What a kernel does: all of it, every multiplication on tiles that stay where they are, or every copy and no more."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,8 +6,8 @@ import functools
 import jax.numpy as jnp
 import pytest
 
+from bench.hopper import case_data as problems
 from bench.hopper import measure_case as measuring
-from bench.hopper import problems
 from bench.hopper.cases import CASES
 from bench.hopper.measure_case import attempt, measure_case
 from bench.hopper.peers import Implementation

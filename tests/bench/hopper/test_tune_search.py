@@ -64,7 +64,7 @@ def test_every_combination_is_timed_if_asked():
     few = search(PREFILL, CHIP, timer).num_timed
     assert search(PREFILL, CHIP, timer, exhaustive=True).num_timed > 2 * few
     assert calls[-1][0] == pick(PREFILL)
-    assert all(tiling.fits(CHIP, config, PREFILL.problem) for call in calls for config in call)
+    assert all(tiling.fits(CHIP, PREFILL.problem, config) for call in calls for config in call)
 
 
 def test_a_gain_that_does_not_come_back_is_luck():

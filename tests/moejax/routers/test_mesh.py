@@ -93,6 +93,7 @@ def test_a_mesh_that_does_not_divide_the_experts():
         new_layer("softmax")
 
 
+@pytest.mark.slow
 def test_sums_over_experts_that_choose_are_over_all_chips():
     """Tokens lie over chips by their positions, so that a chip's are not one run of the batch; most are left out."""
     layer = new_layer("expert_choice", np.random.default_rng(0))

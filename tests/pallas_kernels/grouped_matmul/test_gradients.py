@@ -71,7 +71,7 @@ def assert_all_close(gradients, references, limit):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.quick("*-float32")
+@pytest.mark.quick("xla-float32", "pallas_gpu-float32")
 def test_gradients_of_the_product(backend, rng, dtype):
     lhs, rhs, bias, dout = problem(rng, dtype=dtype)
     sizes = random_sizes(rng, G, M)
@@ -81,7 +81,7 @@ def test_gradients_of_the_product(backend, rng, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.quick("*-bfloat16")
+@pytest.mark.quick("pallas_tpu-bfloat16", "pallas_gpu-bfloat16")
 def test_gradients_of_the_fused_product(backend, rng, dtype):
     lhs, rhs, bias, dout = problem(rng, dtype=dtype, width=N // 2)
     sizes = random_sizes(rng, G, M)

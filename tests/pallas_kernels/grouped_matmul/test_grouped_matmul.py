@@ -57,7 +57,7 @@ def test_every_shape_and_dtype(backend, rng, shape, dtype, fused):
 @pytest.mark.parametrize(("shape", "dtype"), EITHER, ids=str)
 @pytest.mark.parametrize("fused", [False, True], ids=["matmul", "gate_up"])
 @pytest.mark.parametrize("share", ["some", "all"])
-@pytest.mark.quick("xla-all-gate_up-(70, 33, 22, 8)-float32", "pallas_*-some-matmul-(70, 200, 256, 8)-bfloat16")
+@pytest.mark.quick("pallas_*-some-matmul-*")
 def test_every_pattern_of_empty_groups(backend, rng, share, fused, shape, dtype):
     num_rows, _, _, num_groups = shape
     lhs, rhs, bias = operands(rng, shape, dtype)
@@ -72,7 +72,7 @@ def test_every_pattern_of_empty_groups(backend, rng, share, fused, shape, dtype)
 
 @pytest.mark.parametrize(("shape", "dtype"), EITHER, ids=str)
 @pytest.mark.parametrize("fused", [False, True], ids=["matmul", "gate_up"])
-@pytest.mark.quick("*-gate_up-(70, 33, 22, 8)-float32", "pallas_gpu-*")
+@pytest.mark.quick("xla-gate_up-*-float32", "pallas_gpu-*")
 def test_all_rows_or_one_row_in_one_group(backend, rng, fused, shape, dtype):
     lhs, rhs, bias = operands(rng, shape, dtype)
     function, oracle = (gate_up, dense_gate_up) if fused else (matmul, dense_matmul)
@@ -188,7 +188,7 @@ def test_empty_operands(backend, rng, shape):
 
 
 @pytest.mark.parametrize("quantization", [None, Quantization()], ids=["float", "fp8"])
-@pytest.mark.quick("*-float")
+@pytest.mark.quick("pallas_*-float")
 def test_same_inputs_same_bits(backend, rng, quantization):
     lhs, rhs, bias = operands(rng, ALIGNED, jnp.bfloat16)
     sizes = random_sizes(rng, ALIGNED[3], ALIGNED[0])

@@ -203,7 +203,7 @@ def test_a_result_in_8_bits_lowers_for_cuda(config, lhs_scaling, rhs_scaling):
     dtypes = (jnp.bfloat16, jnp.bfloat16, jnp.int32, jnp.float32)
     arguments = [jax.ShapeDtypeStruct(*each) for each in zip(shapes, dtypes, strict=True)]
     problem = IN_BLOCKS if rhs_scaling == "128x128" else TO_8_BITS
-    if config != "picked" and not tiling.fits(get_chip("h200"), config, problem):
+    if config != "picked" and not tiling.fits(get_chip("h200"), problem, config):
         pytest.skip("does not fit, as tiling knows")
     with contextlib.nullcontext() if config == "picked" else tiling.forced(config):
         assert "mosaic_gpu" in lowered_for_cuda(run, *arguments)

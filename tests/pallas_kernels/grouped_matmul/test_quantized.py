@@ -102,7 +102,7 @@ def test_scales_of_unowned_rows_are_never_data(backend, rng, lhs_scaling, k_majo
     ],
     ids=lambda q: f"{q.dtype}-{q.lhs_scaling}",
 )
-@pytest.mark.quick("*-float8_e4m3fn-1x128-gate_up", "xla-int8-per_row-matmul")
+@pytest.mark.quick("pallas_tpu-float8_e4m3fn-1x128-gate_up", "xla-int8-per_row-matmul", "pallas_gpu*")
 def test_quantization_inside_equals_explicit(backend, rng, quantization, fused):
     lhs, rhs, bias = operands(rng, (256, 256, 256, 4))
     sizes = random_sizes(rng, 4, 256)

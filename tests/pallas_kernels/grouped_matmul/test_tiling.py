@@ -34,6 +34,6 @@ def test_tiles_with_block_scales_leave_registers_for_a_second_set_of_sums(block_
 def test_a_tile_from_a_table_is_held_to_the_same_limit(tile):
     block_m, block_n, warpgroups = tile
     config = tiling.Config(block_m, block_n, 2, warpgroups, 1)
-    assert tiling.fits(H200, config, PROBLEM)
+    assert tiling.fits(H200, PROBLEM, config)
     in_blocks = dataclasses.replace(PROBLEM, block_scales=True)
-    assert tiling.fits(H200, config, in_blocks) == (tile not in TOO_MANY_SUMS)
+    assert tiling.fits(H200, in_blocks, config) == (tile not in TOO_MANY_SUMS)

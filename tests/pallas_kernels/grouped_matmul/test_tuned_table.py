@@ -78,7 +78,7 @@ def test_every_tuned_configuration_fits(chip):
     for key, config in tuned_configs(chip.name).items():
         fields = dataclasses.asdict(key)
         problem = Problem(**fields | {"num_rows": key.num_groups * fields.pop("rows")})
-        assert tiling.fits(chip, config, problem), key
+        assert tiling.fits(chip, problem, config), key
         assert key.rows == 1 << (key.rows - 1).bit_length()
 
 
@@ -93,7 +93,7 @@ def test_every_tuned_configuration_fits(chip):
     ],
 )
 def test_what_does_not_fit_is_told(config):
-    assert not tiling.fits(H200, config, PRODUCT)
+    assert not tiling.fits(H200, PRODUCT, config)
 
 
 def test_files_say_where_they_come_from():

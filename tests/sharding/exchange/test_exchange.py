@@ -103,7 +103,7 @@ def test_capacity_drops_and_counts(seed, used, factor, problem):
 
 @pytest.mark.parametrize("factor", [0.5, 1.0, 1.5])
 @given(seed=st.integers(0, 2**32 - 1), used=st.none() | st.lists(st.integers(0, 3), min_size=1, max_size=2))
-@pytest.mark.quick("1.0")
+@pytest.mark.slow
 def test_a_capacity_of_the_batch_drops_alike_on_any_number_of_chips(seed, used, factor):
     """144 tokens on one chip, on eight, and on twice four: the same sum, the same drops."""
     problems = [Problem(dp, ep, 144 // dp // ep, 2, 8, capacity_factor=factor) for dp, ep in ((1, 1), (1, 8), (2, 4))]
@@ -154,7 +154,7 @@ def test_gradients_equal_those_of_the_plain_sum(problem, rng):
 
 
 @pytest.mark.parametrize("problem", [EP8, *EVERY_TRANSPORT], ids=str)
-@pytest.mark.quick("dp1-ep8-T24", "*gathered")
+@pytest.mark.quick("dp2-ep4-T9-gathered", "dp1-ep8-T24")
 def test_rows_that_travel_in_fp8_are_rounded_once(problem, rng):
     problem = dataclasses.replace(problem, hidden=128, wire=Wire())
     _, weights, ids, factors = inputs(problem, rng)

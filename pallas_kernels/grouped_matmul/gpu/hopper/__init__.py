@@ -20,10 +20,11 @@ from pallas_kernels.activations import Activation
 from pallas_kernels.backend import Unsupported
 from pallas_kernels.grouped_matmul.gpu.hopper import drhs, tiling
 from pallas_kernels.grouped_matmul.gpu.hopper.kernel import grouped_product
-from pallas_kernels.grouped_matmul.gpu.hopper.problem import SCALE_BLOCK, Epilogue, Inputs, Problem, Stage
+from pallas_kernels.grouped_matmul.gpu.hopper.problem import SCALE_BLOCK, Epilogue, Inputs, Problem
 from pallas_kernels.grouped_matmul.group_sizes import bounds
 from pallas_kernels.on_gpu.device import hopper_chip
 from pallas_kernels.quantize import Operand, QTensor, dequantize, quantize
+from pallas_kernels.stage import Stage
 
 _FP8 = ("float8_e4m3fn", "float8_e5m2")
 _OUT_DTYPES = ("bfloat16", "float16", "float32")

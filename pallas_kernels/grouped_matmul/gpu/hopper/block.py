@@ -9,9 +9,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.grouped_matmul.gpu.hopper.problem import SCALE_BLOCK, WGMMA_ROWS, Config, Epilogue, Inputs, Stage
+from pallas_kernels.grouped_matmul.gpu.hopper.problem import SCALE_BLOCK, WGMMA_ROWS, Config, Epilogue, Inputs
 from pallas_kernels.grouped_matmul.gpu.hopper.smem import SWIZZLE, Views, swizzled
 from pallas_kernels.grouped_matmul.gpu.tiles import Tile, Walk
+from pallas_kernels.stage import Stage
 
 # The copy engine reads a vector only from every fourth float on. The scales of a tile's rows are therefore copied from
 # the last such place before the tile, with some slack (as much as rounds the copy up to 128 bytes).

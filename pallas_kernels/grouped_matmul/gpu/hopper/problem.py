@@ -13,13 +13,10 @@ WGMMA_ROWS = 64
 SCALE_BLOCK = 128
 """Depth (and, for weights, width) of one scale block."""
 
-Stage = Literal["full", "comp", "dma"]
-"""What a kernel does: all of it, every multiplication on tiles that stay where they are, or every copy and no more."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """What of a product its tiles depend on.
+    """The properties of a product that decide its tiles.
 
     Attributes:
       operand: dtype of the operands.

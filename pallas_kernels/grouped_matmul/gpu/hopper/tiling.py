@@ -28,13 +28,13 @@ def pick(chip: Chip, problem: Problem) -> Config:
     if (config := forced.get()) is not None:
         return config
     tuned = tuned_configs(chip.name).get(Key.of(problem))
-    if tuned is not None and fits(chip, tuned, problem):
+    if tuned is not None and fits(chip, problem, tuned):
         return tuned
-    return min(candidates(chip, problem), key=lambda config: modelled_seconds(chip, config, problem))
+    return min(candidates(chip, problem), key=lambda config: modelled_seconds(chip, problem, config))
 
 
-def modelled_seconds(chip: Chip, config: Config, problem: Problem) -> float:
-    """Time of the product where no group is empty, or each has one row at most."""
+def modelled_seconds(chip: Chip, problem: Problem, config: Config) -> float:
+    """Modelled seconds, with rows spread evenly over the groups."""
     itemsize = 1 if "float8" in problem.operand else 2
     num_groups = min(problem.num_groups, problem.num_rows)
     steps = -(-problem.depth * itemsize // SWIZZLE)
@@ -58,11 +58,11 @@ def candidates(chip: Chip, problem: Problem) -> Iterator[Config]:
             column_tiles = -(-problem.columns // block_n)
             strip = column_tiles if block_m == 64 else min(8, column_tiles)
             config = Config(block_m, block_n, stages, warpgroups, strip)
-            if fits(chip, config, problem):
+            if fits(chip, problem, config):
                 yield config
 
 
-def fits(chip: Chip, config: Config, problem: Problem) -> bool:
+def fits(chip: Chip, problem: Problem, config: Config) -> bool:
     """Whether the kernel can do `config`: its tiles divide among the warpgroups, its buffers fit the chip."""
     if (config.block_m, config.warpgroups) not in ((64, 1), (64, 2), (128, 2)) or config.block_n > 256:
         return False

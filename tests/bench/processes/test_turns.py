@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from bench.measure.turns import Turns
+from bench.processes.turns import Turns
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import socket
 
 import pytest
 
-from bench.measure.gather import gather
+from bench.processes.rendezvous import meet
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def test_all_are_told_who_is_there(address):
     lines = [[], [], []]
     with concurrent.futures.ThreadPoolExecutor(3) as pool:
         # Process 0 comes last, so that the others have to wait for it.
-        list(pool.map(lambda i: gather(address, 3, i, lines[i].append, seconds=30), (2, 1, 0)))
+        list(pool.map(lambda i: meet(address, 3, i, lines[i].append, seconds=30), (2, 1, 0)))
     assert lines[0] == ["1 of 3 processes here", "2 of 3 processes here", "3 of 3 processes here"]
     for others in lines[1:]:
         assert others[0] == f"waiting for process 0 at {address}"
@@ -28,16 +28,16 @@ def test_all_are_told_who_is_there(address):
 
 def test_giving_up(address):
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        waiting = [pool.submit(gather, address, 4, i, lambda line: None, seconds=1) for i in range(2)]
+        waiting = [pool.submit(meet, address, 4, i, lambda line: None, seconds=1) for i in range(2)]
         errors = [str(each.exception()) for each in waiting]
     assert errors[0] == ("2 of 4 processes here after 1 s; start the same command with --process-id 0 to 3, each once")
     assert errors[1].startswith("2 of 4 processes here ")
     with pytest.raises(ValueError, match=f"process 0 does not answer at {address} after 0 s"):
-        gather(address, 2, 1, lambda line: None, seconds=0.3)
+        meet(address, 2, 1, lambda line: None, seconds=0.3)
 
 
 def test_bad_addresses():
     with pytest.raises(ValueError, match="--coordinator must be HOST:PORT, got 'localhost'"):
-        gather("localhost", 2, 0, lambda line: None)
+        meet("localhost", 2, 0, lambda line: None)
     with pytest.raises(ValueError, match="--process-id must be below --num-processes=2, got 2"):
-        gather("localhost:1", 2, 2, lambda line: None)
+        meet("localhost:1", 2, 2, lambda line: None)

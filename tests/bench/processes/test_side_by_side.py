@@ -13,7 +13,7 @@ PARENT = """
 import pathlib, signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background processes ignore it
 from bench.command.parser import run
-from bench.command.side_by_side import my_share, run_side_by_side
+from bench.processes.side_by_side import my_share, run_side_by_side
 folder = pathlib.Path(sys.argv[1])
 def main(argv):
     if (share := my_share()) is not None:

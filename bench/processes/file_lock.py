@@ -8,14 +8,14 @@ HAS_LOCKS = importlib.util.find_spec("fcntl") is not None
 
 
 def lock(descriptor: int, how: Literal["alone", "shared", "free"], *, wait: bool = True) -> bool:
-    """Locks an open file so, by this process alone or together with others, or unlocks it; whether it is done.
+    """Locks an open file, exclusively or shared, or unlocks it; returns whether it did.
 
     Closing the file unlocks it too, as does the end of the process. Without `HAS_LOCKS` nothing happens.
 
     Args:
       descriptor: of the file.
-      how: it is to be locked.
-      wait: until other processes allow it; otherwise it is not done where they do not.
+      how: 'alone', 'shared' or 'free'.
+      wait: whether to wait for other processes that hold it.
     """
     if HAS_LOCKS:
         import fcntl

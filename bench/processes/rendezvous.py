@@ -1,4 +1,4 @@
-"""Waits until all processes of a run are there and says how many are, which jax does not.
+"""Waits for all processes of a run and reports how many have arrived, which jax does not.
 
 `jax.distributed.initialize` waits in silence, and aborts the process when its time is over. So the processes meet here
 first, at the same address: process 0 listens, the others come and say their number, and are told how many are there.
@@ -14,7 +14,7 @@ GIVE_UP_SECONDS = 300.0
 Say = Callable[[str], None]
 
 
-def gather(coordinator: str, num_processes: int, process_id: int, say: Say, seconds: float = GIVE_UP_SECONDS) -> None:
+def meet(coordinator: str, num_processes: int, process_id: int, say: Say, seconds: float = GIVE_UP_SECONDS) -> None:
     """Returns when all processes have called it.
 
     Args:

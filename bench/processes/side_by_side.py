@@ -1,6 +1,6 @@
 """One command in several processes: each does its share, prepares beside the others and measures alone.
 
-Who may measure is what `bench.measure.turns` settles.
+Who may measure is what `bench.processes.turns` settles.
 
 Tracing and lowering are Python, of which a process runs one thread at a time; compiling takes all CPU cores there are.
 """
@@ -13,9 +13,9 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-from bench.command.interrupts import child_environment
-from bench.measure.file_lock import HAS_LOCKS
-from bench.measure.turns import Turns
+from bench.processes.file_lock import HAS_LOCKS
+from bench.processes.interrupts import child_environment
+from bench.processes.turns import Turns
 
 _TURNS = ".turns"
 _SHARE = "MOEJAX_BENCH_SHARE"

@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Iterator
 from typing import Literal
 
-from bench.measure.file_lock import lock
+from bench.processes.file_lock import lock
 
 _How = Literal["alone", "shared", "free"]
 

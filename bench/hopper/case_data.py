@@ -28,7 +28,7 @@ LAYER_TOP_K = 8
 
 
 @dataclasses.dataclass(frozen=True)
-class Problem:
+class CaseData:
     """A case with its data.
 
     Attributes:
@@ -63,9 +63,9 @@ def _product(lhs: Operand, rhs: Operand, group_sizes: jax.Array, transpose_rhs: 
     )
 
 
-def matmul_bf16(s: GemmShape) -> Problem:
+def matmul_bf16(s: GemmShape) -> CaseData:
     """A product in BF16, weights as [G, K, N]."""
-    return Problem(
+    return CaseData(
         inputs=(normal(0, (s.G * s.M, s.K)), normal(1, (s.G, s.K, s.N), scale=s.K**-0.5), _sizes(s)),
         ours=_ours(functools.partial(_product, transpose_rhs=False)),
         peers=matmul_bf16_peers(s),
@@ -78,11 +78,11 @@ def matmul_fp8(
     lhs_scaling: Scaling = "per_row",
     rhs_scaling: Scaling = "per_row",
     peers: tuple[Implementation, ...] = matmul_fp8_peers(),
-) -> Problem:
+) -> CaseData:
     """A product in FP8. Weights lie as [G, N, K], where a scale for each row is one for each output channel."""
     lhs = _fp8(normal(0, (s.G * s.M, s.K)), lhs_scaling)
     rhs = _fp8(normal(1, (s.G, s.N, s.K), scale=s.K**-0.5), rhs_scaling)
-    return Problem(
+    return CaseData(
         inputs=(lhs, rhs, _sizes(s)),
         ours=_ours(functools.partial(_product, transpose_rhs=True)),
         peers=peers,
@@ -90,12 +90,12 @@ def matmul_fp8(
     )
 
 
-def matmul_fp8_blocks(s: GemmShape) -> Problem:
+def matmul_fp8_blocks(s: GemmShape) -> CaseData:
     """The same with DeepSeek's scales, which no peer takes."""
     return matmul_fp8(s, "1x128", "128x128", peers=())
 
 
-def layer_fp8(s: GemmShape) -> Problem:
+def layer_fp8(s: GemmShape) -> CaseData:
     """Gate/up with silu in FP8, then down."""
 
     def ours(x, gate_up, down, sizes):
@@ -108,10 +108,10 @@ def layer_fp8(s: GemmShape) -> Problem:
     x = _fp8(normal(0, (s.G * s.M, s.K)), "per_row")
     gate_up = _fp8(normal(1, (s.G, 2 * s.N, s.K), scale=s.K**-0.5), "per_row")
     down = _fp8(normal(2, (s.G, s.K, s.N), scale=s.N**-0.5), "per_row")
-    return Problem((x, gate_up, down, _sizes(s)), _ours(ours), layer_fp8_peers(), reference)
+    return CaseData((x, gate_up, down, _sizes(s)), _ours(ours), layer_fp8_peers(), reference)
 
 
-def backward_bf16(s: GemmShape) -> Problem:
+def backward_bf16(s: GemmShape) -> CaseData:
     """Both gradients of a product in BF16."""
 
     def prepare(lhs, rhs, sizes, dout):
@@ -126,10 +126,10 @@ def backward_bf16(s: GemmShape) -> Problem:
     weights = normal(1, (s.G, s.K, s.N), scale=s.K**-0.5)
     inputs = (normal(0, (s.G * s.M, s.K)), weights, _sizes(s), normal(2, (s.G * s.M, s.N)))
     ours = _ours(lambda pullback, dout: pullback(dout), prepare=prepare)
-    return Problem(inputs, ours, backward_bf16_peers(), reference)
+    return CaseData(inputs, ours, backward_bf16_peers(), reference)
 
 
-def permute(s: GemmShape) -> Problem:
+def permute(s: GemmShape) -> CaseData:
     """Routing, dispatch and combine without experts between them, of tokens [T, H] in FP16."""
 
     def route_and_restore(x, logits, *, backend="auto"):
@@ -140,10 +140,10 @@ def permute(s: GemmShape) -> Problem:
     logits = normal(1, (s.M, PERMUTE_EXPERTS), dtype=jnp.float32)
     inputs = normal(0, (s.M, s.K), dtype=jnp.float16), logits
     in_xla = Implementation("xla", "jax", {"": functools.partial(route_and_restore, backend="xla")})
-    return Problem(inputs, _ours(route_and_restore), (in_xla,), lambda x, logits: x.astype(jnp.float32))
+    return CaseData(inputs, _ours(route_and_restore), (in_xla,), lambda x, logits: x.astype(jnp.float32))
 
 
-def whole_layer(s: GemmShape, in_8_bits: bool, num_layers: int) -> Problem:
+def whole_layer(s: GemmShape, in_8_bits: bool, num_layers: int) -> CaseData:
     """Layers one after the other, router and experts, each with weights of its own and a residual."""
     config = MoEConfig(hidden_size=s.K, intermediate_size=s.N, num_experts=s.G, top_k=LAYER_TOP_K)
     quantization = Quantization() if in_8_bits else None
@@ -170,7 +170,7 @@ def whole_layer(s: GemmShape, in_8_bits: bool, num_layers: int) -> Problem:
 
     x = normal(0, (s.G * s.M // LAYER_TOP_K, s.K))
     weights = [layer_of(1 + 3 * number) for number in range(num_layers)]
-    return Problem(
+    return CaseData(
         (x, weights),
         _ours(layers),
         (),

@@ -25,9 +25,9 @@ def quiet_while_importing() -> None:
 
 
 def raise_at_interrupts() -> bool:
-    """Ctrl-C raises KeyboardInterrupt, so that what was begun is ended in order; whether the process is a command.
+    """Makes Ctrl-C raise KeyboardInterrupt, so that cleanup runs; returns whether this process is a bench command.
 
-    If not, somebody else (pytest, say) has a say in what Ctrl-C does, and how the process ends.
+    If it is not, its host (pytest, say) decides what Ctrl-C does.
     """
     is_command = signal.getsignal(signal.SIGINT) is _end_at_once
     if is_command:
