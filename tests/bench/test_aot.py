@@ -61,6 +61,7 @@ def test_a_job_that_dies_or_fails_says_why():
 
 @needs_libtpu
 @pytest.mark.timeout(600)
+@pytest.mark.slow
 def test_a_small_layer_compiles_and_is_shown(tmp_path):
     path = tmp_path / "aot.json"
     done = subprocess.run(

@@ -25,13 +25,30 @@ def finish(process: subprocess.Popen) -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
-def test_step_on_virtual_devices_is_checked_modelled_and_written(tmp_path):
+@pytest.mark.slow
+def test_step_on_virtual_devices(tmp_path):
+    path = tmp_path / "evaluation.json"
+    status, out, err = finish(start(*SMALL, "--precision", "w16a16", "--json", str(path)))
+    assert status == 0, err
+    assert "8 virtual CPU devices" in err
+    assert "equals the dense oracle" in out
+    assert json.loads(path.read_text())["measured"]["relative_error"] < 1e-2
+
+
+def test_two_processes_check_model_and_write_a_step(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        address = f"localhost:{probe.getsockname()[1]}"
     text = tmp_path / "text.txt"
     text.write_bytes(bytes(range(256)) * 3)
     path = tmp_path / "evaluation.json"
-    status, out, err = finish(start(*SMALL, "--chip", "tier6", "--input", str(text), "--json", str(path)))
-    assert status == 0, err
-    assert "8 virtual CPU devices" in err
+    common = [*SMALL, "--chip", "tier6", "--input", str(text), "--json", str(path)]
+    common += ["--coordinator", address, "--num-processes", "2"]
+    first, second = (start(*common, "--process-id", str(i)) for i in range(2))
+    (status, out, err), (other_status, other_out, other_err) = finish(first), finish(second)
+    assert (status, other_status) == (0, 0), err + other_err
+    assert "2 of 2 processes here" in err
+    assert "measured" not in other_out  # the collectives' own library prints a line or two
     assert "equals the dense oracle" in out
     for operator in ("gate", "routed_gate_proj", "routed_up_proj", "routed_down_proj", "dispatch", "combine"):
         assert f"\n{operator} " in out
@@ -42,23 +59,10 @@ def test_step_on_virtual_devices_is_checked_modelled_and_written(tmp_path):
     assert measured["dropped"] == 0
     assert sum(measured["tokens_per_expert"]) == 48 * 2
     assert measured["width_reduction"] == 16
+    assert measured["transport"] == "auto"
     assert measured["stages_us"].keys() == {"gate", "dispatch", "routed_gate_up", "routed_down", "combine"}
     assert min(measured["stages_us"].values()) > 0
     assert evaluation["config"]["hidden_size"] == 4096  # the model's own; only the run was reduced
-
-
-def test_two_processes_join_and_one_prints(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        address = f"localhost:{probe.getsockname()[1]}"
-    path = tmp_path / "evaluation.json"
-    common = [*SMALL, "--precision", "w16a16", "--json", str(path), "--coordinator", address, "--num-processes", "2"]
-    first, second = (start(*common, "--process-id", str(i)) for i in range(2))
-    (status, out, err), (other_status, other_out, other_err) = finish(first), finish(second)
-    assert (status, other_status) == (0, 0), err + other_err
-    assert "equals the dense oracle" in out
-    assert "measured" not in other_out  # the collectives' own library prints a line or two
-    assert json.loads(path.read_text())["measured"]["relative_error"] < 1e-2
 
 
 @pytest.mark.slow

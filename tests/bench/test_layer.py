@@ -40,6 +40,7 @@ def test_every_stage_of_every_layout(records):
     ]
 
 
+@pytest.mark.slow
 def test_layouts_agree_when_nothing_overflows(records):
     whole = [record for record in records if record["operator"] == "layer"]
     assert whole[0]["agreement_error"] == 0

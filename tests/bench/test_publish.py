@@ -118,7 +118,7 @@ def test_command_without_a_record(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"chip": 3}, "chip must be a text, got 3"),
+        ({"chip": 3}, "chip must be a string, got 3"),
         ({"cases": {"a": {"us": "fast"}}}, "cases.a.note is missing"),
         ({"cases": []}, "cases must be an object, got []"),
         ({"rows": [{}]}, "note is missing"),

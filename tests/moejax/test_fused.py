@@ -237,7 +237,7 @@ def gradients(function, ids):
 
 
 @pytest.mark.parametrize("ep", [1, 2])
-@pytest.mark.quick("1")
+@pytest.mark.slow
 def test_gradients_pass_the_rounding(rng, ep):
     """Those of all arrays, near to those without rounding."""
     *arguments, ids = problem(rng, tokens=40)

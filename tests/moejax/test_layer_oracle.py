@@ -111,8 +111,8 @@ def test_values_equal_the_dense_oracles_on_simulated_tpus():
     config = dataclasses.replace(ON_TPU, precision="w8a8")
     params, x, _ = problem(config)
     with interpreted():
-        y, _ = jax.jit(lambda x, params: moe(x, params, config, mesh=make_mesh(2)))(x, params)
-    expected = dense_moe(x.astype(jnp.float32), params, config, quantized=True, wire_scaling=config.wire_scaling)
+        y, _ = jax.jit(lambda x, params: moe(x, params, config))(x, params)
+    expected = dense_moe(x.astype(jnp.float32), params, config, quantized=True)
     assert relative_error(y, expected) < LIMITS["w8a8", "bfloat16"][0]
 
 

@@ -102,7 +102,7 @@ def few_choices(rng):
 
 
 @pytest.mark.parametrize("ep", [1, 4])
-@pytest.mark.quick("1")
+@pytest.mark.slow
 def test_few_choices_of_many_equal_all_experts_on_all_tokens(ep, params, rng):
     """On four chips all 20 choices go from the first to itself, in rounds of 8."""
     x, (ids, weights) = normal(rng, 64, 32), few_choices(rng)

@@ -239,7 +239,7 @@ def test_call_equals_the_function_on_its_parameters(shape, layer, x):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-@pytest.mark.quick("bfloat16")
+@pytest.mark.slow
 def test_output_has_the_dtype_of_the_input(dtype, layer, x, expected):
     """The layer computes in float32 here, whatever comes in."""
     y, aux = call(layer, x.astype(dtype))
@@ -307,7 +307,7 @@ def test_from_params_over_a_mesh(axis_type, layer, x, expected):
 
 
 @pytest.mark.parametrize("chips", [1, 8])
-@pytest.mark.quick("1")
+@pytest.mark.slow
 def test_a_layer_for_serving_in_8_bits(chips, rng):
     """The weights of experts are rounded once, and take no gradient; nothing else is touched."""
     config = dataclasses.replace(

@@ -93,7 +93,7 @@ def test_pipeline_stages(axis_type, check_vma, rng):
 
 
 @pytest.mark.parametrize("ep", [1, 4])
-@pytest.mark.quick("4")
+@pytest.mark.slow
 def test_stacked_layers_are_scanned(ep, rng):
     x = normal(rng, 2, 8, 32)
     mesh = make_mesh(ep, devices=jax.devices()[:ep])
@@ -137,25 +137,26 @@ def test_eager_calls_compile_once(rng):
     assert compiled == []
 
 
-def test_a_checkpoint_is_restored_on_other_meshes(tmp_path, rng):
+@pytest.mark.parametrize(
+    "sizes", [{"expert": 8}, {"fsdp": 4, "expert": 2}, {"fsdp": 2, "expert": 2, "tensor": 2}], ids=" ".join
+)
+@pytest.mark.quick("fsdp expert tensor")
+def test_a_checkpoint_is_restored_on_another_mesh(sizes, tmp_path, rng):
     config = with_changes(CONFIG, scoring="sigmoid", correction_bias=True)
     x = normal(rng, 2, 8, 32)
     call = nnx.jit(lambda layer, x: layer(x)[0])
     layer = MoE(config, rngs=nnx.Rngs(0), mesh=make_mesh(ep=4, dp=2))
     _, aux = layer(x)
     layer.update(aux)
+    mesh = jax.make_mesh(tuple(sizes.values()), tuple(sizes), (AxisType.Auto,) * len(sizes), devices=jax.devices()[:8])
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "layer", nnx.state(layer))
         checkpointer.wait_until_finished()
-        for sizes in ({"expert": 8}, {"fsdp": 2, "expert": 2, "tensor": 2}):
-            mesh = jax.make_mesh(
-                tuple(sizes.values()), tuple(sizes), (AxisType.Auto,) * len(sizes), devices=jax.devices()[:8]
-            )
-            resumed = MoE(config, rngs=nnx.Rngs(1), mesh=mesh)
-            nnx.update(resumed, checkpointer.restore(tmp_path / "layer", nnx.state(resumed)))
-            assert same_bits(resumed.params(), layer.params())
-            assert resumed.router.correction_bias[...].sharding.mesh.shape == mesh.shape
-            assert relative_error(call(resumed, x), call(layer, x)) < 1e-6
+        resumed = MoE(config, rngs=nnx.Rngs(1), mesh=mesh)
+        nnx.update(resumed, checkpointer.restore(tmp_path / "layer", nnx.state(resumed)))
+    assert same_bits(resumed.params(), layer.params())
+    assert resumed.router.correction_bias[...].sharding.mesh.shape == mesh.shape
+    assert relative_error(call(resumed, x), call(layer, x)) < 1e-6
 
 
 @pytest.mark.slow

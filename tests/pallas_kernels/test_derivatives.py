@@ -291,7 +291,7 @@ backend = every_backend("grouped_matmul")
     ],
     ids=["dispatch", "combine", "matmul", "gate/up"],
 )
-@pytest.mark.quick("*-combine", "pallas_tpu-gate/up")
+@pytest.mark.quick("*-combine")
 def test_kernels(backend, make, rng):
     case = make(rng, backend)
     direction = directions(rng, case.operands)

@@ -140,7 +140,7 @@ def test_results_have_the_dtypes_that_they_have_elsewhere(rng, group, dtype, mod
 
 @pytest.mark.parametrize("mode", list(MODES))
 @pytest.mark.parametrize("group", GROUPS)
-@pytest.mark.quick("products-strict promotion", "plans-64 bits")
+@pytest.mark.quick("products-strict promotion")
 def test_results_are_what_they_are_elsewhere(rng, group, mode):
     function, *args = everything(rng)[group]
     expected = jax.jit(function)(*args)

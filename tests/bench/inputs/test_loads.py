@@ -52,7 +52,7 @@ def test_text_is_skewed_by_itself_alone(tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.quick("zipf", "text")
+@pytest.mark.quick("zipf")
 def test_equal_arguments_give_equal_loads_and_seeds_change_them(kind):
     sizes = {"num_tokens": 50, "hidden": 32, "num_experts": 8, "top_k": 2}
     load = make_load(kind, **sizes, seed=1)

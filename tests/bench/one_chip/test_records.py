@@ -114,7 +114,7 @@ def test_a_file_of_something_else_is_an_error(tmp_path):
     append_records(path, lines_of([record()], ORIGIN))
     good = path.read_text()
     for line, message in (
-        ("hello", "no JSON"),
+        ("hello", "not valid JSON"),
         ("[]", r"it must be an object, got \[\]"),
         ('{"case": "x"}', "error is missing"),
         (good.strip().replace('"k": 2', '"k": "two"'), "k must be a whole number, got 'two'"),
