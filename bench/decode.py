@@ -48,6 +48,10 @@ def main(argv: Sequence[str]) -> int:
         capacity_factor=args.capacity_factor,
     )
     Placement(config.num_experts, args.ep)  # raises where they do not fit
+    if args.batch % args.ep:
+        raise ValueError(
+            f"--batch must be a multiple of --ep {args.ep}, got {args.batch}; try {-(-args.batch // args.ep) * args.ep}"
+        )
     workload = moe_workload(config, batch_size=args.batch, ep=args.ep, precision=args.precision, rounding=args.rounding)
     chips = [get_chip(args.chip)]
     path = pathlib.Path(args.input) if args.input else default_text_path()
@@ -100,25 +104,25 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--ep", type=positive_int, default=32, help="chips that share the experts (default 32)")
     add("--model", default="deepseek-v3", help=f"one of {', '.join(PRESETS)} (default deepseek-v3)")
-    add("--batch", type=positive_int, default=1536, help="sequences in all, a token of each (default 1536)")
+    add("--batch", type=positive_int, default=1536, help="sequences in all, one token each (default 1536)")
     add(
         "--chip",
         default="seed",
         help=f"chip to model: {', '.join(CHIPS)}, or cores=64,tflops=768,gbps=8601.6 (default seed)",
     )
     add("--precision", default="w8a8", help=f"{' or '.join(PRECISIONS)} (default w8a8)")
-    add("--input", metavar="FILE", help="text to route (default: a text that Python carries)")
+    add("--input", metavar="FILE", help="text to route (default: one that comes with Python)")
     add(
         "--json",
         type=output_file,
         metavar="FILE",
         default="evaluation.json",
-        help="where to write it, - for stdout only",
+        help="file for the results (default evaluation.json), - for standard output only",
     )
     add("--capacity-factor", type=positive_float, help="drop what exceeds it (default: drop nothing)")
     add("--reduce", type=positive_int, metavar="N", help="divide the widths by N (default: as memory allows)")
     add("--backend", default="auto", help="auto, xla, pallas_tpu or pallas_gpu (default auto)")
-    add("--transport", default="auto", help=f"auto, {', '.join(TRANSPORTS)}: what carries rows between chips")
+    add("--transport", default="auto", help=f"one of auto, {', '.join(TRANSPORTS)} (default auto)")
     add("--rounding", default="round", help="activated experts: round (DS_TPU) or ceil (Tier6)")
     add("--seed", type=seed_number, default=0, help="of weights, embedding and places in the text (default 0)")
     add("--coordinator", metavar="HOST:PORT", help="of process 0, for a run over several hosts")

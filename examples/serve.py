@@ -122,6 +122,8 @@ def main(arguments: list[str] | None = None) -> tuple[float, float, float]:
     options = parser.parse_args(arguments)
     if min(options.ep, options.slots, options.requests, options.longest, options.steps) < 1:
         parser.error("--ep, --slots, --requests, --longest and --steps must be at least 1")
+    if options.hidden % 128 or options.intermediate % 128 or options.experts % options.ep:
+        parser.error("--hidden and --intermediate must be multiples of 128, and --experts one of --ep")
     if options.ep > 1:
         jax.config.update("jax_num_cpu_devices", options.ep)  # of use where the CPU is all there is
 

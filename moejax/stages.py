@@ -52,12 +52,21 @@ class Stages:
         """Stage 1: the router's choice for x [T, H]."""
         return self.config.router.route(x, params.router or {}, self.config, tokens, given or Given())
 
+    def inputs(self, x: jax.Array, topk_weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """What stage 3 sends of x [T, H], and what stage 7 weighs it with: scaled inputs have been weighed by then."""
+        if not self.config.scale_inputs:
+            return x, topk_weights
+        scaled = x.astype(jnp.float32) * topk_weights
+        if self.math.quantization is None:  # 8 bits are rounded to from float32, once.
+            scaled = scaled.astype(x.dtype)
+        return scaled, jnp.ones_like(topk_weights)
+
     def plan(self, topk_ids: jax.Array) -> Any:
         """Stage 2: choices int32 [T, K] -> the plan of one round, with `group_sizes` [L], rows of local experts."""
         return self.transport.plan_rows(topk_ids, self.way)
 
     def send(self, x: Operand, plan: Any) -> Operand:
-        """Stage 3: x [T, H] -> rows [C, H]."""
+        """Stage 3: x [T, H], as `inputs` has it -> rows [C, H]."""
         return self.transport.send(x, plan, self.way)
 
     def gate_up(self, rows: Operand, plan: Any, params: MoEParams) -> Operand:
@@ -65,7 +74,13 @@ class Stages:
         return gate_up_projection(rows, plan.group_sizes, params.gate_up, self.math, bias=params.gate_up_bias)
 
     def down(self, h: Operand, plan: Any, params: MoEParams) -> jax.Array:
-        """Stage 5, kernel two: h [C, I] -> rows [C, H]."""
+        """Stage 5, kernel two: h [C, I] -> rows [C, H].
+
+        Raises:
+          ValueError: each of several chips of a tensor axis would add the bias.
+        """
+        if params.down_bias is not None and self.way.axes.tp > 1:
+            raise ValueError("down_bias must be None where stages run one by one over a tensor axis; use `routed`")
         return down_projection(h, plan.group_sizes, params.down, self.math, bias=params.down_bias)
 
     def give_back(self, rows: jax.Array, plan: Any) -> jax.Array:
@@ -80,7 +95,7 @@ class Stages:
         *,
         preferred_element_type: jax.typing.DTypeLike,
     ) -> jax.Array:
-        """Stage 7: slots and float32 weights [T, K] -> y [T, H]."""
+        """Stage 7: slots and float32 weights [T, K], as `inputs` has them -> y [T, H]."""
         return self.transport.combine_slots(
             slots, plan, topk_weights, self.way, preferred_element_type=preferred_element_type
         )
@@ -105,12 +120,7 @@ class Stages:
           params: the `EXPERT_FIELDS` of MoEParams by name, of the experts of this chip.
           preferred_element_type: of the sum.
         """
-        inputs = x
-        if self.config.scale_inputs:
-            inputs = x.astype(jnp.float32) * topk_weights
-            if self.math.quantization is None:  # 8 bits are rounded to from float32, once.
-                inputs = inputs.astype(x.dtype)
-            topk_weights = jnp.ones_like(topk_weights)
+        inputs, topk_weights = self.inputs(x, topk_weights)
 
         def experts(params: dict[str, Any], rows: Operand, group_sizes: jax.Array) -> jax.Array:
             return expert_mlp(rows, group_sizes, math=self.math, **params)

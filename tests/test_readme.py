@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import pytest
 
 import moejax
+from bench.__main__ import commands as bench_commands
 from tests.moejax.layers import narrow
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -130,7 +131,11 @@ def test_make_has_the_targets_that_are_named():
 
 
 def test_every_preset_is_named():
-    assert all(f"`{name}`" in README for name in moejax.PRESETS)
+    assert [name for name in moejax.PRESETS if f"`{name}`" not in README] == []
+
+
+def test_every_command_of_the_benches_is_explained():
+    assert [name for name in bench_commands() if f"bench.{name}" not in PAGES["docs/measuring.md"]] == []
 
 
 def test_every_page_can_be_reached_from_the_readme():

@@ -42,14 +42,15 @@ def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None 
     """Call `main` with the command line and return the exit status, its own or 0.
 
     ValueError and OSError with a message, and memory that does not suffice, become one line on standard error and
-    status 2; without a message they are faults of the programme and propagate, as every other exception does. Ctrl-C is
+    status 2; without a message they are faults of the program and propagate, as every other exception does. Ctrl-C is
     one line and status 130. A reader that stops early (`… | head`) is no error.
     """
     end_with_parent()
     is_command = raise_at_interrupts()
     try:
         status = main(sys.argv[1:] if argv is None else argv)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed: `>&-`
+            sys.stdout.flush()
         return status or 0
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)

@@ -9,6 +9,7 @@ import argparse
 import math
 import os
 import pathlib
+import tempfile
 from collections.abc import Callable
 
 _LARGEST = 2**63 - 1
@@ -82,18 +83,27 @@ def output_file(text: str) -> str:
         reason = "it is a folder" if path.is_dir() else "it is read-only"
     elif not path.parent.is_dir():
         reason = f"there is no folder {path.parent}"
-    elif not os.access(path.parent, os.W_OK | os.X_OK):
+    elif not _can_make_files(path.parent):
         reason = f"the folder {path.parent} is read-only"
     else:
         return text
     raise argparse.ArgumentTypeError(f"cannot write {text}: {reason}; give a file that can be written")
 
 
+def _can_make_files(folder: pathlib.Path) -> bool:
+    """Asked by trying, since rights say nothing of file systems that are read-only."""
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError:
+        return False
+    return True
+
+
 def output_folder(text: str) -> pathlib.Path:
     """A folder that can be written, or made."""
     folder = pathlib.Path(text)
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    if there.is_dir() and os.access(there, os.W_OK | os.X_OK):
+    if there.is_dir() and _can_make_files(there):
         return folder
     reason = f"{there} is read-only" if there.is_dir() else f"{there} is no folder"
     raise argparse.ArgumentTypeError(f"cannot write to {text}: {reason}; give a folder that can be written")

@@ -31,12 +31,14 @@ class Fit:
       reduction: 1 for the layer as it is.
       needed_bytes: estimate of the memory that all devices together need.
       available_bytes: what they may use.
+      is_asked: whether the reduction was asked for.
     """
 
     config: MoEConfig
     reduction: int
     needed_bytes: int
     available_bytes: int
+    is_asked: bool = False
 
     @property
     def width_note(self) -> str:
@@ -46,7 +48,7 @@ class Fit:
     @property
     def note(self) -> str:
         """One sentence on the width and the memory."""
-        reason = "" if self.reduction == 1 else " to fit this machine"
+        reason = "" if self.reduction == 1 else " as asked" if self.is_asked else " to fit this machine"
         memory = f"about {self.needed_bytes / 1e9:.1f} GB of {self.available_bytes / 1e9:.1f} GB that may be used"
         return f"{self.width_note}{reason}; {memory}"
 
@@ -76,7 +78,7 @@ def fit(config: MoEConfig, devices: Devices, batch_size: int, reduction: int | N
         weights = math.prod(param_shapes(reduced).gate_up) + math.prod(param_shapes(reduced).down)
         is_quick = not devices.is_virtual or weights <= MAX_VIRTUAL_WEIGHTS
         if reduction is not None or (needed <= available and is_quick):
-            return Fit(reduced, factor, needed, available)
+            return Fit(reduced, factor, needed, available, is_asked=reduction is not None)
     raise ValueError(
         f"a batch of {batch_size} over {ep} devices needs more than the {available / 1e9:.1f} GB that may be used, "
         "however narrow the layer; lower --batch"

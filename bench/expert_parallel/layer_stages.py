@@ -73,20 +73,21 @@ def time_stages(
     fullest = jax.jit(lambda ids: jax.nn.one_hot(way.placement.rank(ids), way.axes.ep).sum((1, 2)).max())
     stages = dataclasses.replace(stages, way=dataclasses.replace(way, slab=max(1, int(fullest(topk_ids)))))
 
-    def dispatch(x, topk_ids, _):
+    def dispatch(x, topk_ids, topk_weights, _):
         plan = stages.plan(topk_ids)
-        return plan, stages.send(x, plan)
+        inputs, weights = stages.inputs(x, topk_weights)
+        return plan, stages.send(inputs, plan), weights
 
-    def back(rows, plan, topk_weights, _):
+    def back(rows, plan, weights, _):
         slots = stages.give_back(rows, plan)
-        return stages.combine(slots, plan, topk_weights, preferred_element_type=config.dtype)
+        return stages.combine(slots, plan, weights, preferred_element_type=config.dtype)
 
-    plan, rows = clock("dispatch", dispatch, x, topk_ids)
+    plan, rows, weights = clock("dispatch", dispatch, x, topk_ids, topk_weights)
     h = clock("routed_gate_up", stages.gate_up, rows, plan)
     clock.overlap("routed_gate_up", gate_up_kernel, config, rows, plan)
     rows = clock("routed_down", stages.down, h, plan)
     clock.overlap("routed_down", down_kernel, config, h, plan)
-    clock("combine", back, rows, plan, topk_weights)
+    clock("combine", back, rows, plan, weights)
     return clock.times
 
 

@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable
 
 GIVE_UP_SECONDS = 300.0
+_HELLO_SECONDS = 10.0
+"""Within which whoever comes says its number."""
 
 Say = Callable[[str], None]
 
@@ -28,7 +30,7 @@ def meet(coordinator: str, num_processes: int, process_id: int, say: Say, second
       ValueError: the address or the number makes no sense, or not all processes came in time.
     """
     host, _, port = coordinator.rpartition(":")
-    if not host or not port.isdecimal() or int(port) >= 2**16:
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
         raise ValueError(f"--coordinator must be HOST:PORT, got {coordinator!r}")
     if process_id >= num_processes:
         raise ValueError(f"--process-id must be below --num-processes={num_processes}, got {process_id}")
@@ -61,20 +63,34 @@ def _listen(port: int, num_processes: int, deadline: float, count: Callable[[int
     family = socket.AF_INET6 if both else socket.AF_INET
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(socket.create_server(("", port), family=family, dualstack_ipv6=both))
-        others: dict[str, socket.socket] = {}
+        others: dict[int, socket.socket] = {}
         count(1)
         while len(others) + 1 < num_processes:
             server.settimeout(_left(deadline))
             newcomer = stack.enter_context(server.accept()[0])
-            newcomer.settimeout(_left(deadline))
-            with newcomer.makefile() as lines:
-                others[lines.readline()] = newcomer
+            newcomer.settimeout(min(_HELLO_SECONDS, _left(deadline)))
+            number = _number_of(newcomer)
+            if number is None or not 0 < number < num_processes:  # somebody else: a port scan, say
+                newcomer.close()
+                continue
+            if number in others:
+                raise ValueError(f"--process-id {number} was given twice; give 0 to {num_processes - 1}, each once")
+            others[number] = newcomer
             count(len(others) + 1)
             for other in others.values():
                 other.sendall(f"{len(others) + 1}\n".encode())
         for other in others.values():
             other.settimeout(_left(deadline))
             other.recv(1)  # nothing: the others close first, so that the port is free for jax
+
+
+def _number_of(newcomer: socket.socket) -> int | None:
+    """The number that a process says when it comes; None if it is no process of ours."""
+    try:
+        with newcomer.makefile() as lines:
+            return int(lines.readline(16))
+    except (OSError, ValueError):
+        return None
 
 
 def _come(

@@ -4,10 +4,11 @@ What is read is checked against what is expected of it (`bench.record.fields`), 
 """
 
 import json
+import math
 import os
 import pathlib
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -82,13 +83,21 @@ def write_json(data: Any, path: str) -> None:
 
 def _parsed(text: str, place: str) -> Any:
     try:
-        return json.loads(text, parse_constant=_refuse)
+        return json.loads(text, parse_constant=_refuse, parse_float=_finite, parse_int=_in_64_bits)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{place}: not valid JSON: {error}; mend it, or move the file away") from None
 
 
-def _refuse(constant: str) -> None:
+def _refuse(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is not valid JSON")
+
+
+def _finite(text: str) -> float:
+    return float(text) if math.isfinite(float(text)) else _refuse(text)
+
+
+def _in_64_bits(text: str) -> int:
+    return int(text) if len(text) < 20 and abs(int(text)) < 2**63 else _refuse(text[:20])
 
 
 def _plain(value: Any) -> Any:

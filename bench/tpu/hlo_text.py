@@ -1,4 +1,4 @@
-"""What the text of a compiled TPU programme says: collectives, fast memory, and the cycles that the compiler expects.
+"""What the text of a compiled TPU program says: collectives, fast memory, and the cycles that the compiler expects.
 
 The compiler notes its own estimate beside most operations. It knows neither a loop's trips that only the data tell
 (such a loop counts once here) nor the network: no estimate of a collective is taken for one.

@@ -83,7 +83,7 @@ def test_json_on_standard_output_is_all_there_is():
         (["--ep", "0"], "--ep: must be a whole number of at least 1, got '0'"),
         (["--reduce", "0"], "--reduce: must be a whole number of at least 1, got '0'"),
         (["--json", os.path.dirname(__file__)], "it is a folder; give a file that can be written"),
-        (["--batch", "100"], "batch_size must be a multiple of dp, got batch_size=100 for dp=32"),
+        (["--batch", "100"], "--batch must be a multiple of --ep 32, got 100; try 128"),
         (["--batch", "0"], "--batch: must be a whole number of at least 1, got '0'"),
         (["--batch", str(32 * 10**18)], f"--batch: must be a whole number of at most {2**63 - 1}, got '32000"),
         (["--capacity-factor", "-1"], "--capacity-factor: must be a positive number, got '-1'"),

@@ -11,6 +11,7 @@ from pallas_kernels.chips import get_chip
 from pallas_kernels.tracing.target import targeting
 from tests.helpers import LIMIT, float64, normal, relative_error
 from tests.pallas_kernels.grouped_matmul.grouped import gated, values
+from tests.sharding.exchange.exchanges import OTHERS
 
 E, T, K, H, WIDTH = 8, 37, 3, 128, 256
 
@@ -195,9 +196,10 @@ def test_over_an_axis(rng, quantization, check_vma):
 
 
 @pytest.mark.usefixtures("gathered_transport")
-def test_over_another_transport(rng):
+@pytest.mark.parametrize("other", OTHERS)
+def test_over_another_transport(other, rng):
     arguments = problem(rng, tokens=40)
-    y, alone = (jax.jit(run)(*arguments) for run in (over_axis(4, transport="gathered"), fused_experts))
+    y, alone = (jax.jit(run)(*arguments) for run in (over_axis(4, transport=other), fused_experts))
     assert relative_error(y, alone) < LIMIT["float32"]
     with pytest.raises(ValueError, match=r"transport must be one of 'auto', .*, got 'post'"):
         fused_experts(*arguments, transport="post")

@@ -17,6 +17,7 @@ from moejax.functional import axes_on
 from moejax.params import param_specs
 from tests.helpers import normal, relative_error
 from tests.moejax.layers import clear_cut_tokens, random_params
+from tests.sharding.exchange.exchanges import OTHERS
 
 CHIPS, TOKENS = 8, (4, 16)
 LIMITS = {"float32": 1e-5, "bfloat16": 1e-2}
@@ -86,7 +87,8 @@ def test_gradients_equal_the_dense_oracles_and_lie_as_the_parameters(name, dtype
 
 
 @pytest.mark.usefixtures("gathered_transport")
-def test_a_layer_over_another_transport():
+@pytest.mark.parametrize("other", OTHERS)
+def test_a_layer_over_another_transport(other):
     """Values and gradients, with padding, a capacity, and weights and width that are split."""
     config, params, x, direction, _ = problem("float32")
     config = dataclasses.replace(config, capacity_factor=1.0)
@@ -101,7 +103,7 @@ def test_a_layer_over_another_transport():
 
         return jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(x, params)
 
-    got, expected = results("gathered", mesh), results("auto", None)
+    got, expected = results(other, mesh), results("auto", None)
     assert expected[1][1].dropped.sum() > 0
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         assert relative_error(a, b) < LIMITS["float32"]

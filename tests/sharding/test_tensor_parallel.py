@@ -14,6 +14,7 @@ from sharding.partition import Axes, Partition
 from sharding.placement import Placement
 from sharding.tensor_parallel import gather_columns, gather_tokens, sum_columns, sum_tokens, to_columns, to_tokens
 from tests.helpers import LIMIT, normal, relative_error
+from tests.sharding.exchange.exchanges import OTHERS
 
 TP, TOKENS, HIDDEN = 4, 3, 8
 AXES = ("tensor",)
@@ -156,9 +157,10 @@ def test_experts_of_which_each_chip_has_a_part(one_sided, sizes, partition, rng)
 
 
 @pytest.mark.usefixtures("gathered_transport")
-def test_another_transport_carries_parts_too(rng):
+@pytest.mark.parametrize("transport", OTHERS)
+def test_every_transport_carries_parts_too(transport, rng):
     args = problem(rng, one_sided=True)
-    np.testing.assert_array_equal(tensor_parallel((2, 2, 2), Partition(), None, "gathered")(*args), plain_sum(*args))
+    np.testing.assert_array_equal(tensor_parallel((2, 2, 2), Partition(), None, transport)(*args), plain_sum(*args))
 
 
 @every_mesh

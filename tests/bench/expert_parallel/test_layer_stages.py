@@ -62,7 +62,7 @@ def test_kernel_times_and_their_parts(nvidia, precision):
         "routed_down": OverlapTimes(70.0, 80.0, 90.0),
     }
     gate_up, down = nvidia[2:5], nvidia[6:9]  # whole, arithmetic, copies
-    for traced in (*gate_up[1:], down[0]):
+    for traced in (gate_up[1], down[0]):
         assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 

@@ -1,6 +1,7 @@
 """Processes meet, say who is there, and give up in time."""
 
 import concurrent.futures
+import contextlib
 import socket
 
 import pytest
@@ -41,3 +42,20 @@ def test_bad_addresses():
         meet("localhost", 2, 0, lambda line: None)
     with pytest.raises(ValueError, match="--process-id must be below --num-processes=2, got 2"):
         meet("localhost:1", 2, 2, lambda line: None)
+
+
+def test_strangers_are_passed_over_and_a_number_that_comes_twice_is_an_error(address):
+    host, port = address.split(":")
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        first, *others = (pool.submit(meet, address, 3, i, lambda line: None, seconds=20) for i in (0, 1))
+        is_there = False
+        while not is_there:
+            with contextlib.suppress(ConnectionRefusedError), socket.create_connection((host, int(port))) as stranger:
+                stranger.sendall(b"GET / HTTP/1.0\n")
+                is_there = True
+        others.append(pool.submit(meet, address, 3, 1, lambda line: None, seconds=20))
+        with pytest.raises(ValueError, match="--process-id 1 was given twice"):
+            first.result()
+        for other in others:
+            with pytest.raises(ValueError, match="each once"):
+                other.result()

@@ -1,4 +1,4 @@
-"""Reading compiled programmes: on a text of the compiler's, cut down, whose numbers were added up by hand."""
+"""Reading compiled programs: on a text of the compiler's, cut down, whose numbers were added up by hand."""
 
 import pytest
 
@@ -65,6 +65,6 @@ def test_kernels_memory_and_where_an_operation_came_from():
     assert operations["fusion.1"].source == "body/mul"
 
 
-def test_a_text_without_a_programme():
+def test_a_text_without_a_program():
     with raises_saying(ValueError, "no ENTRY"):
         parse_program("HloModule empty")

@@ -50,6 +50,7 @@ def test_every_router_learns(router):
     assert float(learner.evaluate(state, held_out).loss) < 0.75 * before
 
 
+@pytest.mark.slow
 def test_the_loss_falls_and_seeds_repeat():
     text = corpus()
     learner = Learner(lambda rngs: make_model("loss_free", SETTINGS, rngs), SETTINGS.recipe)

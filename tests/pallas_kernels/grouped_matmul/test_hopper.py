@@ -58,7 +58,7 @@ CASES = [
 @pytest.mark.parametrize(
     ("config", "fused", "k_major", "lhs_scaling", "rhs_scaling"), [c[1:] for c in CASES], ids=[c[0] for c in CASES]
 )
-@pytest.mark.quick("fp8-blocks-fused")
+@pytest.mark.slow
 def test_on_a_simulated_gpu(monkeypatch, rng, config, fused, k_major, lhs_scaling, rhs_scaling):
     lhs, rhs, bias = operands(rng, (80, 256, 256, len(SIZES)), jnp.bfloat16)
     lhs = lhs.at[sum(SIZES) :].set(jnp.nan)

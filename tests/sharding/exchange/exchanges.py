@@ -12,11 +12,17 @@ from pallas_kernels.combine import combine
 from sharding.exchange import Way, Wire, exchange
 from sharding.exchange.capacity import Scope, count_dropped, limit_to_capacity
 from sharding.exchange.dense import give_back, plan_round, send, slab_and_rounds
+from sharding.exchange.pick import DEFAULT, TRANSPORTS
 from sharding.exchange.plan import ExchangePlan, sort_by_rank
 from sharding.mesh import make_mesh
 from sharding.partition import Partition
 from sharding.placement import Placement
 from sharding.tokens import Tokens
+
+CARRIERS = (*TRANSPORTS, "gathered")
+"""All transports, the tests' own too."""
+OTHERS = tuple(name for name in CARRIERS if name != DEFAULT)
+"""Those that no test runs by itself."""
 
 TOKEN_AXES = ("data", "expert")
 BY_TOKEN = PartitionSpec(TOKEN_AXES)

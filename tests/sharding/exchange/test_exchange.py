@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from pallas_kernels.quantize import dequantize, quantize
 from sharding.exchange import Way, Wire, exchange, one_chip, pick_transport
-from sharding.exchange.pick import TRANSPORTS
 from sharding.partition import Axes
 from sharding.placement import Placement
 from tests.helpers import LIMIT, normal, relative_error, same_bits
 from tests.sharding.exchange.exchanges import (
+    CARRIERS,
     Problem,
     apply_experts,
     over_chips,
@@ -28,7 +28,7 @@ EP8 = Problem(dp=1, ep=8, num_tokens=24, top_k=2, num_experts=8)
 DP2_EP4 = Problem(dp=2, ep=4, num_tokens=9, top_k=3, num_experts=8)
 DP2_EP8 = dataclasses.replace(EP8, dp=2)
 ONE_CHIP = Problem(dp=1, ep=1, num_tokens=24, top_k=2, num_experts=4)
-EVERY_TRANSPORT = [dataclasses.replace(DP2_EP4, transport=name) for name in (*TRANSPORTS, "gathered")]
+EVERY_TRANSPORT = [dataclasses.replace(DP2_EP4, transport=name) for name in CARRIERS]
 every_problem = pytest.mark.parametrize("problem", [EP2, EP8, ONE_CHIP, *EVERY_TRANSPORT], ids=str)
 pytestmark = pytest.mark.usefixtures("gathered_transport")
 
@@ -64,7 +64,7 @@ def expected_sum(x, weights, ids, factors):
 
 @every_problem
 @given(seed=st.integers(0, 2**32 - 1), data=st.data())
-@pytest.mark.quick("dp1-ep8-T24", "dp1-ep1-T24", "*gathered")
+@pytest.mark.quick("dp1-*-T24", "dp2-ep4-T9-*")
 def test_values_equal_numpy(seed, data, problem):
     used = data.draw(st.none() | st.lists(st.integers(0, problem.num_experts - 1), max_size=3))
     args = inputs(problem, np.random.default_rng(seed), used=used)
@@ -154,7 +154,7 @@ def test_gradients_equal_those_of_the_plain_sum(problem, rng):
 
 
 @pytest.mark.parametrize("problem", [EP8, *EVERY_TRANSPORT], ids=str)
-@pytest.mark.quick("dp2-ep4-T9-gathered", "dp1-ep8-T24")
+@pytest.mark.quick("dp2-ep4-T9-*")
 def test_rows_that_travel_in_fp8_are_rounded_once(problem, rng):
     problem = dataclasses.replace(problem, hidden=128, wire=Wire())
     _, weights, ids, factors = inputs(problem, rng)
@@ -182,7 +182,7 @@ def test_bits_do_not_tell_how_many_rounds_there_were(used, rng):
     """Each token's choices are added in their order on every mesh, whichever travels first."""
     problems = [Problem(dp, ep, 144 // dp // ep, 5, 8) for dp, ep in ((1, 1), (1, 2), (1, 8), (2, 4))]
     assert [problem.slab_and_rounds[1] for problem in problems[1:]] == [1, 4, 1]
-    problems += [dataclasses.replace(problems[-1], transport=name) for name in (*TRANSPORTS, "gathered")]
+    problems += [dataclasses.replace(problems[-1], transport=name) for name in CARRIERS]
     _, _, ids, _ = inputs(problems[0], rng, used=used)
     x, weights, factors = normal(rng, 144, problems[0].hidden), normal(rng, *ids.shape), normal(rng, 8)
     sums = [np.asarray(apply_experts(problem)(x, weights, ids, factors)[0]) for problem in problems]
@@ -191,7 +191,7 @@ def test_bits_do_not_tell_how_many_rounds_there_were(used, rng):
 
 
 @every_problem
-@pytest.mark.quick("dp1-ep8-T24", "dp2-ep4-T9-gathered")
+@pytest.mark.quick("dp1-ep8-T24", "dp2-ep4-T9-*")
 def test_two_runs_give_the_same_bits(problem, rng):
     _, weights, ids, factors = inputs(problem, rng, used=[0, 1])
     x = normal(rng, problem.all_tokens, problem.hidden)
