@@ -25,6 +25,10 @@ GPU_PYTHON ?= python3
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
+# pip compiles no modules, of which most are never imported; Python keeps what it compiles at the first import.
+PIP_INSTALL := $(RUN) -m pip install -qq --no-input --no-compile
+unexport PYTHONDONTWRITEBYTECODE
+
 # The tests bring the TPU compiler with them, and where it is installed jax complains that there is no TPU.
 ifeq ($(wildcard /dev/accel[0-9]* /dev/vfio/[0-9]* /dev/nvidia[0-9]* /dev/kfd),)
 export JAX_PLATFORMS ?= cpu
@@ -41,7 +45,10 @@ setup: cuda  ## make .venv with moejax and all that `make test` needs
 decode: base  ## run the main job: decode over 32 expert-parallel chips, timed and modelled
 	$(RUN) -m bench.decode --ep 32 $(ARGS)
 
-test: lint cuda  ## lint, check types, run some cases of every kind of test
+test: tools  ## lint, check types, run some cases of every kind of test
+	$(MAKE) --no-print-directory lint & lint=$$!
+	$(MAKE) --no-print-directory cuda
+	wait $$lint
 	$(RUN) -m pytest -n 2 --dist loadgroup --durations=20 --durations-min=5 -m 'not slow' $(TEST_ARGS)
 
 test-all: override TEST_ARGS := -m '' $(TEST_ARGS)
@@ -50,7 +57,7 @@ test-all: test  ## the same with every case
 lint: tools  ## check style, format and types
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(RUN) -m mypy
+	$(RUN) -m mypy -n 2
 
 format: tools  ## fix what ruff can fix, then format
 	$(RUN) -m ruff check --fix-only .
@@ -98,7 +105,7 @@ cuda: tools
 	if [ "$$(uname -sm)" != 'Linux x86_64' ] || [ -e ".venv/cuda/$$version" ]; then exit; fi
 	echo "==> installing the compiler for GPUs of jax $$version in .venv/cuda"
 	rm -rf .venv/cuda
-	$(RUN) -m pip install -qq --no-input --no-deps --target .venv/cuda \
+	$(PIP_INSTALL) --no-deps --target .venv/cuda \
 	  "jax-cuda12-pjrt==$$version" "jax-cuda12-plugin==$$version" 'nvidia-cuda-nvcc-cu12>=12.9,<13' || {
 	  rm -rf .venv/cuda
 	  echo 'make: pip could not, as it says above; the tests that need it are skipped' >&2
@@ -195,7 +202,7 @@ rm -rf .venv/installing
 mkdir -p .venv/installed
 mv .venv/installed .venv/installing
 wanted >.venv/installing/base
-$(RUN) -m pip install -qq --no-input --editable ".$${extras:+[$$extras]}" || {
+$(PIP_INSTALL) --editable ".$${extras:+[$$extras]}" || {
   echo 'make: pip could not install moejax in .venv, as it says above. With another Python: make setup PYTHON=...' >&2
   exit 1
 }

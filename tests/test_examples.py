@@ -51,6 +51,6 @@ def test_serving_in_8_bits_is_close_to_bf16(ep):
 
 
 @pytest.mark.parametrize("name", ["train.py", "serve.py"])
-@pytest.mark.quick("serve.py")
+@pytest.mark.slow
 def test_help_gives_examples(name):
     assert run_example(name, "--help").count(f"python examples/{name}") >= 2

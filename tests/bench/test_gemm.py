@@ -21,10 +21,11 @@ def call(*argv):
     )
 
 
-def test_json_of_one_shape_is_one_object():
-    done = call("--chip", "v32-run", "--dtype", "fp8", "--shape", "8,48,7168,2048", "--json", "-")
-    assert (done.returncode, done.stderr) == (0, "")
-    record = json.loads(done.stdout)
+def test_json_of_one_shape_is_one_object(capsys):
+    assert run(main, ["--chip", "v32-run", "--dtype", "fp8", "--shape", "8,48,7168,2048", "--json", "-"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    record = json.loads(out)
     assert set(record) == KEYS
     assert record["elapsed"] == pytest.approx(17.960774704761906, rel=1e-12)
     assert record["dram_traffic"] == 129236992

@@ -258,7 +258,7 @@ def test_mlp_in_8_bits_rounds_each_operand_once(rng):
 
 @pytest.mark.parametrize("name", ["fp8-blocks", "e5m2-channels", "int8-tensor"])
 @pytest.mark.parametrize("ep", [1, 2])
-@pytest.mark.quick("2-fp8-blocks")
+@pytest.mark.quick("1-fp8-blocks")
 def test_what_no_gradient_is_asked_of_gives_the_same(name, ep, rng):
     """Rows that stay in 8 bits from the tokens to kernel two, against those that are rounded before each kernel."""
     config = config_in_8_bits(name)

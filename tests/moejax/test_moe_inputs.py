@@ -187,8 +187,8 @@ def test_in_8_bits_over_every_kind_of_axis(name, rng):
     params, x = random_params(config, rng), normal(rng, 3, 12, 256)
     layer = jax.jit(functools.partial(moe, config=config))
     over = jax.jit(functools.partial(moe, config=config, mesh=mesh, partition=partition))
+    y, aux = layer(x, params)
     for weights in (params, quantize_params(params, config)):
-        y, aux = layer(x, weights)
         mesh_y, mesh_aux = over(x, weights)
         assert same_bits(mesh_aux.topk_ids, aux.topk_ids)
         assert relative_error(mesh_y, y) < 1e-2

@@ -1,4 +1,4 @@
-"""Compiles a few kernels for one TPU, without one: the other end of test_aot_gate.py."""
+"""Compiles a few kernels for TPUs, without one: the other end of test_aot_gate.py."""
 
 import functools
 from collections.abc import Callable
@@ -144,26 +144,31 @@ def products(array, groups, rows, dense) -> dict[str, tuple[Callable[..., Any], 
 
 
 def work(job: dict) -> dict:
-    """For each case of the job, the kernels in it, or why it does not compile."""
-    slice_ = parse_slice(job["topology"])
+    """For each TPU and case of the job, the kernels in it, or why it does not compile."""
+    return {topology: answers(topology, job["cases"]) for topology in job["topologies"]}
+
+
+def answers(topology: str, names: list[str]) -> dict[str, list[str] | str]:
+    """Those of one TPU."""
+    slice_ = parse_slice(topology)
     mesh, chip = slice_.one_device, slice_.chip
     sharding = NamedSharding(mesh, PartitionSpec())
 
     def array(shape, dtype):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-    answers = {}
+    found: dict[str, list[str] | str] = {}
     programs = cases(array, chip, mesh)
-    for name in job["cases"]:
+    for name in names:
         function, *shapes = programs[name]
         try:
             with targeting(chip), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
                 traced = jax.jit(function).trace(*shapes)
                 traced.lower().compile()
-            answers[name] = sorted({kernel.name for kernel in find_kernels(traced.jaxpr)})
+            found[name] = sorted({kernel.name for kernel in find_kernels(traced.jaxpr)})
         except Exception as error:
-            answers[name] = describe(error, LONGEST_REASON)
-    return answers
+            found[name] = describe(error, LONGEST_REASON)
+    return found
 
 
 if __name__ == "__main__":
