@@ -8,8 +8,9 @@ from typing import Any
 
 from bench.command.parser import make_parser, run
 from bench.command.values import output_file, positive_int
-from bench.model.roofline import model_layer
-from bench.model.workloads import moe_workload, operand_dtype
+from bench.model.shapes import operand_dtype
+from bench.model.times import model_layer
+from bench.model.workloads import moe_workload
 from bench.record.json_files import write_json
 from bench.record.progress import Progress
 from bench.record.tables import Cell, format_table

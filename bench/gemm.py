@@ -11,8 +11,8 @@ from bench.hopper.products import PRODUCT_DTYPES, Product, hopper_at_hand, make_
 from bench.measure.clock import copies_of
 from bench.measure.overlap import OverlapTimes, measure_overlap
 from bench.model.evaluation import operator_record
-from bench.model.roofline import model_gemm
-from bench.model.workloads import OPERAND_DTYPES, GemmShape, parse_shape, shape_text
+from bench.model.shapes import OPERAND_DTYPES, GemmShape, parse_shape, shape_text
+from bench.model.times import model_gemm
 from bench.record.json_files import write_json
 from bench.record.tables import Cell, format_table
 from pallas_kernels.backend import Unsupported

@@ -5,7 +5,6 @@ some of them. A figure whose data is missing is left out, and the report says wh
 """
 
 import html
-import importlib.util
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
@@ -14,7 +13,7 @@ from typing import Any
 from bench.command.parser import make_parser, run
 from bench.command.values import output_folder
 from bench.figures import one_chip, training
-from bench.figures.section import Section, standalone
+from bench.figures.section import Section, require_matplotlib, standalone
 from bench.one_chip.records import read_lines
 from bench.record.files import write_whole
 from bench.record.tables import Cell, cell_text
@@ -90,8 +89,7 @@ def write_figures(folder: pathlib.Path, to: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _read(folder: pathlib.Path) -> tuple[dict[str, Run], list[dict[str, Any]]]:
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("figures need matplotlib, which is not installed: pip install -e '.[plots]'")
+    require_matplotlib()
     runs = read_runs(folder / FILE_NAME)
     records = [record for name in _ONE_CHIP_FILES for record in read_lines(folder / name)]
     if not runs and not records:

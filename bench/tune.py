@@ -23,7 +23,7 @@ from bench.hopper.tune_measure import ConfigTimer
 from bench.hopper.tune_products import case_products, default_products
 from bench.hopper.tune_search import LEAST_GAIN, Outcome, search
 from bench.measure.errors import one_line
-from bench.model.workloads import parse_shape
+from bench.model.shapes import parse_shape
 from bench.record.json_files import read_json, write_json
 from bench.record.progress import Progress
 from bench.record.provenance import provenance

@@ -40,7 +40,7 @@ class Chip:
       peak_flops: FLOP/s of the whole chip for each operand dtype that its matrix unit multiplies natively.
       hbm_bandwidth: bytes/s between main memory and the chip.
       hbm_bytes: capacity of main memory in bytes.
-      link_bandwidth: bytes/s that the chip can send to its peers (one direction, all links together).
+      link_bandwidth: bytes/s that the chip can send to its peers (one direction, all links together), None if unknown.
       fast_memory_bytes: software-managed on-chip memory of one core in bytes (VMEM, shared memory, SRAM).
       device_kinds: the strings that `jax.Device.device_kind` shows for this chip.
       jax_devices: JAX devices that one chip is; its TensorCores are shared out evenly.
@@ -55,7 +55,7 @@ class Chip:
     peak_flops: Mapping[str, float]
     hbm_bandwidth: float
     hbm_bytes: float
-    link_bandwidth: float
+    link_bandwidth: float | None
     fast_memory_bytes: int
     source: str
     device_kinds: tuple[str, ...] = ()
@@ -78,6 +78,19 @@ class Chip:
             return self.peak_flops[name]
         bfloat16 = self.peak_flops["bfloat16"]
         return bfloat16 / 2 if jnp.dtype(dtype).itemsize > 2 else bfloat16
+
+    def link(self) -> float:
+        """`link_bandwidth`, where something has to travel.
+
+        Raises:
+          ValueError: it is not known.
+        """
+        if self.link_bandwidth is None:
+            raise ValueError(
+                f"chip {self.name!r} has no link figure, and tokens travel to other chips; add one in GB/s: "
+                f"{self.name},link=448"
+            )
+        return self.link_bandwidth
 
 
 def _rates(**tflops: float) -> Mapping[str, float]:
@@ -106,8 +119,8 @@ def _hopper(name: str, hbm_gb: float, hbm_tb_per_s: float, device_kinds: tuple[s
     )
 
 
-def ds_tpu_chip(name: str, cores: int, tflops: float, gbps: float, source: str) -> Chip:
-    """A chip of the DS_TPU cost model: equal cores, one peak for 8- and 16-bit operands, DRAM bandwidth in GB/s."""
+def ds_tpu_chip(name: str, cores: int, tflops: float, gbps: float, source: str, link_gbps: float | None = 448) -> Chip:
+    """A chip of the DS_TPU cost model: equal cores, one peak for 8- and 16-bit operands, bandwidths in GB/s."""
     return Chip(
         name=name,
         kind="ds_tpu",
@@ -116,7 +129,7 @@ def ds_tpu_chip(name: str, cores: int, tflops: float, gbps: float, source: str) 
         peak_flops=_rates(bfloat16=tflops, float16=tflops, float8_e4m3fn=tflops, float8_e5m2=tflops, int8=tflops),
         hbm_bandwidth=gbps * GB,
         hbm_bytes=float("inf"),
-        link_bandwidth=448 * GB,
+        link_bandwidth=None if link_gbps is None else link_gbps * GB,
         fast_memory_bytes=2 * MIB,
         source=source,
     )
@@ -206,8 +219,8 @@ def get_chip(spec: str) -> Chip:
     """The chip called `spec`, or the DS_TPU-like chip that `spec` describes.
 
     Args:
-      spec: a name of `CHIPS`, in any case, or "cores=64,tflops=768,gbps=8601.6" (peak of the whole chip in TFLOP/s,
-        DRAM bandwidth of the whole chip in GB/s).
+      spec: a name of `CHIPS`, in any case, or "cores=64,tflops=768,gbps=8601.6,link=448" (of the whole chip: peak in
+        TFLOP/s, DRAM bandwidth in GB/s, and, where tokens are to travel, bandwidth to its peers in GB/s).
 
     Raises:
       ValueError: the name is unknown, or a field of the description is missing, unknown, or not a positive number.
@@ -228,7 +241,7 @@ def _parse_chip(spec: str) -> Chip:
     fields: dict[str, float] = {}
     for part in spec.split(","):
         key, _, text = part.strip().partition("=")
-        if key not in ("cores", "tflops", "gbps"):
+        if key not in ("cores", "tflops", "gbps", "link"):
             raise ValueError(f"chip description {spec!r} has an unknown field {key!r}; {example}")
         if key in fields:
             raise ValueError(f"chip description {spec!r} gives {key} twice; {example}")
@@ -241,7 +254,9 @@ def _parse_chip(spec: str) -> Chip:
         fields[key] = value
     if missing := [key for key in ("cores", "tflops", "gbps") if key not in fields]:
         raise ValueError(f"chip description {spec!r} lacks {', '.join(missing)}; {example}")
-    return ds_tpu_chip(spec, int(fields["cores"]), fields["tflops"], fields["gbps"], "given on the command line")
+    link = fields.get("link")
+    source = "given on the command line"
+    return ds_tpu_chip(spec, int(fields["cores"]), fields["tflops"], fields["gbps"], source, link)
 
 
 def chip_of(device: jax.Device) -> Chip | None:

@@ -6,16 +6,22 @@ from typing import Any
 from bench.expert_parallel.decode_step import DecodeRun
 from bench.expert_parallel.fit import Fit
 from bench.expert_parallel.layer_stages import StageTimes
+from bench.expert_parallel.modelled import operators_table, step_summary, step_table
 from bench.measure.devices import Devices
-from bench.model.roofline import LayerTime
+from bench.model.times import StepTime
 from bench.model.workloads import Workload
 from bench.record.tables import Cell, format_table
 
 
 def print_report(
-    workload: Workload, layers: Sequence[LayerTime], result: DecodeRun, fitted: Fit, devices: Devices
+    workload: Workload,
+    layers: Sequence[StepTime],
+    steps: Sequence[StepTime],
+    result: DecodeRun,
+    fitted: Fit,
+    devices: Devices,
 ) -> None:
-    """Prints what was measured, stage by stage, and what the models say of each chip."""
+    """Prints what was measured, stage by stage, and what the models say of each chip: of a layer, and of a step."""
     load = result.load
     rows: list[list[Cell]] = [
         ["equals the dense oracle", f"relative error {result.relative_error:.1e} over {result.checked_tokens} tokens"],
@@ -35,9 +41,10 @@ def print_report(
     print(format_table(["measured", ""], rows))
     print()
     print(stages_table(result.stages))
-    for layer in layers:
+    for layer, step in zip(layers, steps, strict=True):
         print(f"\nmodelled: chip {layer.chip.name}, {layer.model} model, full width")
-        print(layer_table(layer))
+        print(operators_table(layer))
+        print(f"\n{step_table(step)}\n\n{step_summary(step)}")
     if devices.is_virtual:
         print("\nThe wall time is that of virtual devices which share this machine's cores; it says nothing of a chip.")
 
@@ -56,18 +63,6 @@ def stages_table(stages: StageTimes) -> str:
         rows.append([name, *times, *product])
     headers = ["stage, run by itself", "wall ms", "kernels ms", "product µs", "comp µs", "dma µs", "overlap"]
     return format_table(headers, rows)
-
-
-def layer_table(layer: LayerTime) -> str:
-    """One line an operator with its modelled times in µs and traffic in MB, and their sums."""
-    headers = ["operator", "G,M,K,N", "comp µs", "dma µs", "link µs", "elapsed µs", "traffic MB", "urate %"]
-    rows: list[list[Cell]] = []
-    for op in layer.operators:
-        utilisation = op.urate * 100 if op.shape else None
-        times = [op.comp_elapsed, op.dma_elapsed, op.link_elapsed, op.elapsed]
-        rows.append([op.name, str(op.shape or ""), *times, op.dram_traffic / 1e6, utilisation])
-    sums = [sum(float(row[i] or 0) for row in rows) for i in range(2, 7)]
-    return format_table(headers, [*rows, ["total", "", *sums, None]])
 
 
 def measured_record(result: DecodeRun, fitted: Fit, devices: Devices) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import importlib.util
 import io
 import re
 from collections.abc import Iterator, Sequence
@@ -34,6 +35,12 @@ class Section:
     svg: str | None = None
     headers: Sequence[str] = ()
     rows: Sequence[Sequence[Cell]] = ()
+
+
+def require_matplotlib() -> None:
+    """Raises ValueError where matplotlib is not installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("figures need matplotlib, which is not installed: pip install -e '.[plots]'")
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from bench.hopper.peers import Implementation, backward_bf16_peers, layer_fp8_peers, matmul_bf16_peers, matmul_fp8_peers
 from bench.inputs.weights import normal
-from bench.model.workloads import GemmShape
+from bench.model.shapes import GemmShape
 from bench.one_chip.dispatch_combine import dispatch_and_combine
 from moejax import MoEConfig, Quantization, fused_experts, route
 from pallas_kernels.activations import gated_halves

@@ -24,7 +24,7 @@ from bench.hopper.case_data import (
     whole_layer,
 )
 from bench.hopper.products import Product, layer_products
-from bench.model.workloads import OPERAND_DTYPES, GemmShape
+from bench.model.shapes import OPERAND_DTYPES, GemmShape
 from pallas_kernels.chips import Chip
 from pallas_kernels.cost import Cost, combine_cost, dispatch_cost
 

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bench.model.workloads import GemmShape
+from bench.model.shapes import GemmShape
 from pallas_kernels.quantize import QTensor
 
 

@@ -18,7 +18,7 @@ from bench.inputs.weights import normal
 from bench.measure.clock import require_nvidia_gpu
 from bench.measure.devices import known_chip
 from bench.model.roofline import gemm_cost
-from bench.model.workloads import GemmShape
+from bench.model.shapes import GemmShape
 from pallas_kernels.chips import Chip
 from pallas_kernels.cost import Cost, grouped_gate_up_cost
 from pallas_kernels.grouped_matmul import Operand, gpu

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from bench.model.workloads import shape_text
+from bench.model.shapes import shape_text
 from bench.record.tables import Cell, format_table, markdown_table
 
 Record = Mapping[str, Any]

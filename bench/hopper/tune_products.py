@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from bench.hopper.cases import CASES
 from bench.hopper.products import Product, layer_products
-from bench.model.workloads import GemmShape
+from bench.model.shapes import GemmShape
 from moejax import MoEConfig, get_preset
 from moejax.stages import way_of
 from sharding.exchange import pick_transport

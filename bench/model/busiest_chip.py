@@ -36,10 +36,8 @@ def activated_experts(
     Raises:
       ValueError: a size is not positive, ep does not divide E, top_k exceeds E, or the rounding is unknown.
     """
-    check_rounding(rounding)
     expected = expected_activated_experts(min(batch_size, LARGEST_TABULATED_BATCH), ep, num_experts, top_k)
-    whole = round(expected) if rounding == "round" else math.ceil(expected)
-    return max(1, whole)
+    return max(1, to_whole(expected, rounding))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -82,6 +80,12 @@ def expected_busiest_rows(num_tokens: int, ep: int, num_experts: int = 256, top_
     for choice in picks:
         counts += np.bincount((first_bin + choice // (num_experts // ep)).ravel(), minlength=trials * ep)
     return float(counts.reshape(trials, ep).max(axis=1).mean())
+
+
+def to_whole(expected: float, rounding: Rounding) -> int:
+    """An expected number as a whole one; raises as `check_rounding`."""
+    check_rounding(rounding)
+    return round(expected) if rounding == "round" else math.ceil(expected)
 
 
 def check_rounding(rounding: str) -> None:

@@ -1,4 +1,4 @@
-"""The DS_TPU cost model of a grouped GEMM and of an expert-parallel exchange.
+"""The DS_TPU cost model of a grouped GEMM, of an expert-parallel exchange, and of a lookup.
 
 A chip is a number of equal cores, each with its share of the peak and of the DRAM bandwidth. The product is cut into
 P_G × P_M × P_N × P_K blocks, one a core; a core walks its block in tiles that fit a part of its SRAM; the partition
@@ -8,14 +8,14 @@ with the least modelled time wins, and with it the tiles that move the fewest by
     time.elapsed, time.best_partition      # 17.96 µs, (8, 1, 2, 4)
 """
 
-import dataclasses
 import functools
 import math
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import numpy as np
 
-from bench.model.workloads import OUTPUT_BYTES, GemmShape, operand_dtype
+from bench.model.operator_time import LOOP_ORDERS, ExchangeKind, LoopOrder, OperatorTime, Tile
+from bench.model.shapes import OUTPUT_BYTES, GemmShape, operand_dtype
 from pallas_kernels.chips import Chip
 
 CUBE_M, CUBE_K, CUBE_N = 16, 32, 8  # the systolic cube; a block's extents are padded to it
@@ -27,62 +27,8 @@ SPILL_BYTES = 8  # a partial sum that leaves SRAM is written and read back in FP
 LINK_EFFICIENCY = 0.95
 LINK_START_US = 0.59  # latency of one exchange at the default protocol
 
-LoopOrder = Literal["mnk", "nkm", "mkn"]
-LOOP_ORDERS: tuple[LoopOrder, ...] = get_args(LoopOrder)
-
 Partition = tuple[int, int, int, int]
 """(P_G, P_M, P_N, P_K): into how many parts the cores cut each dimension."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Tile:
-    """A core's tile and the order, outermost first, in which its loops run over them."""
-
-    order: LoopOrder
-    M: int
-    N: int
-    K: int
-
-
-@dataclasses.dataclass(frozen=True)
-class OperatorTime:
-    """What a model says of one operator on one chip.
-
-    Attributes:
-      name: the operator within its layer.
-      kind: "matmul", "dispatch" or "combine".
-      dtype: short name of the operands' dtype, "" for an exchange.
-      shape: of a matmul, None for an exchange.
-      elapsed: µs from start to end.
-      comp_elapsed: µs of the arithmetic alone.
-      dma_elapsed: µs of the main-memory traffic alone.
-      link_elapsed: µs of the traffic to other chips alone.
-      flops: FLOPs without padding.
-      dram_traffic: bytes to and from main memory.
-      dram_occupy: bytes of weights that the operator keeps in main memory.
-      param: number of these weights.
-      comm_size: payload of an exchange in bytes.
-      urate: flops over what the chip's peak does in `elapsed`.
-      best_tile: the chosen tile, where the model chooses one.
-      best_partition: the chosen partition, where the model chooses one.
-    """
-
-    name: str
-    kind: Literal["matmul", "dispatch", "combine"]
-    elapsed: float
-    dtype: str = ""
-    shape: GemmShape | None = None
-    comp_elapsed: float = 0.0
-    dma_elapsed: float = 0.0
-    link_elapsed: float = 0.0
-    flops: int = 0
-    dram_traffic: int = 0
-    dram_occupy: int = 0
-    param: int = 0
-    comm_size: int = 0
-    urate: float = 0.0
-    best_tile: Tile | None = None
-    best_partition: Partition | None = None
 
 
 def evaluate_gemm(chip: Chip, shape: GemmShape, dtype: str, name: str = "gemm") -> OperatorTime:
@@ -112,10 +58,33 @@ def evaluate_gemm(chip: Chip, shape: GemmShape, dtype: str, name: str = "gemm") 
     )
 
 
-def evaluate_exchange(chip: Chip, kind: Literal["dispatch", "combine"], num_bytes: int) -> OperatorTime:
-    """Time of a dispatch or combine whose payload is `num_bytes` a chip, at the default protocol."""
-    elapsed = num_bytes / (chip.link_bandwidth * LINK_EFFICIENCY) * 1e6 + LINK_START_US
+def evaluate_exchange(chip: Chip, kind: ExchangeKind, num_bytes: int) -> OperatorTime:
+    """Time of a dispatch or combine whose payload is `num_bytes` a chip, at the default protocol.
+
+    Raises:
+      ValueError: the chip's link bandwidth is not known.
+    """
+    elapsed = num_bytes / (chip.link() * LINK_EFFICIENCY) * 1e6 + LINK_START_US
     return OperatorTime(name=kind, kind=kind, elapsed=elapsed, link_elapsed=elapsed, comm_size=num_bytes)
+
+
+def evaluate_lookup(chip: Chip, rows: int, width: int, table: int) -> OperatorTime:
+    """Time of reading `rows` rows of `width` from an embedding of `table` rows in BF16.
+
+    Its FLOPs are those of a product with the whole table, which is what DS_TPU charges.
+    """
+    num_bytes = rows * width * OUTPUT_BYTES
+    elapsed = num_bytes / chip.hbm_bandwidth * 1e6
+    return OperatorTime(
+        name="lookup",
+        kind="lookup",
+        elapsed=elapsed,
+        dma_elapsed=elapsed,
+        flops=2 * rows * width * table,
+        dram_traffic=num_bytes,
+        dram_occupy=table * width * OUTPUT_BYTES,
+        param=table * width,
+    )
 
 
 class _Candidate(NamedTuple):
@@ -143,7 +112,7 @@ def _search(
         extents = shape.G, shape.M, shape.N, shape.K
         g, m, n, k = (-(-extent // parts) for extent, parts in zip(extents, partition, strict=True))
         tile, core_traffic = best_tile(m, n, k, operand_bytes, sram_limit)
-        comp = g * _up(m, CUBE_M) * _up(k, CUBE_K) * _up(n, CUBE_N) * 1e6 / core_macs
+        comp = g * up(m, CUBE_M) * up(k, CUBE_K) * up(n, CUBE_N) * 1e6 / core_macs
         dma = g * core_traffic * 1e6 / core_bandwidth
         return _Candidate(
             elapsed=max(comp, dma) + (1 - OVERLAP) * min(comp, dma),
@@ -163,9 +132,9 @@ def partitions(cores: int) -> tuple[Partition, ...]:
     """Every partition whose product is `cores`, in ascending order."""
     return tuple(
         (g, m, n, cores // (g * m * n))
-        for g in _divisors(cores)
-        for m in _divisors(cores // g)
-        for n in _divisors(cores // (g * m))
+        for g in divisors(cores)
+        for m in divisors(cores // g)
+        for n in divisors(cores // (g * m))
     )
 
 
@@ -183,8 +152,8 @@ def best_tile(m: int, n: int, k: int, operand_bytes: int, sram_limit: int) -> tu
     """
     m_tile = _tile_sizes(m, CUBE_M)[:, None]
     n_tile = _tile_sizes(n, CUBE_N)[None, :]
-    output = _up(m_tile, LANES) * _up(n_tile * OUTPUT_BYTES, ALIGN_BYTES)
-    k_fits = (sram_limit - output) // ((_up(m_tile, LANES) + _up(n_tile, LANES)) * operand_bytes)
+    output = up(m_tile, LANES) * up(n_tile * OUTPUT_BYTES, ALIGN_BYTES)
+    k_fits = (sram_limit - output) // ((up(m_tile, LANES) + up(n_tile, LANES)) * operand_bytes)
     k_tile = np.where(k_fits >= k, k, np.where(k_fits >= CUBE_K, k_fits // CUBE_K * CUBE_K, k_fits))
     fits = k_tile > 0
     if not fits.any():
@@ -230,15 +199,17 @@ def _traffic(order: LoopOrder, m: int, n: int, k: int, counts, parts, operand_by
 
 def _tile_sizes(extent: int, step: int) -> np.ndarray:
     counts = np.arange(1, -(-extent // step) + 1, dtype=np.int64)
-    return np.unique(_up(-(-extent // counts), step))
+    return np.unique(up(-(-extent // counts), step))
 
 
-def _divisors(number: int) -> list[int]:
+def divisors(number: int) -> list[int]:
+    """Of a positive number, in ascending order."""
     small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
     return sorted({*small, *(number // d for d in small)})
 
 
-def _up(extent, step: int):
+def up(extent, step: int):
+    """The least multiple of `step` that is no smaller; `extent` may be an array."""
     return -(-extent // step) * step
 
 

@@ -8,68 +8,57 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from bench.model.ds_tpu import OperatorTime
-from bench.model.roofline import LayerTime
-from bench.model.workloads import OPERAND_DTYPES
+from bench.model.operator_time import OperatorTime
+from bench.model.shapes import OPERAND_DTYPES, AttentionShape, GemmShape
+from bench.model.times import LayerTime, StepTime
 
-LAYER_NAME = "MoE"
-_OPERATOR_TYPES = {"matmul": "MatMulOperator", "dispatch": "DispatchOperator", "combine": "CombineOperator"}
-_ARCHITECTURE = (
-    *("hidden_size", "intermediate_size", "batch_size", "batch_size_local", "q_len", "token_per_ep_group"),
-    *("expert_per_ep_group", "m_per_group", "activated_expert_per_ep_group"),
-)
+_OPERATOR_TYPES = {
+    "matmul": "MatMulOperator",
+    "attention": "FA2Operator",
+    "lookup": "EmbeddingOperator",
+    "dispatch": "DispatchOperator",
+    "combine": "CombineOperator",
+}
+_RATES = ("tps", "tps_per_batch", "tps_per_chip")
 
 
 def build_evaluation(
-    layer: LayerTime,
-    *,
-    num_layers: int = 1,
-    run_info: Mapping[str, Any] | None = None,
-    measured: Mapping[str, Any] | None = None,
+    step: StepTime, *, run_info: Mapping[str, Any] | None = None, measured: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """The content of evaluation.json for a model of `num_layers` such layers and nothing else.
+    """The content of evaluation.json.
 
-    performance.tps is batch_size · q_len tokens over `num_layers` times the layer's time: the rate of a step that is
-    these layers only, so an upper bound for a whole model. tps_per_batch is that rate for one sequence, tps_per_chip
-    for one of the ep · moe_tp chips. mfu is one chip's unpadded FLOPs over its peak at the operands' dtype.
+    performance.tps, tps_per_batch and tps_per_chip are the rates of a whole model: of all tokens, of one sequence, and
+    of one of the ep · moe_tp chips. A layer by itself has them under layer_tps, layer_tps_per_batch and
+    layer_tps_per_chip, so that nobody takes them for a model's. total_elapse_us and all sums are over
+    performance.layers, each times its count. mfu is one chip's unpadded FLOPs over its peak at the operands' dtype,
+    with the lookup of the embedding charged like a product, as DS_TPU does; mfu_without_lookup leaves that out.
 
     Args:
-      layer: modelled times.
-      num_layers: layers of the model.
+      step: modelled times.
       run_info: what to add to "run_info" (a date, a command line).
       measured: results of a real run, stored under "measured"; left out if None.
-
-    Raises:
-      ValueError: num_layers is below 1.
     """
-    if num_layers < 1:
-        raise ValueError(f"num_layers must be at least 1, got {num_layers}")
-    workload, chip = layer.workload, layer.chip
-    total_us = num_layers * layer.elapsed
-    flops = num_layers * layer.total("flops")
-    peak = chip.peak(OPERAND_DTYPES[workload.dtype])
-    tps = workload.batch_size * workload.q_len / (total_us * 1e-6)
+    chip, whole = step.chip, step.kv_len is not None
     evaluation: dict[str, Any] = {
-        "run_info": {"tool": "moejax bench", "model": layer.model, "chip": chip.name, **(run_info or {})},
+        "run_info": {"tool": "moejax bench", "model": step.model, "chip": chip.name, **(run_info or {})},
         "config": {
-            **dataclasses.asdict(workload),
-            "num_layers": num_layers,
+            **dataclasses.asdict(step.workload),
+            **({"kv_len": step.kv_len} if whole else {}),
+            "num_layers": {time.layer.name: time.layer.count for time in step.layers},
             "chip": {
                 **_fields(chip, "name", "kind", "cores"),
-                "peak_flops": peak,
+                "peak_flops": chip.peak(OPERAND_DTYPES[step.workload.dtype]),
                 **_fields(chip, "hbm_bandwidth", "link_bandwidth"),
             },
         },
         "performance": {
-            "total_elapse_us": total_us,
-            "comm_elapse_us": num_layers * layer.comm_elapsed,
-            "flops": flops,
-            "dram_occupy": num_layers * layer.total("dram_occupy"),
-            "mfu": flops / (total_us * 1e-6 * peak),
-            "tps": tps,
-            "tps_per_batch": tps / workload.batch_size,
-            "tps_per_chip": tps / workload.num_chips,
-            "layers": {LAYER_NAME: layer_record(layer)},
+            "total_elapse_us": step.elapsed,
+            "comm_elapse_us": step.comm_elapsed,
+            "flops": step.total("flops"),
+            "dram_occupy": step.total("dram_occupy"),
+            **_fields(step, "mfu", "mfu_without_lookup", "weight_bytes", "cache_bytes"),
+            **{name if whole else f"layer_{name}": getattr(step, name) for name in _RATES},
+            "layers": {time.layer.name: layer_record(time) for time in step.layers},
         },
     }
     if measured is not None:
@@ -77,35 +66,32 @@ def build_evaluation(
     return evaluation
 
 
-def layer_record(layer: LayerTime) -> dict[str, Any]:
-    """One entry of performance.layers: sums, derived sizes, and the operators in order of execution."""
-    workload = layer.workload
+def layer_record(time: LayerTime) -> dict[str, Any]:
+    """One entry of performance.layers: sums of one layer, its sizes, and its operators in order of execution."""
+    operators = [operator_record(operator) for operator in time.operators]
     return {
-        "name": LAYER_NAME,
-        "layer_type": LAYER_NAME,
-        "total_operators": len(layer.operators),
+        "name": time.layer.name,
+        "layer_type": time.layer.name,
+        "count": time.layer.count,
+        "total_operators": len(operators),
         "perf": {
-            **{name: layer.total(name) for name in ("param", "flops", "dram_occupy", "dram_traffic")},
-            "elapse": layer.elapsed,
-            "comp_elapse": layer.total("comp_elapsed"),
-            "dma_elapse": layer.total("dma_elapsed"),
-            "comm_elapse": layer.comm_elapsed,
-            "comm_size": layer.total("comm_size"),
+            **{name: time.total(name) for name in ("param", "flops", "dram_occupy", "dram_traffic")},
+            "elapse": time.elapsed,
+            "comp_elapse": time.total("comp_elapsed"),
+            "dma_elapse": time.total("dma_elapsed"),
+            "comm_elapse": time.comm_elapsed,
+            "comm_size": time.total("comm_size"),
         },
-        "arch": {
-            **_fields(workload, *_ARCHITECTURE),
-            "mean_rows": workload.token_per_ep_group,
-            "busiest_rows": workload.busiest_rows,
-        },
-        "comp_operators": [operator_record(op) for op in layer.operators if op.kind == "matmul"],
-        "comm_operators": [operator_record(op) for op in layer.operators if op.kind != "matmul"],
+        "arch": dict(time.layer.arch),
+        "comp_operators": [record for record in operators if "comm_kind" not in record],
+        "comm_operators": [record for record in operators if "comm_kind" in record],
     }
 
 
 def operator_record(operator: OperatorTime) -> dict[str, Any]:
     """One operator: of arithmetic, or of communication."""
     head = {"name": operator.name, "operator_type": _OPERATOR_TYPES[operator.kind]}
-    if operator.shape is None:
+    if operator.kind in ("dispatch", "combine"):
         return {
             **head,
             "comm_kind": operator.kind,
@@ -113,14 +99,21 @@ def operator_record(operator: OperatorTime) -> dict[str, Any]:
             "comm_elapse": operator.elapsed,
             "parallel_params": {"comm_size": operator.comm_size},
         }
+    dims = "GMNK" if operator.kind == "matmul" else "B"
     return {
         **head,
-        "parallel_params": dataclasses.asdict(operator.shape),
+        "parallel_params": _parallel_params(operator.shape),
         **_fields(operator, "param", "flops", "dram_occupy", "dram_traffic", "elapsed", "comp_elapsed", "dma_elapsed"),
         "best_tile": operator.best_tile and dataclasses.asdict(operator.best_tile),
-        "best_partition": operator.best_partition and {"dims": "GMNK", "procs": list(operator.best_partition)},
+        "best_partition": operator.best_partition and {"dims": dims, "procs": list(operator.best_partition)},
         "urate": operator.urate,
     }
+
+
+def _parallel_params(shape: GemmShape | AttentionShape | None) -> dict[str, int]:
+    if shape is None:
+        return {}
+    return shape.params if isinstance(shape, AttentionShape) else dataclasses.asdict(shape)
 
 
 def _fields(value: Any, *names: str) -> dict[str, Any]:

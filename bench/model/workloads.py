@@ -1,91 +1,25 @@
-"""The operators of one Mixture-of-Experts layer as a chip of an expert-parallel group sees them.
+"""A Mixture-of-Experts layer, its batch, and its spread over chips, with the numbers that follow from them.
 
-A `Workload` is a layer and a way to run it; `layer_matmuls` lists what one chip multiplies for it, in order. Nothing
-here knows how long anything takes. Source of the derived numbers: the DS_TPU evaluator.
+Source of the derived numbers: the DS_TPU evaluator.
 """
 
 import dataclasses
 import math
-from argparse import ArgumentTypeError
-from collections.abc import Mapping
 from typing import Any, Literal
 
-import jax.numpy as jnp
-
-from bench.command.values import POSITIVE_INTS
-from bench.model.busiest_chip import Rounding, activated_experts, check_rounding, expected_busiest_rows
+from bench.model.busiest_chip import (
+    Rounding,
+    activated_experts,
+    check_rounding,
+    expected_activated_experts,
+    expected_busiest_rows,
+    to_whole,
+)
+from bench.model.shapes import OPERAND_DTYPES, OUTPUT_BYTES
 from moejax import MoEConfig
 from moejax.config import Precision
 
-# What each precision's and each command line's short name stands for.
-OPERAND_DTYPES: dict[str, jnp.dtype] = {
-    "fp8": jnp.dtype(jnp.float8_e4m3fn),
-    "int8": jnp.dtype(jnp.int8),
-    "bf16": jnp.dtype(jnp.bfloat16),
-    "fp16": jnp.dtype(jnp.float16),
-}
-OUTPUT_BYTES = 2  # every matmul writes BF16, and combine travels in BF16
-
 _SIZES_OF_A_LAYER = ("hidden_size", "intermediate_size", "shared_intermediate_size", "num_experts", "top_k")
-
-
-def operand_dtype(name: str) -> jnp.dtype:
-    """The dtype called `name` on command lines.
-
-    Raises:
-      ValueError: the name is not one of `OPERAND_DTYPES`.
-    """
-    try:
-        return OPERAND_DTYPES[name]
-    except KeyError:
-        raise ValueError(f"dtype must be one of {', '.join(OPERAND_DTYPES)}, got {name!r}") from None
-
-
-@dataclasses.dataclass(frozen=True)
-class GemmShape:
-    """C[g] = A[g] (M × K) · B[g] (K × N) for g = 1..G."""
-
-    G: int
-    M: int
-    K: int
-    N: int
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            if getattr(self, field.name) < 1:
-                raise ValueError(f"{field.name} must be at least 1, got {self!r}")
-
-    def __str__(self) -> str:
-        return shape_text(dataclasses.asdict(self))
-
-    @property
-    def flops(self) -> int:
-        """FLOPs without padding; a multiply-add is two."""
-        return 2 * self.G * self.M * self.K * self.N
-
-    @property
-    def weights(self) -> int:
-        """Elements of B over all groups."""
-        return self.G * self.K * self.N
-
-
-def parse_shape(text: str) -> GemmShape:
-    """The shape written as "G,M,K,N" on a command line.
-
-    Raises:
-      ValueError: the text is not four positive whole numbers.
-    """
-    try:
-        return GemmShape(*POSITIVE_INTS(text))
-    except (ArgumentTypeError, TypeError):
-        raise ValueError(
-            f"--shape must be four positive whole numbers G,M,K,N like 8,48,7168,2048, below 2^63, got {text!r}"
-        ) from None
-
-
-def shape_text(shape: Mapping[str, Any]) -> str:
-    """G,M,K,N of a record, as command lines take them."""
-    return ",".join(str(shape[dim]) for dim in "GMKN")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,6 +75,11 @@ class Workload:
         return self.batch_size // self.dp
 
     @property
+    def local_tokens(self) -> int:
+        """Tokens of one data-parallel group."""
+        return self.batch_size_local * self.q_len
+
+    @property
     def token_per_ep_group(self) -> int:
         """Mean rows (token–expert assignments) of a chip, rounded up."""
         return math.ceil(self.batch_size * self.q_len * self.top_k / self.ep)
@@ -159,6 +98,13 @@ class Workload:
     def m_per_group(self) -> int:
         """Rows of an activated expert when a chip has the mean number of rows."""
         return math.ceil(self.token_per_ep_group / self.activated_expert_per_ep_group)
+
+    @property
+    def busiest_experts(self) -> int:
+        """Expected experts with rows on the chip that has the most of them, rounded as `rounding` says."""
+        tokens = self.batch_size * self.q_len
+        expected = expected_activated_experts(tokens, self.ep, self.num_experts, self.top_k)
+        return max(1, to_whole(expected, self.rounding))
 
     @property
     def busiest_rows(self) -> float:
@@ -195,27 +141,6 @@ def moe_workload(
     sizes = {name: getattr(config, name) for name in _SIZES_OF_A_LAYER}
     dp = ep if dp is None else dp
     return Workload(**sizes, batch_size=batch_size, q_len=q_len, ep=ep, dp=dp, moe_tp=moe_tp, **settings)
-
-
-def layer_matmuls(workload: Workload, routed_rows: float | None = None) -> dict[str, GemmShape]:
-    """What one chip multiplies for the layer, by name: router, shared expert, routed experts.
-
-    Router and shared expert are whole on every chip and see its own tokens. `routed_rows` are the rows of the routed
-    experts together, the mean over chips if None; they are spread evenly over the activated experts.
-    """
-    w = workload
-    tokens = w.batch_size_local * w.q_len
-    shapes = {"gate": GemmShape(1, tokens, w.hidden_size, w.num_experts)}
-    if w.shared_intermediate_size:
-        shapes |= _mlp("shared", 1, tokens, w.hidden_size, w.shared_intermediate_size)
-    groups = w.activated_expert_per_ep_group
-    rows = w.token_per_ep_group if routed_rows is None else routed_rows
-    return shapes | _mlp("routed", groups, math.ceil(rows / groups), w.hidden_size, w.intermediate_size // w.moe_tp)
-
-
-def _mlp(kind: str, groups: int, rows: int, hidden: int, width: int) -> dict[str, GemmShape]:
-    up, down = GemmShape(groups, rows, hidden, width), GemmShape(groups, rows, width, hidden)
-    return {f"{kind}_gate_proj": up, f"{kind}_up_proj": up, f"{kind}_down_proj": down}
 
 
 def _check(w: Workload) -> None:

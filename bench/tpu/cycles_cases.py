@@ -4,7 +4,7 @@ import dataclasses
 import importlib.util
 from collections.abc import Mapping
 
-from bench.model.workloads import GemmShape
+from bench.model.shapes import GemmShape
 from moejax import get_preset
 
 _CASES = (

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.model.workloads import shape_text
+from bench.model.shapes import shape_text
 from bench.record.tables import Cell, format_table, markdown_table
 from bench.tpu.cycles_cases import ACTIVATION, FUSED, GUESSED, INSTRUCTIONS, MEGABLOX, OURS, TOKAMAX, WAITS
 

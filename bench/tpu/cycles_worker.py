@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bench.model.workloads import GemmShape
+from bench.model.shapes import GemmShape
 from bench.tpu.cycles_cases import ACTIVATION, FUSED, GUESSED, INSTRUCTIONS, MEGABLOX, OURS, TOKAMAX, Choice
 from bench.tpu.libtpu import serve
 from bench.tpu.pallas_calls import PallasCall, find_kernels

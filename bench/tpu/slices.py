@@ -13,7 +13,7 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from bench.model.workloads import operand_dtype
+from bench.model.shapes import operand_dtype
 from pallas_kernels.chips import Chip, ds_tpu_chip, get_chip
 
 DS_TPU_CORES = 64

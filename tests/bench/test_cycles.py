@@ -7,7 +7,7 @@ import pytest
 
 from bench.command.parser import run
 from bench.cycles import figure, figures, main, measure, new_row
-from bench.model.workloads import GemmShape
+from bench.model.shapes import GemmShape
 from bench.tpu.cycles_cases import (
     ACTIVATION,
     FUSED,

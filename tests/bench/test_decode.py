@@ -1,17 +1,21 @@
 """bench.decode as a user runs it: on virtual devices, over two processes, with good and bad arguments."""
 
+import importlib.util
 import json
 import os
 import socket
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from bench.command.parser import run
 from bench.decode import main
 
 SMALL = ["--model", "mixtral-8x7b", "--batch", "48", "--reduce", "16", "--ep", "8"]
+
+MODELLED = ["--model", "deepseek-v3.2", "--model-only", "--json", "-"]
 
 
 def start(*args: str) -> subprocess.Popen:
@@ -63,6 +67,57 @@ def test_two_processes_check_model_and_write_a_step(tmp_path):
     assert measured["stages_us"].keys() == {"gate", "dispatch", "routed_gate_up", "routed_down", "combine"}
     assert min(measured["stages_us"].values()) > 0
     assert evaluation["config"]["hidden_size"] == 4096  # the model's own; only the run was reduced
+    assert "whole step" in out
+    assert "step of the whole model, batch 48, kv 8192" in out
+    assert "layer_tps" in evaluation["performance"]
+
+
+def test_the_step_of_the_v32_run_in_seconds_without_devices(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(jax, "devices", None)
+    path = tmp_path / "evaluation.json"
+    run_of = ["--layers", "all", "--kv-len", "8192", "--batch", "1536", "--ep", "32", "--chip", "v32-run"]
+    assert run(main, [*MODELLED, *run_of]) == 0
+    evaluation = json.loads(capsys.readouterr().out)
+    assert evaluation["performance"]["tps"] == pytest.approx(125443.61165772189, rel=1e-14)
+    assert evaluation["run_info"]["moe_model"] == "deepseek-v3.2"
+    assert run(main, [*MODELLED, *run_of, "--json", str(path)]) == 0
+    assert json.loads(path.read_text())["performance"] == evaluation["performance"]
+    out = capsys.readouterr().out
+    assert "12,244.5 µs, of which dispatch and combine 1,193.8 µs" in out
+    assert "125,443.6, 3,920.1 a chip, 81.67 a user" in out
+    assert "61.1% by DS_TPU's count, in which the embedding's lookup is a product of 89.0 GFLOP; 60.2% without" in out
+    assert "\nMLA            61" in out
+
+
+def test_a_sweep_over_batches_and_cache_lengths(tmp_path, capsys):
+    path = tmp_path / "evaluation.json"
+    sweep = ["--batch", "64,256,1536", "--kv-len", "1024,8192", "--chip", "h200", "--layers", "all"]
+    assert run(main, [*MODELLED, *sweep, "--json", str(path)]) == 0
+    table = capsys.readouterr().out
+    evaluations = json.loads(path.read_text())
+    cases = [(e["config"]["kv_len"], e["config"]["batch_size"]) for e in evaluations]
+    assert cases == [(kv, batch) for kv in (1024, 8192) for batch in (64, 256, 1536)]
+    for evaluation in evaluations:
+        assert f"{evaluation['performance']['tps_per_chip']:,.3f}" in table
+    assert run(main, [*MODELLED, "--batch", "64,256"]) == 0
+    of_layers = json.loads(capsys.readouterr().out)
+    assert ["layer_tps" in each["performance"] for each in of_layers] == [True, True]
+
+
+def test_the_curve_is_drawn(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    svg = tmp_path / "curve.svg"
+    sweep = ["--batch", "64,1536", "--kv-len", "1024,8192", "--chip", "h200", "--layers", "all", "--svg", str(svg)]
+    assert run(main, [*MODELLED, *sweep]) == 0
+    text = svg.read_text()
+    assert text.startswith("<svg")
+    assert all(part in text for part in ("kv 1024", "kv 8192", "1536", "tokens/s a chip", "tokens/s a user"))
+
+
+def test_a_curve_needs_matplotlib(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert run(main, [*MODELLED, "--svg", str(tmp_path / "curve.svg")]) == 2
+    assert "figures need matplotlib, which is not installed" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -92,6 +147,25 @@ def test_json_on_standard_output_is_all_there_is():
         (["--input", "/nowhere"], "--input /nowhere: cannot be read: No such file or directory"),
         (["--input", os.devnull], f"--input {os.devnull}: has 0 bytes"),
         (["--batch", "many"], "--batch: must be a whole number of at least 1, got 'many'"),
+        (["--batch", "64,128"], "several --batch can be modelled and not run here: add --model-only"),
+        (["--kv-len", "1024,8192"], "several --kv-len can be modelled and not run here: add --model-only"),
+        (["--kv-len", "0"], "--kv-len: must be a whole number of at least 1, got '0'"),
+        (["--q-len", "2"], "--q-len can be modelled and not run here: add --model-only"),
+        (["--svg", "curve.svg"], "--svg can be modelled and not run here: add --model-only"),
+        (["--layers", "mamba"], "--layers: invalid choice: 'mamba' (choose from"),
+        (["--chip", "cores=64,tflops=768,gbps=8601.6"], "gbps=8601.6' has no link figure, and tokens travel"),
+        ([*MODELLED, "--reduce", "2"], "--reduce is of a real run, which --model-only leaves out: drop one"),
+        (
+            [*MODELLED, "--coordinator", "a:1"],
+            "--coordinator is of a real run, which --model-only leaves out: drop one",
+        ),
+        ([*MODELLED, "--kv-len", "1,2"], "--kv-len is of the whole model, not of a layer of experts: add --layers all"),
+        (
+            [*MODELLED, "--kv-len", "8", "--q-len", "9"],
+            "kv_len must be at least 1 and count the step's own tokens, q_len=9",
+        ),
+        ([*MODELLED, "--moe-tp", "3"], "intermediate_size must be a multiple of moe_tp, got"),
+        ([*MODELLED, "--batch", "100"], "batch_size must be a multiple of dp, got batch_size=100 for dp=32"),
         (["--rounding", "floor"], "rounding must be 'round' (DS_TPU) or 'ceil' (Tier6), got 'floor'"),
     ],
 )

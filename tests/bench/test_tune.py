@@ -13,7 +13,7 @@ from bench.hopper.products import PRODUCT_DTYPES, Product, make_inputs
 from bench.hopper.tune_measure import ConfigTimer
 from bench.hopper.tune_search import Outcome
 from bench.measure.clock import CallTime
-from bench.model.workloads import GemmShape
+from bench.model.shapes import GemmShape
 from pallas_kernels.chips import get_chip
 from pallas_kernels.grouped_matmul.gpu.hopper import tiling
 from pallas_kernels.grouped_matmul.gpu.hopper.tuned_table import parse_table

@@ -13,7 +13,7 @@ from jax.sharding import SingleDeviceSharding
 
 from bench.hopper.products import Product, make_inputs
 from bench.measure.errors import describe
-from bench.model.workloads import GemmShape
+from bench.model.shapes import GemmShape
 from bench.tpu.libtpu import serve
 from moejax import MoEConfig, Quantization, fused_experts, moe, quantize_params
 from moejax.params import param_shapes

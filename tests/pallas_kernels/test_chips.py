@@ -120,7 +120,7 @@ def test_native_dtypes_agree_with_jax(name):
 
 
 def test_a_described_chip():
-    chip = get_chip("cores=64,tflops=768,gbps=8601.6")
+    chip = get_chip("cores=64,tflops=768,gbps=8601.6,link=448")
     assert (chip.kind, chip.cores, chip.hbm_bandwidth) == ("ds_tpu", 64, 8601.6e9)
     for dtype in ("bfloat16", "float8_e4m3fn", "int8"):
         assert chip.peak(dtype) == 768e12
@@ -128,6 +128,14 @@ def test_a_described_chip():
     same_but = dict(name=v32.name, source=v32.source)
     assert dataclasses.replace(chip, **same_but) == v32
     assert get_chip(" tflops=768, cores=64 ,gbps=8601.6").peak_flops == chip.peak_flops
+
+
+def test_a_description_may_leave_out_the_links():
+    assert get_chip("cores=64,tflops=768,gbps=8601.6,link=448").link() == get_chip("v32-run").link() == 448e9
+    chip = get_chip("cores=64,tflops=768,gbps=8601.6")
+    assert chip.link_bandwidth is None
+    with raises_saying(ValueError, "'cores=64,tflops=768,gbps=8601.6' has no link figure", "gbps=8601.6,link=448"):
+        chip.link()
 
 
 @pytest.mark.parametrize(
@@ -145,6 +153,7 @@ def test_a_described_chip():
         ("cores=1.5,tflops=768,gbps=8601.6", ["cores must be a positive", "'1.5'"]),
         ("cores=64,tflops=-1,gbps=8601.6", ["tflops must be a positive", "'-1'"]),
         ("cores=64,tflops=768,gbps=inf", ["gbps must be a positive", "'inf'"]),
+        ("cores=64,tflops=768,gbps=8601.6,link=0", ["link must be a positive", "'0'"]),
         ("cores=64,tflops=nan,gbps=1", ["tflops must be a positive", "'nan'"]),
     ],
 )

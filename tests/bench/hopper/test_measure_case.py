@@ -12,7 +12,7 @@ from bench.hopper.cases import CASES
 from bench.hopper.measure_case import attempt, measure_case
 from bench.hopper.peers import Implementation
 from bench.measure.clock import CallTime
-from bench.model.workloads import GemmShape
+from bench.model.shapes import GemmShape
 from tests.bench.hopper.gpu_records import measurement, record
 
 

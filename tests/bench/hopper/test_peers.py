@@ -8,7 +8,7 @@ import pytest
 
 from bench.hopper import peers
 from bench.hopper.peers import Implementation, matmul_bf16_peers, matmul_fp8_peers
-from bench.model.workloads import GemmShape
+from bench.model.shapes import GemmShape
 from bench.record.provenance import package_version
 
 

@@ -7,7 +7,7 @@ import pytest
 from bench.hopper.products import Product
 from bench.hopper.tune_products import TOKENS_A_CHIP, case_products, default_products
 from bench.hopper.tune_search import by_modelled_time, other_strips, search, shorter_rings
-from bench.model.workloads import GemmShape
+from bench.model.shapes import GemmShape
 from pallas_kernels.chips import get_chip
 from pallas_kernels.grouped_matmul.gpu.hopper import tiling
 

@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench.model import ds_tpu
-from bench.model.ds_tpu import Tile, best_tile, evaluate_exchange, evaluate_gemm, partitions
-from bench.model.workloads import GemmShape
+from bench.model.ds_tpu import best_tile, evaluate_exchange, evaluate_gemm, partitions
+from bench.model.operator_time import Tile
+from bench.model.shapes import GemmShape
 from pallas_kernels.chips import get_chip
 
 # Chip, dtype, shape and parts of the evaluators' published figures; µs elapsed, of arithmetic and of copies; MB.

@@ -3,23 +3,26 @@ import json
 
 import pytest
 
+from bench.model.decoders import get_decoder
 from bench.model.evaluation import build_evaluation
-from bench.model.roofline import model_layer
+from bench.model.times import model_layer, model_step
 from bench.model.workloads import Workload
 from pallas_kernels.chips import get_chip
 
 DECODE = Workload(7168, 2048, 2048, 256, 8, batch_size=1536, q_len=1, ep=32, dp=32, moe_tp=1)
 LAYER = model_layer(get_chip("v32-run"), DECODE)
+STEP = model_step(get_chip("v32-run"), DECODE, get_decoder("deepseek-v3.2"), 8192)
+SUMS = "total_elapse_us", "comm_elapse_us", "flops", "dram_occupy", "mfu", "mfu_without_lookup", "weight_bytes"
+SUMS += "cache_bytes", "layers"
+RATES = "tps", "tps_per_batch", "tps_per_chip"
 
 
 def test_field_names():
     evaluation = build_evaluation(LAYER)
     assert set(evaluation) == {"run_info", "config", "performance"}
     performance = evaluation["performance"]
-    assert set(performance) == {
-        *("total_elapse_us", "comm_elapse_us", "flops", "dram_occupy", "mfu"),
-        *("tps", "tps_per_batch", "tps_per_chip", "layers"),
-    }
+    assert set(performance) == {*SUMS, *(f"layer_{rate}" for rate in RATES)}
+    assert set(build_evaluation(STEP)["performance"]) == {*SUMS, *RATES}
     layer = performance["layers"]["MoE"]
     assert {"name", "layer_type", "perf", "arch"} <= set(layer)
     assert set(layer["perf"]) == {
@@ -68,7 +71,7 @@ def test_values():
 
 def test_the_rate_of_a_chip_is_that_of_all_that_hold_the_experts():
     wide = build_evaluation(model_layer(get_chip("v32-run"), dataclasses.replace(DECODE, moe_tp=2)))["performance"]
-    assert wide["tps_per_chip"] == pytest.approx(wide["tps"] / 64)
+    assert wide["layer_tps_per_chip"] == pytest.approx(wide["layer_tps"] / 64)
 
 
 @pytest.mark.parametrize(("precision", "width"), [("w8a8", 1), ("w16a16", 2)])
@@ -84,27 +87,40 @@ def test_times_are_microseconds_and_sizes_bytes(chip, precision, width):
     seconds = sent / (0.95 * bandwidth) + 2 * 0.59e-6 if chip == "v32-run" else sent * 31 / 32 / bandwidth
     assert performance["comm_elapse_us"] == pytest.approx(seconds * 1e6)
     assert performance["layers"]["MoE"]["perf"]["comm_elapse"] == pytest.approx(seconds * 1e6)
-    assert performance["total_elapse_us"] == pytest.approx(1536 / performance["tps"] * 1e6)
+    assert performance["total_elapse_us"] == pytest.approx(1536 / performance["layer_tps"] * 1e6)
 
 
-def test_rates():
-    performance = build_evaluation(LAYER)["performance"]
-    seconds = LAYER.elapsed * 1e-6
-    assert performance["total_elapse_us"] == LAYER.elapsed
-    assert performance["tps"] == pytest.approx(1536 / seconds)
-    assert performance["tps_per_batch"] == pytest.approx(1 / seconds)
-    assert performance["tps_per_chip"] == pytest.approx(48 / seconds)
-    assert performance["mfu"] == pytest.approx(LAYER.total("flops") / (768e12 * seconds))
+@pytest.mark.parametrize(("time", "prefix"), [(LAYER, "layer_"), (STEP, "")], ids=["a layer", "a model"])
+def test_rates(time, prefix):
+    performance = build_evaluation(time)["performance"]
+    seconds = time.elapsed * 1e-6
+    assert performance["total_elapse_us"] == time.elapsed
+    assert performance[f"{prefix}tps"] == pytest.approx(1536 / seconds)
+    assert performance[f"{prefix}tps_per_batch"] == pytest.approx(1 / seconds)
+    assert performance[f"{prefix}tps_per_chip"] == pytest.approx(48 / seconds)
+    assert performance["mfu"] == pytest.approx(time.total("flops") / (768e12 * seconds))
 
 
-def test_layers_multiply_time_and_divide_rates():
-    one, many = build_evaluation(LAYER)["performance"], build_evaluation(LAYER, num_layers=58)["performance"]
-    for field in ("total_elapse_us", "comm_elapse_us", "flops", "dram_occupy"):
-        assert many[field] == pytest.approx(58 * one[field])
-    assert many["tps"] == pytest.approx(one["tps"] / 58)
-    assert many["mfu"] == pytest.approx(one["mfu"])
-    with pytest.raises(ValueError, match="num_layers must be at least 1, got 0"):
-        build_evaluation(LAYER, num_layers=0)
+def test_layers_of_a_model_add_up():
+    performance = build_evaluation(STEP)["performance"]
+    layers = performance["layers"]
+    assert {name: layer["count"] for name, layer in layers.items()} == {
+        "Embedding": 1, "MLA": 61, "DSA": 61, "MLP": 3, "MoE": 58, "LMHead": 1,
+    }  # fmt: skip
+    for total, part in (("total_elapse_us", "elapse"), ("comm_elapse_us", "comm_elapse"), ("flops", "flops")):
+        assert sum(x["count"] * x["perf"][part] for x in layers.values()) == pytest.approx(performance[total])
+    for layer in layers.values():
+        operators = [*layer["comp_operators"], *layer["comm_operators"]]
+        assert layer["total_operators"] == len(operators)
+        times = [operator["elapsed" if "elapsed" in operator else "comm_elapse"] for operator in operators]
+        assert sum(times) == pytest.approx(layer["perf"]["elapse"])
+        assert layer["arch"]["kv_len"] == 8192
+    attention = next(x for x in layers["MLA"]["comp_operators"] if x["name"] == "attention")
+    assert attention["operator_type"] == "FA2Operator"
+    assert attention["parallel_params"] == {"B": 48, "QS": 128, "KS": 2048, "QD": 576, "VD": 512}
+    assert attention["best_partition"] == {"dims": "B", "procs": [64]}
+    assert set(attention["best_tile"]) == {"Q", "K"}
+    assert layers["Embedding"]["comp_operators"][0]["operator_type"] == "EmbeddingOperator"
 
 
 def test_extra_entries():
@@ -117,7 +133,11 @@ def test_extra_entries():
 @pytest.mark.parametrize("chip", ["v32-run", "v5e", "h200"])
 @pytest.mark.parametrize("precision", ["w8a8", "w16a16"])
 def test_every_chip_gives_plain_json(chip, precision):
-    layer = model_layer(get_chip(chip), dataclasses.replace(DECODE, precision=precision))
-    evaluation = build_evaluation(layer)
-    assert json.loads(json.dumps(evaluation, allow_nan=False)) == evaluation
-    assert evaluation["config"]["precision"] == precision
+    workload = dataclasses.replace(DECODE, precision=precision)
+    for time in (
+        model_layer(get_chip(chip), workload),
+        model_step(get_chip(chip), workload, get_decoder("deepseek-v3.2"), 8192),
+    ):
+        evaluation = build_evaluation(time)
+        assert json.loads(json.dumps(evaluation, allow_nan=False)) == evaluation
+        assert evaluation["config"]["precision"] == precision

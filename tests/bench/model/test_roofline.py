@@ -5,8 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bench.model.roofline import least_rows, model_gemm, model_layer, roofline_exchange, roofline_gemm
-from bench.model.workloads import GemmShape, Workload
+from bench.model.roofline import least_rows, roofline_exchange, roofline_gemm
+from bench.model.shapes import GemmShape
+from bench.model.times import model_gemm, model_layer
+from bench.model.workloads import Workload
 from pallas_kernels.chips import CHIPS, get_chip
 
 DECODE = Workload(7168, 2048, 2048, 256, 8, batch_size=1536, q_len=1, ep=32, dp=32, moe_tp=1)

@@ -1,8 +1,11 @@
 import dataclasses
+import math
 
 import pytest
 
-from bench.model.workloads import GemmShape, Workload, layer_matmuls, moe_workload
+from bench.model.layers import Product, moe_layer
+from bench.model.shapes import GemmShape
+from bench.model.workloads import Workload, moe_workload
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,6 +18,12 @@ class Layer:
 
 
 DEEPSEEK = Layer()
+
+
+def products(workload: Workload, *, busiest: bool = False) -> dict[str, GemmShape]:
+    """What one chip multiplies for the layer, by name."""
+    operators = moe_layer(workload, busiest=busiest).operators
+    return {operator.name: operator.shape for operator in operators if isinstance(operator, Product)}
 
 
 def test_example_of_batch_64():
@@ -35,7 +44,7 @@ def test_precision_sets_the_width_of_dispatch_and_not_of_combine():
 
 def test_products_of_the_v32_run():
     workload = moe_workload(DEEPSEEK, batch_size=1536, ep=32)
-    assert list(layer_matmuls(workload).items()) == [
+    assert list(products(workload).items()) == [
         ("gate", GemmShape(1, 48, 7168, 256)),
         ("shared_gate_proj", GemmShape(1, 48, 7168, 2048)),
         ("shared_up_proj", GemmShape(1, 48, 7168, 2048)),
@@ -49,14 +58,14 @@ def test_products_of_the_v32_run():
 
 def test_no_shared_expert_no_shared_products():
     layer = dataclasses.replace(DEEPSEEK, shared_intermediate_size=0)
-    names = list(layer_matmuls(moe_workload(layer, batch_size=64, ep=32)))
+    names = list(products(moe_workload(layer, batch_size=64, ep=32)))
     assert names == ["gate", "routed_gate_proj", "routed_up_proj", "routed_down_proj"]
 
 
 def test_moe_tp_cuts_the_routed_experts_and_the_wire():
     whole = moe_workload(DEEPSEEK, batch_size=64, ep=16)
     cut = moe_workload(DEEPSEEK, batch_size=64, ep=16, moe_tp=4)
-    shapes = layer_matmuls(cut)
+    shapes = products(cut)
     assert shapes["routed_gate_proj"].N == shapes["routed_down_proj"].K == 512
     assert shapes["shared_gate_proj"].N == 2048
     assert (cut.dispatch_bytes, cut.num_chips) == (whole.dispatch_bytes // 4, 64)
@@ -64,22 +73,23 @@ def test_moe_tp_cuts_the_routed_experts_and_the_wire():
 
 @pytest.mark.parametrize(("rounding", "shape"), [("round", (3, 1, 7168, 2048)), ("ceil", (4, 1, 7168, 2048))])
 def test_both_evaluators_roundings_of_config_a(rounding, shape):
-    shapes = layer_matmuls(moe_workload(DEEPSEEK, batch_size=4, ep=32, dp=1, rounding=rounding))
+    shapes = products(moe_workload(DEEPSEEK, batch_size=4, ep=32, dp=1, rounding=rounding))
     assert shapes["routed_gate_proj"] == GemmShape(*shape)
     assert shapes["gate"].M == 4
 
 
-def test_rows_can_be_those_of_another_chip():
+def test_rows_can_be_those_of_the_busiest_chip():
     workload = moe_workload(DEEPSEEK, batch_size=1536, ep=32)
-    assert layer_matmuls(workload, routed_rows=424.5)["routed_up_proj"] == GemmShape(8, 54, 7168, 2048)
     assert workload.busiest_rows > workload.token_per_ep_group
+    rows = math.ceil(workload.busiest_rows / 8)
+    assert products(workload, busiest=True)["routed_up_proj"] == GemmShape(8, rows, 7168, 2048)
 
 
 def test_q_len_multiplies_tokens_but_not_sequences():
     workload = moe_workload(DEEPSEEK, batch_size=64, ep=32, q_len=3)
     assert workload.token_per_ep_group == 48
     assert workload.batch_size_local == 2
-    assert layer_matmuls(workload)["gate"].M == 6
+    assert products(workload)["gate"].M == 6
 
 
 @pytest.mark.parametrize(
