@@ -33,7 +33,7 @@ def test_training_over_a_mesh_learns():
     assert losses[-1] < 0.5
 
 
-@pytest.mark.quick("4")
+@pytest.mark.quick("1")
 @pytest.mark.parametrize("ep", ["1", "4"])
 def test_serving_in_8_bits_is_close_to_bf16(ep):
     sizes = "--slots", "4", "--requests", "7", "--longest", "6", "--steps", "3", "--hidden", "128", "--experts", "8"

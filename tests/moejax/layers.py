@@ -47,8 +47,8 @@ def clear_cut_tokens(num_tokens: int, config: MoEConfig, params: MoEParams, rng:
     kernel = params.router["kernel"]
     biases = {name: value for name, value in params.router.items() if name != "kernel"}
     noise = 1 + 1e-4 * jnp.asarray(rng.standard_normal(kernel.shape), jnp.float32)
-    ids = route(x, kernel, config, **biases).topk_ids
-    moved = route(x, kernel * noise, config, **biases).topk_ids
+    chosen = jax.jit(lambda kernel: route(x, kernel, config, **biases).topk_ids)
+    ids, moved = chosen(kernel), chosen(kernel * noise)
     stable = np.flatnonzero(np.asarray((ids == moved).all(1)))
     assert stable.size >= num_tokens
     return x[stable[:num_tokens]]

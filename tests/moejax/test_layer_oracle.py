@@ -114,7 +114,7 @@ def test_values_equal_the_dense_oracles_on_simulated_tpus():
     x = x[:, :13]  # interpreted kernels take their time
     with interpreted():
         y, _ = jax.jit(lambda x, params: moe(x, params, config))(x, params)
-    expected = dense_moe(x.astype(jnp.float32), params, config, quantized=True)
+    expected = jax.jit(lambda x, params: dense_moe(x, params, config, quantized=True))(x.astype(jnp.float32), params)
     assert relative_error(y, expected) < LIMITS["w8a8", "bfloat16"][0]
 
 
