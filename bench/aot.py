@@ -135,7 +135,7 @@ def compile_record(job: LayerJob, *, with_cycles: bool = True) -> dict[str, Any]
         "chips": slice_.num_chips,
         "devices": slice_.num_devices,
         "dp": job.dp,
-        "chip": slice_.generation.chip,
+        "chip": slice_.chip.name,
     }
     layer = {"layer": record["job"]}
     try:
@@ -146,7 +146,7 @@ def compile_record(job: LayerJob, *, with_cycles: bool = True) -> dict[str, Any]
     if with_cycles and kernels:
         for kernel, cycles in zip(kernels, kernel_cycles(_WORKER, layer, len(kernels)), strict=True):
             kernel["cycles" if isinstance(cycles, int) else "no_cycles"] = cycles
-    clock = slice_.generation.clock_hz / 1e6
+    clock = slice_.clock_hz / 1e6
     for kernel in kernels:
         kernel["us"] = kernel["calls"] * kernel["cycles"] / clock if "cycles" in kernel else None
     for row in compiled["xla_operations"]:
@@ -165,7 +165,7 @@ def compile_record(job: LayerJob, *, with_cycles: bool = True) -> dict[str, Any]
         "hbm_bytes": int(device.hbm_bytes),
         "fits_hbm": compiled["memory"]["peak_bytes"] <= device.hbm_bytes,
         "vmem_capacity_bytes": device.fast_memory_bytes,
-        "clock_hz": slice_.generation.clock_hz,
+        "clock_hz": slice_.clock_hz,
         "kernels_us": sum(kernel["us"] or 0 for kernel in kernels),
         "xla_us": compiled["xla_cycles"] / clock,
         "roofline_us": model_layer(device, workload, grad=job.grad).elapsed,

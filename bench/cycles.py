@@ -127,7 +127,7 @@ def new_row(chip: str, case: Case) -> dict[str, Any]:
     """A case on a TPU, with its floors in cycles and no implementation yet."""
     slice_ = _slice(chip)
     floor = roofline_gemm(slice_.device, case.shape, "bf16")
-    clock = slice_.generation.clock_hz / 1e6
+    clock = slice_.clock_hz / 1e6
     return {
         "chip": chip,
         "case": case.name,
@@ -154,7 +154,7 @@ def figure(chip: str, case: Case, kind: str, choice: Choice, timeout: float = _T
     answer: dict[str, Any] = {"configuration": choice.configuration}
     copied = copied_bytes(choice, case)
     if copied is not None:
-        answer["copy_cycles"] = round(copied / slice_.device.hbm_bandwidth * slice_.generation.clock_hz)
+        answer["copy_cycles"] = round(copied / slice_.device.hbm_bandwidth * slice_.clock_hz)
     job = {"case": dataclasses.asdict(case), "choice": dataclasses.asdict(choice), "kind": kind}
     is_kernel = choice.implementation != ACTIVATION
     (cycles,) = kernel_cycles(_WORKER, {**job, "topology": slice_.name}, 1, timeout, total=not is_kernel)

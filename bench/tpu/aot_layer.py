@@ -126,11 +126,7 @@ def abstract_params(config: MoEConfig, mesh: Mesh, *, training: bool) -> MoEPara
     if config.precision == "w8a8" and not training:
         params = jax.eval_shape(functools.partial(quantize_params, config=config), params)
     specs = param_specs(params, config, axes_on(mesh, None, config))
-
-    def placed(leaf: jax.ShapeDtypeStruct, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
-
-    return jax.tree.map(placed, params, specs)
+    return jax.tree.map(lambda leaf, spec: leaf.update(sharding=NamedSharding(mesh, spec)), params, specs)
 
 
 def work(job: dict[str, Any]) -> dict[str, Any]:

@@ -48,10 +48,7 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
             return compile_alone([(_activation, [product])], job)
         kernel = _kernel(choice, shape)
         if job["kind"] == INSTRUCTIONS:
-            equation = without_copies(kernel.equation)
-            if equation is None:
-                raise ValueError("its copies are the compiler's own and cannot be left out")
-            kernel = dataclasses.replace(kernel, equation=equation)
+            kernel = dataclasses.replace(kernel, equation=without_copies(kernel.equation))
         return compile_alone([kernel.alone], job)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from bench.measure.errors import describe, one_line
 from bench.processes.interrupts import child_environment, end_with_parent
+from bench.record.files import write_whole
 from bench.record.provenance import package_version
 
 _ENVIRONMENT = {
@@ -87,10 +88,7 @@ def serve(work: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
         # Whatever the compiler raises becomes one line; where it came from matters to who mends a kernel.
         traceback.print_exc()
         answer = {"error": describe(error, LONGEST_REASON)}
-    path = Path(sys.argv[1])
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(answer))
-    partial.rename(path)
+    write_whole(Path(sys.argv[1]), json.dumps(answer))
 
 
 def reason_of(stderr: str) -> str:

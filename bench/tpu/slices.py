@@ -49,27 +49,17 @@ GENERATIONS: Mapping[str, Generation] = {
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-    """Chips of one kind that are wired together.
-
-    Attributes:
-      name: as libtpu knows it.
-      generation: their kind.
-      num_chips: how many they are.
-    """
+    """Chips of one kind that are wired together, under the name that libtpu has for them."""
 
     name: str
-    generation: Generation
+    chip: Chip
     num_chips: int
+    clock_hz: float
 
     @property
     def num_devices(self) -> int:
         """Devices that jax shows."""
         return self.num_chips * self.chip.jax_devices
-
-    @property
-    def chip(self) -> Chip:
-        """What one of its chips has."""
-        return get_chip(self.generation.chip)
 
     @property
     def device(self) -> Chip:
@@ -103,9 +93,8 @@ def share_of(chip: Chip, parts: int) -> Chip:
 
 def as_ds_tpu(device: Chip, dtype: str) -> Chip:
     """A chip for DS_TPU's model with a device's peak at `dtype`, its bandwidth and its links."""
-    peak, bandwidth = device.peak(operand_dtype(dtype)) / 1e12, device.hbm_bandwidth / 1e9
-    chip = ds_tpu_chip(device.name, DS_TPU_CORES, peak, bandwidth, "this device, as DS_TPU's")
-    return dataclasses.replace(chip, link_bandwidth=device.link_bandwidth)
+    peak, bandwidth, link = device.peak(operand_dtype(dtype)) / 1e12, device.hbm_bandwidth / 1e9, device.link() / 1e9
+    return ds_tpu_chip(device.name, DS_TPU_CORES, peak, bandwidth, "this device, as DS_TPU's", link)
 
 
 def parse_slice(name: str) -> Slice:
@@ -125,7 +114,7 @@ def parse_slice(name: str) -> Slice:
         raise ValueError(
             f"topology {name!r}: slices of {kind} have {rank} dimensions, such as {kind}:{example}, got {len(sizes)}"
         )
-    return Slice(f"{kind}:{shape}", generation, math.prod(sizes))
+    return Slice(f"{kind}:{shape}", get_chip(generation.chip), math.prod(sizes), generation.clock_hz)
 
 
 def examples() -> str:

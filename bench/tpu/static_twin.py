@@ -54,10 +54,14 @@ def with_scalars(equation: Any, scalars: Mapping[int, Any]) -> dict[str, Any]:
 
 
 def without_copies(equation: Any) -> Any:
-    """The equation of a kernel that starts and awaits no copies; None where it has none of its own to leave out."""
+    """The equation of a kernel that starts and awaits no copies.
+
+    Raises:
+      ValueError: it has none of its own to leave out.
+    """
     kernel = kernel_jaxpr(equation)
     if not contains(kernel, _COPIES):
-        return None
+        raise ValueError("its copies are the compiler's own and cannot be left out")
     return equation.replace(params=_with_kernel(dict(equation.params), _without_copies(kernel)))
 
 
@@ -76,13 +80,11 @@ def _with_kernel(params: dict[str, Any], kernel: core.Jaxpr) -> dict[str, Any]:
 
 
 def _without_copies(jaxpr: core.Jaxpr) -> core.Jaxpr:
-    def bare(value: Any) -> Any:
-        if not inner_jaxprs(value):
-            return value
-        return jax.tree.map(lambda leaf: _without_copies(leaf) if is_jaxpr(leaf) else leaf, value, is_leaf=is_jaxpr)
+    def bare(leaf: Any) -> Any:
+        return _without_copies(leaf) if is_jaxpr(leaf) else leaf
 
     kept = [equation for equation in jaxpr.eqns if equation.primitive.name not in _COPIES]
-    return jaxpr.replace(eqns=[e.replace(params={name: bare(value) for name, value in e.params.items()}) for e in kept])
+    return jaxpr.replace(eqns=[e.replace(params=jax.tree.map(bare, dict(e.params), is_leaf=is_jaxpr)) for e in kept])
 
 
 def is_jaxpr(value: Any) -> bool:

@@ -17,7 +17,7 @@ from tests.helpers import raises_saying
 )
 def test_a_name_says_what_the_slice_has(name, chips, devices, chip):
     slice_ = parse_slice(name)
-    assert (slice_.num_chips, slice_.num_devices, slice_.generation.chip) == (chips, devices, chip)
+    assert (slice_.num_chips, slice_.num_devices, slice_.chip.name) == (chips, devices, chip)
 
 
 def test_the_devices_of_a_chip_share_it():
