@@ -79,7 +79,10 @@ def matmul_fp8(
     rhs_scaling: Scaling = "per_row",
     peers: tuple[Implementation, ...] = matmul_fp8_peers(),
 ) -> CaseData:
-    """A product in FP8. Weights lie as [G, N, K], where a scale for each row is one for each output channel."""
+    """A product in FP8. Weights lie as [G, N, K], where a scale for each row is one for each output channel.
+
+    No peer takes DeepSeek's scales, "1x128" and "128x128".
+    """
     lhs = _fp8(normal(0, (s.G * s.M, s.K)), lhs_scaling)
     rhs = _fp8(normal(1, (s.G, s.N, s.K), scale=s.K**-0.5), rhs_scaling)
     return CaseData(
@@ -88,11 +91,6 @@ def matmul_fp8(
         peers=peers,
         reference=lambda lhs, rhs, sizes: _exact(dequantize(lhs), dequantize(rhs)),
     )
-
-
-def matmul_fp8_blocks(s: GemmShape) -> CaseData:
-    """The same with DeepSeek's scales, which no peer takes."""
-    return matmul_fp8(s, "1x128", "128x128", peers=())
 
 
 def layer_fp8(s: GemmShape) -> CaseData:

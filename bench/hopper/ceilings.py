@@ -4,7 +4,6 @@ A data sheet's bandwidth and peak are reached by nothing; a kernel is measured a
 """
 
 import dataclasses
-from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
@@ -36,12 +35,8 @@ class Ceilings:
         peaks = {**chip.peak_flops, "bfloat16": self.bf16_flops}
         if self.fp8_flops is not None:
             peaks["float8_e4m3fn"] = self.fp8_flops
-        return dataclasses.replace(
-            chip,
-            name=f"{chip.name}, as measured",
-            hbm_bandwidth=self.read_bandwidth,
-            peak_flops=MappingProxyType(peaks),
-        )
+        name = f"{chip.name}, as measured"
+        return dataclasses.replace(chip, name=name, hbm_bandwidth=self.read_bandwidth, peak_flops=peaks)
 
 
 def measure_ceilings(repeats: int) -> Ceilings:

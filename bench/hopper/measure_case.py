@@ -1,6 +1,7 @@
 """Measures a case: each implementation is checked against the right answer first, and timed if it is right."""
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -84,13 +85,12 @@ def attempt(
         }
 
     outcomes: list[Outcome] = []
-    reasons: list[str] = []
     for name in implementation.functions:
         try:
             outcomes.append(measure(name))
         except Exception as error:
-            reasons.append(describe(error))
-    return min(outcomes, key=lambda outcome: outcome["us"]) if outcomes else {"error": reasons[0]}
+            outcomes.append({"error": describe(error)})
+    return min(outcomes, key=lambda outcome: outcome.get("us", math.inf))
 
 
 def case_record(
@@ -100,7 +100,16 @@ def case_record(
     floor = case.floor_us(chip)
     measured_floor = case.floor_us(ceilings.applied_to(chip))
     microseconds = ours.get("us")
-    head = {
+    figures: dict[str, Any] = {"met": None}
+    if microseconds is not None:
+        figures = {
+            "tflops": case.flops / microseconds / 1e6,
+            "tb_per_s": case.hbm_bytes / microseconds / 1e6,
+            "share_of_floor": floor / microseconds,
+            "share_of_measured_floor": measured_floor / microseconds,
+            "met": case.goal.is_met(microseconds, case.flops) if chip.name == _GOALS_CHIP else None,
+        }
+    return {
         **dataclasses.asdict(case.shape),
         "dtype": case.dtype,
         "note": case.note,
@@ -110,16 +119,7 @@ def case_record(
         "floor_us": floor,
         "measured_floor_us": measured_floor,
         **ours,
-    }
-    if microseconds is None:
-        return {**head, "met": None, "peers": {name: _beside(peer, None) for name, peer in peers.items()}}
-    return {
-        **head,
-        "tflops": case.flops / microseconds / 1e6,
-        "tb_per_s": case.hbm_bytes / microseconds / 1e6,
-        "share_of_floor": floor / microseconds,
-        "share_of_measured_floor": measured_floor / microseconds,
-        "met": case.goal.is_met(microseconds, case.flops) if chip.name == _GOALS_CHIP else None,
+        **figures,
         "peers": {name: _beside(peer, microseconds) for name, peer in peers.items()},
     }
 

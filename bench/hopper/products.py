@@ -9,6 +9,7 @@ Groups have equal numbers of rows.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -77,16 +78,11 @@ class Product:
         return PRODUCT_DTYPES[self.dtype][0]
 
     @property
-    def block_scales(self) -> bool:
-        """Whether scales come every 128 of K."""
-        return self.dtype == "fp8-blocks"
-
-    @property
     def problem(self) -> Problem:
         """What its tiles depend on."""
         return Problem(
             self.operand,
-            self.block_scales,
+            self.dtype == "fp8-blocks",
             self.fused,
             self.result_in_8_bits,
             num_groups=self.shape.G,
@@ -94,11 +90,6 @@ class Product:
             depth=self.shape.K,
             columns=self.shape.N,
         )
-
-    @property
-    def out_dtype(self) -> jnp.dtype:
-        """The result's dtype."""
-        return jnp.dtype(jnp.float8_e4m3fn if self.result_in_8_bits else jnp.bfloat16)
 
     @property
     def cost(self) -> Cost:
@@ -119,16 +110,20 @@ class Product:
         Raises:
           Unsupported: it cannot do this product.
         """
-        common: dict[str, Any] = {
-            "bias": None,
-            "group_offset": 0,
-            "transpose_rhs": self.k_major,
-            "out_dtype": self.out_dtype,
-            "stage": stage,
-        }
-        if not self.fused:
-            return gpu.grouped_matmul(lhs, rhs, group_sizes, **common)
-        return gpu.grouped_gate_up(lhs, rhs, group_sizes, activation="silu", activation_limit=None, **common)
+        kernel: Callable[..., Any] = gpu.grouped_matmul
+        if self.fused:
+            kernel = functools.partial(gpu.grouped_gate_up, activation="silu", activation_limit=None)
+        out_dtype = jnp.dtype(jnp.float8_e4m3fn if self.result_in_8_bits else jnp.bfloat16)
+        return kernel(
+            lhs,
+            rhs,
+            group_sizes,
+            bias=None,
+            group_offset=0,
+            transpose_rhs=self.k_major,
+            out_dtype=out_dtype,
+            stage=stage,
+        )
 
 
 def layer_products(

@@ -37,7 +37,10 @@ class ConfigTimer:
 
     def __call__(self, configs: Sequence[Config]) -> Mapping[Config, float]:
         """The first configuration of the first call gives the result that all others must have."""
-        self._compile([config for config in configs if config not in self._programs])
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for config in configs:
+                if config not in self._programs:
+                    self._programs[config] = pool.submit(self._compiled, config)
         times = {}
         for config in configs:
             try:
@@ -49,16 +52,8 @@ class ConfigTimer:
                 self._say(f"{self._product.name}, {config}: {describe(error)}")
         return times
 
-    def _compile(self, configs: Sequence[Config]) -> None:
-        lowered: dict[Config, Any] = {}
-        for config in configs:
-            try:
-                lowered[config] = self._lower(config)
-            except Exception as error:
-                self._programs[config] = Future()
-                self._programs[config].set_exception(error)
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            self._programs |= {config: pool.submit(program.compile) for config, program in lowered.items()}
+    def _compiled(self, config: Config) -> Any:
+        return self._lower(config).compile()
 
     def _lower(self, config: Config) -> Any:
         def call(*operands):  # a function of its own, as jax remembers what it traced

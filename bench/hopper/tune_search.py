@@ -6,7 +6,6 @@ the model's choice, so that luck among many does not make a winner.
 """
 
 import dataclasses
-import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from bench.hopper.products import Product
@@ -24,20 +23,11 @@ LEAST_GAIN = 0.02
 """A configuration that is not faster than the model's choice by this share is not worth an entry."""
 
 _STRIPS = (1, 4, 8, 16)
-_FEWER_STAGES = (1, 2)
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """Times of a product in µs.
-
-    Attributes:
-      model: the model's choice.
-      model_us: its time.
-      best: the fastest, which may be the model's choice.
-      best_us: its time.
-      num_timed: how many configurations were timed.
-    """
+    """The model's choice for a product and the fastest of those timed, which may be the same, with their µs."""
 
     model: Config
     model_us: float
@@ -82,9 +72,7 @@ def search(product: Product, chip: Chip, timer: Timer, *, exhaustive: bool = Fal
         time_new(other_strips(product, best()))
         time_new(shorter_rings(best()))
     winner = best()
-    if winner == model:
-        return Outcome(model, times[model], model, times[model], len(times))
-    again = timer([model, winner])
+    again = times if winner == model else timer([model, winner])
     return Outcome(model, again[model], winner, again[winner], len(times))
 
 
@@ -105,6 +93,6 @@ def other_strips(product: Product, config: Config) -> list[Config]:
 
 
 def shorter_rings(config: Config) -> list[Config]:
-    """`config` with fewer stages, of which a kernel needs two."""
-    fewer = itertools.takewhile(lambda stages: stages >= 2, (config.num_stages - n for n in _FEWER_STAGES))
-    return [dataclasses.replace(config, num_stages=stages) for stages in fewer]
+    """`config` with one and with two stages fewer, of which a kernel needs two."""
+    fewer = (config.num_stages - 1, config.num_stages - 2)
+    return [dataclasses.replace(config, num_stages=stages) for stages in fewer if stages >= 2]
