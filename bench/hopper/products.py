@@ -113,7 +113,6 @@ class Product:
         kernel: Callable[..., Any] = gpu.grouped_matmul
         if self.fused:
             kernel = functools.partial(gpu.grouped_gate_up, activation="silu", activation_limit=None)
-        out_dtype = jnp.dtype(jnp.float8_e4m3fn if self.result_in_8_bits else jnp.bfloat16)
         return kernel(
             lhs,
             rhs,
@@ -121,7 +120,7 @@ class Product:
             bias=None,
             group_offset=0,
             transpose_rhs=self.k_major,
-            out_dtype=out_dtype,
+            out_dtype=jnp.float8_e4m3fn if self.result_in_8_bits else jnp.bfloat16,
             stage=stage,
         )
 

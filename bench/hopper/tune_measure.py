@@ -21,12 +21,7 @@ _TOLERANCE = 2e-2  # between two configurations, which sum in different orders
 class ConfigTimer:
     """Gives the kernel time of each configuration in µs; those that fail, or differ from the first, are left out.
 
-    Configurations are compiled side by side and timed one after the other.
-
-    Args:
-      product: what to run.
-      repeats: how often each is timed.
-      say: takes a line on each that failed.
+    Configurations are compiled side by side and timed one after the other; `say` takes a line on each that failed.
     """
 
     def __init__(self, product: Product, repeats: int, say: Callable[[str], None]):

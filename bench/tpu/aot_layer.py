@@ -3,6 +3,7 @@
 `bench.aot` runs this module, in a process of its own, as the other end of `bench.tpu.libtpu.run_job`.
 """
 
+import collections
 import dataclasses
 import functools
 import warnings
@@ -171,17 +172,16 @@ def memory_record(analysis: Any) -> dict[str, int]:
 
 def _operations(program: Program) -> dict[str, Any]:
     """XLA's own operations that take the most cycles; collectives, of which no cycles are known, are left out."""
-    rows: dict[str, dict[str, Any]] = {}
+    calls, cycles = collections.Counter[str](), collections.Counter[str]()
     for operation, times in program.executed():
         if operation.collective is None and not operation.is_kernel and operation.cycles:
             name = f"{operation.opcode} {operation.source}".strip()
-            row = rows.setdefault(name, {"name": name, "calls": 0, "cycles": 0})
-            row["calls"] += times
-            row["cycles"] += times * operation.cycles
-    ranked = sorted(rows.values(), key=lambda row: -row["cycles"])
+            calls[name] += times
+            cycles[name] += times * operation.cycles
+    most = cycles.most_common(_SHOWN)
     return {
-        "xla_cycles": sum(row["cycles"] for row in ranked),
-        "xla_operations": ranked[:_SHOWN],
+        "xla_cycles": cycles.total(),
+        "xla_operations": [{"name": name, "calls": calls[name], "cycles": taken} for name, taken in most],
         "has_dynamic_loops": program.has_dynamic_loops,
     }
 

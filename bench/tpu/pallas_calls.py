@@ -79,9 +79,8 @@ class PallasCall:
 def find_kernels(traced: core.Jaxpr, known: Mapping[int, Any] | None = None) -> list[PallasCall]:
     """The kernels of a traced function, in the order of their first calls.
 
-    Args:
-      traced: the function.
-      known: values of some of its arguments, by position; sizes of grids that follow from them are worked out.
+    What follows from the values of those of its arguments that are `known`, by position, is worked out: sizes of grids,
+    and scalars that kernels read.
     """
     values = {variable: (known or {}).get(i) for i, variable in enumerate(traced.invars)} | _constants(traced)
     found: dict[str, PallasCall] = {}

@@ -112,11 +112,7 @@ def _writes(values: Sequence[np.ndarray], rank: int) -> core.Jaxpr:
                 for place in np.ndindex(value.shape):
                     ref[place] = jnp.asarray(value[place], value.dtype)
 
-        steps = [pl.program_id(dim) for dim in range(rank)]
-        if steps:
-            pl.when(sum(steps[1:], steps[0]) == 0)(write)
-        else:
-            write()
+        pl.when(sum(pl.program_id(dim) for dim in range(rank)) == 0)(write)
 
     in_scalar_memory = pl.BlockSpec(memory_space=pltpu.SMEM)
     shapes = [jax.ShapeDtypeStruct(value.shape, value.dtype) for value in values]
