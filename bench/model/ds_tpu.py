@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from bench.model.operator_time import LOOP_ORDERS, ExchangeKind, LoopOrder, OperatorTime, Tile
-from bench.model.shapes import OUTPUT_BYTES, GemmShape, operand_dtype
+from bench.model.shapes import OUTPUT_BYTES, GemmShape, operand_dtype, up
 from pallas_kernels.chips import Chip
 
 CUBE_M, CUBE_K, CUBE_N = 16, 32, 8  # the systolic cube; a block's extents are padded to it
@@ -206,11 +206,6 @@ def divisors(number: int) -> list[int]:
     """Of a positive number, in ascending order."""
     small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
     return sorted({*small, *(number // d for d in small)})
-
-
-def up(extent, step: int):
-    """The least multiple of `step` that is no smaller; `extent` may be an array."""
-    return -(-extent // step) * step
 
 
 def _mnk(tile: Tile) -> tuple[int, int, int]:

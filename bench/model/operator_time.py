@@ -70,3 +70,8 @@ class OperatorTime:
     urate: float = 0.0
     best_tile: Tile | AttentionTile | None = None
     best_partition: tuple[int, ...] | None = None
+
+    @property
+    def comm_elapsed(self) -> float:
+        """`elapsed` of an exchange, 0 for all else."""
+        return self.elapsed if self.kind in get_args(ExchangeKind) else 0.0

@@ -34,6 +34,11 @@ def operand_dtype(name: str) -> jnp.dtype:
         raise ValueError(f"dtype must be one of {', '.join(OPERAND_DTYPES)}, got {name!r}") from None
 
 
+def up(extent, step: int):
+    """The least multiple of `step` that is no smaller; `extent` may be an array."""
+    return -(-extent // step) * step
+
+
 @dataclasses.dataclass(frozen=True)
 class GemmShape:
     """C[g] = A[g] (M × K) · B[g] (K × N) for g = 1..G."""
