@@ -87,17 +87,17 @@ def main(argv: Sequence[str]) -> None:
     base = page.resolve().parent
     if "rows" in record:
         content = cycles_block(record, os.path.relpath(path.resolve(), base))
-        write_whole(page, replace_block(text, content, CYCLES_HEADING, CYCLES_MARKS))
-        print(f"wrote {page}")
-        return
-    svg = path.with_suffix(".svg")
-    if importlib.util.find_spec("matplotlib"):
-        plot(record, svg)
-        print(f"wrote {svg}")
+        text = replace_block(text, content, CYCLES_HEADING, CYCLES_MARKS)
     else:
-        print(f"{svg} is left as it is: matplotlib is not installed (pip install -e '.[plots]')", file=sys.stderr)
-    links = [os.path.relpath(file.resolve(), base) for file in (path, svg) if file.exists()]
-    write_whole(page, replace_block(text, block(record, *links)))
+        svg = path.with_suffix(".svg")
+        if importlib.util.find_spec("matplotlib"):
+            plot(record, svg)
+            print(f"wrote {svg}")
+        else:
+            print(f"{svg} is left as it is: matplotlib is not installed (pip install -e '.[plots]')", file=sys.stderr)
+        links = [os.path.relpath(file.resolve(), base) for file in (path, svg) if file.exists()]
+        text = replace_block(text, block(record, *links))
+    write_whole(page, text)
     print(f"wrote {page}")
 
 

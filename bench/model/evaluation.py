@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from bench.model.operator_time import OperatorTime
-from bench.model.shapes import OPERAND_DTYPES, AttentionShape, GemmShape
+from bench.model.shapes import OPERAND_DTYPES
 from bench.model.times import LayerTime, StepTime
 
 _OPERATOR_TYPES = {
@@ -100,18 +100,12 @@ def operator_record(operator: OperatorTime) -> dict[str, Any]:
     dims = "GMNK" if operator.kind == "matmul" else "B"
     return {
         **head,
-        "parallel_params": _parallel_params(operator.shape),
+        "parallel_params": operator.shape.params if operator.shape else {},
         **_fields(operator, "param", "flops", "dram_occupy", "dram_traffic", "elapsed", "comp_elapsed", "dma_elapsed"),
         "best_tile": operator.best_tile and dataclasses.asdict(operator.best_tile),
         "best_partition": operator.best_partition and {"dims": dims, "procs": list(operator.best_partition)},
         "urate": operator.urate,
     }
-
-
-def _parallel_params(shape: GemmShape | AttentionShape | None) -> dict[str, int]:
-    if shape is None:
-        return {}
-    return shape.params if isinstance(shape, AttentionShape) else dataclasses.asdict(shape)
 
 
 def _fields(value: Any, *names: str) -> dict[str, Any]:

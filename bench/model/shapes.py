@@ -54,7 +54,12 @@ class GemmShape:
                 raise ValueError(f"{field.name} must be at least 1, got {self!r}")
 
     def __str__(self) -> str:
-        return shape_text(dataclasses.asdict(self))
+        return shape_text(self.params)
+
+    @property
+    def params(self) -> dict[str, int]:
+        """G, M, K and N by name."""
+        return dataclasses.asdict(self)
 
     @property
     def flops(self) -> int:
