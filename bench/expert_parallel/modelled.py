@@ -12,8 +12,8 @@ from bench.record.files import write_whole
 from bench.record.json_files import write_json
 from bench.record.tables import Cell, format_table
 
-Modelled = Mapping[bool, Sequence[StepTime]]
-"""A layer of experts (False) and the whole model's step (True), each under every cache length and batch."""
+Modelled = list[tuple[StepTime, StepTime]]
+"""A layer of experts and the whole model's step, under every cache length and batch."""
 
 _TIMES = ("comp µs", "dma µs", "link µs", "elapsed µs")
 
@@ -33,7 +33,7 @@ def show(modelled: Modelled, *, whole: bool, title: str, origin: Mapping[str, st
       ValueError: there is to be a picture, and matplotlib is not installed.
       OSError: a file cannot be written.
     """
-    wanted = modelled[whole]
+    wanted = [pair[whole] for pair in modelled]
     evaluations = [build_evaluation(step, run_info=origin) for step in wanted]
     if svg is not None:
         write_curve(wanted, pathlib.Path(svg))
@@ -43,7 +43,7 @@ def show(modelled: Modelled, *, whole: bool, title: str, origin: Mapping[str, st
     first = wanted[0]
     print(f"{title}, modelled: chip {first.chip.name}, {first.model} model")
     if len(wanted) == 1:
-        step = modelled[True][0]
+        step = modelled[0][True]
         print(f"{operators_table(first)}\n\n{step_table(step)}\n\n{step_summary(step)}\n")
     else:
         print(f"{sweep_table(wanted)}\n")
