@@ -49,6 +49,7 @@ def main(argv: Sequence[str]) -> int:
     chip = get_chip(args.chip)
 
     def model(chip: Chip) -> Modelled:
+        """Under every cache length and batch."""
         pairs = itertools.product(args.kv_len, workloads)
         return [(model_layer(chip, workload), model_step(chip, workload, decoder, kv)) for kv, workload in pairs]
 
@@ -60,6 +61,7 @@ def main(argv: Sequence[str]) -> int:
         show(modelled, whole=whole, title=title, origin=origin, svg=args.svg, json=args.json)
         return 0
     (workload,) = workloads
+    ((layer, step),) = modelled
     batch_size = workload.batch_size
     path = pathlib.Path(args.input) if args.input else default_text_path()
     text = read_text(path)
@@ -74,7 +76,7 @@ def main(argv: Sequence[str]) -> int:
 
     if jax.process_index() == 0:
         evaluation = build_evaluation(
-            modelled[0][whole],
+            step if whole else layer,
             run_info={**origin, "jax": jax.__version__},
             measured=measured_record(result, fitted, devices),
         )

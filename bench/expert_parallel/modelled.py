@@ -1,5 +1,6 @@
 """What the cost models say of a step, as tables for people and a picture."""
 
+import math
 import pathlib
 from collections.abc import Mapping, Sequence
 from itertools import groupby
@@ -33,7 +34,7 @@ def show(modelled: Modelled, *, whole: bool, title: str, origin: Mapping[str, st
       ValueError: there is to be a picture, and matplotlib is not installed.
       OSError: a file cannot be written.
     """
-    wanted = [pair[whole] for pair in modelled]
+    wanted = [step if whole else layer for layer, step in modelled]
     evaluations = [build_evaluation(step, run_info=origin) for step in wanted]
     if svg is not None:
         write_curve(wanted, pathlib.Path(svg))
@@ -43,7 +44,7 @@ def show(modelled: Modelled, *, whole: bool, title: str, origin: Mapping[str, st
     first = wanted[0]
     print(f"{title}, modelled: chip {first.chip.name}, {first.model} model")
     if len(wanted) == 1:
-        step = modelled[0][True]
+        ((_, step),) = modelled
         print(f"{operators_table(first)}\n\n{step_table(step)}\n\n{step_summary(step)}\n")
     else:
         print(f"{sweep_table(wanted)}\n")
@@ -86,6 +87,9 @@ def step_summary(step: StepTime) -> str:
     """Rates, utilisation and memory of a whole model's step."""
     lookup = next(operator for operator in step.operators if operator.kind == "lookup")
     exchange = f"of which dispatch and combine {step.comm_elapsed:,.1f} µs"
+    memory = f"weights {step.weight_bytes / 1e9:,.1f} GB, cache {step.cache_bytes / 1e9:,.1f} GB"
+    if step.chip.hbm_bytes < math.inf:  # infinite where it is not known
+        memory += f", of {step.chip.hbm_bytes / 1e9:,.1f} GB{'' if step.fits else ': TOO MUCH'}"
     rows: list[list[Cell]] = [
         ["time", f"{step.elapsed:,.1f} µs, {exchange}"],
         ["tokens/s", f"{step.tps:,.1f}, {step.tps_per_chip:,.1f} a chip, {step.tps_per_batch:,.2f} a user"],
@@ -94,18 +98,10 @@ def step_summary(step: StepTime) -> str:
             f"{step.mfu:.1%} by DS_TPU's count, in which the embedding's lookup is a product of "
             f"{lookup.flops / 1e9:,.1f} GFLOP; {step.mfu_without_lookup:.1%} without",
         ],
-        ["memory of a chip", memory_note(step)],
+        ["memory of a chip", memory],
     ]
     title = f"step of the whole model, batch {step.workload.batch_size}, kv {step.kv_len}"
     return format_table([title, ""], rows)
-
-
-def memory_note(step: StepTime) -> str:
-    """What a chip has to keep, and whether it can."""
-    kept = f"weights {step.weight_bytes / 1e9:,.1f} GB, cache {step.cache_bytes / 1e9:,.1f} GB"
-    if step.chip.hbm_bytes == float("inf"):
-        return kept
-    return f"{kept}, of {step.chip.hbm_bytes / 1e9:,.1f} GB{'' if step.fits else ': TOO MUCH'}"
 
 
 def sweep_table(steps: Sequence[StepTime]) -> str:

@@ -63,7 +63,8 @@ def step_layers(decoder: Decoder, workload: Workload, kv_len: int, *, as_ds_tpu:
       decoder: what stands around the experts.
       workload: the layer of experts, its batch and its spread; all else is whole on every chip, for its own sequences.
       kv_len: tokens of each sequence that a query may see, those of the step among them.
-      as_ds_tpu: count what DS_TPU counts, see `moe_layer` and `_latent`; otherwise what a real chip has to do.
+      as_ds_tpu: count the rows, experts and extents that DS_TPU counts, see `moe_layer` and `_latent`; otherwise those
+        that the busiest chip has.
 
     Raises:
       ValueError: kv_len is below the step's own tokens.
@@ -135,7 +136,7 @@ def _mlp(prefix: str, groups: int, rows: int, hidden: int, width: int) -> dict[s
 
 
 def _weights(operators: Mapping[str, Operator]) -> int:
-    """Elements of the right-hand sides of all products."""
+    """Elements that all products multiply with."""
     return sum(operator.weights for operator in operators.values() if isinstance(operator, GemmShape))
 
 
@@ -207,9 +208,9 @@ def _latent(attention: LatentAttention, w: Workload, kv_len: int, count: int, *,
 
 
 def _index(index: SparseIndex, q_lora_rank: int, w: Workload, kv_len: int, count: int) -> Layer:
-    """What chooses the keys: every query against every key, of whose scores no values are made.
+    """What chooses the keys: the scores of every query with every key, and no values.
 
-    DS_TPU calls one half of a key's width its value's, so that the scores alone cost what they should.
+    DS_TPU takes half of a key's width for a value's, so that the scores alone cost the FLOPs and bytes of whole keys.
     """
     tokens, cached, width = w.local_tokens, w.batch_size_local * kv_len, index.heads * index.head_dim
     operators: dict[str, Operator] = {

@@ -44,8 +44,8 @@ class OperatorTime:
       link_elapsed: µs of the traffic to other chips alone.
       flops: FLOPs without padding; of a lookup those that DS_TPU charges for it.
       dram_traffic: bytes to and from main memory.
-      dram_occupy: bytes of weights that the operator keeps in main memory, and for an attention of its cache; what
-        DS_TPU prints of an attention is another number.
+      dram_occupy: bytes of weights that the operator keeps in main memory, and for an attention of its cache; DS_TPU's
+        model gives of an attention what DS_TPU prints, see `evaluate_attention`.
       param: number of these weights.
       comm_size: payload of an exchange in bytes.
       urate: flops over what the chip's peak does in `elapsed`.

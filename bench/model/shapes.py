@@ -104,7 +104,7 @@ class AttentionShape:
       pairs: of a row and a key that it sees, in one cache: QS · KS but for what causality and windows leave out.
       keys: that are read, in all caches: B · KS but for those that several of them share.
       latent: a value is the beginning of its key, so that who reads the keys has read the values.
-      query_width: of the product that makes the queries of all heads.
+      query_width: of the product that makes the queries of all heads; no time depends on it, only what DS_TPU prints.
     """
 
     B: int
