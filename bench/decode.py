@@ -4,13 +4,14 @@ import itertools
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 
 from bench.command.parser import run
 from bench.expert_parallel.decode_step import TOLERANCE, DecodeRun, run_decode, tokens_of_text
 from bench.expert_parallel.fit import fit
-from bench.expert_parallel.modelled import show
+from bench.expert_parallel.modelled import Modelled, show
 from bench.expert_parallel.options import parse
 from bench.expert_parallel.report import measured_record, print_report
 from bench.inputs.text import default_text_path, read_text
@@ -19,7 +20,7 @@ from bench.measure.clock import Stopwatch
 from bench.measure.devices import Devices, start
 from bench.model.decoders import get_decoder
 from bench.model.evaluation import build_evaluation
-from bench.model.times import StepTime, model_layer, model_step
+from bench.model.times import model_layer, model_step
 from bench.model.workloads import moe_workload
 from bench.record.json_files import write_json
 from bench.record.provenance import command_line, now
@@ -32,58 +33,40 @@ from sharding.placement import Placement
 def main(argv: Sequence[str]) -> int:
     """Runs, checks, models and prints; returns 1 when the layer differs from the oracle."""
     args = parse(argv)
+
+    def given(*names: str) -> dict[str, Any]:
+        return {name: getattr(args, name) for name in names}
+
     # All that can be said without devices is checked before any of them starts.
-    config = get_preset(
-        args.model,
-        precision=args.precision,
-        backend=args.backend,
-        transport=args.transport,
-        capacity_factor=args.capacity_factor,
-    )
+    config = get_preset(args.model, **given("precision", "backend", "transport", "capacity_factor"))
     Placement(config.num_experts, args.ep)  # raises where they do not fit
     if not args.model_only and args.batch[0] % args.ep:
         near = -(-args.batch[0] // args.ep) * args.ep
         raise ValueError(f"--batch must be a multiple of --ep {args.ep}, got {args.batch[0]}; try {near}")
     decoder = get_decoder(args.model)
-    workloads = [
-        moe_workload(
-            config,
-            batch_size=batch,
-            ep=args.ep,
-            dp=args.dp,
-            q_len=args.q_len,
-            moe_tp=args.moe_tp,
-            precision=args.precision,
-            rounding=args.rounding,
-        )
-        for batch in args.batch
-    ]
+    spread = given("ep", "dp", "q_len", "moe_tp", "precision", "rounding")
+    workloads = [moe_workload(config, batch_size=batch, **spread) for batch in args.batch]
     chip = get_chip(args.chip)
 
-    def model(chip: Chip, *, whole: bool) -> list[StepTime]:
-        """A layer, or the whole model, under every cache length and batch."""
+    def model(chip: Chip) -> Modelled:
+        """Under every cache length and batch."""
         pairs = itertools.product(args.kv_len, workloads)
-        return [model_step(chip, w, decoder, kv) if whole else model_layer(chip, w) for kv, w in pairs]
+        return [(model_layer(chip, workload), model_step(chip, workload, decoder, kv)) for kv, workload in pairs]
 
-    modelled = {whole: model(chip, whole=whole) for whole in (False, True)}
+    whole = args.layers == "all"
+    modelled = model(chip)
     origin = {"command": command_line("bench.decode", argv), "date": now(), "moe_model": args.model}
     title = f"{args.model}, ep {args.ep}, {args.precision}"
     if args.model_only:
-        show(modelled, whole=args.layers == "all", title=title, origin=origin, svg=args.svg, json=args.json)
+        show(modelled, whole=whole, title=title, origin=origin, svg=args.svg, json=args.json)
         return 0
     (workload,) = workloads
+    ((layer, step),) = modelled
     batch_size = workload.batch_size
-    chips = [chip]
     path = pathlib.Path(args.input) if args.input else default_text_path()
     text = read_text(path)
 
-    devices = start(
-        args.ep,
-        say=_progress(quiet=False),
-        coordinator=args.coordinator,
-        num_processes=args.num_processes,
-        process_id=args.process_id,
-    )
+    devices = start(args.ep, say=_progress(quiet=False), **given("coordinator", "num_processes", "process_id"))
     say = _progress(quiet=jax.process_index() != 0)
     fitted = fit(config, devices, batch_size, args.reduce)
     say(f"devices: {devices.note}")
@@ -91,11 +74,9 @@ def main(argv: Sequence[str]) -> int:
     say(f"text:    {batch_size} places of {path}")
     result = _run(fitted.config, devices, text, batch_size, args.seed, say)
 
-    if not devices.is_virtual and (own := chip_of(devices.devices[0])) is not None and own not in chips:
-        chips.append(own)
     if jax.process_index() == 0:
         evaluation = build_evaluation(
-            modelled[args.layers == "all"][0],
+            step if whole else layer,
             run_info={**origin, "jax": jax.__version__},
             measured=measured_record(result, fitted, devices),
         )
@@ -103,8 +84,10 @@ def main(argv: Sequence[str]) -> int:
             write_json(evaluation, "-")
         else:
             print(f"\n{title}, batch {batch_size}")
-            layers, steps = ([time for chip in chips for time in model(chip, whole=whole)] for whole in (False, True))
-            print_report(workload, layers, steps, result, fitted, devices)
+            own = None if devices.is_virtual else chip_of(devices.devices[0])
+            if own is not None and own != chip:
+                modelled += model(own)
+            print_report(workload, modelled, result, fitted, devices)
             write_json(evaluation, args.json)
             print(f"\nwrote {args.json}")
     if not result.relative_error < TOLERANCE:

@@ -51,44 +51,23 @@ def main(argv: Sequence[str]) -> None:
         "--svg", type=output_folder, metavar="DIR", help="write each figure to DIR as well, as NAME.svg"
     )
     args = parser.parse_args(argv)
-    print(f"wrote {write_report(args.results)}")
+    path, sections = write_report(args.results)
+    print(f"wrote {path}")
     if args.svg is not None:
-        for path in write_figures(args.results, args.svg):
-            print(f"wrote {path}")
+        args.svg.mkdir(parents=True, exist_ok=True)
+        for section in sections:
+            if section.svg is not None:
+                path = args.svg / f"{section.name}.svg"
+                write_whole(path, standalone(section.svg))
+                print(f"wrote {path}")
 
 
-def write_report(folder: pathlib.Path) -> pathlib.Path:
-    """Draws what the records in a folder allow, into its report.html.
+def write_report(folder: pathlib.Path) -> tuple[pathlib.Path, list[Section]]:
+    """Draws what the records in a folder allow, into its report.html; returns its path and what it shows.
 
     Raises:
       ValueError: matplotlib is not installed, there are no records, or a file is not theirs.
     """
-    runs, records = _read(folder)
-    path = folder / REPORT
-    write_whole(path, _page(_sections(runs, records), _origins(runs, records)))
-    return path
-
-
-def say_report(folder: pathlib.Path) -> None:
-    """What a bench does at its end: makes the report if it can, and says on standard error where it is or why not."""
-    try:
-        print(f"wrote {write_report(folder)}", file=sys.stderr)
-    except (ValueError, OSError) as reason:
-        print(f"no {folder / REPORT}: {reason}", file=sys.stderr)
-
-
-def write_figures(folder: pathlib.Path, to: pathlib.Path) -> list[pathlib.Path]:
-    """Each figure that the records in a folder allow as a file of its own; returns their paths."""
-    to.mkdir(parents=True, exist_ok=True)
-    written = []
-    for section in _sections(*_read(folder)):
-        if section.svg is not None:
-            written.append(to / f"{section.name}.svg")
-            write_whole(written[-1], standalone(section.svg))
-    return written
-
-
-def _read(folder: pathlib.Path) -> tuple[dict[str, Run], list[dict[str, Any]]]:
     require_matplotlib()
     runs = read_runs(folder / FILE_NAME)
     records = [record for name in _ONE_CHIP_FILES for record in read_lines(folder / name)]
@@ -97,11 +76,17 @@ def _read(folder: pathlib.Path) -> tuple[dict[str, Run], list[dict[str, Any]]]:
             f"{folder} has none of {', '.join((FILE_NAME, *_ONE_CHIP_FILES))} with records in it; make some with "
             f"python -m bench.train --quick --out {folder}"
         )
-    return runs, records
+    sections = [*training.sections(runs), *one_chip.sections(records)]
+    write_whole(folder / REPORT, _page(sections, _origins(runs, records)))
+    return folder / REPORT, sections
 
 
-def _sections(runs: Mapping[str, Run], records: Sequence[Mapping[str, Any]]) -> list[Section]:
-    return [*training.sections(runs), *one_chip.sections(records)]
+def say_report(folder: pathlib.Path) -> None:
+    """What a bench does at its end: makes the report if it can, and says on standard error where it is or why not."""
+    try:
+        print(f"wrote {write_report(folder)[0]}", file=sys.stderr)
+    except (ValueError, OSError) as reason:
+        print(f"no {folder / REPORT}: {reason}", file=sys.stderr)
 
 
 def _origins(runs: Mapping[str, Run], records: Sequence[Mapping[str, Any]]) -> list[list[Cell]]:

@@ -87,17 +87,17 @@ def main(argv: Sequence[str]) -> None:
     base = page.resolve().parent
     if "rows" in record:
         content = cycles_block(record, os.path.relpath(path.resolve(), base))
-        write_whole(page, replace_block(text, content, CYCLES_HEADING, CYCLES_MARKS))
-        print(f"wrote {page}")
-        return
-    svg = path.with_suffix(".svg")
-    if importlib.util.find_spec("matplotlib"):
-        plot(record, svg)
-        print(f"wrote {svg}")
+        text = replace_block(text, content, CYCLES_HEADING, CYCLES_MARKS)
     else:
-        print(f"{svg} is left as it is: matplotlib is not installed (pip install -e '.[plots]')", file=sys.stderr)
-    links = [os.path.relpath(file.resolve(), base) for file in (path, svg) if file.exists()]
-    write_whole(page, replace_block(text, block(record, *links)))
+        svg = path.with_suffix(".svg")
+        if importlib.util.find_spec("matplotlib"):
+            plot(record, svg)
+            print(f"wrote {svg}")
+        else:
+            print(f"{svg} is left as it is: matplotlib is not installed (pip install -e '.[plots]')", file=sys.stderr)
+        links = [os.path.relpath(file.resolve(), base) for file in (path, svg) if file.exists()]
+        text = replace_block(text, block(record, *links))
+    write_whole(page, text)
     print(f"wrote {page}")
 
 
@@ -136,35 +136,31 @@ def replace_block(text: str, content: str, heading: str = HEADING, marks: tuple[
 
 def plot(record: Mapping[str, Any], path: Path) -> None:
     """Bars of each implementation's time over the floor of the run, a group for each case; needs matplotlib."""
-    with drawing("h200") as pyplot:
-        write_whole(path, standalone(svg_of(_bars(record, pyplot))))
-
-
-def _bars(record: Mapping[str, Any], pyplot: Any) -> Any:
-    from matplotlib import ticker
-
     cases = {name: case for name, case in record["cases"].items() if "us" in case}
     names = ["ours", *dict.fromkeys(peer for case in cases.values() for peer in measured_peers(case))]
-    colours = dict(zip(names, pyplot.get_cmap("tab10").colors, strict=False))
-    figure, axes = pyplot.subplots(figsize=(9, 1 + 0.8 * len(cases)))
-    for row, case in enumerate(cases.values()):
-        times = {"ours": case["us"], **{peer: case["peers"][peer]["us"] for peer in measured_peers(case)}}
-        height = _BAR / len(times)
-        for place, (name, microseconds) in enumerate(times.items()):
-            y = row - _BAR / 2 + (place + 0.5) * height
-            axes.barh(y, microseconds / case["measured_floor_us"], height, color=colours[name])
-            axes.text(microseconds / case["measured_floor_us"], y, f" {microseconds:,.0f} µs", va="center", fontsize=7)
-    axes.axvline(1, color=INK, linewidth=0.8)
-    axes.set_xscale("log")
-    axes.margins(x=0.1)
-    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_minor_locator(ticker.NullLocator())
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.set_yticks(range(len(cases)), cases)
-    axes.invert_yaxis()
-    axes.set_xlabel(f"device time over the floor of the run, {record['chip']} (less is better)")
-    axes.legend([pyplot.Rectangle((0, 0), 1, 1, color=colours[name]) for name in names], names, fontsize=8)
-    return figure
+    with drawing("h200") as pyplot:
+        from matplotlib import ticker
+
+        colours = dict(zip(names, pyplot.get_cmap("tab10").colors, strict=False))
+        figure, axes = pyplot.subplots(figsize=(9, 1 + 0.8 * len(cases)))
+        for row, case in enumerate(cases.values()):
+            times = {"ours": case["us"], **{peer: case["peers"][peer]["us"] for peer in measured_peers(case)}}
+            height = _BAR / len(times)
+            for place, (name, microseconds) in enumerate(times.items()):
+                y, ratio = row - _BAR / 2 + (place + 0.5) * height, microseconds / case["measured_floor_us"]
+                axes.barh(y, ratio, height, color=colours[name])
+                axes.text(ratio, y, f" {microseconds:,.0f} µs", va="center", fontsize=7)
+        axes.axvline(1, color=INK, linewidth=0.8)
+        axes.set_xscale("log")
+        axes.margins(x=0.1)
+        axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_minor_locator(ticker.NullLocator())
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.set_yticks(range(len(cases)), cases)
+        axes.invert_yaxis()
+        axes.set_xlabel(f"device time over the floor of the run, {record['chip']} (less is better)")
+        axes.legend([pyplot.Rectangle((0, 0), 1, 1, color=colours[name]) for name in names], names, fontsize=8)
+        write_whole(path, standalone(svg_of(figure)))
 
 
 if __name__ == "__main__":

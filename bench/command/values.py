@@ -39,25 +39,22 @@ seed_number = whole_number(0, 2**31 - 1)
 
 def positive_float(text: str) -> float:
     """A finite number above 0."""
-    number = _number(text)
-    if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a positive number, got {text!r}")
-    return number
+    return _number(text, lambda number: number > 0, "a positive number")
 
 
 def natural_float(text: str) -> float:
     """A finite number of at least 0."""
-    number = _number(text)
-    if not 0 <= number < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number of at least 0, got {text!r}")
-    return number
+    return _number(text, lambda number: number >= 0, "a number of at least 0")
 
 
-def _number(text: str) -> float:
+def _number(text: str, is_right: Callable[[float], bool], what: str) -> float:
     try:
-        return float(text)
+        number = float(text)
     except ValueError:
-        return math.nan
+        number = math.nan
+    if not (math.isfinite(number) and is_right(number)):
+        raise argparse.ArgumentTypeError(f"must be {what}, got {text!r}")
+    return number
 
 
 def several[Value](parse: Callable[[str], Value]) -> Callable[[str], list[Value]]:

@@ -63,42 +63,31 @@ def run_decode(x: jax.Array, params: MoEParams, config: MoEConfig, mesh: Mesh, s
     say("compiling and running the layer")
     y, aux = jax.block_until_ready(step(x, params))
     wall = statistics.median(wall_seconds(step, x, params) for _ in range(_REPEATS))
-    num_checked = _num_checked(config, x.shape[0])
+    oracle_flops = 6 * config.num_experts * config.hidden_size * config.intermediate_size  # of a token
+    num_checked = max(1, min(x.shape[0], int(ORACLE_FLOPS / oracle_flops)))
     say(f"checking {num_checked} of {x.shape[0]} tokens against the dense oracle")
-    error = float(_relative_error(x, y, params, config, mesh, num_checked))
+    # Tokens from all over the batch, so that every chip's share is looked at.
+    checked = np.linspace(0, x.shape[0] - 1, num_checked).astype(np.int32)
+    error = float(_relative_error(x, y, params, config, mesh, checked))
     say("timing the stages one by one")
     stages = time_stages(x, params, config, mesh, say)
     per_chip = np.asarray(aux.load.tokens_per_expert).reshape(mesh.shape[EXPERT_AXIS], -1).sum(1)
     return DecodeRun(error, num_checked, wall, stages, aux.load, int(per_chip.max()))
 
 
-def _num_checked(config: MoEConfig, num_tokens: int) -> int:
-    flops_a_token = 6 * config.num_experts * config.hidden_size * config.intermediate_size
-    return max(1, min(num_tokens, int(ORACLE_FLOPS / flops_a_token)))
-
-
 def _relative_error(
-    x: jax.Array, y: jax.Array, params: MoEParams, config: MoEConfig, mesh: Mesh, num_checked: int
+    x: jax.Array, y: jax.Array, params: MoEParams, config: MoEConfig, mesh: Mesh, checked: np.ndarray
 ) -> jax.Array:
-    """Every chip applies its experts to every checked token; the sums are compared where they lie."""
+    """Every chip applies its experts to each of the tokens `checked`; the sums are compared where they lie."""
     is_8_bit = config.precision == "w8a8"
-    travels = is_8_bit and mesh.shape[EXPERT_AXIS] > 1
+    wire_scaling = config.wire_scaling if is_8_bit and mesh.shape[EXPERT_AXIS] > 1 else None
 
     def oracle(x: jax.Array, params: MoEParams) -> jax.Array:
-        return dense_moe(
-            x,
-            params,
-            config,
-            quantized=is_8_bit,
-            wire_scaling=config.wire_scaling if travels else None,
-            expert_axis=EXPERT_AXIS,
-        )
+        return dense_moe(x, params, config, quantized=is_8_bit, wire_scaling=wire_scaling, expert_axis=EXPERT_AXIS)
 
     everywhere = PartitionSpec()
     specs = param_specs(params, config, axes_on(mesh, None, config))
     sharded = jax.shard_map(oracle, mesh=mesh, in_specs=(everywhere, specs), out_specs=everywhere, check_vma=False)
-    # Tokens from all over the batch, so that every chip's share is looked at.
-    checked = np.linspace(0, x.shape[0] - 1, num_checked).astype(np.int32)
 
     @jax.jit
     def error(x: jax.Array, y: jax.Array, params: MoEParams) -> jax.Array:

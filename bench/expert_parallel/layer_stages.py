@@ -60,7 +60,7 @@ def time_stages(
     axes = axes_on(mesh, None, config)
     way = way_of(config, axes)
     stages = Stages(config, way, math_of(config))
-    clock = _Clock(mesh, params, param_specs(params, config, axes), say)
+    clock = _Clock(mesh, params, param_specs(params, config, axes), say, is_nvidia(mesh.devices.flat[0]))
 
     def gate(x, p):
         routing = stages.route(x, p, Tokens.on_one_chip(x.shape[0])).routing
@@ -91,16 +91,16 @@ def time_stages(
     return clock.times
 
 
+@dataclasses.dataclass
 class _Clock:
     """Runs a stage on every chip and notes its time. Values between stages have a leading dimension for the chips."""
 
-    def __init__(self, mesh: Mesh, params: MoEParams, specs: MoEParams, say: Callable[[str], None]):
-        self.mesh = mesh
-        self.params = params
-        self.specs = specs
-        self.say = say
-        self.times = StageTimes()
-        self.has_kernel_times = is_nvidia(mesh.devices.flat[0])
+    mesh: Mesh
+    params: MoEParams
+    specs: MoEParams
+    say: Callable[[str], None]
+    has_kernel_times: bool
+    times: StageTimes = dataclasses.field(default_factory=StageTimes)
 
     def __call__(self, name: str, stage: Callable[..., Any], *args: Any) -> Any:
         program = self._program(stage, args)
@@ -128,8 +128,7 @@ class _Clock:
         def product(lhs, plan, params, stage):
             return kernel(lhs, plan.group_sizes, params, config, stage)
 
-        lhs = self._program(ready, (rows,))(self.params, rows)
-        args = (lhs, plan)
+        args = self._program(ready, (rows,))(self.params, rows), plan
         try:
             programs = [self._program(functools.partial(product, stage=stage), args) for stage in KERNEL_STAGES]
             self.times.overlaps[name] = OverlapTimes(*(self._kernel_us(program, args) for program in programs))
@@ -148,12 +147,5 @@ class _Clock:
             return jax.tree.map(lambda leaf: leaf[None], stage(*own, params))
 
         by_chip = PartitionSpec(EXPERT_AXIS)
-        return jax.jit(
-            jax.shard_map(
-                on_chip,
-                mesh=self.mesh,
-                in_specs=(self.specs, *(by_chip for _ in args)),
-                out_specs=by_chip,
-                check_vma=False,
-            )
-        )
+        in_specs = self.specs, *(by_chip for _ in args)
+        return jax.jit(jax.shard_map(on_chip, mesh=self.mesh, in_specs=in_specs, out_specs=by_chip, check_vma=False))

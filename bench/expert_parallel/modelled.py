@@ -1,5 +1,6 @@
 """What the cost models say of a step, as tables for people and a picture."""
 
+import math
 import pathlib
 from collections.abc import Mapping, Sequence
 from itertools import groupby
@@ -7,13 +8,13 @@ from itertools import groupby
 from bench.figures.section import drawing, require_matplotlib, standalone, svg_of
 from bench.model.evaluation import build_evaluation
 from bench.model.operator_time import OperatorTime
-from bench.model.times import StepTime
+from bench.model.times import LayerTime, StepTime
 from bench.record.files import write_whole
 from bench.record.json_files import write_json
 from bench.record.tables import Cell, format_table
 
-Modelled = Mapping[bool, Sequence[StepTime]]
-"""A layer of experts (False) and the whole model's step (True), each under every cache length and batch."""
+Modelled = list[tuple[StepTime, StepTime]]
+"""A layer of experts and the whole model's step, under every cache length and batch."""
 
 _TIMES = ("comp µs", "dma µs", "link µs", "elapsed µs")
 
@@ -33,7 +34,7 @@ def show(modelled: Modelled, *, whole: bool, title: str, origin: Mapping[str, st
       ValueError: there is to be a picture, and matplotlib is not installed.
       OSError: a file cannot be written.
     """
-    wanted = modelled[whole]
+    wanted = [step if whole else layer for layer, step in modelled]
     evaluations = [build_evaluation(step, run_info=origin) for step in wanted]
     if svg is not None:
         write_curve(wanted, pathlib.Path(svg))
@@ -43,7 +44,7 @@ def show(modelled: Modelled, *, whole: bool, title: str, origin: Mapping[str, st
     first = wanted[0]
     print(f"{title}, modelled: chip {first.chip.name}, {first.model} model")
     if len(wanted) == 1:
-        step = modelled[True][0]
+        ((_, step),) = modelled
         print(f"{operators_table(first)}\n\n{step_table(step)}\n\n{step_summary(step)}\n")
     else:
         print(f"{sweep_table(wanted)}\n")
@@ -54,8 +55,8 @@ def operators_table(step: StepTime) -> str:
     """One line an operator with its modelled times in µs and traffic in MB; of one layer their sums as well."""
     headers = ["operator", "shape", *_TIMES, "traffic MB", "urate %"]
     if len(step.layers) > 1:
-        named = [([time.layer.name], operator) for time in step.layers for operator in time.operators]
-        return format_table(["layer", *headers], [[*layer, *_operator_row(operator)] for layer, operator in named])
+        named = [[time.layer.name, *_operator_row(operator)] for time in step.layers for operator in time.operators]
+        return format_table(["layer", *headers], named)
     rows = [_operator_row(operator) for operator in step.operators]
     sums = [sum(float(row[i] or 0) for row in rows) for i in range(2, 7)]
     return format_table(headers, [*rows, ["total", "", *sums, None]])
@@ -69,14 +70,16 @@ def _operator_row(operator: OperatorTime) -> list[Cell]:
 
 def step_table(step: StepTime) -> str:
     """One line a kind of layer: times of one, time of all of them, and what bounds it."""
+
+    def parts(time: LayerTime | StepTime) -> list[Cell]:
+        return [time.total(f"{part}_elapsed") for part in ("comp", "dma", "link")]
+
     rows: list[list[Cell]] = []
     for time in step.layers:
-        spent = [time.total(f"{part}_elapsed") for part in ("comp", "dma", "link")]
         whole = time.layer.count * time.elapsed
         share = 100 * whole / step.elapsed
-        rows.append([time.layer.name, time.layer.count, *spent, time.elapsed, whole, share, time.bound])
-    totals = [step.total(f"{part}_elapsed") for part in ("comp", "dma", "link")]
-    rows.append(["whole step", None, *totals, None, step.elapsed, 100.0, step.bound])
+        rows.append([time.layer.name, time.layer.count, *parts(time), time.elapsed, whole, share, time.bound])
+    rows.append(["whole step", None, *parts(step), None, step.elapsed, 100.0, step.bound])
     return format_table(["layer", "count", *_TIMES, "all µs", "all %", "bound by"], rows)
 
 
@@ -84,6 +87,9 @@ def step_summary(step: StepTime) -> str:
     """Rates, utilisation and memory of a whole model's step."""
     lookup = next(operator for operator in step.operators if operator.kind == "lookup")
     exchange = f"of which dispatch and combine {step.comm_elapsed:,.1f} µs"
+    memory = f"weights {step.weight_bytes / 1e9:,.1f} GB, cache {step.cache_bytes / 1e9:,.1f} GB"
+    if step.chip.hbm_bytes < math.inf:  # infinite where it is not known
+        memory += f", of {step.chip.hbm_bytes / 1e9:,.1f} GB{'' if step.fits else ': TOO MUCH'}"
     rows: list[list[Cell]] = [
         ["time", f"{step.elapsed:,.1f} µs, {exchange}"],
         ["tokens/s", f"{step.tps:,.1f}, {step.tps_per_chip:,.1f} a chip, {step.tps_per_batch:,.2f} a user"],
@@ -92,51 +98,29 @@ def step_summary(step: StepTime) -> str:
             f"{step.mfu:.1%} by DS_TPU's count, in which the embedding's lookup is a product of "
             f"{lookup.flops / 1e9:,.1f} GFLOP; {step.mfu_without_lookup:.1%} without",
         ],
-        ["memory of a chip", memory_note(step)],
+        ["memory of a chip", memory],
     ]
     title = f"step of the whole model, batch {step.workload.batch_size}, kv {step.kv_len}"
     return format_table([title, ""], rows)
 
 
-def memory_note(step: StepTime) -> str:
-    """What a chip has to keep, and whether it can."""
-    kept = f"weights {step.weight_bytes / 1e9:,.1f} GB, cache {step.cache_bytes / 1e9:,.1f} GB"
-    if step.chip.hbm_bytes == float("inf"):
-        return kept
-    return f"{kept}, of {step.chip.hbm_bytes / 1e9:,.1f} GB{'' if step.fits else ': TOO MUCH'}"
-
-
 def sweep_table(steps: Sequence[StepTime]) -> str:
     """One line a batch and cache length."""
-    headers = [
-        "kv",
-        "batch",
-        "step µs",
-        "tokens/s",
-        "tokens/s a chip",
-        "tokens/s a user",
-        "MFU %",
-        "GB a chip",
-        "bound by",
+    rows: list[dict[str, Cell]] = [
+        {
+            "kv": step.kv_len,
+            "batch": step.workload.batch_size,
+            "step µs": step.elapsed,
+            "tokens/s": step.tps,
+            "tokens/s a chip": step.tps_per_chip,
+            "tokens/s a user": step.tps_per_batch,
+            "MFU %": 100 * step.mfu_without_lookup,
+            "GB a chip": (step.weight_bytes + step.cache_bytes) / 1e9,
+            "bound by": step.bound + ("" if step.fits else f"; does not fit {step.chip.hbm_bytes / 1e9:,.0f} GB"),
+        }
+        for step in steps
     ]
-    rows: list[list[Cell]] = []
-    for step in steps:
-        kept = (step.weight_bytes + step.cache_bytes) / 1e9
-        bound = step.bound if step.fits else f"{step.bound}; does not fit {step.chip.hbm_bytes / 1e9:,.0f} GB"
-        rows.append(
-            [
-                step.kv_len,
-                step.workload.batch_size,
-                step.elapsed,
-                step.tps,
-                step.tps_per_chip,
-                step.tps_per_batch,
-                100 * step.mfu_without_lookup,
-                kept,
-                bound,
-            ]
-        )
-    return format_table(headers, rows)
+    return format_table(list(rows[0]), [list(row.values()) for row in rows])
 
 
 def write_curve(steps: Sequence[StepTime], path: pathlib.Path) -> None:

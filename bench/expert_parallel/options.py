@@ -4,14 +4,7 @@ import argparse
 from collections.abc import Sequence
 
 from bench.command.parser import make_parser
-from bench.command.values import (
-    POSITIVE_INTS,
-    natural_int,
-    output_file,
-    positive_float,
-    positive_int,
-    seed_number,
-)
+from bench.command.values import POSITIVE_INTS, natural_int, output_file, positive_float, positive_int, seed_number
 from moejax import PRESETS
 from moejax.config import PRECISIONS
 from pallas_kernels.chips import CHIPS
@@ -26,8 +19,10 @@ _EXAMPLES = (
     "--ep 32 --coordinator 10.0.0.1:1234 --num-processes 4 --process-id 0   (on a cluster without auto-detection)",
 )
 
-_OF_A_RUN = ("input", "capacity_factor", "reduce", "backend", "transport", "seed")
-_OF_A_CLUSTER = ("coordinator", "num_processes", "process_id")
+_OF_A_RUN = (
+    *("input", "capacity_factor", "reduce", "backend", "transport", "seed"),
+    *("coordinator", "num_processes", "process_id"),
+)
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -38,10 +33,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """
     parser = _parser()
     args = parser.parse_args(argv)
+    given = {name for name in vars(args) if getattr(args, name) != parser.get_default(name)}
     several = [name for name in ("batch", "kv_len") if len(getattr(args, name)) > 1]
-    of_the_model = [*several, *(name for name in ("q_len", "moe_tp", "dp", "svg") if _given(parser, args, name))]
+    of_the_model = [*several, *(name for name in ("q_len", "moe_tp", "dp", "svg") if name in given)]
     if args.model_only:
-        if of_a_run := [name for name in (*_OF_A_RUN, *_OF_A_CLUSTER) if _given(parser, args, name)]:
+        if of_a_run := [name for name in _OF_A_RUN if name in given]:
             raise ValueError(f"{_option(of_a_run[0])} is of a real run, which --model-only leaves out: drop one")
         if "kv_len" in several and args.layers == "moe":
             raise ValueError("--kv-len is of the whole model, not of a layer of experts: add --layers all")
@@ -49,10 +45,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         what = f"several {_option(of_the_model[0])}" if several else _option(of_the_model[0])
         raise ValueError(f"{what} can be modelled and not run here: add --model-only")
     return args
-
-
-def _given(parser: argparse.ArgumentParser, args: argparse.Namespace, name: str) -> bool:
-    return getattr(args, name) != parser.get_default(name)
 
 
 def _option(name: str) -> str:

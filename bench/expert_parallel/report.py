@@ -1,26 +1,17 @@
 """What a run of bench.decode gave, as tables for people and as the entry "measured" of evaluation.json."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from bench.expert_parallel.decode_step import DecodeRun
 from bench.expert_parallel.fit import Fit
 from bench.expert_parallel.layer_stages import StageTimes
-from bench.expert_parallel.modelled import operators_table, step_summary, step_table
+from bench.expert_parallel.modelled import Modelled, operators_table, step_summary, step_table
 from bench.measure.devices import Devices
-from bench.model.times import StepTime
 from bench.model.workloads import Workload
 from bench.record.tables import Cell, format_table
 
 
-def print_report(
-    workload: Workload,
-    layers: Sequence[StepTime],
-    steps: Sequence[StepTime],
-    result: DecodeRun,
-    fitted: Fit,
-    devices: Devices,
-) -> None:
+def print_report(workload: Workload, modelled: Modelled, result: DecodeRun, fitted: Fit, devices: Devices) -> None:
     """Prints what was measured, stage by stage, and what the models say of each chip: of a layer, and of a step."""
     load = result.load
     rows: list[list[Cell]] = [
@@ -41,7 +32,7 @@ def print_report(
     print(format_table(["measured", ""], rows))
     print()
     print(stages_table(result.stages))
-    for layer, step in zip(layers, steps, strict=True):
+    for layer, step in modelled:
         print(f"\nmodelled: chip {layer.chip.name}, {layer.model} model, full width")
         print(operators_table(layer))
         print(f"\n{step_table(step)}\n\n{step_summary(step)}")

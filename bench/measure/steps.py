@@ -96,15 +96,17 @@ class StepTimer:
             self._scope = scope
         programs = self._compile(steps, values)
         values = dict(values)
+        inputs = {}
         for step in steps:
-            values[step.name] = _once(programs[step.name], step, values)
-        timed = [step for step in steps if step.is_timed]
-        inputs = {step.name: _inputs(programs[step.name], step, values) for step in timed}
-        samples: dict[str, list[float]] = {step.name: [] for step in timed}
+            program, args = programs[step.name], tuple(values[name] for name in step.inputs)
+            values[step.name] = jax.block_until_ready(program.run([args] * program.num_copies))[0]
+            if step.is_timed:
+                inputs[step.name] = copies_of(args, at_most=program.num_copies)
+        samples: dict[str, list[float]] = {name: [] for name in inputs}
         with self.turns.alone():
             for number in range(rounds):
-                for step in timed if number % 2 == 0 else reversed(timed):
-                    samples[step.name].append(self._sample(programs[step.name], inputs[step.name]))
+                for name in inputs if number % 2 == 0 else reversed(inputs):
+                    samples[name].append(self._sample(programs[name], inputs[name]))
         return Measured(values, samples, {name: program.num_bytes for name, program in programs.items()})
 
     def forget(self) -> None:
@@ -143,7 +145,7 @@ class StepTimer:
                 continue
             copies = 1
             if self.name == "kernels" and step.is_timed:
-                copies = min(_MOST_COPIES, num_copies(_num_bytes(args)))
+                copies = min(_MOST_COPIES, num_copies(sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)))
             program = jax.jit(rotated(step.function)).lower([args] * copies)
             shapes[step.name] = program.out_info[0]
             lowered[key] = copies, program
@@ -153,16 +155,6 @@ class StepTimer:
         if self.name == "kernels":
             return kernel_times(program.run, inputs, repeats=1, calls=program.num_copies, detach=False).median_us
         return wall_seconds(program.run, inputs) * 1e6
-
-
-def _once(program: _Program, step: Step, values: dict[str, Any]) -> Any:
-    args = tuple(values[name] for name in step.inputs)
-    return jax.block_until_ready(program.run([args] * program.num_copies))[0]
-
-
-def _inputs(program: _Program, step: Step, values: dict[str, Any]) -> list[Any]:
-    args = tuple(values[name] for name in step.inputs)
-    return copies_of(args, at_most=program.num_copies)
 
 
 def device_peak_bytes() -> int | None:
@@ -179,10 +171,6 @@ def _best_clock() -> ClockName:
     except RuntimeError:  # the driver may forbid it
         return "wall"
     return "kernels"
-
-
-def _num_bytes(shapes: Any) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
 
 
 def _program_bytes(program: Any, copies: int) -> int:

@@ -7,11 +7,13 @@ simulation: the same call gives the same number on every machine.
 
 import functools
 import math
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import numpy as np
 
 Rounding = Literal["round", "ceil"]
+ROUNDINGS: Mapping[Rounding, Callable[[float], int]] = {"round": round, "ceil": math.ceil}
 
 SEED = 20250101
 MAX_TRIALS = 4096
@@ -36,8 +38,9 @@ def activated_experts(
     Raises:
       ValueError: a size is not positive, ep does not divide E, top_k exceeds E, or the rounding is unknown.
     """
+    check_rounding(rounding)
     expected = expected_activated_experts(min(batch_size, LARGEST_TABULATED_BATCH), ep, num_experts, top_k)
-    return max(1, to_whole(expected, rounding))
+    return max(1, ROUNDINGS[rounding](expected))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -82,15 +85,9 @@ def expected_busiest_rows(num_tokens: int, ep: int, num_experts: int = 256, top_
     return float(counts.reshape(trials, ep).max(axis=1).mean())
 
 
-def to_whole(expected: float, rounding: Rounding) -> int:
-    """An expected number as a whole one; raises as `check_rounding`."""
-    check_rounding(rounding)
-    return round(expected) if rounding == "round" else math.ceil(expected)
-
-
 def check_rounding(rounding: str) -> None:
-    """Raises ValueError where `rounding` is none of `Rounding`."""
-    if rounding not in ("round", "ceil"):
+    """Raises ValueError where `rounding` is none of `ROUNDINGS`."""
+    if rounding not in ROUNDINGS:
         raise ValueError(f"rounding must be 'round' (DS_TPU) or 'ceil' (Tier6), got {rounding!r}")
 
 

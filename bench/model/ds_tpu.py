@@ -10,12 +10,12 @@ with the least modelled time wins, and with it the tiles that move the fewest by
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 
 from bench.model.operator_time import LOOP_ORDERS, ExchangeKind, LoopOrder, OperatorTime, Tile
-from bench.model.shapes import OUTPUT_BYTES, GemmShape, operand_dtype
+from bench.model.shapes import OUTPUT_BYTES, GemmShape, operand_dtype, up
 from pallas_kernels.chips import Chip
 
 CUBE_M, CUBE_K, CUBE_N = 16, 32, 8  # the systolic cube; a block's extents are padded to it
@@ -34,28 +34,45 @@ Partition = tuple[int, int, int, int]
 def evaluate_gemm(chip: Chip, shape: GemmShape, dtype: str, name: str = "gemm") -> OperatorTime:
     """Time, traffic, tile and partition of a grouped GEMM with a BF16 output on a chip of kind "ds_tpu".
 
+    Of partitions with the same time that with the least traffic wins, then that with the fewest tiles.
+
     Raises:
       ValueError: the operands' dtype is not "fp8", "int8", "bf16" or "fp16".
     """
     operand = operand_dtype(dtype)
     peak = chip.peak(operand)
-    best = _search(shape, operand.itemsize, chip.cores, peak, chip.hbm_bandwidth, chip.fast_memory_bytes)
-    return OperatorTime(
-        name=name,
-        kind="matmul",
-        dtype=dtype,
-        shape=shape,
-        elapsed=best.elapsed,
-        comp_elapsed=best.comp_elapsed,
-        dma_elapsed=best.dma_elapsed,
-        flops=shape.flops,
-        dram_traffic=best.dram_traffic,
-        dram_occupy=shape.weights * operand.itemsize,
-        param=shape.weights,
-        urate=shape.flops / (best.elapsed * 1e-6 * peak),
-        best_tile=best.tile,
-        best_partition=best.partition,
-    )
+    core_macs, core_bandwidth = peak / 2 / chip.cores, chip.hbm_bandwidth / chip.cores
+    sram_limit = int(SRAM_SHARE * chip.fast_memory_bytes)
+
+    def evaluate(partition: Partition) -> tuple[Any, OperatorTime]:
+        """Its rank among the partitions, and what the chip needs with it."""
+        # The first core's blocks are the largest in every dimension: it is the slowest, and its time the chip's.
+        extents = shape.G, shape.M, shape.N, shape.K
+        g, m, n, k = (-(-extent // parts) for extent, parts in zip(extents, partition, strict=True))
+        tile, core_traffic = best_tile(m, n, k, operand.itemsize, sram_limit)
+        comp = g * up(m, CUBE_M) * up(k, CUBE_K) * up(n, CUBE_N) * 1e6 / core_macs
+        dma = g * core_traffic * 1e6 / core_bandwidth
+        elapsed = max(comp, dma) + (1 - OVERLAP) * min(comp, dma)
+        traffic = _chip_traffic(shape, (m, n, k), tile, operand.itemsize)
+        num_tiles = g * math.prod(-(-extent // size) for extent, size in zip((m, n, k), _mnk(tile), strict=True))
+        return (elapsed, traffic, num_tiles, partition), OperatorTime(
+            name=name,
+            kind="matmul",
+            dtype=dtype,
+            shape=shape,
+            elapsed=elapsed,
+            comp_elapsed=comp,
+            dma_elapsed=dma,
+            flops=shape.flops,
+            dram_traffic=traffic,
+            dram_occupy=shape.weights * operand.itemsize,
+            param=shape.weights,
+            urate=shape.flops / (elapsed * 1e-6 * peak),
+            best_tile=tile,
+            best_partition=partition,
+        )
+
+    return min(map(evaluate, partitions(chip.cores)))[1]
 
 
 def evaluate_exchange(chip: Chip, kind: ExchangeKind, num_bytes: int) -> OperatorTime:
@@ -85,46 +102,6 @@ def evaluate_lookup(chip: Chip, rows: int, width: int, table: int) -> OperatorTi
         dram_occupy=table * width * OUTPUT_BYTES,
         param=table * width,
     )
-
-
-class _Candidate(NamedTuple):
-    """Its fields in the order of their rank; no two candidates have the same partition."""
-
-    elapsed: float
-    dram_traffic: int
-    num_tiles: int
-    partition: Partition
-    tile: Tile
-    comp_elapsed: float
-    dma_elapsed: float
-
-
-@functools.lru_cache(maxsize=4096)
-def _search(
-    shape: GemmShape, operand_bytes: int, cores: int, peak: float, bandwidth: float, sram_bytes: int
-) -> _Candidate:
-    core_macs = peak / 2 / cores
-    core_bandwidth = bandwidth / cores
-    sram_limit = int(SRAM_SHARE * sram_bytes)
-
-    def evaluate(partition: Partition) -> _Candidate:
-        # The first core's blocks are the largest in every dimension: it is the slowest, and its time the chip's.
-        extents = shape.G, shape.M, shape.N, shape.K
-        g, m, n, k = (-(-extent // parts) for extent, parts in zip(extents, partition, strict=True))
-        tile, core_traffic = best_tile(m, n, k, operand_bytes, sram_limit)
-        comp = g * up(m, CUBE_M) * up(k, CUBE_K) * up(n, CUBE_N) * 1e6 / core_macs
-        dma = g * core_traffic * 1e6 / core_bandwidth
-        return _Candidate(
-            elapsed=max(comp, dma) + (1 - OVERLAP) * min(comp, dma),
-            dram_traffic=_chip_traffic(shape, (m, n, k), tile, operand_bytes),
-            num_tiles=g * math.prod(-(-extent // size) for extent, size in zip((m, n, k), _mnk(tile), strict=True)),
-            partition=partition,
-            tile=tile,
-            comp_elapsed=comp,
-            dma_elapsed=dma,
-        )
-
-    return min(map(evaluate, partitions(cores)))
 
 
 @functools.lru_cache(maxsize=64)
@@ -206,11 +183,6 @@ def divisors(number: int) -> list[int]:
     """Of a positive number, in ascending order."""
     small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
     return sorted({*small, *(number // d for d in small)})
-
-
-def up(extent, step: int):
-    """The least multiple of `step` that is no smaller; `extent` may be an array."""
-    return -(-extent // step) * step
 
 
 def _mnk(tile: Tile) -> tuple[int, int, int]:

@@ -1,7 +1,7 @@
 """The evaluation.json of DS_TPU: the same fields under the same names, for tools that read them.
 
-Times are in µs, sizes in bytes, per chip. `param` counts weights; `dram_occupy` is their bytes, of the activated
-experts only, as these are what the operators multiply.
+Times are in µs, sizes in bytes, per chip. `param` counts the weights that an operator multiplies, so of the activated
+experts only; `dram_occupy` is their bytes, and of an attention what `OperatorTime` says.
 """
 
 import dataclasses
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from bench.model.operator_time import OperatorTime
-from bench.model.shapes import OPERAND_DTYPES, AttentionShape, GemmShape
+from bench.model.shapes import OPERAND_DTYPES
 from bench.model.times import LayerTime, StepTime
 
 _OPERATOR_TYPES = {
@@ -19,6 +19,10 @@ _OPERATOR_TYPES = {
     "dispatch": "DispatchOperator",
     "combine": "CombineOperator",
 }
+_SUMS = (
+    *("param", "flops", "dram_occupy", "dram_traffic"),
+    *("elapsed", "comp_elapsed", "dma_elapsed", "comm_elapsed", "comm_size"),
+)
 _RATES = ("tps", "tps_per_batch", "tps_per_chip")
 
 
@@ -74,14 +78,8 @@ def layer_record(time: LayerTime) -> dict[str, Any]:
         "layer_type": time.layer.name,
         "count": time.layer.count,
         "total_operators": len(operators),
-        "perf": {
-            **{name: time.total(name) for name in ("param", "flops", "dram_occupy", "dram_traffic")},
-            "elapse": time.elapsed,
-            "comp_elapse": time.total("comp_elapsed"),
-            "dma_elapse": time.total("dma_elapsed"),
-            "comm_elapse": time.comm_elapsed,
-            "comm_size": time.total("comm_size"),
-        },
+        # DS_TPU's layers say "elapse" where its operators say "elapsed".
+        "perf": {name.replace("elapsed", "elapse"): time.total(name) for name in _SUMS},
         "arch": dict(time.layer.arch),
         "comp_operators": [record for record in operators if "comm_kind" not in record],
         "comm_operators": [record for record in operators if "comm_kind" in record],
@@ -102,18 +100,12 @@ def operator_record(operator: OperatorTime) -> dict[str, Any]:
     dims = "GMNK" if operator.kind == "matmul" else "B"
     return {
         **head,
-        "parallel_params": _parallel_params(operator.shape),
+        "parallel_params": operator.shape.params if operator.shape else {},
         **_fields(operator, "param", "flops", "dram_occupy", "dram_traffic", "elapsed", "comp_elapsed", "dma_elapsed"),
         "best_tile": operator.best_tile and dataclasses.asdict(operator.best_tile),
         "best_partition": operator.best_partition and {"dims": dims, "procs": list(operator.best_partition)},
         "urate": operator.urate,
     }
-
-
-def _parallel_params(shape: GemmShape | AttentionShape | None) -> dict[str, int]:
-    if shape is None:
-        return {}
-    return shape.params if isinstance(shape, AttentionShape) else dataclasses.asdict(shape)
 
 
 def _fields(value: Any, *names: str) -> dict[str, Any]:

@@ -44,8 +44,8 @@ class OperatorTime:
       link_elapsed: µs of the traffic to other chips alone.
       flops: FLOPs without padding; of a lookup those that DS_TPU charges for it.
       dram_traffic: bytes to and from main memory.
-      dram_occupy: bytes of weights that the operator keeps in main memory, and for an attention of its cache; what
-        DS_TPU prints of an attention is another number.
+      dram_occupy: bytes of weights that the operator keeps in main memory, and for an attention of its cache; DS_TPU's
+        model gives of an attention what DS_TPU prints, see `evaluate_attention`.
       param: number of these weights.
       comm_size: payload of an exchange in bytes.
       urate: flops over what the chip's peak does in `elapsed`.
@@ -70,3 +70,8 @@ class OperatorTime:
     urate: float = 0.0
     best_tile: Tile | AttentionTile | None = None
     best_partition: tuple[int, ...] | None = None
+
+    @property
+    def comm_elapsed(self) -> float:
+        """`elapsed` of an exchange, 0 for all else."""
+        return self.elapsed if self.kind in get_args(ExchangeKind) else 0.0

@@ -9,7 +9,7 @@ import dataclasses
 import jax
 
 from bench.model.operator_time import ExchangeKind, OperatorTime
-from bench.model.shapes import OUTPUT_BYTES, AttentionShape, GemmShape, operand_dtype
+from bench.model.shapes import OUTPUT_BYTES, AttentionShape, GemmShape, operand_dtype, up
 from pallas_kernels.chips import Chip
 from pallas_kernels.cost import Cost, grouped_matmul_cost
 
@@ -28,9 +28,8 @@ def roofline_gemm(chip: Chip, shape: GemmShape, dtype: str, name: str = "gemm") 
       ValueError: the operands' dtype is not "fp8", "int8", "bf16" or "fp16".
     """
     operand = operand_dtype(dtype)
-    block_m = least_rows(chip, dtype)
     real = gemm_cost(shape, operand)
-    padded = gemm_cost(dataclasses.replace(shape, M=-(-shape.M // block_m) * block_m), operand)
+    padded = gemm_cost(dataclasses.replace(shape, M=up(shape.M, least_rows(chip, dtype))), operand)
     comp = padded.compute_seconds(chip, operand) * 1e6
     dma = real.memory_seconds(chip) * 1e6
     elapsed = max(comp, dma)
@@ -76,9 +75,8 @@ def roofline_attention(chip: Chip, shape: AttentionShape, dtype: str, name: str 
       ValueError: the dtype is not "fp8", "int8", "bf16" or "fp16".
     """
     operand = operand_dtype(dtype)
-    block = least_rows(chip, dtype)
     flops = 2 * shape.B * shape.pairs * (shape.QD + shape.VD)
-    padded = flops * -(-shape.QS // block) * block // shape.QS
+    padded = flops * up(shape.QS, least_rows(chip, dtype)) // shape.QS
     cache = shape.keys * (shape.QD if shape.latent else shape.QD + shape.VD) * operand.itemsize
     num_bytes = cache + shape.B * shape.QS * (shape.QD * operand.itemsize + shape.VD * OUTPUT_BYTES)
     comp, dma = padded / chip.peak(operand) * 1e6, num_bytes / chip.hbm_bandwidth * 1e6

@@ -34,6 +34,11 @@ def operand_dtype(name: str) -> jnp.dtype:
         raise ValueError(f"dtype must be one of {', '.join(OPERAND_DTYPES)}, got {name!r}") from None
 
 
+def up(extent, step: int):
+    """The least multiple of `step` that is no smaller; `extent` may be an array."""
+    return -(-extent // step) * step
+
+
 @dataclasses.dataclass(frozen=True)
 class GemmShape:
     """C[g] = A[g] (M × K) · B[g] (K × N) for g = 1..G."""
@@ -49,7 +54,12 @@ class GemmShape:
                 raise ValueError(f"{field.name} must be at least 1, got {self!r}")
 
     def __str__(self) -> str:
-        return shape_text(dataclasses.asdict(self))
+        return shape_text(self.params)
+
+    @property
+    def params(self) -> dict[str, int]:
+        """G, M, K and N by name."""
+        return dataclasses.asdict(self)
 
     @property
     def flops(self) -> int:
@@ -94,7 +104,7 @@ class AttentionShape:
       pairs: of a row and a key that it sees, in one cache: QS · KS but for what causality and windows leave out.
       keys: that are read, in all caches: B · KS but for those that several of them share.
       latent: a value is the beginning of its key, so that who reads the keys has read the values.
-      query_width: of the product that makes the queries of all heads.
+      query_width: of the product that makes the queries of all heads; no time depends on it, only what DS_TPU prints.
     """
 
     B: int

@@ -9,23 +9,48 @@ for. Operators run one after the other.
 """
 
 import dataclasses
-from typing import Any, Literal
+from collections.abc import Iterator
+from typing import Any, Literal, override
 
 from bench.model.decoders import Decoder
 from bench.model.ds_tpu import evaluate_exchange, evaluate_gemm, evaluate_lookup
 from bench.model.ds_tpu_attention import evaluate_attention
-from bench.model.layers import Attend, Exchange, Layer, Lookup, Operator, Product, moe_layer, step_layers
+from bench.model.layers import Exchange, Layer, Lookup, Operator, moe_layer, step_layers
 from bench.model.operator_time import OperatorTime
 from bench.model.roofline import roofline_attention, roofline_exchange, roofline_gemm
-from bench.model.shapes import OPERAND_DTYPES, GemmShape
+from bench.model.shapes import OPERAND_DTYPES, AttentionShape, GemmShape
 from bench.model.workloads import Workload
 from pallas_kernels.chips import Chip
 
 Bound = Literal["compute", "memory", "link"]
 
 
+class _Sums:
+    """What the times of a layer and of a step have in common: they are sums over operators."""
+
+    def total(self, field: str) -> Any:
+        """The sum over the operators of one of their figures."""
+        raise NotImplementedError
+
+    @property
+    def elapsed(self) -> float:
+        """µs from start to end."""
+        return self.total("elapsed")
+
+    @property
+    def comm_elapsed(self) -> float:
+        """µs of dispatch and combine, part of `elapsed`."""
+        return self.total("comm_elapsed")
+
+    @property
+    def bound(self) -> Bound:
+        """What would take longest by itself."""
+        fields: dict[Bound, str] = {"compute": "comp_elapsed", "memory": "dma_elapsed", "link": "link_elapsed"}
+        return max(fields, key=lambda bound: self.total(fields[bound]))
+
+
 @dataclasses.dataclass(frozen=True)
-class LayerTime:
+class LayerTime(_Sums):
     """Modelled times of one layer on the busiest chip.
 
     Attributes:
@@ -36,28 +61,13 @@ class LayerTime:
     layer: Layer
     operators: tuple[OperatorTime, ...]
 
+    @override
     def total(self, field: str) -> Any:
-        """The sum over the operators of one of their figures."""
         return sum(getattr(operator, field) for operator in self.operators)
-
-    @property
-    def elapsed(self) -> float:
-        """µs of one such layer."""
-        return self.total("elapsed")
-
-    @property
-    def comm_elapsed(self) -> float:
-        """µs of dispatch and combine, part of `elapsed`."""
-        return sum(operator.elapsed for operator in self.operators if operator.comm_size)
-
-    @property
-    def bound(self) -> Bound:
-        """What would take longest by itself."""
-        return _bound(self)
 
 
 @dataclasses.dataclass(frozen=True)
-class StepTime:
+class StepTime(_Sums):
     """Modelled times of a step: all tokens of a batch through some layers, on the busiest chip.
 
     Attributes:
@@ -75,31 +85,16 @@ class StepTime:
     @property
     def model(self) -> Literal["ds_tpu", "roofline"]:
         """The model that fits the chip."""
-        return "ds_tpu" if self.chip.kind == "ds_tpu" else "roofline"
+        return "ds_tpu" if is_ds_tpu(self.chip) else "roofline"
 
     @property
     def operators(self) -> tuple[OperatorTime, ...]:
         """Those of every kind of layer, once."""
         return tuple(operator for time in self.layers for operator in time.operators)
 
+    @override
     def total(self, field: str) -> Any:
-        """The sum over all layers of one of their operators' figures."""
         return sum(time.layer.count * time.total(field) for time in self.layers)
-
-    @property
-    def elapsed(self) -> float:
-        """µs of the step."""
-        return sum(time.layer.count * time.elapsed for time in self.layers)
-
-    @property
-    def comm_elapsed(self) -> float:
-        """µs of dispatch and combine, part of `elapsed`."""
-        return sum(time.layer.count * time.comm_elapsed for time in self.layers)
-
-    @property
-    def bound(self) -> Bound:
-        """What would take longest by itself."""
-        return _bound(self)
 
     @property
     def tps(self) -> float:
@@ -152,14 +147,9 @@ class StepTime:
         return self.weight_bytes + self.cache_bytes <= self.chip.hbm_bytes
 
 
-def _bound(time: LayerTime | StepTime) -> Bound:
-    fields: dict[Bound, str] = {"compute": "comp_elapsed", "memory": "dma_elapsed", "link": "link_elapsed"}
-    return max(fields, key=lambda bound: time.total(fields[bound]))
-
-
 def model_step(chip: Chip, workload: Workload, decoder: Decoder, kv_len: int) -> StepTime:
     """Times of every layer of a whole model; `kv_len` and errors as in `step_layers`, and as in `model_operator`."""
-    layers = step_layers(decoder, workload, kv_len, busiest=chip.kind != "ds_tpu")
+    layers = step_layers(decoder, workload, kv_len, as_ds_tpu=is_ds_tpu(chip))
     return StepTime(chip, workload, tuple(_layer_time(chip, workload, layer) for layer in layers), kv_len)
 
 
@@ -168,49 +158,48 @@ def model_layer(chip: Chip, workload: Workload, *, grad: bool = False) -> StepTi
 
     With `grad` the operators of the gradients, all in BF16, follow each operator. Errors as in `model_operator`.
     """
-    layer = moe_layer(workload, busiest=chip.kind != "ds_tpu")
+    layer = moe_layer(workload, as_ds_tpu=is_ds_tpu(chip))
     return StepTime(chip, workload, (_layer_time(chip, workload, layer, grad=grad),))
 
 
 def _layer_time(chip: Chip, workload: Workload, layer: Layer, *, grad: bool = False) -> LayerTime:
     times = []
-    for operator in layer.operators:
-        times.append(model_operator(chip, operator, workload.dtype, workload.ep))
+    for name, operator in layer.operators.items():
+        times.append(model_operator(chip, name, operator, workload.dtype, workload.ep))
         if grad:
-            times += [
-                model_operator(chip, gradient, "bf16", workload.ep) for gradient in _gradients(operator, workload)
-            ]
+            times += (model_operator(chip, *each, "bf16", workload.ep) for each in _gradients(name, operator, workload))
     return LayerTime(layer, tuple(times))
 
 
-def _gradients(operator: Operator, workload: Workload) -> list[Operator]:
+def _gradients(name: str, operator: Operator, workload: Workload) -> Iterator[tuple[str, Operator]]:
     """What the backward pass adds to a product or an exchange."""
-    if isinstance(operator, Product):  # of the rows and of the weights
-        g, m, k, n = dataclasses.astuple(operator.shape)
-        return [Product(f"{operator.name}_grad", GemmShape(*shape)) for shape in ((g, m, k, n), (g, k, m, n))]
-    if isinstance(operator, Exchange):  # that of dispatch travels as combine does, in BF16, and that of combine as well
-        return [Exchange(operator.kind, workload.combine_bytes)]
-    raise NotImplementedError(operator)
+    match operator:
+        case GemmShape(g, m, k, n):
+            yield f"{name}_grad", GemmShape(g, m, n, k)  # of the rows: the result's gradient times Bᵀ
+            yield f"{name}_grad", GemmShape(g, k, m, n)  # of the weights: Aᵀ times the result's gradient
+        case Exchange(kind):  # that of dispatch travels as combine does, in BF16, and that of combine as well
+            yield name, Exchange(kind, workload.combine_bytes)
+        case _:
+            raise NotImplementedError(operator)
 
 
-def model_operator(chip: Chip, operator: Operator, dtype: str, ep: int) -> OperatorTime:
+def model_operator(chip: Chip, name: str, operator: Operator, dtype: str, ep: int) -> OperatorTime:
     """Time of one operator, by the model that fits the chip; an exchange is over `ep` chips.
 
     Raises:
       ValueError: dtype is not "fp8", "int8", "bf16" or "fp16"; rows travel over links of unknown bandwidth; or no
         tile fits the chip.
     """
-    is_ds_tpu = chip.kind == "ds_tpu"
     match operator:
-        case Product(name, shape):
-            return model_gemm(chip, shape, dtype, name)
-        case Attend(name, shape):
-            return (evaluate_attention if is_ds_tpu else roofline_attention)(chip, shape, dtype, name)
+        case GemmShape():
+            return model_gemm(chip, operator, dtype, name)
+        case AttentionShape():
+            return (evaluate_attention if is_ds_tpu(chip) else roofline_attention)(chip, operator, dtype, name)
+        case Exchange(kind, num_bytes) if is_ds_tpu(chip):
+            return evaluate_exchange(chip, kind, num_bytes)
         case Exchange(kind, num_bytes):
-            return (
-                evaluate_exchange(chip, kind, num_bytes) if is_ds_tpu else roofline_exchange(chip, kind, num_bytes, ep)
-            )
-        case Lookup(rows, width, table):
+            return roofline_exchange(chip, kind, num_bytes, ep)
+        case Lookup(rows, width, table):  # nothing but bytes, on which both models agree
             return evaluate_lookup(chip, rows, width, table)
 
 
@@ -220,5 +209,9 @@ def model_gemm(chip: Chip, shape: GemmShape, dtype: str, name: str = "gemm") -> 
     Raises:
       ValueError: dtype is not "fp8", "int8", "bf16" or "fp16".
     """
-    model = evaluate_gemm if chip.kind == "ds_tpu" else roofline_gemm
-    return model(chip, shape, dtype, name=name)
+    return (evaluate_gemm if is_ds_tpu(chip) else roofline_gemm)(chip, shape, dtype, name)
+
+
+def is_ds_tpu(chip: Chip) -> bool:
+    """Whether DS_TPU's model fits the chip, and otherwise the roofline."""
+    return chip.kind == "ds_tpu"

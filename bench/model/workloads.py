@@ -8,12 +8,12 @@ import math
 from typing import Any, Literal
 
 from bench.model.busiest_chip import (
+    ROUNDINGS,
     Rounding,
     activated_experts,
     check_rounding,
     expected_activated_experts,
     expected_busiest_rows,
-    to_whole,
 )
 from bench.model.shapes import OPERAND_DTYPES, OUTPUT_BYTES
 from moejax import MoEConfig
@@ -51,7 +51,7 @@ class Workload:
     q_len: int
     ep: int
     dp: int
-    moe_tp: int
+    moe_tp: int = 1
     precision: Precision = "w8a8"
     quantized_dtype: Literal["fp8", "int8"] = "fp8"
     rounding: Rounding = "round"
@@ -104,7 +104,7 @@ class Workload:
         """Expected experts with rows on the chip that has the most of them, rounded as `rounding` says."""
         tokens = self.batch_size * self.q_len
         expected = expected_activated_experts(tokens, self.ep, self.num_experts, self.top_k)
-        return max(1, to_whole(expected, self.rounding))
+        return max(1, ROUNDINGS[self.rounding](expected))
 
     @property
     def busiest_rows(self) -> float:
@@ -122,16 +122,7 @@ class Workload:
         return self.token_per_ep_group * (self.hidden_size // self.moe_tp) * OUTPUT_BYTES
 
 
-def moe_workload(
-    config: MoEConfig,
-    *,
-    batch_size: int,
-    ep: int,
-    dp: int | None = None,
-    q_len: int = 1,
-    moe_tp: int = 1,
-    **settings: Any,
-) -> Workload:
+def moe_workload(config: MoEConfig, *, ep: int, dp: int | None = None, q_len: int = 1, **settings: Any) -> Workload:
     """The workload of the layer `config` under a global batch; arguments as `Workload`'s attributes, dp = ep if None.
 
     Raises:
@@ -139,8 +130,7 @@ def moe_workload(
         not divide the hidden or the expert width, top_k exceeds num_experts, or a name is unknown.
     """
     sizes = {name: getattr(config, name) for name in _SIZES_OF_A_LAYER}
-    dp = ep if dp is None else dp
-    return Workload(**sizes, batch_size=batch_size, q_len=q_len, ep=ep, dp=dp, moe_tp=moe_tp, **settings)
+    return Workload(**sizes, q_len=q_len, ep=ep, dp=ep if dp is None else dp, **settings)
 
 
 def _check(w: Workload) -> None:

@@ -7,16 +7,16 @@ first, at the same address: process 0 listens, the others come and say their num
 import contextlib
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 GIVE_UP_SECONDS = 300.0
 _HELLO_SECONDS = 10.0
 """Within which whoever comes says its number."""
 
-Say = Callable[[str], None]
 
-
-def meet(coordinator: str, num_processes: int, process_id: int, say: Say, seconds: float = GIVE_UP_SECONDS) -> None:
+def meet(
+    coordinator: str, num_processes: int, process_id: int, say: Callable[[str], None], seconds: float = GIVE_UP_SECONDS
+) -> None:
     """Returns when all processes have called it.
 
     Args:
@@ -34,21 +34,15 @@ def meet(coordinator: str, num_processes: int, process_id: int, say: Say, second
         raise ValueError(f"--coordinator must be HOST:PORT, got {coordinator!r}")
     if process_id >= num_processes:
         raise ValueError(f"--process-id must be below --num-processes={num_processes}, got {process_id}")
-    here = 0
-
-    def count(number: int) -> None:
-        nonlocal here
-        if number != here:
-            here = number
-            say(f"{here} of {num_processes} processes here")
-
-    deadline = time.monotonic() + seconds
+    here, deadline = 0, time.monotonic() + seconds
+    if process_id == 0:
+        arrivals = _listen(int(port), num_processes, deadline)
+    else:
+        say(f"waiting for process 0 at {coordinator}")
+        arrivals = _come(host.strip("[]"), int(port), process_id, num_processes, deadline)
     try:
-        if process_id == 0:
-            _listen(int(port), num_processes, deadline, count)
-        else:
-            say(f"waiting for process 0 at {coordinator}")
-            _come(host.strip("[]"), int(port), process_id, num_processes, deadline, count)
+        for here in arrivals:
+            say(f"{here} of {num_processes} processes here")
     except OSError as error:
         found = f"{here} of {num_processes} processes here" if here else f"process 0 does not answer at {coordinator}"
         reason = f"after {seconds:.0f} s" if isinstance(error, TimeoutError) else f"({error.strerror or error})"
@@ -57,14 +51,14 @@ def meet(coordinator: str, num_processes: int, process_id: int, say: Say, second
         ) from None
 
 
-def _listen(port: int, num_processes: int, deadline: float, count: Callable[[int], None]) -> None:
-    """What process 0 does."""
+def _listen(port: int, num_processes: int, deadline: float) -> Iterator[int]:
+    """What process 0 does; yields how many are there whenever one more is."""
     both = socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if both else socket.AF_INET
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(socket.create_server(("", port), family=family, dualstack_ipv6=both))
         others: dict[int, socket.socket] = {}
-        count(1)
+        yield 1
         while len(others) + 1 < num_processes:
             server.settimeout(_left(deadline))
             newcomer = stack.enter_context(server.accept()[0])
@@ -76,9 +70,9 @@ def _listen(port: int, num_processes: int, deadline: float, count: Callable[[int
             if number in others:
                 raise ValueError(f"--process-id {number} was given twice; give 0 to {num_processes - 1}, each once")
             others[number] = newcomer
-            count(len(others) + 1)
             for other in others.values():
                 other.sendall(f"{len(others) + 1}\n".encode())
+            yield len(others) + 1
         for other in others.values():
             other.settimeout(_left(deadline))
             other.recv(1)  # nothing: the others close first, so that the port is free for jax
@@ -93,10 +87,8 @@ def _number_of(newcomer: socket.socket) -> int | None:
         return None
 
 
-def _come(
-    host: str, port: int, process_id: int, num_processes: int, deadline: float, count: Callable[[int], None]
-) -> None:
-    """What another process does."""
+def _come(host: str, port: int, process_id: int, num_processes: int, deadline: float) -> Iterator[int]:
+    """What another process does; yields how many are there as process 0 tells it."""
     while True:
         try:
             server = socket.create_connection((host, port), timeout=_left(deadline))
@@ -111,7 +103,7 @@ def _come(
             if not (line := news.readline()):
                 raise ConnectionError("process 0 has ended")
             here = int(line)
-            count(here)
+            yield here
 
 
 def _left(deadline: float) -> float:

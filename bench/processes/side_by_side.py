@@ -55,9 +55,9 @@ def prepare_jobs(jobs: int) -> None:
     Raises:
       ValueError: there are several, and files have no locks here.
     """
-    if jobs > 1 and not HAS_LOCKS:
-        raise ValueError(f"--jobs must be 1 on this system, whose files have no locks for processes; got {jobs}")
     if jobs > 1:
+        if not HAS_LOCKS:
+            raise ValueError(f"--jobs must be 1 on this system, whose files have no locks for processes; got {jobs}")
         # Each process, this one too, would reserve most of the accelerator's memory.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 

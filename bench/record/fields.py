@@ -37,56 +37,46 @@ def check(value: Any, expected: Expected, place: str, name: str = "") -> None:
       place: the file, and the line in it.
       name: of the value in there; "" for the whole.
     """
-    can_be_null = isinstance(expected, tuple)
-    if can_be_null:
+    or_null = ""
+    if isinstance(expected, tuple):
         if value is None:
             return
-        expected = expected[0]
-    if not _is_kind(value, expected):
-        wanted = _in_words(expected) + " or null" * can_be_null
-        raise ValueError(f"{place}: {name or 'it'} must be {wanted}, got {reprlib.repr(value)}")
-    if isinstance(expected, types.FunctionType):
-        return check(value, expected(value), place, name)
-    for part, wanted in _parts(value, expected, place, name):
-        check(value[part], wanted, place, f"{name}[{part}]" if isinstance(part, int) else _join(name, part))
+        expected, or_null = expected[0], " or null"
+
+    def require(is_right: bool, wanted: str) -> None:
+        if not is_right:
+            raise ValueError(f"{place}: {name or 'it'} must be {wanted}{or_null}, got {reprlib.repr(value)}")
+
+    if isinstance(expected, set):
+        require(isinstance(value, str) and value in expected, f"one of {', '.join(sorted(expected))}")
+    elif isinstance(expected, list):
+        require(isinstance(value, list), "a list")
+        for number, item in enumerate(value):
+            check(item, expected[0], place, f"{name}[{number}]")
+    elif isinstance(expected, types.FunctionType):
+        require(isinstance(value, dict), "an object")
+        check(value, expected(value), place, name)
+    elif isinstance(expected, dict) or dataclasses.is_dataclass(expected):
+        require(isinstance(value, dict), "an object")
+        for field, wanted in _fields(value, expected, place, name).items():
+            check(value[field], wanted, place, _join(name, field))
+    else:
+        kinds = (int, float) if expected is float else expected
+        # Python counts true and false among the whole numbers.
+        require(isinstance(value, kinds) and isinstance(value, bool) == (expected is bool), _NAMES[expected])
 
 
-def _parts(value: Any, expected: Expected, place: str, name: str) -> list[tuple[Any, Expected]]:
-    """The places in a list or an object, each with what is expected there."""
-    if isinstance(expected, list):
-        return [(number, expected[0]) for number in range(len(value))]
-    if not _is_object(expected):
-        return []
+def _fields(value: dict[str, Any], expected: Expected, place: str, name: str) -> dict[str, Expected]:
+    """What is expected of each field of an object."""
     if dataclasses.is_dataclass(expected):
         expected = typing.get_type_hints(expected)
         if unknown := [field for field in value if field not in expected]:
             raise ValueError(f"{place}: {_join(name, unknown[0])} is unknown; known are {', '.join(expected)}")
     if str in expected:
-        return [(field, expected[str]) for field in value]
+        return dict.fromkeys(value, expected[str])
     if missing := [field for field in expected if field not in value]:
         raise ValueError(f"{place}: {_join(name, missing[0])} is missing")
-    return list(expected.items())
-
-
-def _is_object(expected: Expected) -> bool:
-    return isinstance(expected, dict | types.FunctionType) or dataclasses.is_dataclass(expected)
-
-
-def _in_words(expected: Expected) -> str:
-    if isinstance(expected, set):
-        return f"one of {', '.join(sorted(expected))}"
-    return "an object" if _is_object(expected) else "a list" if isinstance(expected, list) else _NAMES[expected]
-
-
-def _is_kind(value: Any, expected: Expected) -> bool:
-    if isinstance(expected, set):
-        return isinstance(value, str) and value in expected
-    if _is_object(expected):
-        return isinstance(value, dict)
-    if isinstance(expected, list):
-        return isinstance(value, list)
-    kinds = (int, float) if expected is float else expected
-    return isinstance(value, kinds) and (expected is bool or not isinstance(value, bool))
+    return expected
 
 
 def _join(name: str, field: str) -> str:

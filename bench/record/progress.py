@@ -42,16 +42,14 @@ class Progress:
         """
         left = "?" if done == 0 else _duration(min(self.seconds / done * (self._total - done), at_most - self.seconds))
         share = 100 * done // max(1, self._total)
-        self._write(f"[{share:3d} %, {left} left] {doing}")
+        self._write(f"[{share:3d} %, {left} left] {doing}", end="" if self._stream.isatty() else "\n")
 
     def say(self, line: str) -> None:
         """A line that stays."""
-        self._stream.write(("\r\x1b[K" if self._stream.isatty() else "") + line + "\n")
-        self._stream.flush()
+        self._write(line, end="\n")
 
-    def _write(self, line: str) -> None:
-        self._stream.write(f"\r\x1b[K{line}" if self._stream.isatty() else f"{line}\n")
-        self._stream.flush()
+    def _write(self, line: str, end: str) -> None:
+        print("\r\x1b[K" * self._stream.isatty() + line, end=end, file=self._stream, flush=True)
 
 
 def _duration(seconds: float) -> str:

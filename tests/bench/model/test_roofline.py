@@ -88,6 +88,19 @@ def test_the_roofline_waits_for_the_busiest_chip():
     assert layer.workload.busiest_rows > layer.workload.token_per_ep_group
 
 
+@pytest.mark.parametrize("chip", ["v32-run", "h200"])
+def test_gradients_of_a_product_multiply_its_result_with_either_operand(chip):
+    layer = model_layer(get_chip(chip), DECODE, grad=True)
+    place = [operator.name for operator in layer.operators].index("shared_down_proj")
+    product, rows, weights, following = layer.operators[place : place + 4]
+    assert (product.shape, product.dtype) == (GemmShape(1, 48, 2048, 7168), "fp8")
+    assert (rows.shape, rows.dtype) == (GemmShape(1, 48, 7168, 2048), "bf16")
+    assert (weights.shape, weights.dtype) == (GemmShape(1, 2048, 48, 7168), "bf16")
+    assert following.name == "routed_gate_proj"
+    sent = {(operator.name, operator.comm_size) for operator in layer.operators[-4:-2]}
+    assert sent == {("dispatch", DECODE.dispatch_bytes), ("dispatch", DECODE.combine_bytes)}
+
+
 @pytest.mark.parametrize("name", REAL_CHIPS)
 def test_roofline_is_never_above_the_sum_of_its_parts(name):
     for precision, quantized in (("w8a8", "fp8"), ("w8a8", "int8"), ("w16a16", "fp8")):

@@ -164,6 +164,16 @@ def test_a_cache_that_is_too_large_does_not_fit():
     assert step("qwen3-235b-a22b", "v32-run", kv_len=131072).fits  # whose memory is not known
 
 
+def test_real_chips_bring_values_back_from_the_latent_width():
+    """DS_TPU charges this product with the extents of the one that goes there: 512 columns written, not 128."""
+    shapes = [
+        {operator.name: str(operator.shape) for operator in step("deepseek-v3", chip).operators}
+        for chip in ("v32-run", "h200")
+    ]
+    assert [shape["w_kc"] for shape in shapes] == ["128,48,128,512"] * 2
+    assert [shape["w_vc"] for shape in shapes] == ["128,48,128,512", "128,48,512,128"]
+
+
 @pytest.mark.parametrize("chip", ["v32-run", "h200"])
 def test_prefill_wider_operands_and_shared_experts_cost_what_they_should(chip):
     name = "deepseek-v3.2"
@@ -193,7 +203,8 @@ def test_a_window_bounds_keys_in_prefill_too():
     windowed = GroupedQueryAttention(heads=8, kv_heads=2, head_dim=16, window=5)
     decoder = dataclasses.replace(get_decoder("mixtral-8x7b"), attentions={windowed: 1})
     layers = step_layers(decoder, workload("mixtral-8x7b", batch_size=3, ep=1, q_len=4), kv_len=9)
-    (shape,) = (operator.shape for operator in layers[1].operators if isinstance(operator.shape, AttentionShape))
+    shape = layers[1].operators["attention"]
+    assert isinstance(shape, AttentionShape)
     assert (shape.B, shape.QS, shape.KS, shape.keys) == (3 * 2, 4 * 4, 5 + 3, 6 * 8)
     assert shape.pairs == 4 * 4 * 5  # each of four queries of each of four heads sees five
     assert layers[1].cache == 2 * 6 * 8 * 16

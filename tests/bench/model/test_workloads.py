@@ -3,7 +3,7 @@ import math
 
 import pytest
 
-from bench.model.layers import Product, moe_layer
+from bench.model.layers import moe_layer
 from bench.model.shapes import GemmShape
 from bench.model.workloads import Workload, moe_workload
 
@@ -20,10 +20,10 @@ class Layer:
 DEEPSEEK = Layer()
 
 
-def products(workload: Workload, *, busiest: bool = False) -> dict[str, GemmShape]:
+def products(workload: Workload, *, as_ds_tpu: bool = True) -> dict[str, GemmShape]:
     """What one chip multiplies for the layer, by name."""
-    operators = moe_layer(workload, busiest=busiest).operators
-    return {operator.name: operator.shape for operator in operators if isinstance(operator, Product)}
+    operators = moe_layer(workload, as_ds_tpu=as_ds_tpu).operators
+    return {name: operator for name, operator in operators.items() if isinstance(operator, GemmShape)}
 
 
 def test_example_of_batch_64():
@@ -82,7 +82,7 @@ def test_rows_can_be_those_of_the_busiest_chip():
     workload = moe_workload(DEEPSEEK, batch_size=1536, ep=32)
     assert workload.busiest_rows > workload.token_per_ep_group
     rows = math.ceil(workload.busiest_rows / 8)
-    assert products(workload, busiest=True)["routed_up_proj"] == GemmShape(8, rows, 7168, 2048)
+    assert products(workload, as_ds_tpu=False)["routed_up_proj"] == GemmShape(8, rows, 7168, 2048)
 
 
 def test_q_len_multiplies_tokens_but_not_sequences():
