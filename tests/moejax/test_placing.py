@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType
 
+from bench.inputs.loads import make_load
 from moejax import (
     MoE,
     MoEConfig,
@@ -24,6 +25,7 @@ from moejax import (
     quantize_params,
     rank_loads,
 )
+from sharding.replicas import Replicas
 from tests.helpers import normal, raises_saying, relative_error, same_bits
 from tests.moejax.layers import clear_cut_tokens, random_params
 
@@ -175,6 +177,24 @@ def test_rows_of_a_hot_expert_lie_evenly_over_the_ranks(rng):
     assert rows.max() / rows.mean() < 1.1
     assert rank_loads(load, np.arange(8), 4).max() / (512 / 4) > 2
     assert relative_error(moe(x, placed, config)[0], moe(x, place(placed, np.arange(8)), config)[0]) < 1e-6
+
+
+@pytest.mark.parametrize(("kind", "exponent"), [("text", 0.0), ("zipf", 0.5), ("zipf", 1.0), ("zipf", 1.5)], ids=str)
+@pytest.mark.quick("text-*", "zipf-1.0")
+def test_rows_of_the_busiest_of_32_chips(kind, exponent):
+    """256 experts and 32 spare slots, on the loads of the benches: at most a tenth above the mean."""
+    load = make_load(
+        kind, num_tokens=1536, hidden=512, num_experts=256, top_k=8, dtype=jnp.float32, zipf_exponent=exponent
+    )
+    ids = jax.lax.top_k(load.x @ load.router, 8)[1]
+    tokens_per_expert = np.bincount(np.asarray(ids).ravel(), minlength=256)
+    replicas = Replicas.of(balance(tokens_per_expert, 288, ep=32), 256)
+    spread = jax.jit(replicas.spread)
+    slots = [spread(part, turn=chip) for chip, part in enumerate(jnp.split(ids, 32))]
+    rows = np.bincount(np.concatenate(slots).ravel() // 9, minlength=32)
+    assert rows.sum() == 1536 * 8
+    assert rows.max() <= 1.1 * rows.mean()
+    assert tokens_per_expert.reshape(32, 8).sum(1).max() > 1.7 * rows.mean()
 
 
 def test_what_does_not_fit(problem):
