@@ -14,6 +14,7 @@ from moejax.losses import LoadStats
 from moejax.packing import pack_experts, split_gate_up
 from moejax.params import MoEParams, param_specs, quantize_params
 from moejax.perft import AdapterParam, Perft, perft_mask
+from moejax.placing import add_up_replicas, place
 from moejax.presets import PRESETS, get_preset, with_changes
 from moejax.reference import dense_moe
 from moejax.remat import REMAT_NAMES, remat_policy
@@ -22,6 +23,7 @@ from moejax.routers import ROUTERS, Router, TopKRouter
 from moejax.routers.top_k import route
 from moejax.version import __version__
 from pallas_kernels.quantize import QTensor, Quantization, dequantize, quantize
+from sharding.balance import balance, rank_loads
 from sharding.mesh import make_mesh
 from sharding.partition import Partition
 
@@ -45,6 +47,8 @@ __all__ = [
     "Routing",
     "TopKRouter",
     "__version__",
+    "add_up_replicas",
+    "balance",
     "dense_moe",
     "dequantize",
     "fused_experts",
@@ -55,8 +59,10 @@ __all__ = [
     "pack_experts",
     "param_specs",
     "perft_mask",
+    "place",
     "quantize",
     "quantize_params",
+    "rank_loads",
     "remat_policy",
     "route",
     "split_gate_up",

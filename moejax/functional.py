@@ -156,7 +156,7 @@ def _run(
     leading = per_token.x.shape[:-1]
     if mesh is None:
         return per_chip(body, per_token, Held(params, key), settings, leading=leading, mask=mask)
-    axes = axes_on(mesh, partition, config)
+    axes = axes_on(mesh, partition, config, num_slots=params.num_slots)
     _check_scales(params, config, axes)
     ranks = jnp.arange(axes.tp, dtype=jnp.int32) if axes.tp > 1 else None
     held = Held(params, key, ranks)
@@ -179,14 +179,14 @@ def _run(
     )
 
 
-def axes_on(mesh: AnyMesh, partition: Partition | None, config: MoEConfig) -> Axes:
-    """The axes of the layer on `mesh`.
+def axes_on(mesh: AnyMesh, partition: Partition | None, config: MoEConfig, *, num_slots: int | None = None) -> Axes:
+    """The axes of the layer on `mesh`, with so many slots for its experts; None for one each.
 
     Raises:
       ValueError: the partition does not fit the mesh, or a size of the layer does not divide.
     """
     axes = partition_here(partition).on(mesh)
-    Placement(config.num_experts, axes.ep)  # raises where they do not fit
+    Placement(config.num_experts if num_slots is None else num_slots, axes.ep)  # raises where they do not fit
     widths = {"intermediate_size": "mlp", "shared_intermediate_size": "mlp"}
     for name, role in {**widths, "hidden_size": "embed"}.items():
         _check_divides(name, getattr(config, name), role, axes.size(getattr(axes, role)))

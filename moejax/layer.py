@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Self
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moejax.aux_output import MoEAux
 from moejax.config import MoEConfig
@@ -16,6 +16,7 @@ from moejax.functional import axes_on, moe
 from moejax.initial import Initializer, initial
 from moejax.param import Param
 from moejax.params import MoEParams, check_params, operand_spec, param_table, quantize_params
+from moejax.placing import place
 from pallas_kernels.quantize import QTensor
 from sharding.mesh import AnyMesh, mesh_here
 from sharding.partition import Axes, Partition
@@ -30,6 +31,10 @@ class RouterState(nnx.Variable):
 
 class QuantizedParam(nnx.Variable):
     """A weight in 8 bits, a QTensor, which takes no gradient."""
+
+
+class ExpertSlots(nnx.Variable):
+    """Which slots hold which expert, where hot ones have several; see `moejax.place`."""
 
 
 class RouterParams(nnx.Module):
@@ -117,9 +122,10 @@ class MoE(nnx.Module):
         self.partition = partition
         self.deterministic = deterministic
         here = mesh_here(mesh)
-        axes = None if here is None else axes_on(here, partition, config)
         if params is not None:
             check_params(params, config)
+        num_slots = None if params is None else params.num_slots
+        axes = None if here is None else axes_on(here, partition, config, num_slots=num_slots)
         if rngs is not None and not isinstance(rngs, nnx.Rngs):
             raise TypeError(f"rngs must be nnx.Rngs, such as nnx.Rngs(0), got {type(rngs).__name__}")
         initializers = {"kernel": kernel_init, "bias": bias_init, "router kernel": router_init}
@@ -128,10 +134,12 @@ class MoE(nnx.Module):
         )
         table = param_table(config)
         for field in dataclasses.fields(table):
-            if field.name != "router":
+            if field.name not in ("router", "replicas"):
                 row = getattr(table, field.name)
                 value = None if params is None else getattr(params, field.name)
                 setattr(self, field.name, None if row is None else make(row, value))
+        replicas = None if params is None else params.replicas
+        self.replicas = None if replicas is None else ExpertSlots(_on_every_chip(replicas, here))
         given = {} if params is None else params.router or {}
         self.router = RouterParams({name: make(row, given.get(name)) for name, row in (table.router or {}).items()})
         noise = None
@@ -163,7 +171,13 @@ class MoE(nnx.Module):
 
     def quantized(self) -> Self:
         """The same layer for serving in 8 bits: the weights of its experts are rounded; see `quantize_params`."""
-        params = quantize_params(self.params(), self.config)
+        return self._with(quantize_params(self.params(), self.config))
+
+    def placed(self, experts: Any) -> Self:
+        """The same layer with its experts in other slots, hot ones in several; see `moejax.place`."""
+        return self._with(place(self.params(), experts))
+
+    def _with(self, params: MoEParams) -> Self:
         settings = {"mesh": self.mesh, "partition": self.partition, "deterministic": self.deterministic}
         layer = type(self).from_params(params, self.config, **settings)
         layer.noise = self.noise
@@ -268,6 +282,10 @@ def _variable(
     if spec is None or isinstance(value, QTensor):
         return kind(value)
     return kind(value, out_sharding=tuple(spec), mesh=metadata_mesh)
+
+
+def _on_every_chip(tree: Any, mesh: AnyMesh | None) -> Any:
+    return tree if mesh is None else jax.tree.map(lambda leaf: _placed(leaf, mesh, PartitionSpec()), tree)
 
 
 def _placed(x: jax.Array, mesh: AnyMesh, spec: Any) -> jax.Array:

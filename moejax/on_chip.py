@@ -153,7 +153,7 @@ def gathered(params: MoEParams, settings: Settings, axes: Axes) -> MoEParams:
         name: whole(getattr(table, name), getattr(params, name), name in settings.whole_scales)
         for name in (*EXPERT_FIELDS, *SHARED_FIELDS)
     }
-    return MoEParams(router=router, **own)
+    return MoEParams(router=router, **own, replicas=params.replicas)
 
 
 class LayerExperts:
@@ -162,6 +162,7 @@ class LayerExperts:
     def __init__(self, config: MoEConfig, axes: Axes, params: MoEParams, mlp_rank: jax.Array | None):
         self.config = config
         self.axes = axes
+        self.replicas = params.replicas
         self.params = {name: getattr(params, name) for name in (*EXPERT_FIELDS, *SHARED_FIELDS)}
         if axes.tp > 1 and params.down_bias is not None and mlp_rank is not None:
             # The bias goes into only one of the partial sums.
@@ -187,10 +188,15 @@ class LayerExperts:
                 topk_ids, config.num_experts, config.capacity_factor, tokens, config.capacity_of, backend=config.backend
             )
             dropped = tokens.sum(count_dropped(topk_ids, kept, config.num_experts))
-        way = way_of(config, self.axes, max_choices=max_choices, max_rows=max_rows)
+        slots, num_slots = kept, config.num_experts
+        if self.replicas is not None:
+            turn = jax.lax.axis_index(tokens.axes) if tokens.axes else 0
+            slots = self.replicas.spread(kept, turn=turn, backend=config.backend)
+            num_slots = self.replicas.num_slots
+        way = way_of(config, self.axes, num_slots=num_slots, max_choices=max_choices, max_rows=max_rows)
         params = self.params if with_shared else {name: self.params[name] for name in EXPERT_FIELDS}
         run = functools.partial(_apply_experts, config=config, way=way)
-        y = math_of(config).serve_or_train(run, x, topk_weights, kept, params)
+        y = math_of(config).serve_or_train(run, x, topk_weights, slots, params)
         return y.astype(x.dtype), dropped
 
     def shared(self, x: jax.Array) -> jax.Array | None:

@@ -21,6 +21,7 @@ from moejax.param import Param
 from pallas_kernels.quantize import Operand, QTensor, block_shape, quantize
 from sharding.mesh import has_explicit_axes, spec_in
 from sharding.partition import Axes
+from sharding.replicas import Replicas
 
 
 @jax.tree_util.register_dataclass
@@ -38,6 +39,8 @@ class MoEParams:
       shared_gate_up: [H, 2, S], S the width of the shared expert; a QTensor [2, S, H].
       shared_down: [S, H]; a QTensor [H, S].
       shared_gate: [H, 1].
+      replicas: which slots hold which expert, where that is not each once and in order; see `moejax.place`. The leading
+        dimension of the routed experts' parameters is P then, the number of slots, in the place of E.
     """
 
     router: Mapping[str, Any] | None
@@ -48,6 +51,12 @@ class MoEParams:
     shared_gate_up: Any = None
     shared_down: Any = None
     shared_gate: Any = None
+    replicas: Replicas | None = None
+
+    @property
+    def num_slots(self) -> int:
+        """Places for the weights of an expert: E, or P where there are replicas."""
+        return self.down.shape[0]
 
 
 EXPERT_FIELDS = ("gate_up", "down", "gate_up_bias", "down_bias")
@@ -96,7 +105,9 @@ def param_specs(params: MoEParams, config: MoEConfig, axes: Axes) -> MoEParams:
     def spec(row: Param, value: Operand) -> Any:
         return operand_spec(row, value, axes)
 
-    return jax.tree.map(spec, table, params, is_leaf=lambda leaf: isinstance(leaf, Param))
+    without = dataclasses.replace(params, replicas=None)
+    specs = jax.tree.map(spec, table, without, is_leaf=lambda leaf: isinstance(leaf, Param))
+    return dataclasses.replace(specs, replicas=jax.tree.map(lambda _: PartitionSpec(), params.replicas))
 
 
 def operand_spec(row: Param, value: Operand, axes: Axes) -> Any:
@@ -131,8 +142,14 @@ def check_params(params: MoEParams, config: MoEConfig) -> None:
 def check_expert_params(params: MoEParams, config: MoEConfig) -> None:
     """`check_params` without the router's parameters."""
     table = param_table(config)
+    replicas = params.replicas
+    if replicas is not None and replicas.count.shape != (config.num_experts,):
+        raise ValueError(f"params.replicas must be of num_experts={config.num_experts}, got {replicas.count.shape[0]}")
     for name in (*EXPERT_FIELDS, *SHARED_FIELDS):
-        _check_one(f"params.{name}", getattr(params, name), getattr(table, name))
+        row = getattr(table, name)
+        if replicas is not None and row is not None and name in EXPERT_FIELDS:
+            row = dataclasses.replace(row, shape=(replicas.num_slots, *row.shape[1:]))
+        _check_one(f"params.{name}", getattr(params, name), row)
 
 
 def _check_one(name: str, value: Any, row: Param | None) -> None:

@@ -6,9 +6,11 @@ product, no exchange. All in float32. It cannot drop tokens and needs E times th
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from moejax.config import MoEConfig
 from moejax.params import MoEParams
+from moejax.placing import place
 from moejax.routers.top_k import route
 from pallas_kernels.activations import Activation, gated
 from pallas_kernels.grouped_matmul import Operand
@@ -42,6 +44,10 @@ def dense_moe(
     Returns:
       float32 [..., H].
     """
+    if params.replicas is not None:
+        if expert_axis is not None:
+            raise ValueError("params must hold every expert once where they are split over expert_axis: place them so")
+        params = place(params, np.arange(config.num_experts))
     tokens = x.reshape(-1, config.hidden_size).astype(jnp.float32)
     if mask is not None:
         tokens = jnp.where(mask.reshape(-1, 1), tokens, 0)

@@ -136,10 +136,17 @@ class Stages:
         )
 
 
-def way_of(config: MoEConfig, axes: Axes, *, max_choices: int | None = None, max_rows: int | None = None) -> Way:
-    """How the rows of a layer travel over `axes`; see `Way` for the rest."""
+def way_of(
+    config: MoEConfig,
+    axes: Axes,
+    *,
+    num_slots: int | None = None,
+    max_choices: int | None = None,
+    max_rows: int | None = None,
+) -> Way:
+    """How the rows of a layer with so many slots for its experts travel over `axes`; see `Way` for the rest."""
     return Way(
-        Placement(config.num_experts, axes.ep),
+        Placement(config.num_experts if num_slots is None else num_slots, axes.ep),
         axes,
         Wire(config.quantization.dtype, config.wire_scaling) if config.precision == "w8a8" else None,
         config.backend,

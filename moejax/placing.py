@@ -1,0 +1,61 @@
+"""Hot experts in several places: which slots hold which expert, and how weights get there.
+
+    experts = balance(load, num_slots=288, ep=32)     # load: aux.load.tokens_per_expert of what was served, added up
+    params = place(params, experts)                   # 256 experts in 288 slots, the hottest of them in several
+    y, aux = moe(x, params, config, mesh=mesh)        # as before: the same y, the same choices, another spread
+
+The arrangement is data and goes with the weights, so another one of as many slots compiles nothing anew.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+
+from moejax.params import EXPERT_FIELDS, MoEParams
+from sharding.mesh import has_explicit_axes
+from sharding.replicas import Replicas
+
+
+def place(params: MoEParams, experts: Any) -> MoEParams:
+    """The same layer with its experts in other slots.
+
+    Args:
+      params: of a layer, placed or not; 8-bit weights too.
+      experts: int [P], known (outside jit): the expert of each slot, as `balance` plans them. Over ep chips, chip r
+        holds the slots [r·P/ep, (r+1)·P/ep). Experts in order, each once, are a layer without replicas.
+
+    Returns:
+      MoEParams whose experts' weights have the leading dimension P. A gradient through `place` adds up over the
+      replicas of an expert; parameters that are trained where they lie need `add_up_replicas`.
+
+    Raises:
+      ValueError: `experts` are no numbers of experts, or an expert has no slot.
+    """
+    if not isinstance(params, MoEParams):
+        raise TypeError(f"params must be MoEParams, got {type(params).__name__}")
+    num_experts = params.down.shape[0] if params.replicas is None else params.replicas.count.shape[0]
+    replicas = Replicas.of(experts, num_experts)
+    sources = replicas.experts if params.replicas is None else params.replicas.holders(replicas.experts)
+    is_plain = np.array_equal(np.asarray(experts), np.arange(num_experts))
+
+    def moved(leaf: jax.Array) -> jax.Array:
+        sharding = jax.typeof(leaf).sharding
+        return leaf.at[sources].get(out_sharding=sharding if has_explicit_axes(sharding.mesh) else None)
+
+    own = {name: jax.tree.map(moved, getattr(params, name)) for name in EXPERT_FIELDS}
+    return dataclasses.replace(params, **own, replicas=None if is_plain else replicas)
+
+
+def add_up_replicas(gradients: MoEParams, params: MoEParams) -> MoEParams:
+    """The gradients of placed `params` with those of an expert's replicas added up, the same for each of them.
+
+    Replicas that start equal and get equal gradients stay equal.
+    """
+    if params.replicas is None:
+        return gradients
+    add_up = params.replicas.add_up
+    return dataclasses.replace(
+        gradients, **{name: jax.tree.map(add_up, getattr(gradients, name)) for name in EXPERT_FIELDS}
+    )

@@ -1,0 +1,214 @@
+"""Layers whose hot experts have several slots: the same outputs, gradients, choices and drops as without."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import AxisType
+
+from bench.inputs.loads import make_load
+from moejax import (
+    MoE,
+    MoEConfig,
+    Quantization,
+    TopKRouter,
+    add_up_replicas,
+    balance,
+    dense_moe,
+    make_mesh,
+    moe,
+    place,
+    quantize_params,
+    rank_loads,
+)
+from sharding.replicas import Replicas
+from tests.helpers import normal, raises_saying, relative_error, same_bits
+from tests.moejax.layers import clear_cut_tokens, random_params
+
+CONFIG = MoEConfig(
+    hidden_size=32,
+    intermediate_size=16,
+    num_experts=6,
+    top_k=2,
+    shared_intermediate_size=16,
+    router=TopKRouter(load_balance_loss=0.1),
+    expert_bias=True,
+    dtype=jnp.float32,
+)
+EXPERTS = np.array([5, 0, 1, 2, 3, 4, 5, 1])
+"""Slots of four chips: experts 5 and 1 on two of them."""
+
+
+@pytest.fixture
+def problem(rng):
+    params = random_params(CONFIG, rng)
+    x = clear_cut_tokens(28, CONFIG, params, rng).reshape(4, 7, -1)
+    return params, x, normal(rng, *x.shape)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "ep", "axis_type"))
+def results(x, params, direction, config, ep, axis_type=AxisType.Auto):
+    """y and aux, and the gradients of x and of the routed experts' weights."""
+    mesh = make_mesh(ep, axis_type=axis_type) if ep > 1 else None
+
+    def loss(x, gate_up, down):
+        own = dataclasses.replace(params, gate_up=gate_up, down=down)
+        y, aux = moe(x, own, config, mesh=mesh)
+        return (y * direction).sum(), (y, aux)
+
+    return jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(x, params.gate_up, params.down)
+
+
+@pytest.mark.parametrize("capacity_factor", [None, 0.75])
+@pytest.mark.parametrize("ep", [1, 2, 4])
+@pytest.mark.quick("4-0.75", "1-None")
+def test_a_placed_layer_is_the_same_layer(ep, capacity_factor, problem):
+    params, x, direction = problem
+    config = dataclasses.replace(CONFIG, capacity_factor=capacity_factor)
+    (_, (y, aux)), (dx, *_) = expected = results(x, params, direction, config, 1)
+    placed = place(params, EXPERTS)
+    assert placed.down.shape[0] == 8
+    (_, (placed_y, placed_aux)), (placed_dx, *gradients) = results(x, placed, direction, config, ep)
+    assert same_bits((placed_aux.load, placed_aux.topk_ids), (aux.load, aux.topk_ids))
+    assert (int(aux.load.dropped) > 0) == (capacity_factor is not None)
+    assert relative_error(placed_y, y) < 1e-6
+    assert relative_error(placed_dx, dx) < 1e-5
+    summed = add_up_replicas(dataclasses.replace(placed, gate_up=gradients[0], down=gradients[1]), placed)
+    for own, plain in zip((summed.gate_up, summed.down), expected[1][1:], strict=True):
+        assert relative_error(own, plain[EXPERTS]) < 1e-5
+
+
+def test_a_gradient_through_place_adds_up_over_replicas(problem):
+    params, x, direction = problem
+
+    def loss(gate_up, move):
+        own = dataclasses.replace(params, gate_up=gate_up)
+        return (moe(x, move(own), CONFIG)[0] * direction).sum()
+
+    one = jax.jit(jax.grad(functools.partial(loss, move=lambda own: place(own, EXPERTS))))(params.gate_up)
+    plain = jax.jit(jax.grad(functools.partial(loss, move=lambda own: own)))(params.gate_up)
+    assert relative_error(one, plain) < 1e-5
+
+
+def test_weights_move_from_one_arrangement_to_another_and_back(problem):
+    params, *_ = problem
+    other = np.array([1, 2, 3, 0, 4, 5, 0, 2, 3])
+    there = place(place(params, EXPERTS), other)
+    assert same_bits(there, place(params, other))
+    back = place(there, np.arange(6))
+    assert back.replicas is None
+    assert same_bits(back, params)
+    shuffled = place(params, np.arange(6)[::-1])
+    assert same_bits(shuffled.down, params.down[::-1])
+    assert shuffled.replicas is not None
+
+
+def test_another_arrangement_compiles_nothing_anew(problem):
+    params, x, _ = problem
+    calls = []
+
+    @jax.jit
+    def layer(x, params):
+        calls.append(1)
+        return moe(x, params, CONFIG)[0]
+
+    outputs = [layer(x, place(params, experts)) for experts in (EXPERTS, EXPERTS[::-1], [0, 1, 2, 3, 4, 5, 0, 0])]
+    assert len(calls) == 1
+    assert max(relative_error(y, outputs[0]) for y in outputs) < 1e-6
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
+@pytest.mark.quick("AxisType.Explicit")
+def test_a_module_over_a_mesh(axis_type, problem):
+    params, x, _ = problem
+    mesh = make_mesh(ep=2, dp=2, axis_type=axis_type)
+    with jax.set_mesh(mesh):
+        layer = MoE.from_params(params, CONFIG)
+        y, aux = nnx.jit(lambda layer, x: layer(x))(layer, x)
+        placed = layer.placed(EXPERTS)
+        assert placed.down[...].addressable_shards[0].data.shape[0] == 4
+        placed_y, placed_aux = nnx.jit(lambda layer, x: layer(x))(placed, x)
+    assert same_bits(placed_aux.load, aux.load)
+    assert relative_error(placed_y, y) < 1e-6
+    assert same_bits(placed.placed(np.arange(6)).params(), jax.device_get(params))
+
+
+def test_in_8_bits(rng):
+    """Moved after they were rounded, as a server does."""
+    config = dataclasses.replace(
+        CONFIG,
+        hidden_size=64,
+        intermediate_size=32,
+        shared_intermediate_size=32,
+        expert_bias=False,
+        precision="w8a8",
+        quantization=Quantization(lhs_scaling="1x32", rhs_scaling="32x32"),
+        wire_scaling="1x32",
+    )
+    params = quantize_params(random_params(config, rng), config)
+    x = normal(rng, 12, 64)
+    layer = jax.jit(functools.partial(moe, config=config, mesh=make_mesh(4)))
+    y, aux = layer(x, place(params, EXPERTS))
+    expected, plain_aux = jax.jit(functools.partial(moe, config=config))(x, params)
+    assert same_bits(aux.load, plain_aux.load)
+    assert relative_error(y, expected) < 1e-2
+
+
+def test_the_oracle_takes_a_placed_layer(problem):
+    params, x, _ = problem
+    assert same_bits(dense_moe(x, place(params, EXPERTS), CONFIG), dense_moe(x, params, CONFIG))
+
+
+def test_rows_of_a_hot_expert_lie_evenly_over_the_ranks(rng):
+    """All tokens choose expert 0 first: half of the rows, on the rank that has it, or spread over all four."""
+    config = MoEConfig(32, 16, 8, 2, dtype=jnp.float32)
+    x = normal(rng, 256, 32)
+    ids = jnp.asarray(np.stack([np.zeros(256), rng.integers(1, 8, 256)], 1), jnp.int32)
+    load = np.bincount(np.asarray(ids).ravel(), minlength=8)
+    experts = balance(load, 12, ep=4)
+    assert np.bincount(experts)[0] == 4
+    placed = place(random_params(config, rng), experts)
+    slots = [np.asarray(placed.replicas.spread(part, turn=chip)) for chip, part in enumerate(jnp.split(ids, 4))]
+    rows = np.bincount(np.concatenate(slots).ravel() // 3, minlength=4)
+    assert rows.max() / rows.mean() < 1.1
+    assert rank_loads(load, np.arange(8), 4).max() / (512 / 4) > 2
+    assert relative_error(moe(x, placed, config)[0], moe(x, place(placed, np.arange(8)), config)[0]) < 1e-6
+
+
+@pytest.mark.parametrize(("kind", "exponent"), [("text", 0.0), ("zipf", 0.5), ("zipf", 1.0), ("zipf", 1.5)], ids=str)
+@pytest.mark.quick("text-*", "zipf-1.0")
+def test_rows_of_the_busiest_of_32_chips(kind, exponent):
+    """256 experts and 32 spare slots, on the loads of the benches: at most a tenth above the mean."""
+    load = make_load(
+        kind, num_tokens=1536, hidden=512, num_experts=256, top_k=8, dtype=jnp.float32, zipf_exponent=exponent
+    )
+    ids = jax.lax.top_k(load.x @ load.router, 8)[1]
+    tokens_per_expert = np.bincount(np.asarray(ids).ravel(), minlength=256)
+    replicas = Replicas.of(balance(tokens_per_expert, 288, ep=32), 256)
+    spread = jax.jit(replicas.spread)
+    slots = [spread(part, turn=chip) for chip, part in enumerate(jnp.split(ids, 32))]
+    rows = np.bincount(np.concatenate(slots).ravel() // 9, minlength=32)
+    assert rows.sum() == 1536 * 8
+    assert rows.max() <= 1.1 * rows.mean()
+    assert tokens_per_expert.reshape(32, 8).sum(1).max() > 1.7 * rows.mean()
+
+
+def test_what_does_not_fit(problem):
+    params, x, _ = problem
+    with raises_saying(ValueError, "every expert needs a slot, and expert 4 has none"):
+        place(params, [0, 1, 2, 3, 5])
+    with raises_saying(ValueError, "num_experts=9 is not divisible by ep=2"):
+        moe(x, place(params, [0, 1, 2, 3, 4, 5, 0, 1, 2]), CONFIG, mesh=make_mesh(2))
+    with raises_saying(TypeError, "params must be MoEParams, got dict"):
+        place({}, EXPERTS)
+    placed = place(params, EXPERTS)
+    with raises_saying(ValueError, "params.down must be [8, 16, 32], got [6, 16, 32]"):
+        moe(x, dataclasses.replace(placed, down=params.down), CONFIG)
+    with raises_saying(ValueError, "params.replicas must be of num_experts=12, got 6"):
+        moe(x, placed, dataclasses.replace(CONFIG, num_experts=12))
+    with raises_saying(ValueError, "params must hold every expert once where they are split over expert_axis"):
+        dense_moe(x, placed, CONFIG, expert_axis="expert")
