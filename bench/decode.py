@@ -12,7 +12,7 @@ from bench.command.parser import run
 from bench.expert_parallel.decode_step import TOLERANCE, DecodeRun, run_decode, tokens_of_text
 from bench.expert_parallel.fit import fit
 from bench.expert_parallel.modelled import Modelled, show
-from bench.expert_parallel.options import parse
+from bench.expert_parallel.options import check_sizes, parse
 from bench.expert_parallel.report import measured_record, print_report
 from bench.inputs.text import default_text_path, read_text
 from bench.inputs.weights import make_params
@@ -27,7 +27,6 @@ from bench.record.provenance import command_line, now
 from moejax import MoEConfig, get_preset
 from pallas_kernels.chips import Chip, chip_of, get_chip
 from sharding.mesh import make_mesh
-from sharding.placement import Placement
 
 
 def main(argv: Sequence[str]) -> int:
@@ -39,10 +38,7 @@ def main(argv: Sequence[str]) -> int:
 
     # All that can be said without devices is checked before any of them starts.
     config = get_preset(args.model, **given("precision", "backend", "transport", "capacity_factor"))
-    Placement(config.num_experts, args.ep)  # raises where they do not fit
-    if not args.model_only and args.batch[0] % args.ep:
-        near = -(-args.batch[0] // args.ep) * args.ep
-        raise ValueError(f"--batch must be a multiple of --ep {args.ep}, got {args.batch[0]}; try {near}")
+    check_sizes(args, config)
     decoder = get_decoder(args.model)
     spread = given("ep", "dp", "q_len", "moe_tp", "precision", "rounding")
     workloads = [moe_workload(config, batch_size=batch, **spread) for batch in args.batch]

@@ -223,7 +223,7 @@ def get_chip(spec: str) -> Chip:
         TFLOP/s, DRAM bandwidth in GB/s, and, where tokens are to travel, bandwidth to its peers in GB/s).
 
     Raises:
-      ValueError: the name is unknown, or a field of the description is missing, unknown, or not a positive number.
+      ValueError: the name is unknown, or a field of the description is missing, unknown, or out of bounds.
     """
     if "=" in spec:
         return _parse_chip(spec)
@@ -231,13 +231,17 @@ def get_chip(spec: str) -> Chip:
         return CHIPS[spec.lower()]
     except KeyError:
         raise ValueError(
-            f"unknown chip {spec!r}; expected one of {', '.join(CHIPS)}, or a description like "
-            "'cores=64,tflops=768,gbps=8601.6'"
+            f"unknown chip {spec!r}; expected one of {', '.join(CHIPS)}, or a description like {_EXAMPLE!r}"
         ) from None
 
 
+_EXAMPLE = "cores=64,tflops=768,gbps=8601.6,link=448"
+_MOST_CORES, _MOST = 4096, 1e9
+"""Of cores, and of all other figures: beyond these it is a slip, and the model would search for ever."""
+
+
 def _parse_chip(spec: str) -> Chip:
-    example = "expected a description like 'cores=64,tflops=768,gbps=8601.6'"
+    example = f"expected a description like {_EXAMPLE!r}"
     fields: dict[str, float] = {}
     for part in spec.split(","):
         key, _, text = part.strip().partition("=")
@@ -249,8 +253,13 @@ def _parse_chip(spec: str) -> Chip:
             value = float(text)
         except ValueError:
             value = -1.0
-        if not 0 < value < float("inf") or (key == "cores" and value != int(value)):
-            raise ValueError(f"chip description {spec!r}: {key} must be a positive number, got {text!r}; {example}")
+        is_whole = key == "cores"
+        least, most = (1, _MOST_CORES) if is_whole else (1 / _MOST, _MOST)
+        if not least <= value <= most or (is_whole and value != int(value)):
+            kind = "whole number" if is_whole else "number"
+            raise ValueError(
+                f"chip description {spec!r}: {key} must be a {kind} from {least:g} to {most:g}, got {text!r}; {example}"
+            )
         fields[key] = value
     if missing := [key for key in ("cores", "tflops", "gbps") if key not in fields]:
         raise ValueError(f"chip description {spec!r} lacks {', '.join(missing)}; {example}")

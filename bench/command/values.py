@@ -73,6 +73,8 @@ POSITIVE_FLOATS = several(positive_float)
 
 def output_file(text: str) -> str:
     """A file that can be written, or - for standard output."""
+    if not text:
+        raise argparse.ArgumentTypeError("must name a file, got ''")
     path = pathlib.Path(text)
     if text == "-" or (path.exists() and not path.is_dir() and os.access(path, os.W_OK)):
         return text

@@ -37,7 +37,7 @@ def show(modelled: Modelled, *, whole: bool, title: str, origin: Mapping[str, st
     wanted = [step if whole else layer for layer, step in modelled]
     evaluations = [build_evaluation(step, run_info=origin) for step in wanted]
     if svg is not None:
-        write_curve(wanted, pathlib.Path(svg))
+        write_curve(wanted, title, pathlib.Path(svg))
     write_json(evaluations if len(evaluations) > 1 else evaluations[0], json)
     if json == "-":
         return
@@ -114,8 +114,8 @@ def sweep_table(steps: Sequence[StepTime]) -> str:
             "tokens/s": step.tps,
             "tokens/s a chip": step.tps_per_chip,
             "tokens/s a user": step.tps_per_batch,
-            "MFU %": 100 * step.mfu_without_lookup,
-            "GB a chip": (step.weight_bytes + step.cache_bytes) / 1e9,
+            "MFU % (no lookup)": 100 * step.mfu_without_lookup,
+            "GB kept": (step.weight_bytes + step.cache_bytes) / 1e9,
             "bound by": step.bound + ("" if step.fits else f"; does not fit {step.chip.hbm_bytes / 1e9:,.0f} GB"),
         }
         for step in steps
@@ -123,7 +123,7 @@ def sweep_table(steps: Sequence[StepTime]) -> str:
     return format_table(list(rows[0]), [list(row.values()) for row in rows])
 
 
-def write_curve(steps: Sequence[StepTime], path: pathlib.Path) -> None:
+def write_curve(steps: Sequence[StepTime], title: str, path: pathlib.Path) -> None:
     """Draws tokens/s of a chip against those of a user, a line for each cache length, a point for each batch.
 
     Raises:
@@ -134,14 +134,14 @@ def write_curve(steps: Sequence[StepTime], path: pathlib.Path) -> None:
     with drawing("step") as pyplot:
         figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
         for kv_len, points in groupby(steps, key=lambda step: step.kv_len):
-            line = list(points)
+            line = sorted(points, key=lambda step: step.workload.batch_size)
             users, chips = [step.tps_per_batch for step in line], [step.tps_per_chip for step in line]
             axes.plot(users, chips, marker="o", label=f"kv {kv_len}")
             for step, x, y in zip(line, users, chips, strict=True):
                 note = f"{step.workload.batch_size}{'' if step.fits else ' (does not fit)'}"
                 axes.annotate(note, (x, y), textcoords="offset points", xytext=(4, 4))
         axes.set(
-            title=f"{steps[0].chip.name}, {steps[0].workload.num_chips} chips, {steps[0].workload.precision}: by batch",
+            title=f"{title}, {steps[0].chip.name}: by batch",
             xlabel="tokens/s a user",
             ylabel="tokens/s a chip",
         )

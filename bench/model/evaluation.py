@@ -5,6 +5,7 @@ experts only; `dram_occupy` is their bytes, and of an attention what `OperatorTi
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -35,7 +36,9 @@ def build_evaluation(
     of one of the ep · moe_tp chips. A layer by itself has them under layer_tps, layer_tps_per_batch and
     layer_tps_per_chip, so that nobody takes them for a model's. total_elapse_us and all sums are over
     performance.layers, each times its count. mfu is one chip's unpadded FLOPs over its peak at the operands' dtype,
-    with the lookup of the embedding charged like a product, as DS_TPU does; mfu_without_lookup leaves that out.
+    with the lookup of the embedding charged like a product, as DS_TPU does; mfu_without_lookup leaves that out. fits
+    says whether config.chip.hbm_bytes, null where it is not known, hold weight_bytes and cache_bytes; bound is what
+    would take longest by itself: "compute", "memory" or "link".
 
     Args:
       step: modelled times.
@@ -53,6 +56,7 @@ def build_evaluation(
                 **_fields(chip, "name", "kind", "cores"),
                 "peak_flops": chip.peak(OPERAND_DTYPES[step.workload.dtype]),
                 **_fields(chip, "hbm_bandwidth", "link_bandwidth"),
+                "hbm_bytes": None if math.isinf(chip.hbm_bytes) else chip.hbm_bytes,
             },
         },
         "performance": {
@@ -60,7 +64,7 @@ def build_evaluation(
             "comm_elapse_us": step.comm_elapsed,
             "flops": step.total("flops"),
             "dram_occupy": step.total("dram_occupy"),
-            **_fields(step, "mfu", "mfu_without_lookup", "weight_bytes", "cache_bytes"),
+            **_fields(step, "mfu", "mfu_without_lookup", "weight_bytes", "cache_bytes", "fits", "bound"),
             **{name if whole else f"layer_{name}": getattr(step, name) for name in _RATES},
             "layers": {time.layer.name: layer_record(time) for time in step.layers},
         },
@@ -77,6 +81,7 @@ def layer_record(time: LayerTime) -> dict[str, Any]:
         "name": time.layer.name,
         "layer_type": time.layer.name,
         "count": time.layer.count,
+        "bound": time.bound,
         "total_operators": len(operators),
         # DS_TPU's layers say "elapse" where its operators say "elapsed".
         "perf": {name.replace("elapsed", "elapse"): time.total(name) for name in _SUMS},

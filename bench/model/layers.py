@@ -92,7 +92,7 @@ def step_layers(decoder: Decoder, workload: Workload, kv_len: int, *, as_ds_tpu:
 
 
 def moe_layer(workload: Workload, *, as_ds_tpu: bool = True) -> Layer:
-    """Router, shared expert, routed experts, dispatch and combine.
+    """Router, shared expert, routed experts, and over several chips dispatch and combine.
 
     Router and shared expert are whole on every chip and see its own tokens. The rows of the routed experts are spread
     evenly over the activated ones.
@@ -107,8 +107,8 @@ def moe_layer(workload: Workload, *, as_ds_tpu: bool = True) -> Layer:
     if w.shared_intermediate_size:
         products |= _mlp("shared_", 1, w.local_tokens, w.hidden_size, w.shared_intermediate_size)
     groups = w.activated_expert_per_ep_group if as_ds_tpu else w.busiest_experts
-    rows = math.ceil((w.token_per_ep_group if as_ds_tpu else w.busiest_rows) / groups)
-    routed = _mlp("routed_", groups, rows, w.hidden_size, w.intermediate_size // w.moe_tp)
+    rows = w.token_per_ep_group if as_ds_tpu else math.ceil(w.busiest_rows)
+    routed = _mlp("routed_", groups, math.ceil(rows / groups), w.hidden_size, w.intermediate_size // w.moe_tp)
     weights = _weights(products) + _weights(routed) // groups * w.expert_per_ep_group
     arch = {
         "intermediate_size": w.intermediate_size,
@@ -119,8 +119,11 @@ def moe_layer(workload: Workload, *, as_ds_tpu: bool = True) -> Layer:
         "mean_rows": w.token_per_ep_group,
         "busiest_rows": w.busiest_rows,
     }
-    exchanges = {"dispatch": Exchange("dispatch", w.dispatch_bytes), "combine": Exchange("combine", w.combine_bytes)}
-    return Layer("MoE", {**products, **routed, **exchanges}, weights, arch={**_arch(w), **arch})
+    operators: dict[str, Operator] = {**products, **routed}
+    if w.ep > 1:
+        operators["dispatch"] = Exchange("dispatch", w.dispatched(rows))
+        operators["combine"] = Exchange("combine", w.combined(rows))
+    return Layer("MoE", operators, weights, arch={**_arch(w), **arch})
 
 
 def _arch(workload: Workload) -> dict[str, Any]:

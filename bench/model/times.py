@@ -167,18 +167,20 @@ def _layer_time(chip: Chip, workload: Workload, layer: Layer, *, grad: bool = Fa
     for name, operator in layer.operators.items():
         times.append(model_operator(chip, name, operator, workload.dtype, workload.ep))
         if grad:
-            times += (model_operator(chip, *each, "bf16", workload.ep) for each in _gradients(name, operator, workload))
+            times += (model_operator(chip, *each, "bf16", workload.ep) for each in _gradients(name, operator, layer))
     return LayerTime(layer, tuple(times))
 
 
-def _gradients(name: str, operator: Operator, workload: Workload) -> Iterator[tuple[str, Operator]]:
-    """What the backward pass adds to a product or an exchange."""
+def _gradients(name: str, operator: Operator, layer: Layer) -> Iterator[tuple[str, Operator]]:
+    """What the backward pass adds to a product or an exchange of a layer of experts."""
     match operator:
         case GemmShape(g, m, k, n):
             yield f"{name}_grad", GemmShape(g, m, n, k)  # of the rows: the result's gradient times Bᵀ
             yield f"{name}_grad", GemmShape(g, k, m, n)  # of the weights: Aᵀ times the result's gradient
         case Exchange(kind):  # that of dispatch travels as combine does, in BF16, and that of combine as well
-            yield name, Exchange(kind, workload.combine_bytes)
+            combine = layer.operators["combine"]
+            assert isinstance(combine, Exchange)
+            yield name, Exchange(kind, combine.num_bytes)
         case _:
             raise NotImplementedError(operator)
 

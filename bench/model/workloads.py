@@ -35,7 +35,8 @@ class Workload:
       batch_size: sequences in the whole group of chips.
       q_len: tokens of each sequence in the step, 1 in decode.
       ep: groups of chips that the experts are spread over.
-      dp: groups of chips that the batch is spread over; router and shared expert see batch_size / dp sequences.
+      dp: groups of chips that the batch is spread over; router and shared expert see batch_size / dp sequences. Of the
+        ep · moe_tp chips, those of a group repeat each other's work on all but the routed experts.
       moe_tp: chips that share each routed expert's width.
       precision: "w8a8" (8-bit operands and dispatch) or "w16a16" (BF16); combine is BF16 in both.
       quantized_dtype: the 8-bit operands of "w8a8", "fp8" or "int8".
@@ -113,24 +114,36 @@ class Workload:
 
     @property
     def dispatch_bytes(self) -> int:
-        """Payload that a chip dispatches, its own share included, at operand width."""
-        return self.token_per_ep_group * (self.hidden_size // self.moe_tp) * OPERAND_DTYPES[self.dtype].itemsize
+        """Mean payload that a chip dispatches, its own share included, at operand width."""
+        return self.dispatched(self.token_per_ep_group)
 
     @property
     def combine_bytes(self) -> int:
-        """Payload that a chip sends back, in BF16."""
-        return self.token_per_ep_group * (self.hidden_size // self.moe_tp) * OUTPUT_BYTES
+        """Mean payload that a chip sends back, in BF16."""
+        return self.combined(self.token_per_ep_group)
+
+    def dispatched(self, rows: int) -> int:
+        """Bytes of so many rows on their way to the experts."""
+        return rows * (self.hidden_size // self.moe_tp) * OPERAND_DTYPES[self.dtype].itemsize
+
+    def combined(self, rows: int) -> int:
+        """Bytes of so many rows on their way back."""
+        return rows * (self.hidden_size // self.moe_tp) * OUTPUT_BYTES
 
 
-def moe_workload(config: MoEConfig, *, ep: int, dp: int | None = None, q_len: int = 1, **settings: Any) -> Workload:
-    """The workload of the layer `config` under a global batch; arguments as `Workload`'s attributes, dp = ep if None.
+def moe_workload(
+    config: MoEConfig, *, ep: int, dp: int | None = None, q_len: int = 1, moe_tp: int = 1, **settings: Any
+) -> Workload:
+    """The workload of the layer `config` under a global batch; arguments as `Workload`'s attributes.
+
+    With dp None every chip has sequences of its own: dp = ep · moe_tp.
 
     Raises:
-      ValueError: a size is not positive, dp does not divide batch_size, ep does not divide num_experts, moe_tp does
-        not divide the hidden or the expert width, top_k exceeds num_experts, or a name is unknown.
+      ValueError: a size is not positive, dp does not divide batch_size or the chips, ep does not divide num_experts,
+        moe_tp does not divide the hidden or the expert width, top_k exceeds num_experts, or a name is unknown.
     """
     sizes = {name: getattr(config, name) for name in _SIZES_OF_A_LAYER}
-    return Workload(**sizes, q_len=q_len, ep=ep, dp=ep if dp is None else dp, **settings)
+    return Workload(**sizes, q_len=q_len, ep=ep, dp=ep * moe_tp if dp is None else dp, moe_tp=moe_tp, **settings)
 
 
 def _check(w: Workload) -> None:
@@ -148,6 +161,8 @@ def _check(w: Workload) -> None:
     check_rounding(w.rounding)
     if w.top_k > w.num_experts:
         raise ValueError(f"top_k must be at most num_experts={w.num_experts}, got {w.top_k}")
+    if w.num_chips % w.dp:
+        raise ValueError(f"dp must divide the ep · moe_tp = {w.num_chips} chips, got {w.dp}")
     splits = ("batch_size", "dp"), ("num_experts", "ep"), ("intermediate_size", "moe_tp"), ("hidden_size", "moe_tp")
     for whole, parts in splits:
         size, count = getattr(w, whole), getattr(w, parts)
