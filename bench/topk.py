@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from bench.command.parser import run
 from bench.measure.steps import Step, StepTimer
 from bench.one_chip.cases import Case
+from bench.one_chip.loads import logits_of, make_load
 from bench.one_chip.options import main_of
 from bench.one_chip.records import Record
-from bench.one_chip.variants import load_of, logits_of, measure, records_of, variants
+from bench.one_chip.variants import records_of, variants
 from pallas_kernels.top_k import top_k
 
 _EXAMPLES = (
@@ -24,15 +25,13 @@ _EXAMPLES = (
 
 def run_case(case: Case, clock: StepTimer, rounds: int) -> list[Record]:
     """Times the choice of `case.k` among logits of a load."""
-    load = load_of(case)
-    logits = logits_of(load)
-    steps = []
-    for variant in variants(case):
-        choose = functools.partial(top_k, k=case.k, backend=variant.backend)
-        steps.append(Step(variant.name("top_k"), choose, ("logits",)))
-    measured = measure(case, clock, steps, {"logits": logits}, rounds)
-    ids = measured.values[steps[0].name].ids
-    return list(records_of(case, clock, measured, ["top_k"], ids=ids, whole="top_k"))
+    steps = [
+        Step(variant.name("top_k"), functools.partial(top_k, k=case.k, backend=variant.backend), ("logits",))
+        for variant in variants(case)
+    ]
+    values = {"logits": logits_of(make_load(case))}
+    measured = clock.measure(steps, values, scope=case.programs_key, rounds=rounds)
+    return records_of(case, clock, measured, ["top_k"], measured.values[steps[0].name].ids)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -43,7 +42,10 @@ def main(argv: Sequence[str]) -> int:
         _EXAMPLES,
         run_case,
         argv,
-        defaults={"tokens": "8192", "hidden": "1024", "dtype": "fp16", "with_xla": True},
+        tokens="8192",
+        hidden="1024",
+        dtype="fp16",
+        with_xla=True,
     )
 
 

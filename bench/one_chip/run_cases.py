@@ -38,7 +38,7 @@ class Outcome:
 
 def run_cases(
     cases: Sequence[Case],
-    run_case: Callable[[Case], RunCase],
+    run_case: RunCase,
     clock: StepTimer,
     origin: Record,
     *,
@@ -51,8 +51,8 @@ def run_cases(
 
     Args:
       cases: most wanted first.
-      run_case: gives the function that measures a case.
-      clock: measures them.
+      run_case: measures one.
+      clock: that it measures with.
       origin: of the records.
       path: file of records, to which those of each case are written as soon as it is done; None for none.
       repeats: of each measurement.
@@ -77,7 +77,7 @@ def run_cases(
             break
         progress.show(number, case.title, at_most=minutes * 60)
         with clock.turns.beside():
-            lines = _run(case, run_case(case), clock, origin, repeats)
+            lines = _run(case, run_case, clock, origin, repeats)
         if path is not None:
             append_records(path, lines)
         outcome.records += lines

@@ -6,9 +6,9 @@ import pytest
 
 from bench import permute as bench
 from bench.command.parser import run
-from bench.inputs.loads import KINDS
 from bench.measure.clock import rotated
 from bench.measure.steps import StepTimer
+from bench.one_chip.cases import LOADS
 from bench.one_chip.layouts import LAYOUTS
 from bench.one_chip.variants import variants
 from bench.permute import main, run_case, steps_of
@@ -20,7 +20,7 @@ EVERY = tuple(LAYOUTS)
 SMALL = ["--tokens", "64", "--hidden", "32", "--experts", "4", "--repeats", "2"]
 
 
-@pytest.mark.parametrize("load", KINDS)
+@pytest.mark.parametrize("load", LOADS)
 @pytest.mark.quick("zipf")
 def test_tokens_come_back_in_every_layout_without_overflow(load):
     case = small("permute", dtype="fp16", load=load, layouts=EVERY, split=EVERY, with_xla=True, capacity_factor=4.0)
