@@ -21,7 +21,7 @@ from bench.one_chip.layouts import LAYOUTS, Variant
 from bench.one_chip.loads import make_load
 from bench.one_chip.options import main_of
 from bench.one_chip.records import Record
-from bench.one_chip.variants import records_of, variants
+from bench.one_chip.variants import measure, records_of, variants
 from moejax import MoEConfig, route
 from pallas_kernels.combine import combine
 from pallas_kernels.dispatch import dispatch
@@ -39,38 +39,12 @@ Choice = tuple[jax.Array, jax.Array]
 """topk_ids int32 [T, K] and topk_weights float32 [T, K]."""
 
 
-def choose(x: jax.Array, router: jax.Array, *, config: MoEConfig) -> Choice:
-    """The router: x [T, H], router [H, E]."""
-    routing = route(x, router, config)
-    return routing.topk_ids, routing.topk_weights
-
-
-def layer(
-    x: jax.Array,
-    router: jax.Array,
-    gate_up: jax.Array,
-    down: jax.Array,
-    *,
-    variant: Variant,
-    config: MoEConfig,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The whole layer: x [T, H] -> y [T, H], and how: the plan's inverse and topk_ids, both [T, K]."""
-    ids, weights = choose(x, router, config=config)
-    plan = variant.plan(ids)
-    rows = dispatch(x, plan, backend=variant.backend)
-    h = variant.gate_up(rows, plan, gate_up, config)
-    rows = variant.down(h, plan, down, config)
-    return combine(rows, plan, weights, backend=variant.backend), plan.inverse, ids
-
-
 def run_case(case: Case, clock: StepTimer, rounds: int) -> list[Record]:
     """Times every layout, whole and those of `case.split` stage by stage too."""
     load = make_load(case)
     gate_up, down = expert_weights(case.experts, case.hidden, case.intermediate, case.jax_dtype)
     values: dict[str, Any] = {"x": load.x, "router": load.router, "gate_up": gate_up, "down": down}
-    # By name, as the router is the same for all layouts.
-    steps = {step.name: step for variant in variants(case) for step in _steps(case, variant)}
-    measured = clock.measure(list(steps.values()), values, scope=case.programs_key, rounds=rounds)
+    measured = measure(case, clock, rounds, _steps, values)
     first_y, first_inverse, ids = measured.values[variants(case)[0].name("layer")]
 
     def error(variant: Variant) -> float:
@@ -103,25 +77,36 @@ def _config(case: Case, backend: str) -> MoEConfig:
 
 def _steps(case: Case, variant: Variant) -> list[Step]:
     """What is timed, from the values x [T, H], router [H, E], gate_up [E, H, 2, I] and down [E, I, H]."""
-    name, backend = variant.name, variant.backend
-    config = _config(case, backend)
-    whole = functools.partial(layer, variant=variant, config=config)
-    together = Step(name("layer"), whole, ("x", "router", "gate_up", "down"), key=variant)
-    if not variant.is_split:
-        return [together]
+    name = variant.name
+    config = _config(case, variant.backend)
+    send = functools.partial(dispatch, backend=variant.backend)
+    gate_up = functools.partial(variant.gate_up, config=config)
+    down = functools.partial(variant.down, config=config)
 
-    def plan(choice: Choice) -> Plan:
+    def choose(x: jax.Array, router: jax.Array) -> Choice:
+        routing = route(x, router, config)
+        return routing.topk_ids, routing.topk_weights
+
+    def plan_of(choice: Choice) -> Plan:
         return variant.plan(choice[0])
 
     def back(rows: jax.Array, plan: Plan, choice: Choice) -> jax.Array:
-        return combine(rows, plan, choice[1], backend=backend)
+        return combine(rows, plan, choice[1], backend=variant.backend)
 
-    gate_up = functools.partial(variant.gate_up, config=config)
-    down = functools.partial(variant.down, config=config)
+    def layer(x: jax.Array, router: jax.Array, w1: jax.Array, w2: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """All of them: y [T, H], and how: the plan's inverse and topk_ids, both [T, K]."""
+        choice = choose(x, router)
+        plan = plan_of(choice)
+        rows = down(gate_up(send(x, plan), plan, w1), plan, w2)
+        return back(rows, plan, choice), plan.inverse, choice[0]
+
+    together = Step(name("layer"), layer, ("x", "router", "gate_up", "down"), key=variant)
+    if not variant.is_split:
+        return [together]
     return [
-        Step(name("router"), functools.partial(choose, config=config), ("x", "router")),
-        Step(name("plan"), plan, (name("router"),), key=variant),
-        Step(name("dispatch"), functools.partial(dispatch, backend=backend), ("x", name("plan"))),
+        Step(name("router"), choose, ("x", "router")),
+        Step(name("plan"), plan_of, (name("router"),), key=variant),
+        Step(name("dispatch"), send, ("x", name("plan"))),
         Step(name("gate_up"), gate_up, (name("dispatch"), name("plan"), "gate_up")),
         Step(name("down"), down, (name("gate_up"), name("plan"), "down")),
         Step(name("combine"), back, (name("down"), name("plan"), name("router"))),
@@ -138,10 +123,7 @@ def main(argv: Sequence[str]) -> int:
         _EXAMPLES,
         run_case,
         argv,
-        tokens="4096",
-        hidden="1024",
-        dtype="bf16",
-        layouts=",".join(LAYOUTS),
+        {"tokens": "4096", "hidden": "1024", "dtype": "bf16", "layouts": ",".join(LAYOUTS)},
     )
 
 

@@ -19,7 +19,7 @@ from bench.one_chip.layouts import Variant
 from bench.one_chip.loads import logits_of, make_load
 from bench.one_chip.options import main_of
 from bench.one_chip.records import Record
-from bench.one_chip.variants import records_of, variants
+from bench.one_chip.variants import measure, records_of
 from pallas_kernels.combine import combine
 from pallas_kernels.dispatch import dispatch
 from pallas_kernels.plan import Plan
@@ -34,19 +34,12 @@ _EXAMPLES = (
 )
 
 
-def permute(x: jax.Array, logits: jax.Array, *, k: int, variant: Variant) -> tuple[jax.Array, jax.Array]:
-    """Routes, copies each token to its experts and sums the copies up: x again, and the plan's inverse."""
-    y, plan = dispatch_and_combine(x, logits, k, variant.plan, variant.backend)
-    return y, plan.inverse
-
-
 def run_case(case: Case, clock: StepTimer, rounds: int) -> list[Record]:
     """Times the operators one by one and together, and checks that they give the tokens back."""
     load = make_load(case)
     logits = logits_of(load)
     ids = top_k_ids(logits, case.k, backend="xla")
-    values = {"x": load.x, "logits": logits}
-    measured = clock.measure(steps_of(case), values, scope=case.programs_key, rounds=rounds)
+    measured = measure(case, clock, rounds, steps_of, {"x": load.x, "logits": logits})
 
     def error(variant: Variant) -> float:
         y, inverse = measured.values[variant.name("permute")]
@@ -55,16 +48,16 @@ def run_case(case: Case, clock: StepTimer, rounds: int) -> list[Record]:
     return records_of(case, clock, measured, OPERATORS, ids, identity_error=error)
 
 
-def steps_of(case: Case) -> list[Step]:
+def steps_of(case: Case, variant: Variant) -> list[Step]:
     """What is timed, from the values x [T, H] and logits float32 [T, E]."""
-    # By name, as what comes before the layout is the same for all layouts.
-    return list({step.name: step for variant in variants(case) for step in _steps(case, variant)}.values())
-
-
-def _steps(case: Case, variant: Variant) -> list[Step]:
     name, backend = variant.name, variant.backend
-    whole = functools.partial(permute, k=case.k, variant=variant)
-    together = Step(name("permute"), whole, ("x", "logits"), key=variant)
+
+    def permute(x: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """X again, and the plan's inverse [T, K]."""
+        y, plan = dispatch_and_combine(x, logits, case.k, variant.plan, backend)
+        return y, plan.inverse
+
+    together = Step(name("permute"), permute, ("x", "logits"), key=variant)
     if not variant.is_split:
         return [together]
 
@@ -98,10 +91,7 @@ def main(argv: Sequence[str]) -> int:
         _EXAMPLES,
         run_case,
         argv,
-        tokens="8192",
-        hidden="2048",
-        dtype="fp16",
-        with_xla=True,
+        {"tokens": "8192", "hidden": "2048", "dtype": "fp16", "with_xla": True},
     )
 
 

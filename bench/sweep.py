@@ -21,7 +21,6 @@ from bench.measure.steps import StepTimer
 from bench.one_chip.cases import BENCHES, Case
 from bench.one_chip.options import add_load_options, add_run_options, finish, run
 from bench.one_chip.records import Record
-from bench.one_chip.run_cases import Outcome
 from bench.one_chip.sweep_grid import full_grid, quick_grid
 from bench.plot import say_report
 from bench.processes.side_by_side import Share, my_share, prepare_jobs, run_side_by_side
@@ -52,19 +51,15 @@ def main(argv: Sequence[str]) -> int:
         return 0
     prepare_jobs(args.jobs)
     if (share := my_share()) is not None:
-        return 1 if _run(argv, args, share_of(cases, share)).failures else 0
+        return 1 if run("sweep", argv, args, share_of(cases, share), _run_case).failures else 0
     failed = False
     with holding(args.out):
         if args.jobs > 1:
             failed = any(run_side_by_side("bench.sweep", argv, args.jobs, args.out))
             args.minutes = _NO_TIME  # only reads what they wrote
-        failed = finish(args, _run(argv, args, cases)) != 0 or failed
+        failed = finish(args, run("sweep", argv, args, cases, _run_case)) != 0 or failed
         say_report(args.out)
     return 1 if failed else 0
-
-
-def _run(argv: Sequence[str], args: argparse.Namespace, cases: Sequence[Case]) -> Outcome:
-    return run("bench.sweep", argv, args, cases, _run_case, "sweep.jsonl")
 
 
 def share_of(cases: Sequence[Case], share: Share) -> list[Case]:

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from bench.command.parser import run
 from bench.measure.steps import Step, StepTimer
 from bench.one_chip.cases import Case
+from bench.one_chip.layouts import Variant
 from bench.one_chip.loads import logits_of, make_load
 from bench.one_chip.options import main_of
 from bench.one_chip.records import Record
-from bench.one_chip.variants import records_of, variants
+from bench.one_chip.variants import measure, records_of, variants
 from pallas_kernels.top_k import top_k
 
 _EXAMPLES = (
@@ -25,13 +26,14 @@ _EXAMPLES = (
 
 def run_case(case: Case, clock: StepTimer, rounds: int) -> list[Record]:
     """Times the choice of `case.k` among logits of a load."""
-    steps = [
-        Step(variant.name("top_k"), functools.partial(top_k, k=case.k, backend=variant.backend), ("logits",))
-        for variant in variants(case)
-    ]
-    values = {"logits": logits_of(make_load(case))}
-    measured = clock.measure(steps, values, scope=case.programs_key, rounds=rounds)
-    return records_of(case, clock, measured, ["top_k"], measured.values[steps[0].name].ids)
+    measured = measure(case, clock, rounds, _steps, {"logits": logits_of(make_load(case))})
+    ids = measured.values[variants(case)[0].name("top_k")].ids
+    return records_of(case, clock, measured, ["top_k"], ids)
+
+
+def _steps(case: Case, variant: Variant) -> list[Step]:
+    choose = functools.partial(top_k, k=case.k, backend=variant.backend)
+    return [Step(variant.name("top_k"), choose, ("logits",))]
 
 
 def main(argv: Sequence[str]) -> int:
@@ -42,10 +44,7 @@ def main(argv: Sequence[str]) -> int:
         _EXAMPLES,
         run_case,
         argv,
-        tokens="8192",
-        hidden="1024",
-        dtype="fp16",
-        with_xla=True,
+        {"tokens": "8192", "hidden": "1024", "dtype": "fp16", "with_xla": True},
     )
 
 

@@ -115,11 +115,8 @@ class Case:
     @property
     def key(self) -> str:
         """One line that tells the case apart from all others."""
-        given = {
-            name: value for name, value in dataclasses.asdict(self).items() if name != "bench" and value is not None
-        }
-        if self.load != "zipf":
-            del given["zipf_exponent"]
+        silent = {"bench"} if self.load == "zipf" else {"bench", "zipf_exponent"}
+        given = {name: value for name, value in vars(self).items() if name not in silent and value is not None}
         parts = (f"{name}={'+'.join(v) if isinstance(v, tuple) else v}" for name, v in given.items())
         return " ".join([self.bench, *parts])
 

@@ -11,20 +11,20 @@ A load is activations and a router's matrix whose product makes the choice, so t
 import functools
 import math
 import pathlib
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from scipy import special
 
-from bench.inputs.quick_jit import quick_jit
 from bench.inputs.text import default_text_path, embed, read_text, sample_contexts
+from bench.measure.clock import is_nvidia
 from bench.one_chip.cases import Case
 from moejax.router_logits import router_logits
 
 _read_text = functools.lru_cache(maxsize=1)(read_text)
-_router_logits = quick_jit(router_logits)
 _CHOSEN, _STEP, _NOISE = 4.0, 0.25, 0.1  # far enough apart for 16-bit activations to keep the order
 
 
@@ -47,18 +47,19 @@ def make_load(case: Case) -> Load:
     if case.load == "text":
         path = default_text_path() if case.text is None else pathlib.Path(case.text)
         contexts = sample_contexts(_read_text(path, "--text"), case.tokens, case.seed)
-        return _embedded(jnp.asarray(contexts), router, seed=case.seed, dtype=case.jax_dtype)
+        return _quickly_compiled(_embedded, jnp.asarray(contexts), router, seed=case.seed, dtype=case.jax_dtype)
     if case.load == "zipf":
         rank = rng.permutation(case.experts) + 1.0
         logits = rng.gumbel(size=(case.tokens, case.experts)) - case.zipf_exponent * np.log(rank)
     else:
         logits = _balanced_logits(rng, case.tokens, case.experts, case.k)
-    return _with_logits(jnp.asarray(logits, jnp.float32), router, seed=case.seed, dtype=case.jax_dtype)
+    wanted = jnp.asarray(logits, jnp.float32)
+    return _quickly_compiled(_with_logits, wanted, router, seed=case.seed, dtype=case.jax_dtype)
 
 
 def logits_of(load: Load) -> jax.Array:
     """The router's logits for a load, float32 [T, E]."""
-    return jax.block_until_ready(_router_logits(load.x, load.router))
+    return jax.block_until_ready(_quickly_compiled(router_logits, load.x, load.router))
 
 
 def load_figures(tokens_per_expert: np.ndarray, capacity: int) -> dict[str, float]:
@@ -82,12 +83,21 @@ def _balanced_logits(rng: np.random.Generator, num_tokens: int, num_experts: int
     return logits
 
 
-@functools.partial(quick_jit, static_argnames=("seed", "dtype"))
+def _quickly_compiled[Result](function: Callable[..., Result], *args: jax.Array, **static: Any) -> Result:
+    """function(*args, **static), compiled quickly rather than to run quickly.
+
+    On an NVIDIA GPU XLA searches for the fastest kernel of every product, for which it compiles dozens: 10 to 20 s for
+    the activations of a load, which take the GPU a millisecond to make.
+    """
+    without_search = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
+    options = without_search if is_nvidia(jax.devices()[0]) else None
+    return jax.jit(function, static_argnames=tuple(static), compiler_options=options)(*args, **static)
+
+
 def _embedded(contexts: jax.Array, router: jax.Array, *, seed: int, dtype: jnp.dtype) -> Load:
     return Load(embed(contexts, router.shape[0], seed).astype(dtype), router.astype(dtype))
 
 
-@functools.partial(quick_jit, static_argnames=("seed", "dtype"))
 def _with_logits(logits: jax.Array, router: jax.Array, *, seed: int, dtype: jnp.dtype) -> Load:
     """Noise whose product with the router, of orthonormal columns, is changed to `logits`."""
     noise = jax.random.normal(jax.random.key(seed), (logits.shape[0], router.shape[0]), jnp.float32)

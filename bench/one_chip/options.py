@@ -4,7 +4,7 @@ import argparse
 import contextlib
 import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bench.command import values
@@ -21,8 +21,6 @@ from bench.record.files import holding
 from bench.record.json_files import write_json
 from bench.record.progress import Progress
 from bench.record.tables import Cell, format_table
-
-REPEATS = 10
 
 _COMMON = ("zipf_exponent", "text", "dtype", "seed", "block", "backend", "with_xla")
 """Options that are fields of every case."""
@@ -41,22 +39,21 @@ def main_of(
     examples: Sequence[str],
     run_case: RunCase,
     argv: Sequence[str],
-    **defaults: Any,
+    defaults: Mapping[str, Any],
 ) -> int:
     """The command line of one bench: all combinations of the sizes that are given.
 
     `defaults` are those in which the benches differ, by the names of fields of a `Case`. The exit status is 1 if a case
     failed or gave a wrong result.
     """
-    module = f"bench.{bench}"
-    parser = make_parser(module, description, examples)
+    parser = make_parser(f"bench.{bench}", description, examples)
     _add_size_options(parser, bench)
     add_run_options(parser)
     parser.set_defaults(**defaults)
     args = parser.parse_args(argv)
     cases = combinations(bench, args)
     with holding(args.out) if args.out else contextlib.nullcontext():
-        return finish(args, run(module, argv, args, cases, run_case, f"{bench}.jsonl"))
+        return finish(args, run(bench, argv, args, cases, run_case))
 
 
 def _add_size_options(parser: argparse.ArgumentParser, bench: Bench) -> None:
@@ -127,7 +124,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--repeats",
         type=values.whole_number(2),  # as one measurement has no spread
-        default=REPEATS,
+        default=10,
         help="of each measurement (default %(default)s)",
     )
     add(
@@ -180,20 +177,15 @@ def combinations(bench: Bench, args: argparse.Namespace) -> list[Case]:
 
 
 def run(
-    module: str,
-    argv: Sequence[str],
-    args: argparse.Namespace,
-    cases: Sequence[Case],
-    run_case: RunCase,
-    file_name: str,
+    command: str, argv: Sequence[str], args: argparse.Namespace, cases: Sequence[Case], run_case: RunCase
 ) -> Outcome:
-    """Runs the cases as the options of `add_run_options` say."""
+    """Runs the cases as the options of `add_run_options` say; the file of records is called after the command."""
     progress = Progress(len(cases))
     clock = StepTimer(turns=my_turns(args.out) if args.out else Turns())
-    origin = origin_of(module, argv, args.commit)
+    origin = origin_of(f"bench.{command}", argv, args.commit)
     where = "device time of kernels" if clock.name == "kernels" else "wall time"
     progress.say(f"{origin['chip']}: {where}, {args.repeats} repeats, {len(cases)} cases")
-    path = args.out / file_name if args.out else None
+    path = args.out / f"{command}.jsonl" if args.out else None
     return run_cases(
         cases, run_case, clock, origin, path=path, repeats=args.repeats, progress=progress, minutes=args.minutes
     )

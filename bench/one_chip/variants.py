@@ -5,12 +5,13 @@ operator and its variant, "pack/compact/auto"; what comes before the layout is s
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
 from bench.measure.samples import paired, summarise
-from bench.measure.steps import Measured, StepTimer, device_peak_bytes
+from bench.measure.steps import Measured, Step, StepTimer, device_peak_bytes
 from bench.one_chip.cases import Case
 from bench.one_chip.layouts import OUTSIDE_LAYOUTS, Variant
 from bench.one_chip.loads import load_figures
@@ -29,6 +30,19 @@ def variants(case: Case) -> list[Variant]:
     return [*ours, variant(case.layouts[0], "xla", False)] if case.with_xla else ours
 
 
+def measure(
+    case: Case,
+    clock: StepTimer,
+    rounds: int,
+    steps_of: Callable[[Case, Variant], Sequence[Step]],
+    values: dict[str, Any],
+) -> Measured:
+    """Times the steps of all variants; what comes before the layout is the same for all layouts, and timed once."""
+    steps = {step.name: step for variant in variants(case) for step in steps_of(case, variant)}
+    # Programs are kept for the next case, if it differs by load and capacity only.
+    return clock.measure(list(steps.values()), values, scope=case.programs_key, rounds=rounds)
+
+
 def records_of(
     case: Case,
     clock: StepTimer,
@@ -37,16 +51,10 @@ def records_of(
     ids: jax.Array,
     **errors: Callable[[Variant], float],
 ) -> list[Record]:
-    """A record for each operator of each variant that was timed.
+    """A record for each operator of each variant that was timed, for topk_ids `ids` [T, K].
 
-    Args:
-      case: what was measured.
-      clock: that measured it.
-      measured: what came of it.
-      operators: in order. The last is all of the others together, by which variants are compared; where rows are laid
-        out, its value begins with the result and the plan's inverse [T, K].
-      ids: topk_ids [T, K].
-      errors: of a variant, by their names in the record of the whole.
+    The last of the operators is all of the others together. By it variants are compared, and its record has the
+    `errors` of a variant; where rows are laid out, its value begins with the result and the plan's inverse [T, K].
     """
     *stages, whole = operators
     tokens_per_expert = np.bincount(np.asarray(ids).ravel(), minlength=case.experts)

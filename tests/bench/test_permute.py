@@ -120,11 +120,11 @@ def test_all_steps_lower_for_a_gpu(layout, rows):
         "x": jax.ShapeDtypeStruct((8192, 2048), jnp.float16),
         "logits": jax.ShapeDtypeStruct((8192, 32), jnp.float32),
     }
+    (variant,) = variants(case)
     with targeting(get_chip("h200")):
-        for step in steps_of(case):
+        for step in steps_of(case, variant):
             program = rotated(step.function).trace([tuple(shapes[name] for name in step.inputs)])
             lowered = program.lower(lowering_platforms=("cuda",))
             shapes[step.name] = lowered.out_info[0]
             assert ("mosaic_gpu" in lowered.as_text()) == step.is_timed
-    (variant,) = variants(case)
     assert shapes[variant.name("pack")].shape[0] == rows
