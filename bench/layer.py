@@ -17,15 +17,15 @@ from bench.inputs.weights import normal
 from bench.measure.errors import relative_error
 from bench.measure.steps import Step, StepTimer
 from bench.one_chip.cases import Case
-from bench.one_chip.layouts import LAYOUTS, Sizes
+from bench.one_chip.layouts import LAYOUTS, Variant
+from bench.one_chip.loads import make_load
 from bench.one_chip.options import main_of
 from bench.one_chip.records import Record
-from bench.one_chip.variants import Variant, distinct, load_of, measure, records_of, variants
+from bench.one_chip.variants import measure, records_of, variants
 from moejax import MoEConfig, route
 from pallas_kernels.combine import combine
 from pallas_kernels.dispatch import dispatch
 from pallas_kernels.plan import Plan
-from pallas_kernels.quantize import Operand
 
 OPERATORS = ("router", "plan", "dispatch", "gate_up", "down", "combine", "layer")
 
@@ -39,37 +39,12 @@ Choice = tuple[jax.Array, jax.Array]
 """topk_ids int32 [T, K] and topk_weights float32 [T, K]."""
 
 
-def choose(x: jax.Array, router: jax.Array, *, config: MoEConfig) -> Choice:
-    """The router: x [T, H], router [H, E]."""
-    routing = route(x, router, config)
-    return routing.topk_ids, routing.topk_weights
-
-
-def layer(
-    x: jax.Array,
-    router: jax.Array,
-    gate_up: jax.Array,
-    down: jax.Array,
-    *,
-    variant: Variant,
-    sizes: Sizes,
-    config: MoEConfig,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The whole layer: x [T, H] -> y [T, H], and how: the plan's inverse and topk_ids, both [T, K]."""
-    ids, weights = choose(x, router, config=config)
-    plan = variant.layout.plan(ids, sizes)
-    rows = dispatch(x, plan, backend=variant.backend)
-    h = variant.layout.gate_up(rows, plan, gate_up, config)
-    rows = variant.layout.down(h, plan, down, config)
-    return combine(rows, plan, weights, backend=variant.backend), plan.inverse, ids
-
-
 def run_case(case: Case, clock: StepTimer, rounds: int) -> list[Record]:
     """Times every layout, whole and those of `case.split` stage by stage too."""
-    load = load_of(case)
+    load = make_load(case)
     gate_up, down = expert_weights(case.experts, case.hidden, case.intermediate, case.jax_dtype)
     values: dict[str, Any] = {"x": load.x, "router": load.router, "gate_up": gate_up, "down": down}
-    measured = measure(case, clock, steps_of(case), values, rounds)
+    measured = measure(case, clock, rounds, _steps, values)
     first_y, first_inverse, ids = measured.values[variants(case)[0].name("layer")]
 
     def error(variant: Variant) -> float:
@@ -77,7 +52,7 @@ def run_case(case: Case, clock: StepTimer, rounds: int) -> list[Record]:
         is_whole = ((inverse >= 0) & (first_inverse >= 0)).all(1)
         return relative_error(y, first_y, is_whole)
 
-    return list(records_of(case, clock, measured, OPERATORS, ids=ids, whole="layer", errors={"agreement_error": error}))
+    return records_of(case, clock, measured, OPERATORS, ids, agreement_error=error)
 
 
 # Cases that follow one another often have the same experts.
@@ -100,41 +75,41 @@ def _config(case: Case, backend: str) -> MoEConfig:
     )
 
 
-def steps_of(case: Case) -> list[Step]:
-    """What is timed, from the values x [T, H], router [H, E], gate_up [E, H, 2, I] and down [E, I, H]."""
-    return distinct(step for variant in variants(case) for step in _steps(case, variant))
-
-
 def _steps(case: Case, variant: Variant) -> list[Step]:
-    name, layout, backend, sizes = variant.name, variant.layout, variant.backend, variant.sizes(case)
-    config = _config(case, backend)
-    whole = functools.partial(layer, variant=variant, sizes=sizes, config=config)
-    together = Step(name("layer"), whole, ("x", "router", "gate_up", "down"), key=sizes)
-    if not variant.is_split:
-        return [together]
+    """What is timed, from the values x [T, H], router [H, E], gate_up [E, H, 2, I] and down [E, I, H]."""
+    name = variant.name
+    config = _config(case, variant.backend)
+    send = functools.partial(dispatch, backend=variant.backend)
+    gate_up = functools.partial(variant.gate_up, config=config)
+    down = functools.partial(variant.down, config=config)
 
-    def plan(choice: Choice) -> Plan:
-        return layout.plan(choice[0], sizes)
+    def choose(x: jax.Array, router: jax.Array) -> Choice:
+        routing = route(x, router, config)
+        return routing.topk_ids, routing.topk_weights
+
+    def plan_of(choice: Choice) -> Plan:
+        return variant.plan(choice[0])
 
     def back(rows: jax.Array, plan: Plan, choice: Choice) -> jax.Array:
-        return combine(rows, plan, choice[1], backend=backend)
+        return combine(rows, plan, choice[1], backend=variant.backend)
 
-    def gate_up(rows: jax.Array, plan: Plan, weights: jax.Array) -> Operand:
-        return layout.gate_up(rows, plan, weights, config)
+    def layer(x: jax.Array, router: jax.Array, w1: jax.Array, w2: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """All of them: y [T, H], and how: the plan's inverse and topk_ids, both [T, K]."""
+        choice = choose(x, router)
+        plan = plan_of(choice)
+        rows = down(gate_up(send(x, plan), plan, w1), plan, w2)
+        return back(rows, plan, choice), plan.inverse, choice[0]
 
-    def down(h: Operand, plan: Plan, weights: jax.Array) -> jax.Array:
-        return layout.down(h, plan, weights, config)
-
-    def step(operator: str, function: Any, *inputs: str) -> Step:
-        return Step(name(operator), function, inputs, key=sizes)
-
+    together = Step(name("layer"), layer, ("x", "router", "gate_up", "down"), key=variant)
+    if not variant.is_split:
+        return [together]
     return [
-        step("router", functools.partial(choose, config=config), "x", "router"),
-        step("plan", plan, name("router")),
-        step("dispatch", functools.partial(dispatch, backend=backend), "x", name("plan")),
-        step("gate_up", gate_up, name("dispatch"), name("plan"), "gate_up"),
-        step("down", down, name("gate_up"), name("plan"), "down"),
-        step("combine", back, name("down"), name("plan"), name("router")),
+        Step(name("router"), choose, ("x", "router")),
+        Step(name("plan"), plan_of, (name("router"),), key=variant),
+        Step(name("dispatch"), send, ("x", name("plan"))),
+        Step(name("gate_up"), gate_up, (name("dispatch"), name("plan"), "gate_up")),
+        Step(name("down"), down, (name("gate_up"), name("plan"), "down")),
+        Step(name("combine"), back, (name("down"), name("plan"), name("router"))),
         together,
     ]
 
@@ -148,7 +123,7 @@ def main(argv: Sequence[str]) -> int:
         _EXAMPLES,
         run_case,
         argv,
-        defaults={"tokens": "4096", "hidden": "1024", "dtype": "bf16", "layouts": ",".join(LAYOUTS)},
+        {"tokens": "4096", "hidden": "1024", "dtype": "bf16", "layouts": ",".join(LAYOUTS)},
     )
 
 

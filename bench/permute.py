@@ -15,10 +15,11 @@ from bench.measure.errors import largest_error
 from bench.measure.steps import Step, StepTimer
 from bench.one_chip.cases import Case
 from bench.one_chip.dispatch_combine import dispatch_and_combine
-from bench.one_chip.layouts import Sizes
+from bench.one_chip.layouts import Variant
+from bench.one_chip.loads import logits_of, make_load
 from bench.one_chip.options import main_of
 from bench.one_chip.records import Record
-from bench.one_chip.variants import Variant, distinct, load_of, logits_of, measure, records_of, variants
+from bench.one_chip.variants import measure, records_of
 from pallas_kernels.combine import combine
 from pallas_kernels.dispatch import dispatch
 from pallas_kernels.plan import Plan
@@ -33,41 +34,35 @@ _EXAMPLES = (
 )
 
 
-def permute(x: jax.Array, logits: jax.Array, *, k: int, variant: Variant, sizes: Sizes) -> tuple[jax.Array, jax.Array]:
-    """Routes, copies each token to its experts and sums the copies up: x again, and the plan's inverse."""
-    y, plan = dispatch_and_combine(x, logits, k, lambda ids: variant.layout.plan(ids, sizes), variant.backend)
-    return y, plan.inverse
-
-
 def run_case(case: Case, clock: StepTimer, rounds: int) -> list[Record]:
     """Times the operators one by one and together, and checks that they give the tokens back."""
-    load = load_of(case)
+    load = make_load(case)
     logits = logits_of(load)
     ids = top_k_ids(logits, case.k, backend="xla")
-    measured = measure(case, clock, steps_of(case), {"x": load.x, "logits": logits}, rounds)
+    measured = measure(case, clock, rounds, steps_of, {"x": load.x, "logits": logits})
 
     def error(variant: Variant) -> float:
         y, inverse = measured.values[variant.name("permute")]
         return largest_error(y, load.x, (inverse >= 0).all(1))
 
-    errors = {"identity_error": error}
-    return list(records_of(case, clock, measured, OPERATORS, ids=ids, whole="permute", errors=errors))
+    return records_of(case, clock, measured, OPERATORS, ids, identity_error=error)
 
 
-def steps_of(case: Case) -> list[Step]:
+def steps_of(case: Case, variant: Variant) -> list[Step]:
     """What is timed, from the values x [T, H] and logits float32 [T, E]."""
-    return distinct(step for variant in variants(case) for step in _steps(case, variant))
+    name, backend = variant.name, variant.backend
 
+    def permute(x: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """X again, and the plan's inverse [T, K]."""
+        y, plan = dispatch_and_combine(x, logits, case.k, variant.plan, backend)
+        return y, plan.inverse
 
-def _steps(case: Case, variant: Variant) -> list[Step]:
-    name, backend, sizes = variant.name, variant.backend, variant.sizes(case)
-    whole = functools.partial(permute, k=case.k, variant=variant, sizes=sizes)
-    together = Step(name("permute"), whole, ("x", "logits"), key=sizes)
+    together = Step(name("permute"), permute, ("x", "logits"), key=variant)
     if not variant.is_split:
         return [together]
 
     def plan(choice: TopK) -> Plan:
-        return variant.layout.plan(choice.ids, sizes)
+        return variant.plan(choice.ids)
 
     def unpack(rows: jax.Array, plan: Plan, weights: jax.Array) -> jax.Array:
         return combine(rows, plan, weights, backend=backend)
@@ -76,7 +71,7 @@ def _steps(case: Case, variant: Variant) -> list[Step]:
     return [
         Step(name("top_k"), choose, ("logits",)),
         Step("weights", _softmax, (name("top_k"),), is_timed=False),
-        Step(name("plan"), plan, (name("top_k"),), key=sizes),
+        Step(name("plan"), plan, (name("top_k"),), key=variant),
         Step(name("pack"), functools.partial(dispatch, backend=backend), ("x", name("plan"))),
         Step(name("combine"), unpack, (name("pack"), name("plan"), "weights")),
         together,
@@ -96,7 +91,7 @@ def main(argv: Sequence[str]) -> int:
         _EXAMPLES,
         run_case,
         argv,
-        defaults={"tokens": "8192", "hidden": "2048", "dtype": "fp16", "with_xla": True},
+        {"tokens": "8192", "hidden": "2048", "dtype": "fp16", "with_xla": True},
     )
 
 

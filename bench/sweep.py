@@ -17,9 +17,10 @@ import bench.topk
 from bench.command.parser import make_parser
 from bench.command.parser import run as run_command
 from bench.command.values import NAMES, POSITIVE_INTS, positive_int
+from bench.measure.steps import StepTimer
 from bench.one_chip.cases import BENCHES, Case
 from bench.one_chip.options import add_load_options, add_run_options, finish, run
-from bench.one_chip.run_cases import Outcome, RunCase
+from bench.one_chip.records import Record
 from bench.one_chip.sweep_grid import full_grid, quick_grid
 from bench.plot import say_report
 from bench.processes.side_by_side import Share, my_share, prepare_jobs, run_side_by_side
@@ -50,19 +51,15 @@ def main(argv: Sequence[str]) -> int:
         return 0
     prepare_jobs(args.jobs)
     if (share := my_share()) is not None:
-        return 1 if _run(argv, args, share_of(cases, share)).failures else 0
+        return 1 if run("sweep", argv, args, share_of(cases, share), _run_case).failures else 0
     failed = False
     with holding(args.out):
         if args.jobs > 1:
             failed = any(run_side_by_side("bench.sweep", argv, args.jobs, args.out))
             args.minutes = _NO_TIME  # only reads what they wrote
-        failed = finish(args, _run(argv, args, cases)) != 0 or failed
+        failed = finish(args, run("sweep", argv, args, cases, _run_case)) != 0 or failed
         say_report(args.out)
     return 1 if failed else 0
-
-
-def _run(argv: Sequence[str], args: argparse.Namespace, cases: Sequence[Case]) -> Outcome:
-    return run("bench.sweep", argv, args, cases, _run_case, "sweep.jsonl")
 
 
 def share_of(cases: Sequence[Case], share: Share) -> list[Case]:
@@ -71,8 +68,8 @@ def share_of(cases: Sequence[Case], share: Share) -> list[Case]:
     return list(itertools.chain.from_iterable(share.of(together)))
 
 
-def _run_case(case: Case) -> RunCase:
-    return _RUN_CASE[case.bench]
+def _run_case(case: Case, clock: StepTimer, rounds: int) -> list[Record]:
+    return _RUN_CASE[case.bench](case, clock, rounds)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -109,7 +106,7 @@ def _select(cases: Sequence[Case], args: argparse.Namespace) -> list[Case]:
     Raises:
       ValueError: they leave none.
     """
-    zipf, text = {"zipf_exponent": args.zipf}, {"text": args.text}
+    own = {"zipf": {"zipf_exponent": args.zipf_exponent}, "text": {"text": args.text}}
     left = list(cases)
     for name in ("bench", "load", "tokens", "hidden", "experts", "k"):
         allowed = getattr(args, name)
@@ -119,7 +116,7 @@ def _select(cases: Sequence[Case], args: argparse.Namespace) -> list[Case]:
         left = [case for case in left if allowed is None or getattr(case, name) in allowed]
     if not left:
         raise ValueError("no case of the grid has all of the sizes that were given; --list shows those that there are")
-    return [dataclasses.replace(case, **({"zipf": zipf, "text": text}.get(case.load, {}))) for case in left]
+    return [dataclasses.replace(case, **own.get(case.load, {})) for case in left]
 
 
 if __name__ == "__main__":

@@ -10,9 +10,11 @@ from collections.abc import Sequence
 from bench.command.parser import run
 from bench.measure.steps import Step, StepTimer
 from bench.one_chip.cases import Case
+from bench.one_chip.layouts import Variant
+from bench.one_chip.loads import logits_of, make_load
 from bench.one_chip.options import main_of
 from bench.one_chip.records import Record
-from bench.one_chip.variants import load_of, logits_of, measure, records_of, variants
+from bench.one_chip.variants import measure, records_of, variants
 from pallas_kernels.top_k import top_k
 
 _EXAMPLES = (
@@ -24,15 +26,14 @@ _EXAMPLES = (
 
 def run_case(case: Case, clock: StepTimer, rounds: int) -> list[Record]:
     """Times the choice of `case.k` among logits of a load."""
-    load = load_of(case)
-    logits = logits_of(load)
-    steps = []
-    for variant in variants(case):
-        choose = functools.partial(top_k, k=case.k, backend=variant.backend)
-        steps.append(Step(variant.name("top_k"), choose, ("logits",)))
-    measured = measure(case, clock, steps, {"logits": logits}, rounds)
-    ids = measured.values[steps[0].name].ids
-    return list(records_of(case, clock, measured, ["top_k"], ids=ids, whole="top_k"))
+    measured = measure(case, clock, rounds, _steps, {"logits": logits_of(make_load(case))})
+    ids = measured.values[variants(case)[0].name("top_k")].ids
+    return records_of(case, clock, measured, ["top_k"], ids)
+
+
+def _steps(case: Case, variant: Variant) -> list[Step]:
+    choose = functools.partial(top_k, k=case.k, backend=variant.backend)
+    return [Step(variant.name("top_k"), choose, ("logits",))]
 
 
 def main(argv: Sequence[str]) -> int:
@@ -43,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
         _EXAMPLES,
         run_case,
         argv,
-        defaults={"tokens": "8192", "hidden": "1024", "dtype": "fp16", "with_xla": True},
+        {"tokens": "8192", "hidden": "1024", "dtype": "fp16", "with_xla": True},
     )
 
 

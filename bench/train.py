@@ -27,9 +27,10 @@ from bench.record.progress import Progress
 from bench.record.provenance import chip_name, provenance
 from bench.record.tables import format_table
 from bench.training.checkpoints import latest_step, open_checkpoints, require_orbax
-from bench.training.records import FILE_NAME, Run, read_runs, run_name
-from bench.training.runs import Variant, compile_variant, fit_steps, train
-from bench.training.settings import ROUTERS, Settings, check_router
+from bench.training.learner import Learner
+from bench.training.records import FILE_NAME, read_runs, run_name
+from bench.training.runs import compile_learner, fit_steps, train
+from bench.training.settings import ROUTERS, Settings
 from bench.training.table import HEADERS, summaries, table_rows, warnings_of
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -56,8 +57,8 @@ def main(argv: Sequence[str]) -> int:
     """Trains, records, prints the table, and makes the report; 1 when a run diverged."""
     args = _parser().parse_args(argv)
     names = list(dict.fromkeys(args.routers or ROUTERS))
-    for name in names:
-        check_router(name)
+    if unknown := [name for name in names if name not in ROUTERS]:
+        raise ValueError(f"--routers must be some of {', '.join(ROUTERS)}; got {unknown[0]!r}")
     prepare_jobs(args.jobs)
     if args.checkpoint_every:
         require_orbax()
@@ -72,35 +73,36 @@ def main(argv: Sequence[str]) -> int:
     corpus = load_corpus(args.text, settings.length)
     corpus.held_out_batches(settings.batch_size, 1)
 
-    head = _head(argv, args.commit, settings, corpus)
+    head = {
+        **provenance("bench.train", argv, chip_name(), _PACKAGES, args.commit),
+        "settings": dataclasses.asdict(settings),
+        "text": {"source": corpus.source, "sha256": corpus.sha256, "bytes": corpus.num_bytes},
+    }
     if (share := my_share()) is not None:
         _train_routers(share.of(names), settings, corpus, head, args)
         return 0
     with holding(args.out):
-        return _train_all(argv, args, names, settings, corpus, head)
+        _prepare(args, head)
+        failed = False
+        if args.jobs > 1:
+            failed = any(run_side_by_side("bench.train", argv, args.jobs, args.out))
+        else:
+            settings = _train_routers(names, settings, corpus, head, args)
+        diverged = _report(args, names, settings, corpus, head)
+    return 1 if failed or diverged else 0
 
 
-def _train_all(
-    argv: Sequence[str],
-    args: argparse.Namespace,
-    names: Sequence[str],
-    settings: Settings,
-    corpus: Corpus,
-    head: dict[str, Any],
-) -> int:
-    """The run as the user started it; the folder is reserved."""
-    out, file = args.out, args.out / FILE_NAME
-    _check_runs(_prepare(out, args), head, out)
-    failed = False
-    if args.jobs > 1:
-        failed = any(run_side_by_side("bench.train", argv, args.jobs, out))
-    else:
-        settings = _train_routers(names, settings, corpus, head, args)
-
-    runs = {name: run for name, run in read_runs(file).items() if run.head["router"] in names}
-    shown = summaries(runs.values())
+def _report(
+    args: argparse.Namespace, names: Sequence[str], settings: Settings, corpus: Corpus, head: dict[str, Any]
+) -> bool:
+    """Prints and writes what came of the routers' runs; returns whether one diverged."""
+    runs = [run for run in read_runs(args.out / FILE_NAME).values() if run.head["router"] in names]
+    shown = summaries(runs)
     if args.json != "-":
-        print(f"{head['chip']}, commit {head['commit']}; {_budget(settings, corpus)}")
+        tokens = settings.steps * settings.batch_size * settings.length
+        sizes = f"{settings.num_layers} layers, hidden {settings.hidden_size}, {settings.num_experts} experts"
+        budget = f"{settings.steps:,} steps, {tokens:,} bytes a run of {corpus.source}"
+        print(f"{head['chip']}, commit {head['commit']}; {sizes}, {budget}")
         print(format_table(HEADERS, table_rows(shown)))
         for line in warnings_of(shown):
             print(line)
@@ -108,8 +110,8 @@ def _train_all(
         write_json(
             {"settings": dataclasses.asdict(settings), "routers": [dataclasses.asdict(row) for row in shown]}, args.json
         )
-    say_report(out)
-    return 1 if failed or any(row.diverged for row in shown) else 0
+    say_report(args.out)
+    return any(row.diverged for row in shown)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -166,42 +168,29 @@ def _parser() -> argparse.ArgumentParser:
 def _settings(args: argparse.Namespace) -> Settings:
     on_cpu = jax.default_backend() == "cpu"
     kind = _KINDS.index("quick" if args.quick else "cpu" if on_cpu else "accelerator")
-    given = {name: getattr(args, name) for _, name, _, _ in _SIZES}
-    sizes: dict[str, Any] = {
-        name: values[kind] if given[name] is None else given[name] for _, name, _, values in _SIZES
-    }
+    sizes: dict[str, Any] = {name: getattr(args, name) or values[kind] for _, name, _, values in _SIZES}
     dtype = args.dtype or ("float32" if on_cpu else "bfloat16")
     return Settings(**sizes, dtype=dtype, backend=args.backend, capacity_factor=args.capacity_factor)
 
 
-def _prepare(out: pathlib.Path, args: argparse.Namespace) -> dict[str, Run]:
-    """Makes the folder ready; the runs that stay in it."""
-    file = out / FILE_NAME
+def _prepare(args: argparse.Namespace, head: dict[str, Any]) -> None:
+    """Makes the folder ready.
+
+    Raises:
+      ValueError: it has runs that are not to be resumed, or were made with other settings, text or chip, or whose
+        checkpoints are newer than their records.
+    """
+    file, checkpoints = args.out / FILE_NAME, args.out / _CHECKPOINTS
     if args.overwrite:
         file.unlink(missing_ok=True)
-        shutil.rmtree(out / _CHECKPOINTS, ignore_errors=True)
+        shutil.rmtree(checkpoints, ignore_errors=True)
     runs = read_runs(file)
     if runs and not args.resume:
         raise ValueError(
             f"{file} holds {len(runs)} runs already; --resume adds to them, --overwrite removes them, and --out DIR "
             "puts the new ones elsewhere"
         )
-    return runs
-
-
-def _head(argv: Sequence[str], commit: str | None, settings: Settings, corpus: Corpus) -> dict[str, Any]:
-    text = {"source": corpus.source, "sha256": corpus.sha256, "bytes": corpus.num_bytes}
-    return {
-        **provenance("bench.train", argv, chip_name(), _PACKAGES, commit),
-        "settings": dataclasses.asdict(settings),
-        "text": text,
-    }
-
-
-def _check_runs(runs: dict[str, Run], head: dict[str, Any], out: pathlib.Path) -> None:
-    """Refuses runs made with other settings, text or chip, and checkpoints newer than their records."""
-    file = out / FILE_NAME
-    for folder in sorted((out / _CHECKPOINTS).glob("*")):
+    for folder in sorted(checkpoints.glob("*")):
         last = runs[folder.name].last_step if folder.name in runs else 0
         if last < (step := latest_step(folder)):
             raise ValueError(
@@ -229,16 +218,16 @@ def _train_routers(
     finished = {name for name, run in read_runs(args.out / FILE_NAME).items() if run.end is not None}
     # Seed by seed, so that what is done when a run is cut short compares all routers.
     todo = [(name, seed) for seed in range(args.seeds) for name in names if run_name(name, seed) not in finished]
-    variants: dict[str, Variant] = {}
+    learners: dict[str, Learner] = {}
     with turns.beside():
         routers = list(dict.fromkeys(name for name, _ in todo))
         progress = Progress(len(routers))
         for name in routers:
-            progress.show(len(variants), f"compiling {name}")
-            variants[name] = compile_variant(name, settings, corpus)
+            progress.show(len(learners), f"compiling {name}")
+            learners[name] = compile_learner(name, settings, corpus)
     if args.minutes is not None:
         seconds = 60 * args.minutes - watch.seconds
-        settings = fit_steps(settings, list(variants.values()), args.seeds, corpus, seconds)
+        settings = fit_steps(settings, list(learners.values()), args.seeds, corpus, seconds)
         head = {**head, "settings": dataclasses.asdict(settings)}
     progress = Progress(len(todo) * settings.steps)
     for number, (name, seed) in enumerate(todo):
@@ -251,7 +240,7 @@ def _train_routers(
         keeps = args.checkpoint_every or folder.exists()
         with turns.alone(), open_checkpoints(folder) if keeps else contextlib.nullcontext() as checkpoints:
             train(
-                variants[name],
+                learners[name],
                 seed,
                 settings,
                 corpus,
@@ -262,12 +251,6 @@ def _train_routers(
                 show=show,
             )
     return settings
-
-
-def _budget(settings: Settings, corpus: Corpus) -> str:
-    tokens = settings.steps * settings.batch_size * settings.length
-    sizes = f"{settings.num_layers} layers, hidden {settings.hidden_size}, {settings.num_experts} experts"
-    return f"{sizes}, {settings.steps:,} steps, {tokens:,} bytes a run of {corpus.source}"
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from bench.figures.section import Section, drawing, svg_of
-from bench.inputs.loads import KINDS
+from bench.one_chip.cases import LOADS
 from bench.one_chip.layouts import LAYOUTS
 from bench.record.tables import Cell
 
@@ -112,7 +112,7 @@ def _place(record: Record) -> tuple[Any, ...]:
     sizes = (record[name] for name in ("tokens", "hidden", "experts", "k", "capacity_factor"))
     layouts = list(LAYOUTS)
     layout = layouts.index(record["layout"]) if record["layout"] in layouts else -1
-    return (record["batch"] is not None, *sizes, KINDS.index(record["load"]), layout)
+    return (record["batch"] is not None, *sizes, LOADS.index(record["load"]), layout)
 
 
 def _plainest(records: Sequence[Record]) -> list[Record]:

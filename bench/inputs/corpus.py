@@ -111,16 +111,12 @@ def _read(path: pathlib.Path) -> tuple[np.ndarray, str]:
     try:
         if not path.is_dir():
             return np.fromfile(path, np.uint8), str(path)
-        files = sorted(file for file in path.rglob("*") if file.is_file() and not _is_hidden(file.relative_to(path)))
-        contents = [file.read_bytes() for file in files]
+        shown = (file for file in path.rglob("*") if not any(part[0] == "." for part in file.relative_to(path).parts))
+        contents = [file.read_bytes() for file in sorted(shown) if file.is_file()]
     except OSError as reason:
         raise ValueError(f"--text {path}: cannot be read: {reason.strerror}") from None
     texts = [content for content in contents if b"\0" not in content]
-    return _joined(texts), f"{path} ({len(texts)} files, {len(files) - len(texts)} that are no text left out)"
-
-
-def _is_hidden(path: pathlib.Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
+    return _joined(texts), f"{path} ({len(texts)} files, {len(contents) - len(texts)} that are no text left out)"
 
 
 def _standard_library() -> tuple[np.ndarray, str]:

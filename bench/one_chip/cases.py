@@ -5,20 +5,21 @@ case.key   # "permute tokens=8192 hidden=2048 experts=32 k=2 … seed=0": what a
 """
 
 import dataclasses
-import pathlib
+import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Literal
 
 import jax.numpy as jnp
 
-from bench.inputs.loads import KINDS, Kind
-from bench.one_chip.layouts import LAYOUTS, Sizes, get_layout
+from bench.one_chip.layouts import LAYOUTS
 from pallas_kernels.backend import check_backend
 from sharding.exchange.capacity import expert_capacity
 
 Bench = Literal["topk", "permute", "layer"]
 BENCHES: Sequence[Bench] = ("topk", "permute", "layer")
+LoadKind = Literal["balanced", "zipf", "text"]
+LOADS: Sequence[LoadKind] = ("balanced", "zipf", "text")
 
 DTYPES: Mapping[str, str] = MappingProxyType({"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"})
 
@@ -60,7 +61,7 @@ class Case:
     intermediate: int = 0
     capacity_factor: float = 1.25
     dtype: str = "bf16"
-    load: Kind = "balanced"
+    load: LoadKind = "balanced"
     zipf_exponent: float = 1.0
     text: str | None = None
     layouts: tuple[str, ...] = ("compact",)
@@ -82,37 +83,28 @@ class Case:
         _require(0 < self.capacity_factor < float("inf"), "capacity factor", "positive", self.capacity_factor)
         _require(0 <= self.zipf_exponent < float("inf"), "zipf exponent", "at least 0", self.zipf_exponent)
         _require(self.dtype in DTYPES, "dtype", f"one of {', '.join(DTYPES)}", self.dtype)
-        _require(self.load in KINDS, "load", f"one of {', '.join(KINDS)}", self.load)
+        _require(self.load in LOADS, "load", f"one of {', '.join(LOADS)}", self.load)
         _require(bool(self.layouts), "layouts", f"some of {', '.join(LAYOUTS)}", self.layouts)
         _require(self.seed >= 0, "seed", "at least 0", self.seed)
         for name in self.layouts:
-            get_layout(name)
+            if name not in LAYOUTS:
+                raise ValueError(f"unknown layout {name!r}; expected one of {', '.join(LAYOUTS)}")
         strangers = set(self.split) - set(self.layouts)
         _require(not strangers, "split", f"some of the layouts {', '.join(self.layouts)}", self.split)
         check_backend(self.backend)
-        if (self.batch is None) != (self.length is None) or self.batch_times_length not in (None, self.tokens):
+        given = [size for size in (self.batch, self.length) if size is not None]
+        if given and (len(given) < 2 or math.prod(given) != self.tokens):
             raise ValueError(f"batch × length must be tokens={self.tokens}, got {self.batch} × {self.length}")
 
     @property
-    def batch_times_length(self) -> int | None:
-        """Their product, None where they are not given."""
-        return None if self.batch is None or self.length is None else self.batch * self.length
-
-    @property
-    def sizes(self) -> Sizes:
-        """What the layouts need to know."""
-        capacity = expert_capacity(self.tokens, self.k, self.experts, self.capacity_factor)
-        return Sizes(self.experts, capacity, self.block, self.backend)
+    def capacity(self) -> int:
+        """C, rows of an expert in the padded layout."""
+        return expert_capacity(self.tokens, self.k, self.experts, self.capacity_factor)
 
     @property
     def jax_dtype(self) -> jnp.dtype:
         """The dtype of activations and weights."""
         return jnp.dtype(DTYPES[self.dtype])
-
-    @property
-    def text_path(self) -> pathlib.Path | None:
-        """The text as a path."""
-        return None if self.text is None else pathlib.Path(self.text)
 
     @property
     def programs_key(self) -> tuple[object, ...]:
@@ -123,11 +115,8 @@ class Case:
     @property
     def key(self) -> str:
         """One line that tells the case apart from all others."""
-        given = {
-            name: value for name, value in dataclasses.asdict(self).items() if name != "bench" and value is not None
-        }
-        if self.load != "zipf":
-            del given["zipf_exponent"]
+        silent = {"bench"} if self.load == "zipf" else {"bench", "zipf_exponent"}
+        given = {name: value for name, value in vars(self).items() if name not in silent and value is not None}
         parts = (f"{name}={'+'.join(v) if isinstance(v, tuple) else v}" for name, v in given.items())
         return " ".join([self.bench, *parts])
 

@@ -15,15 +15,7 @@ def dispatch_and_combine(
 ) -> tuple[jax.Array, Plan]:
     """Routes tokens x [T, H] by logits [T, E], copies each to its experts' rows and sums the copies up.
 
-    Args:
-      x: tokens.
-      logits: of the router.
-      top_k: experts of a token.
-      plan_of: makes the plan of topk_ids [T, K].
-      backend: of the operators.
-
-    Returns:
-      x again, as the weights of a token sum to 1, where the plan drops nothing; and the plan.
+    Gives x again, as the weights of a token sum to 1, where the plan of topk_ids [T, K] drops nothing; and the plan.
     """
     choice = choose(logits, top_k, backend=backend)
     plan = plan_of(choice.ids)

@@ -6,13 +6,11 @@
     block_sparse  each group is padded to whole blocks of rows, so that a block has the weights of one expert; grouped
                   products over whole blocks. MegaBlocks (arXiv 2211.15841), section 5.
 
-A `Layout` makes a `Plan` of the router's choice, and multiplies rows that `dispatch` laid out by it. Rows that have no
+A `Variant` makes a `Plan` of the router's choice, and multiplies rows that `dispatch` laid out by it. Rows that have no
 assignment are zeros, and stay so: the experts have no biases here. Only "padded" drops; the others hold any load.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -24,46 +22,57 @@ from pallas_kernels.activations import gated_halves
 from pallas_kernels.plan import Plan, make_plan
 from pallas_kernels.quantize import Operand
 
+LAYOUTS = ("compact", "padded", "block_sparse")
+OUTSIDE_LAYOUTS = ("top_k", "router")
+"""Operators that do not know of layouts."""
+
 
 @dataclasses.dataclass(frozen=True)
-class Sizes:
-    """What a layout needs to know.
+class Variant:
+    """One way to run a case.
 
     Attributes:
+      layout: one of `LAYOUTS`.
+      backend: of the operators.
+      is_split: whether its stages are timed one by one.
       num_experts: E.
-      capacity: rows of an expert in the padded layout; the others do not look at it.
+      capacity: rows of an expert in the padded layout; None for the others, which drop nothing.
       block: rows of a block in the block-sparse one.
-      backend: of the sort.
     """
 
+    layout: str
+    backend: str
+    is_split: bool
     num_experts: int
-    capacity: int
-    block: int = 128
-    backend: str = "auto"
+    capacity: int | None
+    block: int
 
-    def __post_init__(self) -> None:
-        for name in ("num_experts", "capacity", "block"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+    def layout_of(self, operator: str) -> str | None:
+        """The layout, as far as an operator knows of it."""
+        return None if operator in OUTSIDE_LAYOUTS else self.layout
 
+    def name(self, operator: str) -> str:
+        """What the step of an operator is called."""
+        return f"{operator}/{self.layout_of(operator) or '-'}/{self.backend}"
 
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """One way to lay rows out.
+    def plan(self, topk_ids: jax.Array) -> Plan:
+        """Where the rows of topk_ids [T, K] lie."""
+        if self.layout == "block_sparse":
+            return block_plan(topk_ids, self.num_experts, self.block, backend=self.backend)
+        return make_plan(topk_ids, self.num_experts, capacity=self.capacity, backend=self.backend)
 
-    Attributes:
-      name: as records have it.
-      plan: (topk_ids [T, K], sizes) -> Plan.
-      gate_up: (rows [R, H], plan, weights [E, H, 2, I], config) -> [R, I].
-      down: (h [R, I], plan, weights [E, I, H], config) -> [R, H].
-      drops: whether it has a capacity, beyond which it drops.
-    """
+    def gate_up(self, rows: jax.Array, plan: Plan, weights: jax.Array, config: MoEConfig) -> Operand:
+        """Rows [R, H], weights [E, H, 2, I] -> [R, I]."""
+        if self.layout != "padded":
+            return gate_up_projection(rows, plan.group_sizes, weights, math_of(config))
+        h = _batched(rows, weights).astype(jnp.float32)
+        return gated_halves(h, config.activation, config.activation_limit).astype(rows.dtype)
 
-    name: str
-    plan: Callable[[jax.Array, Sizes], Plan]
-    gate_up: Callable[[jax.Array, Plan, jax.Array, MoEConfig], Operand]
-    down: Callable[[Any, Plan, jax.Array, MoEConfig], jax.Array]
-    drops: bool = False
+    def down(self, h: Any, plan: Plan, weights: jax.Array, config: MoEConfig) -> jax.Array:
+        """H [R, I], weights [E, I, H] -> [R, H]."""
+        if self.layout != "padded":
+            return down_projection(h, plan.group_sizes, weights, math_of(config))
+        return _batched(h, weights)
 
 
 def block_plan(topk_ids: jax.Array, num_experts: int, block: int, *, backend: str = "auto") -> Plan:
@@ -102,51 +111,3 @@ def _batched(rows: jax.Array, weights: jax.Array) -> jax.Array:
     matrices = weights.astype(rows.dtype).reshape(*weights.shape[:2], -1)
     product = jnp.einsum("eck,ekn->ecn", by_expert, matrices)
     return product.reshape(rows.shape[0], -1)
-
-
-def _batched_gate_up(rows: jax.Array, plan: Plan, weights: jax.Array, config: MoEConfig) -> jax.Array:
-    h = _batched(rows, weights).astype(jnp.float32)
-    return gated_halves(h, config.activation, config.activation_limit).astype(rows.dtype)
-
-
-def _grouped_gate_up(rows: jax.Array, plan: Plan, weights: jax.Array, config: MoEConfig) -> Operand:
-    return gate_up_projection(rows, plan.group_sizes, weights, math_of(config))
-
-
-def _grouped_down(h: Operand, plan: Plan, weights: jax.Array, config: MoEConfig) -> jax.Array:
-    return down_projection(h, plan.group_sizes, weights, math_of(config))
-
-
-_COMPACT = Layout(
-    "compact",
-    plan=lambda ids, sizes: make_plan(ids, sizes.num_experts, backend=sizes.backend),
-    gate_up=_grouped_gate_up,
-    down=_grouped_down,
-)
-_PADDED = Layout(
-    "padded",
-    plan=lambda ids, sizes: make_plan(ids, sizes.num_experts, capacity=sizes.capacity, backend=sizes.backend),
-    gate_up=_batched_gate_up,
-    down=lambda h, plan, weights, config: _batched(h, weights),
-    drops=True,
-)
-_BLOCK_SPARSE = Layout(
-    "block_sparse",
-    plan=lambda ids, sizes: block_plan(ids, sizes.num_experts, sizes.block, backend=sizes.backend),
-    gate_up=_grouped_gate_up,
-    down=_grouped_down,
-)
-LAYOUTS: Mapping[str, Layout] = MappingProxyType({each.name: each for each in (_COMPACT, _PADDED, _BLOCK_SPARSE)})
-"""By name; the first is what the others are compared with."""
-
-
-def get_layout(name: str) -> Layout:
-    """The layout called `name`.
-
-    Raises:
-      ValueError: there is none.
-    """
-    try:
-        return LAYOUTS[name]
-    except KeyError:
-        raise ValueError(f"unknown layout {name!r}; expected one of {', '.join(LAYOUTS)}") from None

@@ -4,15 +4,14 @@ import argparse
 import contextlib
 import itertools
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bench.command import values
 from bench.command.parser import make_parser
 from bench.command.values import NAMES, POSITIVE_FLOATS, POSITIVE_INTS, positive_float, positive_int
-from bench.inputs.loads import KINDS
 from bench.measure.steps import StepTimer
-from bench.one_chip.cases import DTYPES, Bench, Case
+from bench.one_chip.cases import DTYPES, LOADS, Bench, Case
 from bench.one_chip.layouts import LAYOUTS
 from bench.one_chip.records import Record, origin_of
 from bench.one_chip.run_cases import Outcome, RunCase, run_cases
@@ -23,7 +22,8 @@ from bench.record.json_files import write_json
 from bench.record.progress import Progress
 from bench.record.tables import Cell, format_table
 
-REPEATS = 10
+_COMMON = ("zipf_exponent", "text", "dtype", "seed", "block", "backend", "with_xla")
+"""Options that are fields of every case."""
 
 
 def _pair(text: str) -> tuple[int, int]:
@@ -39,45 +39,35 @@ def main_of(
     examples: Sequence[str],
     run_case: RunCase,
     argv: Sequence[str],
-    *,
     defaults: Mapping[str, Any],
 ) -> int:
     """The command line of one bench: all combinations of the sizes that are given.
 
-    Args:
-      bench: its name.
-      description: for --help.
-      examples: arguments, for --help.
-      run_case: measures a case.
-      argv: the command line.
-      defaults: "tokens", "hidden", "dtype", "layouts" as on the command line, and "with_xla", whether the plain XLA
-        variant is timed too when the command line does not say.
-
-    Returns:
-      The exit status: 1 if a case failed or gave a wrong result.
+    `defaults` are those in which the benches differ, by the names of fields of a `Case`. The exit status is 1 if a case
+    failed or gave a wrong result.
     """
-    module = f"bench.{bench}"
-    parser = make_parser(module, description, examples)
-    add_size_options(parser, bench, defaults)
+    parser = make_parser(f"bench.{bench}", description, examples)
+    _add_size_options(parser, bench)
     add_run_options(parser)
+    parser.set_defaults(**defaults)
     args = parser.parse_args(argv)
     cases = combinations(bench, args)
     with holding(args.out) if args.out else contextlib.nullcontext():
-        return finish(args, run(module, argv, args, cases, lambda _: run_case, f"{bench}.jsonl"))
+        return finish(args, run(bench, argv, args, cases, run_case))
 
 
-def add_size_options(parser: argparse.ArgumentParser, bench: Bench, defaults: Mapping[str, Any]) -> None:
+def _add_size_options(parser: argparse.ArgumentParser, bench: Bench) -> None:
     """Options that make cases; several values each give all combinations."""
     add = parser.add_argument
     sizes: dict[str, Any] = {"type": POSITIVE_INTS, "metavar": "N,..."}
-    add("--tokens", **sizes, default=defaults["tokens"], help="tokens (default %(default)s)")
+    add("--tokens", **sizes, help="tokens (default %(default)s)")
     add(
         "--batch-length",
         type=values.several(_pair),
         metavar="BxL,...",
         help="tokens as sequences x length, in place of --tokens",
     )
-    add("--hidden", **sizes, default=defaults["hidden"], help="width of a token (default %(default)s)")
+    add("--hidden", **sizes, help="width of a token (default %(default)s)")
     add("--experts", **sizes, default="32", help="experts (default %(default)s)")
     add("--k", **sizes, default="2", help="experts a token picks (default %(default)s)")
     add(
@@ -87,16 +77,17 @@ def add_size_options(parser: argparse.ArgumentParser, bench: Bench, defaults: Ma
         default="1.25",
         help="capacity factors: rows of an expert over the mean, in the padded layout (default %(default)s)",
     )
-    add("--load", type=NAMES, metavar="NAME,...", default="balanced", help=f"{', '.join(KINDS)} (default balanced)")
+    add("--load", type=NAMES, metavar="NAME,...", default="balanced", help=f"{', '.join(LOADS)} (default balanced)")
     add_load_options(parser)
-    add("--dtype", default=defaults["dtype"], help=f"{', '.join(DTYPES)} (default %(default)s)")
+    add("--dtype", help=f"{', '.join(DTYPES)} (default %(default)s)")
     add("--seed", type=values.seed_number, default=0, help="of all that is random (default 0)")
     if bench != "topk":
         add(
             "--layout",
+            dest="layouts",
             type=NAMES,
             metavar="NAME,...",
-            default=defaults.get("layouts", "compact"),
+            default="compact",
             help=f"some of {', '.join(LAYOUTS)}; the first is what the others are compared with (default %(default)s)",
         )
         add("--block", type=positive_int, default=128, help="rows of a block, block_sparse (default 128)")
@@ -106,16 +97,24 @@ def add_size_options(parser: argparse.ArgumentParser, bench: Bench, defaults: Ma
     add("--backend", default="auto", help="auto, xla, pallas_tpu or pallas_gpu (default auto)")
     add(
         "--xla",
+        dest="with_xla",
         action=argparse.BooleanOptionalAction,
-        default=defaults.get("with_xla", False),
+        default=False,
         help="also time the plain XLA variant, in pairs with ours",
     )
 
 
 def add_load_options(parser: argparse.ArgumentParser) -> None:
-    """Options on what the loads of `bench.inputs.loads` are made of."""
+    """Options on what the loads of `bench.one_chip.loads` are made of."""
     add = parser.add_argument
-    add("--zipf", type=values.natural_float, default=1.0, metavar="S", help="exponent of the load zipf (default 1)")
+    add(
+        "--zipf",
+        dest="zipf_exponent",
+        type=values.natural_float,
+        default=1.0,
+        metavar="S",
+        help="exponent of the load zipf (default 1)",
+    )
     add("--text", metavar="FILE", help="text of the load text (default: one that Python carries)")
 
 
@@ -125,7 +124,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--repeats",
         type=values.whole_number(2),  # as one measurement has no spread
-        default=REPEATS,
+        default=10,
         help="of each measurement (default %(default)s)",
     )
     add(
@@ -151,22 +150,14 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
 
 
 def combinations(bench: Bench, args: argparse.Namespace) -> list[Case]:
-    """The cases that the options of `add_size_options` ask for."""
+    """The cases that the options of `_add_size_options` ask for."""
     places: list[dict[str, Any]] = [{"tokens": tokens} for tokens in args.tokens]
     if args.batch_length is not None:
         places = [{"tokens": batch * length, "batch": batch, "length": length} for batch, length in args.batch_length]
-    layouts = tuple(getattr(args, "layout", ["compact"]))
-    common = {
-        "layouts": layouts,
-        "split": () if getattr(args, "no_split", False) else layouts,
-        "block": getattr(args, "block", 128),
-        "zipf_exponent": args.zipf,
-        "text": args.text,
-        "dtype": args.dtype,
-        "seed": args.seed,
-        "backend": args.backend,
-        "with_xla": args.xla,
-    }
+    common = {name: getattr(args, name) for name in _COMMON if name in args}
+    if "layouts" in args:
+        common["layouts"] = layouts = tuple(args.layouts)
+        common["split"] = () if bench == "layer" and args.no_split else layouts
     # Loads vary fastest, as the programs that they run are the same.
     grid = itertools.product(places, args.hidden, args.experts, args.k, args.capacity, args.load)
     return [
@@ -186,20 +177,15 @@ def combinations(bench: Bench, args: argparse.Namespace) -> list[Case]:
 
 
 def run(
-    module: str,
-    argv: Sequence[str],
-    args: argparse.Namespace,
-    cases: Sequence[Case],
-    run_case: Callable[[Case], RunCase],
-    file_name: str,
+    command: str, argv: Sequence[str], args: argparse.Namespace, cases: Sequence[Case], run_case: RunCase
 ) -> Outcome:
-    """Runs the cases as the options of `add_run_options` say."""
+    """Runs the cases as the options of `add_run_options` say; the file of records is called after the command."""
     progress = Progress(len(cases))
     clock = StepTimer(turns=my_turns(args.out) if args.out else Turns())
-    origin = origin_of(module, argv, args.commit)
+    origin = origin_of(f"bench.{command}", argv, args.commit)
     where = "device time of kernels" if clock.name == "kernels" else "wall time"
     progress.say(f"{origin['chip']}: {where}, {args.repeats} repeats, {len(cases)} cases")
-    path = args.out / file_name if args.out else None
+    path = args.out / f"{command}.jsonl" if args.out else None
     return run_cases(
         cases, run_case, clock, origin, path=path, repeats=args.repeats, progress=progress, minutes=args.minutes
     )
@@ -209,10 +195,9 @@ def finish(args: argparse.Namespace, outcome: Outcome) -> int:
     """Prints and writes what came of the cases; returns the exit status."""
     if args.json is not None:
         write_json(outcome.records, args.json)
-    if args.json != "-":
-        measured = [record for record in outcome.records if record["error"] is None]
-        if measured:
-            print(table(measured))
+    measured = [record for record in outcome.records if record["error"] is None]
+    if measured and args.json != "-":
+        print(table(measured))
     if outcome.num_left:
         print(f"{outcome.num_left} cases left: run the command again", file=sys.stderr)
     for line in outcome.failures:

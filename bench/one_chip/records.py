@@ -34,8 +34,10 @@ Rates, by the mean time
                      neither pack/dispatch, combine, nor both ("permute")
     hbm_gb_per_s     GB/s of the least traffic that `bench.one_chip.work` counts for the operator
 Load
-    load_cv, load_kl, load_entropy, overflow_rate    see `bench.inputs.loads.LoadFigures`; overflow against the
-                     capacity_factor
+    load_cv          coefficient of variation of the experts' assignments; 0 when balanced
+    load_kl          Kullback–Leibler divergence from the uniform distribution, in nats; 0 when balanced, ln E at most
+    load_entropy     entropy over its maximum ln E; 1 when balanced, 0 when one expert takes all
+    overflow_rate    share of the assignments that lie beyond their expert's capacity by the capacity_factor
     drop_rate        share of the assignments that this layout really dropped; null before the layout
     identity_error   "permute" only: largest |y − x| / max(|x|, 1) over the tokens of which nothing was dropped
     agreement_error  "layer" only: ‖y − y₀‖ / ‖y₀‖ over the tokens of which nothing was dropped, y₀ the result of the
@@ -62,9 +64,8 @@ from typing import Any
 
 import jax
 
-from bench.inputs.loads import KINDS, LoadFigures
 from bench.measure.samples import Difference, Summary
-from bench.one_chip.cases import Case
+from bench.one_chip.cases import LOADS, Case
 from bench.one_chip.work import Work
 from bench.record.fields import Expected
 from bench.record.json_files import read_records
@@ -86,7 +87,7 @@ _OF_EVERY_LINE: Mapping[str, Expected] = {
 _OF_A_MEASURED_LINE: Mapping[str, Expected] = {
     **_OF_EVERY_LINE,
     **{"records_of_case": int, "operator": str, "layout": (str, None), "backend": str, "tokens": int, "hidden": int},
-    **{"experts": int, "k": int, "intermediate": int, "capacity_factor": float, "dtype": str, "load": set(KINDS)},
+    **{"experts": int, "k": int, "intermediate": int, "capacity_factor": float, "dtype": str, "load": set(LOADS)},
     **{"batch": (int, None), "length": (int, None), "seed": int, "clock": str, "mean_us": float, "p95_us": float},
     **{"ci95_us": [float], "tflops": (float, None), "bw_32k": (float, None), "bw_strict": (float, None)},
     **{"drop_rate": (float, None), "routing_share": (float, None), "stages_us": ({str: float}, None)},
@@ -139,7 +140,7 @@ def measured_record(
     clock: str,
     time_us: Summary,
     work: Work,
-    load: LoadFigures,
+    load: Mapping[str, float],
     program_bytes: int,
     peak_bytes: int | None = None,
     drop_rate: float | None = None,
@@ -175,10 +176,7 @@ def measured_record(
         "bw_32k": rate(work.bytes_32k, 1e9),
         "bw_strict": rate(work.bytes_strict, 1e9),
         "hbm_gb_per_s": rate(work.hbm_bytes, 1e9),
-        "load_cv": load.cv,
-        "load_kl": load.kl,
-        "load_entropy": load.entropy,
-        "overflow_rate": load.overflow_rate,
+        **load,
         "drop_rate": drop_rate,
         "identity_error": identity_error,
         "agreement_error": agreement_error,

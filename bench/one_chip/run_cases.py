@@ -38,7 +38,7 @@ class Outcome:
 
 def run_cases(
     cases: Sequence[Case],
-    run_case: Callable[[Case], RunCase],
+    run_case: RunCase,
     clock: StepTimer,
     origin: Record,
     *,
@@ -49,15 +49,8 @@ def run_cases(
 ) -> Outcome:
     """Runs the cases in order, those that failed before last.
 
-    Args:
-      cases: most wanted first.
-      run_case: gives the function that measures a case.
-      clock: measures them.
-      origin: of the records.
-      path: file of records, to which those of each case are written as soon as it is done; None for none.
-      repeats: of each measurement.
-      progress: a line that counts cases.
-      minutes: no case is begun that would likely end later than so long after the beginning.
+    The records of a case are written to the file at `path` as soon as it is done. No case is begun that would likely
+    end later than `minutes` after the beginning.
     """
     outcome = Outcome()
     old = [] if path is None else read_lines(path)
@@ -77,7 +70,12 @@ def run_cases(
             break
         progress.show(number, case.title, at_most=minutes * 60)
         with clock.turns.beside():
-            lines = _run(case, run_case(case), clock, origin, repeats)
+            try:
+                lines = lines_of(run_case(case, clock, repeats), origin)
+            except Exception as error:  # inputs that do not fit into memory, say; the other cases still count
+                clock.forget()
+                gc.collect()
+                lines = [failure(case, origin, describe(error))]
         if path is not None:
             append_records(path, lines)
         outcome.records += lines
@@ -98,12 +96,3 @@ def problems(lines: Sequence[Record]) -> list[str]:
                 what = f"{line['operator']}/{line['layout']}/{line['backend']}"
                 found.append(f"{line['case']}: {what}: {name} {line[name]:.1e}, limit {limit:.0e}")
     return found
-
-
-def _run(case: Case, run_case: RunCase, clock: StepTimer, origin: Record, repeats: int) -> list[Record]:
-    try:
-        return lines_of(run_case(case, clock, repeats), origin)
-    except Exception as error:  # inputs that do not fit into memory, say; the other cases still count
-        clock.forget()
-        gc.collect()
-        return [failure(case, origin, describe(error))]

@@ -8,15 +8,12 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 
-from bench.inputs.loads import KINDS
-from bench.one_chip.cases import Case
+from bench.one_chip.cases import LOADS, Case
 from bench.one_chip.layouts import LAYOUTS
 
 TOKENS, HIDDEN, EXPERTS, KS = (8192, 16384, 32768), (2048, 4096), (32, 64, 128), (1, 2, 4)
 BATCHES = ((32, 128), (64, 256), (128, 512))
 BATCH_EXPERTS, BATCH_HIDDEN, CAPACITIES, BATCH_K = (4, 8, 16), (1024, 2048), (1.0, 1.25), 2
-
-_ALL = tuple(LAYOUTS)
 
 
 def full_grid() -> list[Case]:
@@ -31,12 +28,12 @@ def full_grid() -> list[Case]:
     """
     grid = list(itertools.product(TOKENS, HIDDEN, EXPERTS, KS))
     permutes = [_permute(*sizes) for sizes in grid]
-    layers = [_layer(t, h, e, k, split=("compact",)) for t, h, e, k in grid]
+    layers = [dataclasses.replace(_layer(*sizes), split=("compact",)) for sizes in grid]
     first = [case for case in permutes if (case.tokens, case.hidden) == (TOKENS[1], HIDDEN[1])]
-    split = [_layer(TOKENS[0], HIDDEN[0], e, 2, split=_ALL) for e in EXPERTS]
+    split = [_layer(TOKENS[0], HIDDEN[0], experts, 2) for experts in EXPERTS]
     of_batches = [
         dataclasses.replace(
-            _layer(batch * length, hidden, experts, BATCH_K, split=_ALL),
+            _layer(batch * length, hidden, experts, BATCH_K),
             batch=batch,
             length=length,
             capacity_factor=capacity,
@@ -50,43 +47,32 @@ def full_grid() -> list[Case]:
         Case("topk", tokens=t, experts=e, k=k, hidden=1024, dtype="fp16", with_xla=True)
         for t, e, k in itertools.product(TOKENS, EXPERTS, KS)
     ]
-    return _distinct([*with_every_load(first), *with_every_load(split), *permutes, *of_batches, *topks, *layers])
+    wanted = [*_with_every_load(first), *_with_every_load(split), *permutes, *of_batches, *topks, *layers]
+    return list(dict.fromkeys(wanted))
 
 
 def quick_grid() -> list[Case]:
     """A few small cases that give every kind of record: a minute or so on two CPU cores."""
-    permutes = [
-        Case("permute", tokens=2048, experts=e, k=k, hidden=256, dtype="fp16", with_xla=True)
-        for e, k in itertools.product((8, 16, 32), (1, 2, 4))
-    ]
-    split = Case("layer", tokens=1024, experts=8, k=2, hidden=256, intermediate=128, block=32, layouts=_ALL, split=_ALL)
+    permutes = [_permute(2048, 256, experts, k) for experts, k in itertools.product((8, 16, 32), (1, 2, 4))]
+    split = dataclasses.replace(_layer(1024, 256, 8, 2), block=32)
     of_batches = [
         dataclasses.replace(
             split, experts=experts, tokens=8 * 64, batch=8, length=64, capacity_factor=capacity, load="text"
         )
         for experts, capacity in itertools.product((4, 16), CAPACITIES)
     ]
-    in_all_layouts = Case(
-        "permute", tokens=1024, experts=8, k=2, hidden=256, dtype="fp16", block=32, layouts=_ALL, split=_ALL
-    )
+    in_all_layouts = dataclasses.replace(split, bench="permute", intermediate=0, dtype="fp16")
     topks = [Case("topk", tokens=2048, experts=e, k=2, hidden=256, dtype="fp16", with_xla=True) for e in (8, 32)]
-    return [*with_every_load([split]), *permutes, *of_batches, *topks, *with_every_load([in_all_layouts])]
+    return [*_with_every_load([split]), *permutes, *of_batches, *topks, *_with_every_load([in_all_layouts])]
 
 
-def with_every_load(cases: Sequence[Case]) -> list[Case]:
-    """Each case under each load."""
-    return [dataclasses.replace(case, load=load) for case in cases for load in KINDS]
+def _with_every_load(cases: Sequence[Case]) -> list[Case]:
+    return [dataclasses.replace(case, load=load) for case in cases for load in LOADS]
 
 
 def _permute(tokens: int, hidden: int, experts: int, k: int) -> Case:
-    return Case("permute", tokens=tokens, experts=experts, k=k, hidden=hidden, dtype="fp16", with_xla=True)
+    return Case("permute", tokens, experts, k, hidden, dtype="fp16", with_xla=True)
 
 
-def _layer(tokens: int, hidden: int, experts: int, k: int, *, split: tuple[str, ...]) -> Case:
-    return Case(
-        "layer", tokens=tokens, experts=experts, k=k, hidden=hidden, intermediate=hidden // 2, layouts=_ALL, split=split
-    )
-
-
-def _distinct(cases: Sequence[Case]) -> list[Case]:
-    return list(dict.fromkeys(cases))
+def _layer(tokens: int, hidden: int, experts: int, k: int) -> Case:
+    return Case("layer", tokens, experts, k, hidden, intermediate=hidden // 2, layouts=LAYOUTS, split=LAYOUTS)

@@ -1,94 +1,46 @@
-"""The operators of a case as steps to time, and their measurements as records.
+"""The variants of a case, and the measurements of their steps as records.
 
 A case has variants: its layouts on our operators, and the first of them in plain XLA too. A step is called after its
 operator and its variant, "pack/compact/auto"; what comes before the layout is shared by all layouts of a backend.
 """
 
-import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from bench.inputs.loads import Load, load_figures, make_load
-from bench.inputs.quick_jit import quick_jit
 from bench.measure.samples import paired, summarise
 from bench.measure.steps import Measured, Step, StepTimer, device_peak_bytes
 from bench.one_chip.cases import Case
-from bench.one_chip.layouts import Layout, Sizes, get_layout
+from bench.one_chip.layouts import OUTSIDE_LAYOUTS, Variant
+from bench.one_chip.loads import load_figures
 from bench.one_chip.records import Record, comparison, measured_record
 from bench.one_chip.work import works
-from moejax.router_logits import router_logits
-
-OUTSIDE_LAYOUTS = ("top_k", "router")
-"""Operators that do not know of layouts."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Variant:
-    """One way to run a case.
-
-    Attributes:
-      layout: of the rows.
-      backend: of the operators.
-      is_split: whether its stages are timed one by one.
-    """
-
-    layout: Layout
-    backend: str
-    is_split: bool
-
-    def name(self, operator: str) -> str:
-        """What the step of an operator is called."""
-        return f"{operator}/{'-' if operator in OUTSIDE_LAYOUTS else self.layout.name}/{self.backend}"
-
-    def sizes(self, case: Case) -> Sizes:
-        """What the layout needs to know."""
-        sizes = dataclasses.replace(case.sizes, backend=self.backend)
-        return sizes if self.layout.drops else dataclasses.replace(sizes, capacity=1)
 
 
 def variants(case: Case) -> list[Variant]:
     """All variants of a case, the one that the others are compared with first."""
-    ours = [Variant(get_layout(name), case.backend, name in case.split) for name in case.layouts]
-    return [*ours, Variant(ours[0].layout, "xla", False)] if case.with_xla else ours
+
+    def variant(layout: str, backend: str, is_split: bool) -> Variant:
+        capacity = case.capacity if layout == "padded" else None
+        return Variant(layout, backend, is_split, case.experts, capacity, case.block)
+
+    ours = [variant(layout, case.backend, layout in case.split) for layout in case.layouts]
+    return [*ours, variant(case.layouts[0], "xla", False)] if case.with_xla else ours
 
 
-def load_of(case: Case) -> Load:
-    """Tokens and router of a case."""
-    return make_load(
-        case.load,
-        num_tokens=case.tokens,
-        hidden=case.hidden,
-        num_experts=case.experts,
-        top_k=case.k,
-        seed=case.seed,
-        dtype=case.jax_dtype,
-        zipf_exponent=case.zipf_exponent,
-        text=case.text_path,
-    )
-
-
-def logits_of(load: Load) -> jax.Array:
-    """The router's logits for a load, float32 [T, E]."""
-    return jax.block_until_ready(_router_logits(load.x, load.router))
-
-
-_router_logits = quick_jit(router_logits)
-
-
-def distinct(steps: Iterable[Step]) -> list[Step]:
-    """The first of each name: what comes before the layout is the same for all layouts."""
-    by_name: dict[str, Step] = {}
-    for step in steps:
-        by_name.setdefault(step.name, step)
-    return list(by_name.values())
-
-
-def measure(case: Case, clock: StepTimer, steps: Sequence[Step], values: dict[str, Any], rounds: int) -> Measured:
-    """Times the steps; programs are kept for the next case, if it differs by load and capacity only."""
-    return clock.measure(steps, values, scope=case.programs_key, rounds=rounds)
+def measure(
+    case: Case,
+    clock: StepTimer,
+    rounds: int,
+    steps_of: Callable[[Case, Variant], Sequence[Step]],
+    values: dict[str, Any],
+) -> Measured:
+    """Times the steps of all variants; what comes before the layout is the same for all layouts, and timed once."""
+    steps = {step.name: step for variant in variants(case) for step in steps_of(case, variant)}
+    # Programs are kept for the next case, if it differs by load and capacity only.
+    return clock.measure(list(steps.values()), values, scope=case.programs_key, rounds=rounds)
 
 
 def records_of(
@@ -96,52 +48,39 @@ def records_of(
     clock: StepTimer,
     measured: Measured,
     operators: Sequence[str],
-    *,
     ids: jax.Array,
-    whole: str,
-    errors: Mapping[str, Callable[[Variant], float]] | None = None,
-) -> Iterator[Record]:
-    """A record for each operator of each variant that was timed.
+    **errors: Callable[[Variant], float],
+) -> list[Record]:
+    """A record for each operator of each variant that was timed, for topk_ids `ids` [T, K].
 
-    Args:
-      case: what was measured.
-      clock: that measured it.
-      measured: what came of it.
-      operators: in order.
-      ids: topk_ids [T, K].
-      whole: the operator that is all of the others, by which variants are compared. Where rows are laid out, its
-        value begins with the result and the plan's inverse [T, K].
-      errors: of a variant, by their names in the record of the whole.
+    The last of the operators is all of the others together. By it variants are compared, and its record has the
+    `errors` of a variant; where rows are laid out, its value begins with the result and the plan's inverse [T, K].
     """
+    *stages, whole = operators
     tokens_per_expert = np.bincount(np.asarray(ids).ravel(), minlength=case.experts)
-    load, peak = load_figures(tokens_per_expert, case.sizes.capacity), device_peak_bytes()
-    assignments = case.tokens * case.k
+    load, peak = load_figures(tokens_per_expert, case.capacity), device_peak_bytes()
     samples = measured.samples_us
-    seen: set[str] = set()
-    first = variants(case)[0]
-    for variant in variants(case):
+    first, *_ = every = variants(case)
+    records: dict[str, Record] = {}
+    for variant in every:
         lost = 0 if whole in OUTSIDE_LAYOUTS else int((measured.values[variant.name(whole)][1] < 0).sum())
-        work = works(case, assignments - lost, int(np.count_nonzero(tokens_per_expert)))
+        work = works(case, ids.size - lost, int(np.count_nonzero(tokens_per_expert)))
         for operator in operators:
-            name, first_name = variant.name(operator), first.name(operator)
-            if name in seen or name not in samples:
+            name = variant.name(operator)
+            if name in records or name not in samples:
                 continue
-            seen.add(name)
-            has_layout = operator not in OUTSIDE_LAYOUTS
             of_the_whole: Record = {}
             if operator == whole:
-                if name != first_name:
-                    difference = paired(samples[name], samples[first_name])
-                    layout = first.layout.name if has_layout else None
-                    of_the_whole["paired"] = comparison(layout, first.backend, difference)
+                if name != first.name(whole):
+                    difference = paired(samples[name], samples[first.name(whole)])
+                    of_the_whole["paired"] = comparison(first.layout_of(whole), first.backend, difference)
                 if variant.is_split:
-                    parts = [part for part in operators if part != whole]
-                    of_the_whole["stages_us"] = {p: summarise(samples[variant.name(p)]).mean for p in parts}
-                of_the_whole |= {field: error(variant) for field, error in (errors or {}).items()}
-            yield measured_record(
+                    of_the_whole["stages_us"] = {each: summarise(samples[variant.name(each)]).mean for each in stages}
+                of_the_whole |= {field: error(variant) for field, error in errors.items()}
+            records[name] = measured_record(
                 case,
                 operator,
-                variant.layout.name if has_layout else None,
+                variant.layout_of(operator),
                 variant.backend,
                 clock=clock.name,
                 time_us=summarise(samples[name]),
@@ -149,6 +88,7 @@ def records_of(
                 load=load,
                 program_bytes=measured.program_bytes[name],
                 peak_bytes=peak,
-                drop_rate=lost / assignments if has_layout else None,
+                drop_rate=None if operator in OUTSIDE_LAYOUTS else lost / ids.size,
                 **of_the_whole,
             )
+    return list(records.values())

@@ -12,26 +12,16 @@ import dataclasses
 from bench.one_chip.cases import Case
 from pallas_kernels.cost import Cost, combine_cost, dispatch_cost, grouped_gate_up_cost, grouped_matmul_cost, plan_cost
 
+_MOVES = {"pack": 1, "dispatch": 1, "combine": 1, "permute": 2}
+"""How often an operator moves the rows; the others are not counted by these conventions."""
+
 
 @dataclasses.dataclass(frozen=True)
-class Work:
-    """What an operator has to do at the least.
+class Work(Cost):
+    """What an operator has to do at the least, and the two counts of its bytes; 0 where they do not apply."""
 
-    Attributes:
-      flops: a multiply-add is two.
-      hbm_bytes: to and from main memory.
-      bytes_32k: see the module's page; 0 where it does not apply.
-      bytes_strict: likewise.
-    """
-
-    flops: int = 0
-    hbm_bytes: int = 0
     bytes_32k: int = 0
     bytes_strict: int = 0
-
-    def __add__(self, other: "Work") -> "Work":
-        sums = (a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True))
-        return Work(*sums)
 
 
 def works(case: Case, rows: int, touched_experts: int) -> dict[str, Work]:
@@ -39,30 +29,27 @@ def works(case: Case, rows: int, touched_experts: int) -> dict[str, Work]:
     t, h, e, k, i = case.tokens, case.hidden, case.experts, case.k, case.intermediate
     dtype = case.jax_dtype
     size = dtype.itemsize
-    moved = {"bytes_32k": rows * h * size, "bytes_strict": (t + rows) * h * size}
     operands = {"lhs_dtype": dtype, "rhs_dtype": dtype, "out_dtype": dtype}
-    pack = _work(dispatch_cost(t, rows, h, in_dtype=dtype, out_dtype=dtype), **moved)
-    combine = _work(combine_cost(t, rows, h, dtype=dtype), **moved)
-    # Weights and ids of the choice are written, four bytes each.
-    top_k = Work(hbm_bytes=4 * t * (e + 2 * k))
-    plan = _work(plan_cost(t, k, e))
-    router = Work(flops=2 * t * h * e, hbm_bytes=(t + e) * h * size + 8 * t * k)
-    gate_up = _work(grouped_gate_up_cost(rows, h, i, touched_experts, **operands))
-    down = _work(grouped_matmul_cost(rows, i, h, touched_experts, **operands))
-    whole = router + plan + pack + gate_up + down + combine
-    return {
-        "top_k": top_k,
-        "plan": plan,
+    pack = dispatch_cost(t, rows, h, in_dtype=dtype, out_dtype=dtype)
+    costs = {
+        # Weights and ids of the choice are written, four bytes each.
+        "top_k": Cost(hbm_bytes=4 * t * (e + 2 * k)),
+        "router": Cost(flops=2 * t * h * e, hbm_bytes=(t + e) * h * size + 8 * t * k),
+        "plan": plan_cost(t, k, e),
         "pack": pack,
         "dispatch": pack,
-        "combine": combine,
-        "permute": top_k + plan + pack + combine,
-        "router": router,
-        "gate_up": gate_up,
-        "down": down,
-        "layer": dataclasses.replace(whole, bytes_32k=0, bytes_strict=0),
+        "gate_up": grouped_gate_up_cost(rows, h, i, touched_experts, **operands),
+        "down": grouped_matmul_cost(rows, i, h, touched_experts, **operands),
+        "combine": combine_cost(t, rows, h, dtype=dtype),
     }
 
+    def together(*names: str) -> Cost:
+        return Cost(sum(costs[name].flops for name in names), sum(costs[name].hbm_bytes for name in names))
 
-def _work(cost: Cost, *, bytes_32k: int = 0, bytes_strict: int = 0) -> Work:
-    return Work(cost.flops, cost.hbm_bytes, bytes_32k, bytes_strict)
+    costs["permute"] = together("top_k", "plan", "pack", "combine")
+    costs["layer"] = together("router", "plan", "dispatch", "gate_up", "down", "combine")
+    moved = {name: _MOVES.get(name, 0) * h * size for name in costs}
+    return {
+        name: Work(cost.flops, cost.hbm_bytes, moved[name] * rows, moved[name] * (t + rows))
+        for name, cost in costs.items()
+    }

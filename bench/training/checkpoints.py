@@ -47,21 +47,16 @@ class Checkpoints:
         self._manager.wait_until_finished()
 
     def restore(self, step: int, like: Any) -> Any:
-        """The tree of `step`.
-
-        Args:
-          step: one that is on disk.
-          like: a tree of the same structure, shapes, dtypes and placement.
+        """The tree of a step that is on disk; `like` is one of the same structure, shapes, dtypes and placement.
 
         Raises:
           ValueError: what is on disk is not what was saved.
         """
         import orbax.checkpoint as orbax
 
-        plain = _without_keys(like)
-        shapes = [*map(_shape, plain), np.zeros((), np.uint32)]
+        wanted = [*_without_keys(like), np.zeros((), np.uint32)]
         try:
-            *leaves, checksum = self._manager.restore(step, args=orbax.args.StandardRestore(shapes))
+            *leaves, checksum = self._manager.restore(step, args=orbax.args.StandardRestore(wanted))
             reason = "" if checksum == _checksum(leaves) else "its checksum is not that of its arrays"
         except Exception as error:  # of many kinds, as a file may be damaged anywhere
             reason = describe(error, 120)
@@ -112,7 +107,3 @@ def _checksum(leaves: list[Any]) -> np.ndarray:
 
 def _with_key(like: Any, leaf: jax.Array) -> jax.Array:
     return jax.random.wrap_key_data(leaf, impl=jax.random.key_impl(like)) if _is_key(like) else leaf
-
-
-def _shape(leaf: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)

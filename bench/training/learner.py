@@ -1,6 +1,6 @@
 """A model, its optimiser, and the two programs that training runs: a step, and a look at held-out text.
 
-learner = Learner(make_model, recipe)
+learner = Learner("switch", settings)
 state = learner.start(seed=0)
 state, metrics = learner.step(state, batch, learning_rate)
 held_out = learner.evaluate(state, batches)
@@ -8,7 +8,6 @@ held_out = learner.evaluate(state, batches)
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,44 +16,31 @@ import numpy as np
 import optax
 from flax import nnx
 
+from bench.training.settings import Settings, make_model
 from bench.training.transformer import Transformer
 from moejax import LoadStats, MoEAux
 
+WEIGHT_DECAY = 0.1
+"""Of matrices; vectors are not decayed."""
 
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """How the optimiser works: AdamW behind a clip of the gradient's norm, and a learning rate that warms up.
+CLIP = 1.0
+"""The largest norm of the gradient of all parameters together."""
 
-    Attributes:
-      steps: of the whole run.
-      learning_rate: the peak, reached after `warm_up` of the steps; a cosine then brings it down to a tenth.
-      warm_up: share of the steps.
-      weight_decay: of matrices; vectors are not decayed.
-      clip: largest norm of the gradient of all parameters together.
-    """
 
-    steps: int
-    learning_rate: float
-    warm_up: float = 0.1
-    weight_decay: float = 0.1
-    clip: float = 1.0
+def learning_rates(steps: int, peak: float) -> np.ndarray:
+    """Float32 [steps]: the peak is reached after a tenth of them; a cosine then brings it down to a tenth."""
+    # One step more than the run has, as optax asks that something is left to decay over.
+    schedule = optax.warmup_cosine_decay_schedule(0.0, peak, max(1, round(0.1 * steps)), steps + 1, 0.1 * peak)
+    return np.asarray(schedule(jnp.arange(1, steps + 1)), np.float32)
 
-    def learning_rates(self) -> np.ndarray:
-        """float32 [steps]."""
-        warm_up = max(1, round(self.warm_up * self.steps))
-        # One step more than the run has, as optax asks that something is left to decay over.
-        schedule = optax.warmup_cosine_decay_schedule(
-            0.0, self.learning_rate, warm_up, max(self.steps, warm_up) + 1, end_value=0.1 * self.learning_rate
-        )
-        return np.asarray(schedule(jnp.arange(1, self.steps + 1)), np.float32)
 
-    def optimiser(self) -> optax.GradientTransformation:
-        """AdamW without its learning rate, which each step is given: so a program does not depend on the schedule."""
-        return optax.chain(
-            optax.clip_by_global_norm(self.clip),
-            optax.scale_by_adam(b1=0.9, b2=0.95),
-            optax.add_decayed_weights(self.weight_decay, mask=functools.partial(jax.tree.map, lambda x: x.ndim > 1)),
-        )
+def make_optimiser() -> optax.GradientTransformation:
+    """AdamW without its learning rate, which each step is given: so a program does not depend on the schedule."""
+    return optax.chain(
+        optax.clip_by_global_norm(CLIP),
+        optax.scale_by_adam(b1=0.9, b2=0.95),
+        optax.add_decayed_weights(WEIGHT_DECAY, mask=functools.partial(jax.tree.map, lambda x: x.ndim > 1)),
+    )
 
 
 @jax.tree_util.register_dataclass
@@ -111,12 +97,18 @@ class State:
 
 
 class Learner:
-    """The programs of one kind of model; states of several seeds share what is compiled."""
+    """The programs of the model with one router; states of several seeds share what is compiled.
 
-    def __init__(self, make_model: Callable[[nnx.Rngs], Transformer], recipe: Recipe):
-        """Compiles nothing yet."""
-        self._make_model = make_model
-        self._optimiser = recipe.optimiser()
+    Attributes:
+      router: its name in `ROUTERS`.
+      compile_seconds: of both programs, beside those of other processes with --jobs; 0 until `compile_learner` is done.
+    """
+
+    def __init__(self, router: str, settings: Settings):
+        self.router = router
+        self.compile_seconds = 0.0
+        self._make_model = functools.partial(make_model, router, settings)
+        self._optimiser = make_optimiser()
         self._step = jax.jit(self._traced_step, donate_argnums=0)
         self._evaluate = jax.jit(lambda state, tokens: _metrics(state.model, tokens, train=False)[0])
 

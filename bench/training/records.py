@@ -18,7 +18,7 @@ expert took), and for each layer load (assignments of each expert), load_cv and 
 """
 
 import dataclasses
-import math
+import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -89,7 +89,11 @@ def run_name(router: str, seed: int) -> str:
 
 def append(path: pathlib.Path, record: Mapping[str, Any]) -> None:
     """Adds a line to the file. Numbers are rounded to seven digits; what is not finite becomes null."""
-    append_records(path, [_plain(record)])
+    # Seven digits are what float32 holds; more would double the size of the file.
+    plain = json.loads(
+        json.dumps(record), parse_float=lambda text: float(f"{float(text):.7g}"), parse_constant=lambda text: None
+    )
+    append_records(path, [plain])
 
 
 def read_runs(path: pathlib.Path) -> dict[str, Run]:
@@ -114,14 +118,3 @@ def read_runs(path: pathlib.Path) -> dict[str, Run]:
 
 def _expected(record: Mapping[str, Any]) -> Expected:
     return {"run": str, "kind": set(_EXPECTED), **_EXPECTED.get(str(record.get("kind")), {})}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float):
-        # Seven digits are what float32 holds; more would double the size of the file.
-        return float(f"{value:.7g}") if math.isfinite(value) else None
-    return value

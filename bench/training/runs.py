@@ -1,7 +1,6 @@
 """One router trained with one seed: steps, looks at the held-out text, records, checkpoints."""
 
 import dataclasses
-import functools
 import math
 import pathlib
 from collections.abc import Callable, Sequence
@@ -13,9 +12,9 @@ import numpy as np
 from bench.inputs.corpus import Corpus
 from bench.measure.clock import Stopwatch
 from bench.training.checkpoints import Checkpoints
-from bench.training.learner import Learner, Metrics, State
+from bench.training.learner import Learner, Metrics, State, learning_rates
 from bench.training.records import Run, append, read_runs, run_name
-from bench.training.settings import Settings, count_parameters, make_model
+from bench.training.settings import Settings, count_parameters
 
 COLLAPSED_ENTROPY = 0.5
 """A layer whose held-out load ends below this entropy (of 1) has collapsed: most tokens go to few experts."""
@@ -23,52 +22,38 @@ COLLAPSED_ENTROPY = 0.5
 _STEPS_SHARE = 0.9  # of the time of all runs; looks at the held-out text and checkpoints need the rest
 
 
-@dataclasses.dataclass(frozen=True)
-class Variant:
-    """A router with its programs.
-
-    Attributes:
-      name: as in `ROUTERS`.
-      learner: compiled once for all seeds.
-      compile_seconds: of the two programs together, beside those of other processes with --jobs.
-    """
-
-    name: str
-    learner: Learner
-    compile_seconds: float
-
-
-def compile_variant(name: str, settings: Settings, corpus: Corpus) -> Variant:
+def compile_learner(router: str, settings: Settings, corpus: Corpus) -> Learner:
     """Makes the model with this router, and runs both its programs once on a state that is thrown away.
 
     Raises:
-      ValueError: there is no such router, or the settings do not suit it.
+      ValueError: the settings do not suit the router.
     """
-    learner = Learner(functools.partial(make_model, name, settings), settings.recipe)
+    learner = Learner(router, settings)
     watch = Stopwatch()
     state, _ = learner.step(learner.start(0), corpus.train_batch(settings.batch_size, seed=0, step=0), 0.0)
     jax.block_until_ready(learner.evaluate(state, corpus.held_out_batches(settings.batch_size, 1)))
-    return Variant(name, learner, watch.seconds)
+    learner.compile_seconds = watch.seconds
+    return learner
 
 
-def seconds_a_step(variant: Variant, settings: Settings, corpus: Corpus, steps: int = 5) -> float:
+def seconds_a_step(learner: Learner, settings: Settings, corpus: Corpus, steps: int = 5) -> float:
     """What a step takes, by a short run that is thrown away."""
-    state = variant.learner.start(0)
+    state = learner.start(0)
     batches = [corpus.train_batch(settings.batch_size, seed=0, step=step) for step in range(steps)]
     watch = Stopwatch()
     for batch in batches:
-        state, metrics = variant.learner.step(state, batch, 0.0)
+        state, metrics = learner.step(state, batch, 0.0)
     jax.block_until_ready(metrics)
     return watch.seconds / steps
 
 
-def fit_steps(settings: Settings, variants: Sequence[Variant], seeds: int, corpus: Corpus, seconds: float) -> Settings:
+def fit_steps(settings: Settings, learners: Sequence[Learner], seeds: int, corpus: Corpus, seconds: float) -> Settings:
     """The settings with as many steps as all runs together can take in the time.
 
     Raises:
       ValueError: they are fewer than the looks at the held-out text.
     """
-    step = seeds * sum(seconds_a_step(variant, settings, corpus) for variant in variants)
+    step = seeds * sum(seconds_a_step(learner, settings, corpus) for learner in learners)
     steps = math.floor(_STEPS_SHARE * seconds / step)
     if steps < settings.evaluations:
         raise ValueError(
@@ -79,7 +64,7 @@ def fit_steps(settings: Settings, variants: Sequence[Variant], seeds: int, corpu
 
 
 def train(
-    variant: Variant,
+    learner: Learner,
     seed: int,
     settings: Settings,
     corpus: Corpus,
@@ -90,10 +75,10 @@ def train(
     checkpoint_every: int = 0,
     show: Callable[[int, str], None] = lambda step, line: None,
 ) -> None:
-    """Trains until `settings.steps` are done or the loss is no longer finite, and records what happens.
+    """Trains until `settings.steps` are done or the loss is no longer finite, and records in a file what happens.
 
     Args:
-      variant: the router.
+      learner: of the router.
       seed: of the parameters, the routers' noise and the order of the text.
       settings: of all runs.
       corpus: the text.
@@ -103,7 +88,7 @@ def train(
       checkpoint_every: steps from one checkpoint to the next, 0 for none.
       show: told the steps done and a line about them.
     """
-    name, learner = run_name(variant.name, seed), variant.learner
+    name = run_name(learner.router, seed)
     state = learner.start(seed)
     done = 0
     if checkpoints is not None and checkpoints.latest is not None:
@@ -116,18 +101,18 @@ def train(
 
     note(
         "run",
-        router=variant.name,
+        router=learner.router,
         seed=seed,
         causal=state.model.causal,
         resumed_from=done,
-        compile_seconds=round(variant.compile_seconds, 3),
+        compile_seconds=round(learner.compile_seconds, 3),
         **count_parameters(state.params),
         **head,
     )
     if not done:
         note("held_out", step=0, **_held_out_figures(learner, state, held_out))
 
-    rates = settings.recipe.learning_rates()
+    rates = learning_rates(settings.steps, settings.learning_rate)
     stops = [settings.log_every, settings.evaluate_every, *([checkpoint_every] if checkpoint_every else [])]
     finite = True
     while done < settings.steps and finite:

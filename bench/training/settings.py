@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from bench.training.learner import Recipe
 from bench.training.transformer import Transformer
 from moejax import MoEConfig
 from moejax.params import EXPERT_FIELDS
@@ -48,11 +47,6 @@ class Settings:
     held_out_batches: int = 8
 
     @property
-    def recipe(self) -> Recipe:
-        """The optimiser's settings."""
-        return Recipe(self.steps, self.learning_rate)
-
-    @property
     def log_every(self) -> int:
         """Steps of a record: at most fifty records a run."""
         return -(-self.steps // 50)
@@ -63,19 +57,8 @@ class Settings:
         return -(-self.steps // self.evaluations)
 
 
-def check_router(name: str) -> None:
-    """Raises ValueError unless there is a router of this name."""
-    if name not in ROUTERS:
-        raise ValueError(f"--routers must be some of {', '.join(ROUTERS)}; got {name!r}")
-
-
 def make_model(name: str, settings: Settings, rngs: nnx.Rngs) -> Transformer:
     """The transformer with this router, the losses and their weights those of its paper."""
-    return Transformer(layer_config(name, settings), settings.num_layers, settings.num_heads, rngs=rngs)
-
-
-def layer_config(name: str, settings: Settings) -> MoEConfig:
-    """The feed-forward layers of a model with this router."""
     common = MoEConfig(
         hidden_size=settings.hidden_size,
         intermediate_size=settings.intermediate_size,
@@ -85,10 +68,10 @@ def layer_config(name: str, settings: Settings) -> MoEConfig:
         dtype=jnp.dtype(settings.dtype),
         backend=settings.backend,
     )
+    own = {}
     if name == "soft_moe":  # as many slots as the others have choices, so that all spend the same on experts
-        slots = math.ceil(settings.length * settings.top_k / settings.num_experts)
-        return ROUTERS[name](common, slots_per_expert=slots)
-    return ROUTERS[name](common)
+        own["slots_per_expert"] = math.ceil(settings.length * settings.top_k / settings.num_experts)
+    return Transformer(ROUTERS[name](common, **own), settings.num_layers, settings.num_heads, rngs=rngs)
 
 
 def count_parameters(params: Any) -> dict[str, int]:

@@ -11,10 +11,9 @@ from bench.record.tables import Cell
 from bench.training.records import Run
 
 _BASELINE = "softmax"
-_MEANS = ("tokens_per_second", "drop_rate", "load_cv", "unrouted_rate")
 
-End = Mapping[str, Any]
-"""An "end" record; `bench.training.runs.summary` says what is in it."""
+Finished = Mapping[str, Any]
+"""The "run" and the "end" record of a run together."""
 
 HEADERS = (
     "router", "seeds", "held-out loss", "± 95 %", f"against {_BASELINE}", "± 95 %", "bits/byte", "ms/step", "tokens/s",
@@ -70,9 +69,12 @@ def by_router(runs: Iterable[Run]) -> dict[str, list[Run]]:
 
 def summaries(runs: Iterable[Run]) -> list[RouterSummary]:
     """A summary of each router that has finished runs: first those that are causal, by held-out loss."""
-    finished = by_router(run for run in runs if run.end is not None)
-    baseline = _losses(_ends(finished.get(_BASELINE, ())))
-    found = [_summary(runs[0].head, _ends(runs), baseline) for runs in finished.values()]
+    finished = {
+        router: [{**run.head, **run.end} for run in group if run.end is not None]
+        for router, group in by_router(runs).items()
+    }
+    baseline = _losses(finished.get(_BASELINE, ()))
+    found = [_summary(router, group, baseline) for router, group in finished.items() if group]
     return sorted(found, key=lambda row: (not row.causal, row.held_out_loss.mean if row.held_out_loss else np.inf))
 
 
@@ -125,43 +127,42 @@ def _notes(row: RouterSummary) -> list[str]:
     return notes + ["COLLAPSED"] * bool(row.collapsed) + ["DIVERGED"] * bool(row.diverged)
 
 
-def _ends(runs: Iterable[Run]) -> list[tuple[int, End]]:
-    """Seed and end of each run."""
-    return [(run.head["seed"], run.end) for run in runs if run.end is not None]
-
-
-def _losses(ends: Sequence[tuple[int, End]]) -> dict[int, float]:
+def _losses(runs: Sequence[Finished]) -> dict[int, float]:
     """The held-out loss of each seed, of the runs that did not diverge."""
-    sound = [(seed, end["held_out_loss"]) for seed, end in ends if not end["diverged"]]
-    return {seed: loss for seed, loss in sound if loss is not None}
+    sound = [run for run in runs if not run["diverged"] and run["held_out_loss"] is not None]
+    return {run["seed"]: run["held_out_loss"] for run in sound}
 
 
-def _summary(head: Mapping[str, Any], ends: Sequence[tuple[int, End]], baseline: Mapping[int, float]) -> RouterSummary:
-    losses = _losses(ends)
+def _summary(router: str, runs: Sequence[Finished], baseline: Mapping[int, float]) -> RouterSummary:
+    losses = _losses(runs)
     differences = [loss - baseline[seed] for seed, loss in losses.items() if seed in baseline]
-    entropies = [entropy for _, end in ends for entropy in end["load_entropy"] if entropy is not None]
+    entropies = [entropy for run in runs for entropy in run["load_entropy"] if entropy is not None]
     loss = Interval.of(list(losses.values())) if losses else None
 
     def mean(name: str) -> float:
-        return float(np.mean([end[name] for _, end in ends if end[name] is not None]))
+        return float(np.mean([run[name] for run in runs]))
 
-    means: dict[str, Any] = {name: mean(name) for name in _MEANS}
     return RouterSummary(
-        **{name: head[name] for name in ("router", "causal", "parameters")},
-        **means,
-        seeds=len(ends),
+        router=router,
+        causal=runs[0]["causal"],
+        seeds=len(runs),
         held_out_loss=loss,
-        against_baseline=Interval.of(differences) if differences and head["router"] != _BASELINE else None,
-        ms_per_step=Interval.of([end["ms_per_step"] for _, end in ends]),
+        against_baseline=Interval.of(differences) if differences and router != _BASELINE else None,
+        ms_per_step=Interval.of([run["ms_per_step"] for run in runs]),
         bits_per_byte=None if loss is None else loss.mean / float(np.log(2)),
+        tokens_per_second=mean("tokens_per_second"),
+        drop_rate=mean("drop_rate"),
+        load_cv=mean("load_cv"),
+        unrouted_rate=mean("unrouted_rate"),
         least_entropy=min(entropies, default=None),
+        parameters=runs[0]["parameters"],
         active_parameters=round(mean("active_parameters")),
-        collapsed=tuple(f"seed {seed}: {_collapsed(end)}" for seed, end in ends if end["collapsed"]),
-        diverged=tuple(seed for seed, end in ends if end["diverged"]),
+        collapsed=tuple(f"seed {run['seed']}: {_collapsed(run)}" for run in runs if run["collapsed"]),
+        diverged=tuple(run["seed"] for run in runs if run["diverged"]),
     )
 
 
-def _collapsed(end: End) -> str:
-    entropies = [(layer, end["load_entropy"][layer]) for layer in end["collapsed_layers"]]
+def _collapsed(run: Finished) -> str:
+    entropies = [(layer, run["load_entropy"][layer]) for layer in run["collapsed_layers"]]
     shown = [(layer, "not finite" if entropy is None else f"{entropy:.2f}") for layer, entropy in entropies]
     return ", ".join(f"layer {layer} (entropy {entropy})" for layer, entropy in shown)

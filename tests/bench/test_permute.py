@@ -6,9 +6,9 @@ import pytest
 
 from bench import permute as bench
 from bench.command.parser import run
-from bench.inputs.loads import KINDS
 from bench.measure.clock import rotated
 from bench.measure.steps import StepTimer
+from bench.one_chip.cases import LOADS
 from bench.one_chip.layouts import LAYOUTS
 from bench.one_chip.variants import variants
 from bench.permute import main, run_case, steps_of
@@ -20,7 +20,7 @@ EVERY = tuple(LAYOUTS)
 SMALL = ["--tokens", "64", "--hidden", "32", "--experts", "4", "--repeats", "2"]
 
 
-@pytest.mark.parametrize("load", KINDS)
+@pytest.mark.parametrize("load", LOADS)
 @pytest.mark.quick("zipf")
 def test_tokens_come_back_in_every_layout_without_overflow(load):
     case = small("permute", dtype="fp16", load=load, layouts=EVERY, split=EVERY, with_xla=True, capacity_factor=4.0)
@@ -120,11 +120,11 @@ def test_all_steps_lower_for_a_gpu(layout, rows):
         "x": jax.ShapeDtypeStruct((8192, 2048), jnp.float16),
         "logits": jax.ShapeDtypeStruct((8192, 32), jnp.float32),
     }
+    (variant,) = variants(case)
     with targeting(get_chip("h200")):
-        for step in steps_of(case):
+        for step in steps_of(case, variant):
             program = rotated(step.function).trace([tuple(shapes[name] for name in step.inputs)])
             lowered = program.lower(lowering_platforms=("cuda",))
             shapes[step.name] = lowered.out_info[0]
             assert ("mosaic_gpu" in lowered.as_text()) == step.is_timed
-    (variant,) = variants(case)
     assert shapes[variant.name("pack")].shape[0] == rows

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from bench.command.parser import run
-from bench.inputs.loads import KINDS
+from bench.one_chip.cases import LOADS
 from bench.one_chip.layouts import LAYOUTS
 from bench.one_chip.sweep_grid import full_grid, quick_grid
 from bench.processes.side_by_side import Share
@@ -37,7 +37,7 @@ def test_every_kind_of_record(grid):
     cases = grid()
     assert len({case.key for case in cases}) == len(cases)
     for bench in ("permute", "layer"):
-        assert {case.load for case in cases if case.bench == bench} == set(KINDS)
+        assert {case.load for case in cases if case.bench == bench} == set(LOADS)
     assert {case.bench for case in cases} == {"topk", "permute", "layer"}
     assert any(case.split == tuple(LAYOUTS) for case in cases if case.bench == "layer")
     assert any(case.with_xla for case in cases if case.bench == "permute")

@@ -13,7 +13,7 @@ from bench.record.files import holding
 from bench.train import main
 from bench.training.checkpoints import latest_step, open_checkpoints
 from bench.training.records import FILE_NAME, Run, read_runs
-from bench.training.runs import compile_variant, fit_steps, seconds_a_step, summary, train
+from bench.training.runs import compile_learner, fit_steps, seconds_a_step, summary, train
 from bench.training.table import summaries, table_rows, warnings_of
 from tests.bench.training.tiny_runs import SETTINGS, SIZES, corpus
 
@@ -32,16 +32,16 @@ def losses(run_: Run) -> list[tuple[int, float]]:
 
 
 @pytest.fixture(scope="module")
-def variant():
-    return compile_variant("noisy_top_k", SETTINGS, corpus())
+def learner():
+    return compile_learner("noisy_top_k", SETTINGS, corpus())
 
 
 @pytest.mark.slow
-def test_a_run_that_resumes_equals_one_that_was_not_interrupted(tmp_path, variant):
+def test_a_run_that_resumes_equals_one_that_was_not_interrupted(tmp_path, learner):
     text = corpus()
     whole, parts = tmp_path / "whole.jsonl", tmp_path / "parts.jsonl"
     with open_checkpoints(tmp_path / "whole") as checkpoints:
-        train(variant, 3, SETTINGS, text, whole, HEAD, checkpoints=checkpoints, checkpoint_every=3)
+        train(learner, 3, SETTINGS, text, whole, HEAD, checkpoints=checkpoints, checkpoint_every=3)
 
     def stop(step: int, line: str) -> None:
         assert "tokens/s, drops 0.0 %, load CV" in line
@@ -49,10 +49,10 @@ def test_a_run_that_resumes_equals_one_that_was_not_interrupted(tmp_path, varian
             raise Stopped
 
     with open_checkpoints(tmp_path / "parts") as checkpoints, pytest.raises(Stopped):
-        train(variant, 3, SETTINGS, text, parts, HEAD, checkpoints=checkpoints, checkpoint_every=3, show=stop)
+        train(learner, 3, SETTINGS, text, parts, HEAD, checkpoints=checkpoints, checkpoint_every=3, show=stop)
     with open_checkpoints(tmp_path / "parts") as checkpoints:
         assert checkpoints.latest == 3
-        train(variant, 3, SETTINGS, text, parts, HEAD, checkpoints=checkpoints, checkpoint_every=3)
+        train(learner, 3, SETTINGS, text, parts, HEAD, checkpoints=checkpoints, checkpoint_every=3)
 
     expected, found = read_runs(whole)["noisy_top_k-seed3"], read_runs(parts)["noisy_top_k-seed3"]
     assert found.head["resumed_from"] == 3
@@ -178,13 +178,13 @@ def test_records_that_end_before_their_checkpoint_are_refused(call, tmp_path, ca
 
 
 @pytest.mark.slow
-def test_steps_fit_into_the_time(variant):
-    fitted = fit_steps(SETTINGS, [variant, variant], 3, corpus(), 100.0)
+def test_steps_fit_into_the_time(learner):
+    fitted = fit_steps(SETTINGS, [learner, learner], 3, corpus(), 100.0)
     assert fitted == dataclasses.replace(SETTINGS, steps=fitted.steps)
     # A busy machine may be faster or slower the next time, but not by so much.
-    assert 10 < fitted.steps * 6 * seconds_a_step(variant, SETTINGS, corpus()) < 1000
+    assert 10 < fitted.steps * 6 * seconds_a_step(learner, SETTINGS, corpus()) < 1000
     with pytest.raises(ValueError, match="too few steps for 2 looks at the held-out text; pass more minutes"):
-        fit_steps(SETTINGS, [variant], 1, corpus(), 1e-6)
+        fit_steps(SETTINGS, [learner], 1, corpus(), 1e-6)
 
 
 def test_checkpoints_without_orbax_are_refused_at_once(call, capsys, monkeypatch):

@@ -10,7 +10,7 @@ def small(bench, **changes) -> Case:
     """A case of 64 tokens and four experts that runs in a blink."""
     sizes = {"tokens": 64, "experts": 4, "k": 2, "hidden": 32, "block": 8}
     if bench == "layer":
-        sizes |= {"intermediate": 16, "layouts": tuple(LAYOUTS), "split": tuple(LAYOUTS), "dtype": "fp32"}
+        sizes |= {"intermediate": 16, "layouts": LAYOUTS, "split": LAYOUTS, "dtype": "fp32"}
     return Case(bench, **(sizes | changes))
 
 

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bench.one_chip.layouts import LAYOUTS, Sizes, block_plan, get_layout
+from bench.one_chip.cases import Case
+from bench.one_chip.layouts import LAYOUTS, Variant, block_plan
+from bench.one_chip.variants import variants
 from moejax import MoEConfig
 from pallas_kernels.combine import combine
 from pallas_kernels.dispatch import dispatch
@@ -17,16 +19,24 @@ from tests.helpers import LIMIT, normal, relative_error
 TOKENS, HIDDEN, WIDTH, EXPERTS, K = 40, 24, 16, 6, 2
 
 
-def apply(layout, x, ids, weights, gate_up, down, sizes):
+def one(layout: str, block: int, capacity_factor: float = EXPERTS / K) -> Variant:
+    """A layout by itself; without a capacity factor there is room for all tokens in every expert."""
+    sizes = {"tokens": TOKENS, "experts": EXPERTS, "k": K, "hidden": HIDDEN, "intermediate": WIDTH}
+    split = {"layouts": (layout,), "split": (layout,)}
+    (variant,) = variants(Case("layer", **sizes, **split, block=block, capacity_factor=capacity_factor))
+    return variant
+
+
+def apply(variant, x, ids, weights, gate_up, down):
     config = MoEConfig(
         hidden_size=HIDDEN, intermediate_size=WIDTH, num_experts=EXPERTS, top_k=K, dtype=x.dtype, param_dtype=x.dtype
     )
 
     @jax.jit
     def run(x, ids, weights, gate_up, down):
-        plan = layout.plan(ids, sizes)
-        h = layout.gate_up(dispatch(x, plan), plan, gate_up, config)
-        return combine(layout.down(h, plan, down, config), plan, weights), plan
+        plan = variant.plan(ids)
+        h = variant.gate_up(dispatch(x, plan), plan, gate_up, config)
+        return combine(variant.down(h, plan, down, config), plan, weights), plan
 
     return run(x, ids, weights, gate_up, down)
 
@@ -55,7 +65,7 @@ def operands(rng):
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.quick("block_sparse-1", "compact-128", "padded-8")
 def test_all_layouts_give_the_right_answer_without_overflow(name, block, operands):
-    y, plan = apply(get_layout(name), *operands, Sizes(EXPERTS, capacity=TOKENS, block=block))
+    y, plan = apply(one(name, block), *operands)
     assert relative_error(y, dense(*operands, np.ones((TOKENS, K), bool))) < LIMIT["float32"]
     assert int(plan.dropped) == 0
     assert (np.asarray(plan.inverse) >= 0).all()
@@ -63,15 +73,13 @@ def test_all_layouts_give_the_right_answer_without_overflow(name, block, operand
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_overflow_is_dropped_by_the_padded_layout_alone_and_counted(name, operands):
-    layout = get_layout(name)
     capacity = expert_capacity(TOKENS, K, EXPERTS, 1.0)
     ids = operands[1]
     beyond = int(np.maximum(np.bincount(ids.ravel(), minlength=EXPERTS) - capacity, 0).sum())
     assert beyond > 0
-    y, plan = apply(layout, *operands, Sizes(EXPERTS, capacity=capacity, block=8))
+    y, plan = apply(one(name, 8, capacity_factor=1.0), *operands)
     kept = np.asarray(plan.inverse) >= 0
-    assert layout.drops == (name == "padded")
-    assert int(plan.dropped) == (~kept).sum() == (beyond if layout.drops else 0)
+    assert int(plan.dropped) == (~kept).sum() == (beyond if name == "padded" else 0)
     assert relative_error(y, dense(*operands, kept)) < LIMIT["float32"]
 
 
@@ -79,7 +87,7 @@ def test_overflow_is_dropped_by_the_padded_layout_alone_and_counted(name, operan
 def test_16_bits(name, operands):
     x, ids, weights, gate_up, down = operands
     x, gate_up, down = (a.astype(jnp.bfloat16) for a in (x, gate_up, down))
-    y, _ = apply(get_layout(name), x, ids, weights, gate_up, down, Sizes(EXPERTS, capacity=TOKENS, block=8))
+    y, _ = apply(one(name, 8), x, ids, weights, gate_up, down)
     assert relative_error(y, dense(x, ids, weights, gate_up, down, np.ones((TOKENS, K), bool))) < 2e-2
 
 
@@ -118,10 +126,3 @@ def test_capacity_is_rounded_up_and_never_nothing():
     assert expert_capacity(100, 2, 8, 1.0) == 25
     assert expert_capacity(100, 2, 8, 1.25) == 32
     assert expert_capacity(1, 1, 128, 1.0) == 1
-
-
-def test_errors():
-    with pytest.raises(ValueError, match="unknown layout 'dense'; expected one of compact, padded, block_sparse"):
-        get_layout("dense")
-    with pytest.raises(ValueError, match="block must be at least 1, got 0"):
-        Sizes(4, 4, block=0)

@@ -5,7 +5,6 @@ import math
 
 import pytest
 
-from bench.inputs.loads import LoadFigures
 from bench.measure.samples import paired, summarise
 from bench.one_chip.records import comparison, failure, lines_of, measured_cases, measured_record, read_lines
 from bench.one_chip.work import Work
@@ -19,7 +18,7 @@ ORIGIN = {
     "versions": {"jax": "1"},
     "commit": "abc",
 }
-LOAD = LoadFigures(0.5, 0.1, 0.9, 0.2)
+LOAD = {"load_cv": 0.5, "load_kl": 0.1, "load_entropy": 0.9, "overflow_rate": 0.2}
 
 
 def record(**changes):

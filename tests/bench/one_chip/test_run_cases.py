@@ -31,9 +31,7 @@ def go(tmp_path):
         progress = Progress(len(cases), stream, lambda: now[0])
         path = tmp_path / "sweep.jsonl"
         ran.clear()
-        outcome = run_cases(
-            cases, lambda _: run_case, clock, ORIGIN, path=path, repeats=2, progress=progress, **settings
-        )
+        outcome = run_cases(cases, run_case, clock, ORIGIN, path=path, repeats=2, progress=progress, **settings)
         return outcome, list(ran), stream.getvalue()
 
     return run

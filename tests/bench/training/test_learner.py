@@ -6,28 +6,28 @@ import numpy as np
 import optax
 import pytest
 
-from bench.training.learner import Learner, Recipe
-from bench.training.settings import count_parameters, make_model
+from bench.training.learner import CLIP, WEIGHT_DECAY, Learner, learning_rates, make_optimiser
+from bench.training.settings import count_parameters
 from moejax.routers import ROUTERS
 from tests.bench.training.tiny_runs import SETTINGS, corpus
 from tests.helpers import normal, same_bits
 
 
 def test_learning_rate_warms_up_and_decays():
-    rates = Recipe(steps=100, learning_rate=1.0).learning_rates()
+    rates = learning_rates(steps=100, peak=1.0)
     assert rates.shape == (100,)
     np.testing.assert_allclose(rates[:10], np.arange(1, 11) / 10, rtol=1e-6)
     assert (np.diff(rates[10:]) < 0).all()
     np.testing.assert_allclose(rates[-1], 0.1, atol=2e-3)
-    assert Recipe(steps=1, learning_rate=1.0).learning_rates().tolist() == [1.0]
+    assert learning_rates(steps=1, peak=1.0).tolist() == [1.0]
 
 
 def test_the_optimiser_is_clipped_adamw(rng):
     params = {"matrix": normal(rng, 4, 3), "vector": normal(rng, 3)}
-    ours = Recipe(10, 1.0, weight_decay=0.2, clip=0.5).optimiser()
+    ours = make_optimiser()
     theirs = optax.chain(
-        optax.clip_by_global_norm(0.5),
-        optax.adamw(0.01, b1=0.9, b2=0.95, weight_decay=0.2, mask={"matrix": True, "vector": False}),
+        optax.clip_by_global_norm(CLIP),
+        optax.adamw(0.01, b1=0.9, b2=0.95, weight_decay=WEIGHT_DECAY, mask={"matrix": True, "vector": False}),
     )
     state, other_state = ours.init(params), theirs.init(params)
     for _ in range(3):
@@ -42,7 +42,7 @@ def test_the_optimiser_is_clipped_adamw(rng):
 @pytest.mark.slow
 def test_every_router_learns(router):
     text = corpus()
-    learner = Learner(lambda rngs: make_model(router, SETTINGS, rngs), SETTINGS.recipe)
+    learner = Learner(router, SETTINGS)
     state, held_out = learner.start(0), text.held_out_batches(SETTINGS.batch_size, 2)
     before = float(learner.evaluate(state, held_out).loss)
     for step in range(20):
@@ -53,7 +53,7 @@ def test_every_router_learns(router):
 @pytest.mark.slow
 def test_the_loss_falls_and_seeds_repeat():
     text = corpus()
-    learner = Learner(lambda rngs: make_model("loss_free", SETTINGS, rngs), SETTINGS.recipe)
+    learner = Learner("loss_free", SETTINGS)
     held_out = text.held_out_batches(SETTINGS.batch_size, 2)
 
     def trained(seed):
