@@ -163,7 +163,7 @@ def _check(w: Workload) -> None:
         raise ValueError(f"top_k must be at most num_experts={w.num_experts}, got {w.top_k}")
     if w.num_chips % w.dp:
         raise ValueError(f"dp must divide the ep · moe_tp = {w.num_chips} chips, got {w.dp}")
-    splits = ("batch_size", "dp"), ("num_experts", "ep"), ("intermediate_size", "moe_tp"), ("hidden_size", "moe_tp")
+    splits = ("num_experts", "ep"), ("intermediate_size", "moe_tp"), ("hidden_size", "moe_tp"), ("batch_size", "dp")
     for whole, parts in splits:
         size, count = getattr(w, whole), getattr(w, parts)
         if size % count:

@@ -99,9 +99,41 @@ def test_a_sweep_over_batches_and_cache_lengths(tmp_path, capsys):
     assert cases == [(kv, batch) for kv in (1024, 8192) for batch in (64, 256, 1536)]
     for evaluation in evaluations:
         assert f"{evaluation['performance']['tps_per_chip']:,.3f}" in table
-    assert run(main, [*MODELLED, "--batch", "64,256"]) == 0
-    of_layers = json.loads(capsys.readouterr().out)
-    assert ["layer_tps" in each["performance"] for each in of_layers] == [True, True]
+    first = table.splitlines()[3].split()
+    performance = evaluations[0]["performance"]
+    kept = (performance["weight_bytes"] + performance["cache_bytes"]) / 1e9
+    shown = [performance["total_elapse_us"], performance["tps"], performance["tps_per_chip"]]
+    shown += [performance["tps_per_batch"], 100 * performance["mfu_without_lookup"], kept]
+    assert first == ["1,024", "64", *(f"{value:,.3f}" for value in shown), "memory"]
+    assert "does not fit" not in table
+    assert run(main, [*MODELLED, *sweep, "--batch", "1536", "--kv-len", "131072", "--json", str(path)]) == 0
+    assert "141.0 GB: TOO MUCH" in capsys.readouterr().out
+
+
+def test_tables_of_a_step(tmp_path, capsys):
+    """Every figure of one table, and of the summary, against the JSON."""
+    path = tmp_path / "evaluation.json"
+    asked = ["--layers", "all", "--batch", "64", "--kv-len", "1024", "--chip", "h200", "--json", str(path)]
+    assert run(main, [*MODELLED, *asked]) == 0
+    out = capsys.readouterr().out
+    performance = json.loads(path.read_text())["performance"]
+    for name, layer in performance["layers"].items():
+        perf, count = layer["perf"], layer["count"]
+        whole = count * perf["elapse"]
+        times = [perf["comp_elapse"], perf["dma_elapse"]]
+        shown = [*times, perf["elapse"], whole, 100 * whole / performance["total_elapse_us"]]
+        comp, dma, *rest = (f"{value:,.3f}" for value in shown)
+        (line,) = [line.split() for line in out.splitlines() if line.split()[:2] == [name, str(count)]]
+        assert (line[2:4], line[5:]) == ([comp, dma], [*rest, layer["bound"]])
+    gigabytes = f"weights {performance['weight_bytes'] / 1e9:,.1f} GB, cache {performance['cache_bytes'] / 1e9:,.1f} GB"
+    assert f"{gigabytes}, of 141.0 GB\n" in out
+
+
+def test_chips_that_share_the_width_of_experts_have_sequences_of_their_own(capsys):
+    for more, local in (([], 48), (["--dp", "8"], 192)):
+        assert run(main, [*MODELLED, "--ep", "8", "--moe-tp", "4", *more]) == 0
+        performance = json.loads(capsys.readouterr().out)["performance"]
+        assert performance["layers"]["MoE"]["arch"]["batch_size_local"] == local
 
 
 def test_the_curve_is_drawn(tmp_path, capsys):
@@ -111,12 +143,13 @@ def test_the_curve_is_drawn(tmp_path, capsys):
     assert run(main, [*MODELLED, *sweep]) == 0
     text = svg.read_text()
     assert text.startswith("<svg")
-    assert all(part in text for part in ("kv 1024", "kv 8192", "1536", "tokens/s a chip", "tokens/s a user"))
+    parts = "deepseek-v3.2", "kv 1024", "kv 8192", "1536", "tokens/s a chip", "tokens/s a user"
+    assert all(part in text for part in parts)
 
 
 def test_a_curve_needs_matplotlib(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert run(main, [*MODELLED, "--svg", str(tmp_path / "curve.svg")]) == 2
+    assert run(main, [*MODELLED, "--layers", "all", "--svg", str(tmp_path / "curve.svg")]) == 2
     assert "figures need matplotlib, which is not installed" in capsys.readouterr().err
 
 
@@ -132,7 +165,7 @@ def test_json_on_standard_output_is_all_there_is():
     [
         (["--model", "gpt-5"], "unknown model 'gpt-5'; expected one of deepseek-v3"),
         (["--chip", "v9"], "unknown chip 'v9'; expected one of v5e"),
-        (["--chip", "cores=64,tflops=x,gbps=1"], "tflops must be a positive number, got 'x'"),
+        (["--chip", "cores=64,tflops=x,gbps=1"], "tflops must be a number from 1e-09 to 1e+09, got 'x'"),
         (["--precision", "w4a4"], "precision must be 'w16a16' or 'w8a8', got 'w4a4'"),
         (["--ep", "7"], "num_experts=256 is not divisible by ep=7; choose ep among 1, 2, 4"),
         (["--ep", "0"], "--ep: must be a whole number of at least 1, got '0'"),
@@ -159,13 +192,25 @@ def test_json_on_standard_output_is_all_there_is():
             [*MODELLED, "--coordinator", "a:1"],
             "--coordinator is of a real run, which --model-only leaves out: drop one",
         ),
-        ([*MODELLED, "--kv-len", "1,2"], "--kv-len is of the whole model, not of a layer of experts: add --layers all"),
+        ([*MODELLED, "--kv-len", "1,2"], "several --kv-len are for steps of the whole model: add --layers all"),
+        ([*MODELLED, "--batch", "64,128"], "several --batch are for steps of the whole model: add --layers all"),
+        ([*MODELLED, "--svg", "x.svg"], "--svg is for steps of the whole model: add --layers all"),
+        ([*MODELLED, "--layers", "all", "--svg", "-"], "--svg must be a file of its own, got '-'"),
+        ([*MODELLED, "--layers", "all", "--svg", "x", "--json", "x"], "--svg must be a file of its own, got 'x'"),
+        ([*MODELLED, "--dp", "64"], "--dp must divide the 32 chips (--ep times --moe-tp), got 64"),
+        ([*MODELLED, "--batch", "100", "--dp", "8"], "--batch must be a multiple of --dp 8, got 100; try 104"),
+        (
+            [*MODELLED, "--batch", "3200000000"],
+            "is 100000000 tokens a chip, and DS_TPU's search of",
+        ),
+        ([*MODELLED, "--chip", "cores=1e18,tflops=768,gbps=1,link=1"], "cores must be a whole number from 1 to 4096"),
+        ([*MODELLED, "--json", ""], "--json: must name a file, got ''"),
         (
             [*MODELLED, "--kv-len", "8", "--q-len", "9"],
-            "kv_len must be at least 1 and count the step's own tokens, q_len=9",
+            "--kv-len must count the step's own tokens, --q-len 9 at least, got 8",
         ),
-        ([*MODELLED, "--moe-tp", "3"], "intermediate_size must be a multiple of moe_tp, got"),
-        ([*MODELLED, "--batch", "100"], "batch_size must be a multiple of dp, got batch_size=100 for dp=32"),
+        ([*MODELLED, "--moe-tp", "3"], "--moe-tp must divide the widths 2048 and 7168 of deepseek-v3.2, got 3"),
+        ([*MODELLED, "--batch", "100"], "--batch must be a multiple of the chips, --ep times --moe-tp = 32, got 100"),
         (["--rounding", "floor"], "rounding must be 'round' (DS_TPU) or 'ceil' (Tier6), got 'floor'"),
     ],
 )

@@ -10,7 +10,8 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType
 
-from bench.inputs.loads import make_load
+from bench.one_chip.cases import Case
+from bench.one_chip.loads import make_load
 from moejax import (
     MoE,
     MoEConfig,
@@ -183,9 +184,8 @@ def test_rows_of_a_hot_expert_lie_evenly_over_the_ranks(rng):
 @pytest.mark.quick("text-*", "zipf-1.0")
 def test_rows_of_the_busiest_of_32_chips(kind, exponent):
     """256 experts and 32 spare slots, on the loads of the benches: at most a tenth above the mean."""
-    load = make_load(
-        kind, num_tokens=1536, hidden=512, num_experts=256, top_k=8, dtype=jnp.float32, zipf_exponent=exponent
-    )
+    case = Case("topk", 1536, experts=256, k=8, hidden=512, dtype="fp32", load=kind, zipf_exponent=exponent)
+    load = make_load(case)
     ids = jax.lax.top_k(load.x @ load.router, 8)[1]
     tokens_per_expert = np.bincount(np.asarray(ids).ravel(), minlength=256)
     replicas = Replicas.of(balance(tokens_per_expert, 288, ep=32), 256)

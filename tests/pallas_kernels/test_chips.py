@@ -141,27 +141,29 @@ def test_a_description_may_leave_out_the_links():
 @pytest.mark.parametrize(
     ("spec", "parts"),
     [
-        ("h300", ["'h300'", "v5e", "v32-run", "cores=64,tflops=768,gbps=8601.6"]),
+        ("h300", ["'h300'", "v5e", "v32-run", "cores=64,tflops=768,gbps=8601.6,link=448"]),
         ("", ["''", "expected one of"]),
         ("cores=64,tflops=768", ["lacks gbps"]),
         ("gbps=1", ["lacks cores, tflops"]),
         ("cores=64,tflops=768,gbps=8601.6,sram=2", ["unknown field 'sram'"]),
         ("cores=64,tflops=768,gbps=8601.6,", ["unknown field ''"]),
         ("cores=64,cores=32,tflops=768,gbps=8601.6", ["cores twice"]),
-        ("cores=x,tflops=768,gbps=8601.6", ["cores must be a positive", "'x'"]),
-        ("cores=0,tflops=768,gbps=8601.6", ["cores must be a positive", "'0'"]),
-        ("cores=1.5,tflops=768,gbps=8601.6", ["cores must be a positive", "'1.5'"]),
-        ("cores=64,tflops=-1,gbps=8601.6", ["tflops must be a positive", "'-1'"]),
-        ("cores=64,tflops=768,gbps=inf", ["gbps must be a positive", "'inf'"]),
-        ("cores=64,tflops=768,gbps=8601.6,link=0", ["link must be a positive", "'0'"]),
-        ("cores=64,tflops=nan,gbps=1", ["tflops must be a positive", "'nan'"]),
+        ("cores=x,tflops=768,gbps=8601.6", ["cores must be a", "'x'"]),
+        ("cores=0,tflops=768,gbps=8601.6", ["cores must be a", "'0'"]),
+        ("cores=1.5,tflops=768,gbps=8601.6", ["cores must be a", "'1.5'"]),
+        ("cores=64,tflops=-1,gbps=8601.6", ["tflops must be a", "'-1'"]),
+        ("cores=64,tflops=768,gbps=inf", ["gbps must be a", "'inf'"]),
+        ("cores=5000,tflops=768,gbps=8601.6", ["cores must be a whole number from 1 to 4096", "'5000'"]),
+        ("cores=64,tflops=1e308,gbps=8601.6", ["tflops must be a number from 1e-09 to 1e+09", "'1e308'"]),
+        ("cores=64,tflops=768,gbps=8601.6,link=0", ["link must be a", "'0'"]),
+        ("cores=64,tflops=nan,gbps=1", ["tflops must be a", "'nan'"]),
     ],
 )
 def test_bad_names_and_descriptions(spec, parts):
     with raises_saying(ValueError, *parts):
         get_chip(spec)
     if "=" in spec:
-        with raises_saying(ValueError, repr(spec), "'cores=64,tflops=768,gbps=8601.6'"):
+        with raises_saying(ValueError, repr(spec), "'cores=64,tflops=768,gbps=8601.6,link=448'"):
             get_chip(spec)
 
 

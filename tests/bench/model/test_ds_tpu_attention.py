@@ -62,6 +62,17 @@ def test_the_core_with_the_most_caches_is_the_slowest():
     assert (one.best_partition, full.best_partition, more.best_partition) == ((1,), (64,), (64,))
 
 
+def test_every_extent_is_padded():
+    """Rows to 16, keys to 8 for the scores, to 32 for the outputs and to 16 for the softmax, widths to 32 and 8."""
+    core = 768e12 / 2 / 64  # multiply-adds a second
+    time = evaluate_attention(get_chip("v32-run"), shape_of(17, 41, 33, 9), "bf16")
+    rows = 32
+    macs = rows * 64 * 48 + rows * 64 * 16
+    softmax = rows * 48 * 37 + rows * 41
+    assert time.comp_elapsed == pytest.approx((macs / core + softmax / 1024 / (core / 4096)) * 1e6)
+    assert time.dram_occupy == 17 * 17 * 33 * 2
+
+
 def test_no_tile_fits():
     with pytest.raises(ValueError, match="no tile of an attention 1,16,16,60000,64"):
         evaluate_attention(get_chip("v32-run"), shape_of(16, 16, 60000, 64), "bf16")

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import math
 
 import pytest
 
@@ -13,7 +14,7 @@ DECODE = Workload(7168, 2048, 2048, 256, 8, batch_size=1536, q_len=1, ep=32, dp=
 LAYER = model_layer(get_chip("v32-run"), DECODE)
 STEP = model_step(get_chip("v32-run"), DECODE, get_decoder("deepseek-v3.2"), 8192)
 SUMS = "total_elapse_us", "comm_elapse_us", "flops", "dram_occupy", "mfu", "mfu_without_lookup", "weight_bytes"
-SUMS += "cache_bytes", "layers"
+SUMS += "cache_bytes", "fits", "bound", "layers"
 RATES = "tps", "tps_per_batch", "tps_per_chip"
 
 
@@ -82,7 +83,8 @@ def test_times_are_microseconds_and_sizes_bytes(chip, precision, width):
     weights = 7168 * (256 + 3 * 2048 + 8 * 3 * 2048)
     assert performance["layers"]["MoE"]["perf"]["param"] == weights
     assert performance["dram_occupy"] == performance["layers"]["MoE"]["perf"]["dram_occupy"] == width * weights
-    sent = 384 * 7168 * (width + 2)  # dispatch at the operands' width, combine in BF16
+    rows = 384 if chip == "v32-run" else math.ceil(DECODE.busiest_rows)
+    sent = rows * 7168 * (width + 2)  # dispatch at the operands' width, combine in BF16
     bandwidth = get_chip(chip).link_bandwidth
     seconds = sent / (0.95 * bandwidth) + 2 * 0.59e-6 if chip == "v32-run" else sent * 31 / 32 / bandwidth
     assert performance["comm_elapse_us"] == pytest.approx(seconds * 1e6)
@@ -121,6 +123,29 @@ def test_layers_of_a_model_add_up():
     assert attention["best_partition"] == {"dims": "B", "procs": [64]}
     assert set(attention["best_tile"]) == {"Q", "K"}
     assert layers["Embedding"]["comp_operators"][0]["operator_type"] == "EmbeddingOperator"
+
+
+def test_what_was_modelled_on_which_chip():
+    config = build_evaluation(STEP)["config"]
+    assert config["num_layers"] == {"Embedding": 1, "MLA": 61, "DSA": 61, "MLP": 3, "MoE": 58, "LMHead": 1}
+    assert config["kv_len"] == 8192
+    assert config["chip"] == {
+        **{"name": "v32-run", "kind": "ds_tpu", "cores": 64, "peak_flops": 768e12},
+        **{"hbm_bandwidth": 8601.6e9, "link_bandwidth": 448e9, "hbm_bytes": None},
+    }
+    h200 = build_evaluation(model_step(get_chip("h200"), DECODE, get_decoder("deepseek-v3.2"), 8192))
+    assert (h200["config"]["chip"]["peak_flops"], h200["config"]["chip"]["hbm_bytes"]) == (1978.9e12, 141e9)
+    assert h200["performance"]["fits"] is True
+    assert h200["performance"]["bound"] == h200["performance"]["layers"]["MLA"]["bound"] == "memory"
+
+
+def test_sums_of_a_layer_are_those_of_its_operators():
+    for layer in build_evaluation(STEP)["performance"]["layers"].values():
+        for field, part in (("comp_elapse", "comp_elapsed"), ("dma_elapse", "dma_elapsed"), ("flops", "flops")):
+            assert layer["perf"][field] == pytest.approx(sum(op[part] for op in layer["comp_operators"]))
+    performance = build_evaluation(STEP)["performance"]
+    occupied = sum(x["count"] * x["perf"]["dram_occupy"] for x in performance["layers"].values())
+    assert performance["dram_occupy"] == occupied
 
 
 def test_extra_entries():

@@ -149,7 +149,7 @@ def test_a_step_of_gpt_oss_added_up_by_hand():
     time = step("gpt-oss-120b", "h200", kv_len=1024, batch_size=64, ep=8, precision="w16a16")
     rows = 16 * math.ceil(time.workload.busiest_rows / 16)  # 16 experts of a chip, with as many rows each
     experts = product(local, hidden, 128) + 3 * product(rows, hidden, 2880, groups=16)
-    sent = 32 * hidden * 2  # 64 · 4 choices over 8 chips
+    sent = math.ceil(time.workload.busiest_rows) * hidden * 2
     exchange = 2 * max(2 * sent / bandwidth, sent * 7 / 8 / 450e9)
     lookup, head = local * hidden * 2 / bandwidth, product(local, hidden, 201088)
     attentions = 36 * (projections + queries_and_output) + 18 * (windowed + full)
@@ -159,8 +159,120 @@ def test_a_step_of_gpt_oss_added_up_by_hand():
     assert time.fits
 
 
+@pytest.mark.parametrize("kv_len", [1500, 5000])
+def test_a_prefill_of_deepseek_added_up_by_hand(kv_len):
+    """Three tokens of each of 64 sequences on eight H200s, eight sequences a chip, with fewer keys than the index picks
+    and with more; FP8, as the chip multiplies it."""
+    bandwidth, peak = 4.8e12, 1978.9e12
+    local, tokens, hidden, heads = 8, 24, 7168, 128
+
+    def roof(flops, num_bytes):
+        return max(flops / peak, num_bytes / bandwidth)
+
+    def product(rows, k, n, groups=1):
+        padded = -(-rows // 64) * 64  # of each group
+        return roof(2 * groups * padded * k * n, groups * (k * n + rows * (k + 2 * n)))
+
+    seen = [min(kv_len - 2 + i, 2048) for i in range(3)]
+    attention = roof(
+        2 * local * heads * sum(seen) * (576 + 512),
+        min(tokens * min(2048, kv_len), local * kv_len) * 576 + tokens * heads * (576 + 2 * 512),
+    )
+    scores = sum(kv_len - 2 + i for i in range(3))
+    index = roof(
+        2 * local * 64 * scores * 128,
+        local * kv_len * 128 + tokens * 64 * (64 + 2 * 64),
+    )
+    mla = product(tokens, hidden, 1536) + product(tokens, 1536, heads * 192) + product(tokens, hidden, 576)
+    mla += product(tokens, 128, 512, heads) + product(tokens, 512, 128, heads) + product(tokens, heads * 128, hidden)
+    dsa = product(tokens, 1536, 64 * 128) + product(tokens, hidden, 128) + product(tokens, hidden, 64)
+    mlp = 2 * product(tokens, hidden, 18432) + product(tokens, 18432, hidden)
+    time = step("deepseek-v3.2", "h200", kv_len=kv_len, batch_size=64, ep=8, q_len=3)
+    rows = math.ceil(time.workload.busiest_rows)
+    a_group = -(-rows // 32)  # of 32 experts, all in use
+    moe = product(tokens, hidden, 256) + 2 * product(tokens, hidden, 2048) + product(tokens, 2048, hidden)
+    moe += 2 * product(a_group, hidden, 2048, 32) + product(a_group, 2048, hidden, 32)
+    moe += sum(max(2 * rows * hidden * w / bandwidth, rows * hidden * w * 7 / 8 / 450e9) for w in (1, 2))
+    lookup, head = tokens * hidden * 2 / bandwidth, product(tokens, hidden, 129280)
+    seconds = lookup + 61 * (mla + attention + dsa + index) + 3 * mlp + 58 * moe + head
+    assert time.elapsed == pytest.approx(seconds * 1e6, rel=1e-6)
+    assert time.cache_bytes == 61 * local * kv_len * (576 + 128)
+    attentions = 61 * (hidden * (1536 + 576) + 1536 * heads * 192 + heads * 2 * 128 * 512 + heads * 128 * hidden)
+    indices = 61 * (1536 * 64 * 128 + hidden * (128 + 64))
+    experts = 58 * hidden * (256 + 3 * 2048 * (1 + 32))
+    assert time.weight_bytes == 2 * 129280 * hidden + attentions + indices + 3 * 3 * hidden * 18432 + experts
+    occupied = {operator.name: operator.dram_occupy for operator in time.operators if operator.kind == "attention"}
+    assert occupied["index"] == local * kv_len * 128
+    assert time.total("dram_occupy") == sum(
+        layer.layer.count * operator.dram_occupy for layer in time.layers for operator in layer.operators
+    )
+
+
+def test_latent_attention_without_an_index():
+    """Rows of all tokens of a sequence share its keys, of which each sees those up to itself."""
+    time = step("kimi-k2", "b200", kv_len=100, batch_size=16, ep=8, q_len=4)
+    attention = next(operator for operator in time.operators if operator.name == "attention")
+    shape = attention.shape
+    assert (shape.B, shape.QS, shape.KS, shape.keys) == (2, 64 * 4, 100, 200)
+    assert attention.flops == 2 * 2 * 64 * (97 + 98 + 99 + 100) * (576 + 512)
+    assert attention.dram_traffic == 200 * 576 + 2 * 256 * (576 + 2 * 512)
+    assert attention.dram_occupy == 200 * 576
+
+
+def test_rows_of_an_attention_are_padded_to_the_chip():
+    """Eight query heads a cache take as long as 64 on a GPU, and as 32 of 8 bits on a TPU."""
+    for chip, rows in (("h200", 64), ("v7x", 32)):
+        time = step("qwen3-30b-a3b", chip, ep=8)
+        attention = next(operator for operator in time.operators if operator.name == "attention")
+        assert attention.shape.QS == 8
+        padded = attention.flops * rows / 8
+        assert attention.comp_elapsed == pytest.approx(padded / get_chip(chip).peak("float8_e4m3fn") * 1e6)
+
+
+ATTENTIONS = {
+    "deepseek-v3": {(128, 1536, 512, 128, 64, 128, None): 61},
+    "deepseek-v3.2": {(128, 1536, 512, 128, 64, 128, (64, 128, 2048)): 61},
+    "kimi-k2": {(64, 1536, 512, 128, 64, 128, None): 61},
+    "mixtral-8x7b": {(32, 8, 128, None): 32},
+    "qwen3-30b-a3b": {(32, 4, 128, None): 48},
+    "qwen3-235b-a22b": {(64, 4, 128, None): 94},
+    "gpt-oss-120b": {(64, 8, 64, 128): 18, (64, 8, 64, None): 18},
+    "llama-4-maverick": {(40, 8, 128, 8192): 36, (40, 8, 128, None): 12},
+}
+DENSE = {
+    "deepseek-v3": (3, 18432),
+    "deepseek-v3.2": (3, 18432),
+    "kimi-k2": (1, 18432),
+    "llama-4-maverick": (24, 16384),
+}
+VOCABULARIES = {
+    "deepseek-v3": 129280,
+    "deepseek-v3.2": 129280,
+    "kimi-k2": 163840,
+    "mixtral-8x7b": 32000,
+    "qwen3-30b-a3b": 151936,
+    "qwen3-235b-a22b": 151936,
+    "gpt-oss-120b": 201088,
+    "llama-4-maverick": 202048,
+}
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_decoders_are_those_of_the_published_configurations(name):
+    """Heads, ranks, widths, windows and counts, written down a second time."""
+    decoder = get_decoder(name)
+    found = {dataclasses.astuple(attention): count for attention, count in decoder.attentions.items()}
+    assert found == ATTENTIONS[name]
+    assert (decoder.dense_layers, decoder.dense_intermediate_size) == DENSE.get(name, (0, 0))
+    assert decoder.vocab_size == VOCABULARIES[name]
+
+
 def test_a_cache_that_is_too_large_does_not_fit():
     assert not step("qwen3-235b-a22b", "h200", kv_len=131072).fits
+    nearly = step("kimi-k2", "h200", ep=8, batch_size=256)  # weights alone: 138.6 of 141 GB
+    assert not nearly.fits
+    assert nearly.weight_bytes < nearly.chip.hbm_bytes
+    assert step("kimi-k2", "h200", ep=8, batch_size=8).fits
     assert step("qwen3-235b-a22b", "v32-run", kv_len=131072).fits  # whose memory is not known
 
 
@@ -182,8 +294,8 @@ def test_prefill_wider_operands_and_shared_experts_cost_what_they_should(chip):
     assert prefill.mfu_without_lookup > decode.mfu_without_lookup
     assert prefill.tps > decode.tps
     assert step(name, chip, precision="w16a16").elapsed > 1.4 * decode.elapsed
-    split = step(name, chip, ep=16, dp=32, moe_tp=2)
-    assert split.workload.num_chips == 32
+    split = step(name, chip, ep=16, moe_tp=2)
+    assert (split.workload.num_chips, split.workload.dp) == (32, 32)
     shapes = {operator.name: operator.shape for operator in split.operators}
     assert shapes["routed_up_proj"].N == 1024
     assert shapes["q_b_proj"] == {operator.name: operator.shape for operator in decode.operators}["q_b_proj"]
@@ -197,6 +309,13 @@ def test_the_roofline_counts_experts_of_tokens_and_ds_tpu_those_of_sequences():
         for chip in ("v32-run", "h200")
     ]
     assert [shapes["routed_up_proj"].G for shapes in routed] == [4, 8]
+
+
+def test_one_chip_exchanges_nothing():
+    for chip in ("v32-run", "h200", "cores=64,tflops=768,gbps=8601.6"):
+        time = step("mixtral-8x7b", chip, ep=1, batch_size=8)
+        assert time.comm_elapsed == 0
+        assert not [operator for operator in time.operators if operator.kind in ("dispatch", "combine")]
 
 
 def test_a_window_bounds_keys_in_prefill_too():

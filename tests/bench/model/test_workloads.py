@@ -104,6 +104,8 @@ def test_q_len_multiplies_tokens_but_not_sequences():
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"ep": -1}, "ep must be at least 1, got -1"),
         ({"dp": 0}, "dp must be at least 1, got 0"),
+        ({"dp": 64}, "dp must divide the ep · moe_tp = 32 chips, got 64"),
+        ({"dp": 24}, "dp must divide the ep · moe_tp = 32 chips, got 24"),
         ({"q_len": 0}, "q_len must be at least 1, got 0"),
         ({"precision": "w4a8"}, "precision must be 'w8a8' or 'w16a16', got 'w4a8'"),
         ({"quantized_dtype": "fp4"}, "quantized_dtype must be 'fp8' or 'int8', got 'fp4'"),
