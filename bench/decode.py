@@ -68,7 +68,7 @@ def main(argv: Sequence[str]) -> int:
     say(f"devices: {devices.note}")
     say(f"layer:   {args.model}, {fitted.note}")
     say(f"text:    {batch_size} places of {path}")
-    result = _run(fitted.config, devices, text, batch_size, args.seed, say)
+    result = _run(fitted.config, devices, text, batch_size, args.seed, args.spare_slots, say)
 
     if jax.process_index() == 0:
         evaluation = build_evaluation(
@@ -93,13 +93,13 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _run(
-    config: MoEConfig, devices: Devices, text, batch_size: int, seed: int, say: Callable[[str], None]
+    config: MoEConfig, devices: Devices, text, batch_size: int, seed: int, spare_slots: int, say: Callable[[str], None]
 ) -> DecodeRun:
     mesh = make_mesh(len(devices.devices), devices=devices.devices)
     say("making weights")
     params = jax.block_until_ready(make_params(config, mesh, seed))
     x = tokens_of_text(text, batch_size, config, mesh, seed)
-    return run_decode(x, params, config, mesh, say)
+    return run_decode(x, params, config, mesh, say, spare_slots=spare_slots)
 
 
 def _progress(quiet: bool) -> Callable[[str], None]:

@@ -8,10 +8,12 @@ The arrangement is data and goes with the weights, so another one of as many slo
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
 
 from moejax.params import EXPERT_FIELDS, MoEParams
 from sharding.mesh import has_explicit_axes
@@ -31,7 +33,8 @@ def place(params: MoEParams, experts: Any) -> MoEParams:
       replicas of an expert; parameters that are trained where they lie need `add_up_replicas`.
 
     Raises:
-      ValueError: `experts` are no numbers of experts, or an expert has no slot.
+      ValueError: `experts` are no numbers of experts, an expert has no slot, or the chips that share the weights cannot
+        share the slots evenly.
     """
     if not isinstance(params, MoEParams):
         raise TypeError(f"params must be MoEParams, got {type(params).__name__}")
@@ -40,12 +43,29 @@ def place(params: MoEParams, experts: Any) -> MoEParams:
     sources = replicas.experts if params.replicas is None else params.replicas.holders(replicas.experts)
     is_plain = np.array_equal(np.asarray(experts), np.arange(num_experts))
 
-    def moved(leaf: jax.Array) -> jax.Array:
-        sharding = jax.typeof(leaf).sharding
-        return leaf.at[sources].get(out_sharding=sharding if has_explicit_axes(sharding.mesh) else None)
-
-    own = {name: jax.tree.map(moved, getattr(params, name)) for name in EXPERT_FIELDS}
+    own = {name: jax.tree.map(lambda leaf: _moved(leaf, sources), getattr(params, name)) for name in EXPERT_FIELDS}
     return dataclasses.replace(params, **own, replicas=None if is_plain else replicas)
+
+
+def _moved(leaf: jax.Array, sources: jax.Array) -> jax.Array:
+    """leaf[sources], split over chips as `leaf` is."""
+    sharding = jax.typeof(leaf).sharding
+    if has_explicit_axes(sharding.mesh):
+        return leaf.at[sources].get(out_sharding=sharding)
+    lies = None if isinstance(leaf, jax.core.Tracer) else leaf.sharding
+    if not isinstance(lies, NamedSharding):
+        return leaf[sources]
+    parts = leaf.shape[0] // lies.shard_shape(leaf.shape)[0]
+    if sources.size % parts:
+        raise ValueError(
+            f"experts must fill a multiple of {parts} slots, which so many chips share; got {sources.size}"
+        )
+    return _take(leaf, sources, lies)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _take(leaf: jax.Array, sources: jax.Array, sharding: NamedSharding) -> jax.Array:
+    return jax.lax.with_sharding_constraint(leaf[sources], sharding)
 
 
 def add_up_replicas(gradients: MoEParams, params: MoEParams) -> MoEParams:

@@ -6,15 +6,17 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bench.expert_parallel.layer_stages import StageTimes, time_stages
 from bench.inputs.text import embed, sample_contexts
 from bench.measure.clock import wall_seconds
 from bench.measure.errors import norm_error
-from moejax import LoadStats, MoEConfig, MoEParams, dense_moe, moe, param_specs
+from moejax import LoadStats, MoEConfig, MoEParams, balance, dense_moe, moe, param_specs, place
 from moejax.functional import axes_on
 from sharding.mesh import EXPERT_AXIS
+from sharding.replicas import Replicas
 
 ORACLE_FLOPS = 2.5e12
 """The dense oracle does E / K times the arithmetic of the layer; it checks as many tokens as this allows."""
@@ -23,6 +25,23 @@ TOLERANCE = 1e-2
 """Of ‖layer − oracle‖ / ‖oracle‖, both on the same (quantised) operands, with BF16 results."""
 
 _REPEATS = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Replicated:
+    """The same step with the hottest experts in spare slots.
+
+    Attributes:
+      experts: [P] the expert of each slot, planned for the load of this very step.
+      difference: ‖y − y of the step without‖ / ‖y of the step without‖.
+      wall_seconds: median time of a step on these devices, compilation left out.
+      busiest_rows: rows of the chip that got the most.
+    """
+
+    experts: np.ndarray
+    difference: float
+    wall_seconds: float
+    busiest_rows: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +55,7 @@ class DecodeRun:
       stages: times of each stage run by itself.
       load: how the text fell on the experts.
       busiest_rows: rows of the chip that got the most.
+      replicated: what spare slots change, where there are some.
     """
 
     relative_error: float
@@ -44,6 +64,7 @@ class DecodeRun:
     stages: StageTimes
     load: LoadStats
     busiest_rows: int
+    replicated: Replicated | None = None
 
 
 def tokens_of_text(text: np.ndarray, batch_size: int, config: MoEConfig, mesh: Mesh, seed: int) -> jax.Array:
@@ -57,8 +78,10 @@ def tokens_of_text(text: np.ndarray, batch_size: int, config: MoEConfig, mesh: M
     return make(jax.make_array_from_callback(contexts.shape, replicated, lambda index: contexts[index]))
 
 
-def run_decode(x: jax.Array, params: MoEParams, config: MoEConfig, mesh: Mesh, say: Callable[[str], None]) -> DecodeRun:
-    """Runs the layer on x [T, H], times it, and holds it against the dense oracle."""
+def run_decode(
+    x: jax.Array, params: MoEParams, config: MoEConfig, mesh: Mesh, say: Callable[[str], None], *, spare_slots: int = 0
+) -> DecodeRun:
+    """Runs the layer on x [T, H], times it, and holds it against the dense oracle; with spare slots once more."""
     step = jax.jit(lambda x, params: moe(x, params, config, mesh=mesh))
     say("compiling and running the layer")
     y, aux = jax.block_until_ready(step(x, params))
@@ -71,8 +94,29 @@ def run_decode(x: jax.Array, params: MoEParams, config: MoEConfig, mesh: Mesh, s
     error = float(_relative_error(x, y, params, config, mesh, checked))
     say("timing the stages one by one")
     stages = time_stages(x, params, config, mesh, say)
-    per_chip = np.asarray(aux.load.tokens_per_expert).reshape(mesh.shape[EXPERT_AXIS], -1).sum(1)
-    return DecodeRun(error, num_checked, wall, stages, aux.load, int(per_chip.max()))
+    load, ep = np.asarray(aux.load.tokens_per_expert), mesh.shape[EXPERT_AXIS]
+    run = DecodeRun(error, num_checked, wall, stages, aux.load, int(load.reshape(ep, -1).sum(1).max()))
+    if not spare_slots:
+        return run
+    say(f"planning {spare_slots} spare slots for this load, moving weights, and running the layer again")
+    experts = balance(load, config.num_experts + spare_slots, ep)
+    placed = place(params, experts)
+    placed_y, _ = jax.block_until_ready(step(x, placed))
+    again = statistics.median(wall_seconds(step, x, placed) for _ in range(_REPEATS))
+    rows = _rows_of_chips(aux.topk_ids, placed, ep)
+    replicated = Replicated(experts, float(jax.jit(norm_error)(placed_y, y)), again, int(rows.max()))
+    return dataclasses.replace(run, replicated=replicated)
+
+
+def _rows_of_chips(topk_ids: jax.Array, placed: MoEParams, ep: int) -> np.ndarray:
+    """The rows of each chip, [ep], where chip r holds the r-th part of the tokens."""
+    replicas = placed.replicas
+    assert replicas is not None
+    ids = multihost_utils.process_allgather(topk_ids, tiled=True).reshape(ep, -1, topk_ids.shape[-1])
+    tables = Replicas.of(multihost_utils.process_allgather(replicas.experts, tiled=True), replicas.count.shape[0])
+    spread = jax.jit(lambda ids, chip: tables.spread(ids, turn=chip))
+    slots = np.stack([np.asarray(spread(part, chip)) for chip, part in enumerate(ids)])
+    return np.bincount(slots[slots >= 0] // (tables.num_slots // ep), minlength=ep)
 
 
 def _relative_error(

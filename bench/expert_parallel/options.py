@@ -21,7 +21,7 @@ _EXAMPLES = (
 )
 
 _OF_A_RUN = (
-    *("input", "capacity_factor", "reduce", "backend", "transport", "seed"),
+    *("input", "capacity_factor", "reduce", "backend", "transport", "seed", "spare_slots"),
     *("coordinator", "num_processes", "process_id"),
 )
 
@@ -63,6 +63,9 @@ def check_sizes(args: argparse.Namespace, config: MoEConfig) -> None:
             f"--moe-tp must divide the widths {config.intermediate_size} and {config.hidden_size} of {args.model}, got "
             f"{args.moe_tp}"
         )
+    if args.spare_slots % args.ep or args.spare_slots > config.num_experts * (args.ep - 1):
+        most = config.num_experts * (args.ep - 1)
+        raise ValueError(f"--spare-slots must be a multiple of --ep {args.ep} up to {most}, got {args.spare_slots}")
     chips = args.ep * args.moe_tp
     if args.dp is not None and chips % args.dp:
         raise ValueError(f"--dp must divide the {chips} chips (--ep times --moe-tp), got {args.dp}")
@@ -136,6 +139,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="draw tokens/s of a chip against those of a user, by batch and kv length (with --model-only --layers all; "
         "needs matplotlib: pip install -e '.[plots]')",
+    )
+    add(
+        "--spare-slots",
+        type=natural_int,
+        default=0,
+        metavar="N",
+        help="run once more with replicas of the hottest experts in so many slots over all chips (default 0)",
     )
     add("--capacity-factor", type=positive_float, help="drop what exceeds it (default: drop nothing)")
     add("--reduce", type=positive_int, metavar="N", help="divide the widths by N (default: as memory allows)")

@@ -1,5 +1,6 @@
 """What a run of bench.decode gave, as tables for people and as the entry "measured" of evaluation.json."""
 
+import dataclasses
 from typing import Any
 
 from bench.expert_parallel.decode_step import DecodeRun
@@ -7,6 +8,7 @@ from bench.expert_parallel.fit import Fit
 from bench.expert_parallel.layer_stages import StageTimes
 from bench.expert_parallel.modelled import Modelled, operators_table, step_summary, step_table
 from bench.measure.devices import Devices
+from bench.model.times import model_layer
 from bench.model.workloads import Workload
 from bench.record.tables import Cell, format_table
 
@@ -29,15 +31,39 @@ def print_report(workload: Workload, modelled: Modelled, result: DecodeRun, fitt
         ],
         ["dropped", f"{int(load.dropped)} of {workload.batch_size * workload.top_k} assignments"],
     ]
+    if (again := result.replicated) is not None:
+        mean = workload.batch_size * workload.top_k / workload.ep
+        rows += [
+            [
+                f"with {again.experts.size - workload.num_experts} spare slots",
+                f"{again.busiest_rows} rows of the busiest chip, {again.busiest_rows / mean:.2f} times the mean "
+                f"(without: {result.busiest_rows / mean:.2f})",
+            ],
+            ["", f"the same result to {again.difference:.1e}; {again.wall_seconds * 1e3:.1f} ms a step"],
+        ]
     print(format_table(["measured", ""], rows))
     print()
     print(stages_table(result.stages))
     for layer, step in modelled:
         print(f"\nmodelled: chip {layer.chip.name}, {layer.model} model, full width")
+        for name, own in _with_this_load(workload, result).items():
+            print(f"the layer {name}: {model_layer(layer.chip, own).elapsed:,.1f} µs")
         print(operators_table(layer))
         print(f"\n{step_table(step)}\n\n{step_summary(step)}")
     if devices.is_virtual:
         print("\nThe wall time is that of virtual devices which share this machine's cores; it says nothing of a chip.")
+
+
+def _with_this_load(workload: Workload, result: DecodeRun) -> dict[str, Workload]:
+    """The layer under the load that was measured, without and with its spare slots; nothing where there are none."""
+    if result.replicated is None:
+        return {}
+    loaded = dataclasses.replace(workload, load=tuple(int(n) for n in result.load.tokens_per_expert))
+    slots = tuple(int(expert) for expert in result.replicated.experts)
+    return {
+        "with this text's load": loaded,
+        "with this text's load and spare slots": dataclasses.replace(loaded, slots=slots),
+    }
 
 
 def stages_table(stages: StageTimes) -> str:
@@ -58,7 +84,7 @@ def stages_table(stages: StageTimes) -> str:
 
 def measured_record(result: DecodeRun, fitted: Fit, devices: Devices) -> dict[str, Any]:
     """What goes under "measured" in evaluation.json."""
-    load = result.load
+    load, again = result.load, result.replicated
     return {
         "devices": devices.note,
         "is_virtual": devices.is_virtual,
@@ -75,6 +101,13 @@ def measured_record(result: DecodeRun, fitted: Fit, devices: Devices) -> dict[st
         "load_cv": float(load.cv),
         "load_entropy": float(load.entropy),
         "dropped": int(load.dropped),
+        "replicated": again
+        and {
+            "experts": [int(expert) for expert in again.experts],
+            "difference": again.difference,
+            "wall_us": again.wall_seconds * 1e6,
+            "busiest_rows": again.busiest_rows,
+        },
     }
 
 

@@ -49,7 +49,7 @@ def build_evaluation(
     evaluation: dict[str, Any] = {
         "run_info": {"tool": "moejax bench", "model": step.model, "chip": chip.name, **(run_info or {})},
         "config": {
-            **dataclasses.asdict(step.workload),
+            **{name: value for name, value in dataclasses.asdict(step.workload).items() if value is not None},
             **({"kv_len": step.kv_len} if whole else {}),
             "num_layers": {time.layer.name: time.layer.count for time in step.layers},
             "chip": {

@@ -7,6 +7,8 @@ import dataclasses
 import math
 from typing import Any, Literal
 
+import numpy as np
+
 from bench.model.busiest_chip import (
     ROUNDINGS,
     Rounding,
@@ -18,6 +20,7 @@ from bench.model.busiest_chip import (
 from bench.model.shapes import OPERAND_DTYPES, OUTPUT_BYTES
 from moejax import MoEConfig
 from moejax.config import Precision
+from sharding.balance import rank_loads
 
 _SIZES_OF_A_LAYER = ("hidden_size", "intermediate_size", "shared_intermediate_size", "num_experts", "top_k")
 
@@ -41,6 +44,8 @@ class Workload:
       precision: "w8a8" (8-bit operands and dispatch) or "w16a16" (BF16); combine is BF16 in both.
       quantized_dtype: the 8-bit operands of "w8a8", "fp8" or "int8".
       rounding: how the expected number of activated experts becomes a whole one, see `activated_experts`.
+      load: rows of each expert in what was measured, in proportion; None for uniform routing.
+      slots: the expert of each slot, where hot experts have several, see `moejax.place`; None for each once, in order.
     """
 
     hidden_size: int
@@ -56,6 +61,8 @@ class Workload:
     precision: Precision = "w8a8"
     quantized_dtype: Literal["fp8", "int8"] = "fp8"
     rounding: Rounding = "round"
+    load: tuple[int, ...] | None = None
+    slots: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         _check(self)
@@ -87,8 +94,8 @@ class Workload:
 
     @property
     def expert_per_ep_group(self) -> int:
-        """Experts that a chip holds."""
-        return self.num_experts // self.ep
+        """Experts that a chip holds, replicas among them."""
+        return (self.num_experts if self.slots is None else len(self.slots)) // self.ep
 
     @property
     def activated_expert_per_ep_group(self) -> int:
@@ -103,6 +110,8 @@ class Workload:
     @property
     def busiest_experts(self) -> int:
         """Expected experts with rows on the chip that has the most of them, rounded as `rounding` says."""
+        if self.load is not None:
+            return max(1, int((np.array(self.load)[self._experts_of_ranks] > 0).sum(1).max()))
         tokens = self.batch_size * self.q_len
         expected = expected_activated_experts(tokens, self.ep, self.num_experts, self.top_k)
         return max(1, ROUNDINGS[self.rounding](expected))
@@ -110,7 +119,15 @@ class Workload:
     @property
     def busiest_rows(self) -> float:
         """Expected rows of the chip that has the most of them."""
+        if self.load is not None:
+            share = rank_loads(np.array(self.load), self._experts_of_ranks.reshape(-1), self.ep).max() / sum(self.load)
+            return float(share * self.batch_size * self.q_len * self.top_k)
         return expected_busiest_rows(self.batch_size * self.q_len, self.ep, self.num_experts, self.top_k)
+
+    @property
+    def _experts_of_ranks(self) -> np.ndarray:
+        """The experts in the slots of each rank, [ep, slots]."""
+        return np.array(range(self.num_experts) if self.slots is None else self.slots).reshape(self.ep, -1)
 
     @property
     def dispatch_bytes(self) -> int:
@@ -161,6 +178,15 @@ def _check(w: Workload) -> None:
     check_rounding(w.rounding)
     if w.top_k > w.num_experts:
         raise ValueError(f"top_k must be at most num_experts={w.num_experts}, got {w.top_k}")
+    if w.load is not None and (len(w.load) != w.num_experts or min(w.load) < 0 or not sum(w.load)):
+        raise ValueError(f"load must hold the rows of {w.num_experts} experts, some of them at least, got {w.load}")
+    if w.slots is not None and (len(w.slots) % w.ep or set(w.slots) != set(range(w.num_experts))):
+        raise ValueError(
+            f"slots must hold each of {w.num_experts} experts, in a multiple of ep={w.ep}, got {len(w.slots)} slots of "
+            f"{len(set(w.slots))} experts"
+        )
+    if w.slots is not None and w.load is None:
+        raise ValueError("slots are planned for a load: give load as well")
     if w.num_chips % w.dp:
         raise ValueError(f"dp must divide the ep · moe_tp = {w.num_chips} chips, got {w.dp}")
     splits = ("num_experts", "ep"), ("intermediate_size", "moe_tp"), ("hidden_size", "moe_tp"), ("batch_size", "dp")

@@ -46,7 +46,7 @@ def test_two_processes_check_model_and_write_a_step(tmp_path):
     text = tmp_path / "text.txt"
     text.write_bytes(bytes(range(256)) * 3)
     path = tmp_path / "evaluation.json"
-    common = [*SMALL, "--chip", "tier6", "--input", str(text), "--json", str(path)]
+    common = [*SMALL, "--chip", "tier6", "--input", str(text), "--json", str(path), "--spare-slots", "8"]
     common += ["--coordinator", address, "--num-processes", "2"]
     first, second = (start(*common, "--process-id", str(i)) for i in range(2))
     (status, out, err), (other_status, other_out, other_err) = finish(first), finish(second)
@@ -66,6 +66,13 @@ def test_two_processes_check_model_and_write_a_step(tmp_path):
     assert measured["transport"] == "auto"
     assert measured["stages_us"].keys() == {"gate", "dispatch", "routed_gate_up", "routed_down", "combine"}
     assert min(measured["stages_us"].values()) > 0
+    replicated = measured["replicated"]
+    assert sorted(set(replicated["experts"])) == list(range(8))
+    assert len(replicated["experts"]) == 16
+    assert replicated["difference"] < 1e-2
+    assert 12 <= replicated["busiest_rows"] <= measured["busiest_rows"]  # 12 is the mean of 48 · 2 over 8 chips
+    assert "with 8 spare slots" in out
+    assert "the layer with this text's load and spare slots: " in out
     assert evaluation["config"]["hidden_size"] == 4096  # the model's own; only the run was reduced
     assert "whole step" in out
     assert "step of the whole model, batch 48, kv 8192" in out
@@ -184,6 +191,8 @@ def test_json_on_standard_output_is_all_there_is():
         (["--kv-len", "1024,8192"], "several --kv-len can be modelled and not run here: add --model-only"),
         (["--kv-len", "0"], "--kv-len: must be a whole number of at least 1, got '0'"),
         (["--q-len", "2"], "--q-len can be modelled and not run here: add --model-only"),
+        (["--spare-slots", "33"], "--spare-slots must be a multiple of --ep 32 up to 7936, got 33"),
+        ([*MODELLED, "--spare-slots", "32"], "--spare-slots is of a real run, which --model-only leaves out: drop one"),
         (["--svg", "curve.svg"], "--svg can be modelled and not run here: add --model-only"),
         (["--layers", "mamba"], "--layers: invalid choice: 'mamba' (choose from"),
         (["--chip", "cores=64,tflops=768,gbps=8601.6"], "gbps=8601.6' has no link figure, and tokens travel"),

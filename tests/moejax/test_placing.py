@@ -203,6 +203,10 @@ def test_what_does_not_fit(problem):
         place(params, [0, 1, 2, 3, 5])
     with raises_saying(ValueError, "num_experts=9 is not divisible by ep=2"):
         moe(x, place(params, [0, 1, 2, 3, 4, 5, 0, 1, 2]), CONFIG, mesh=make_mesh(2))
+    with jax.set_mesh(make_mesh(2)):
+        layer = MoE.from_params(params, CONFIG)
+        with raises_saying(ValueError, "experts must fill a multiple of 2 slots, which so many chips share; got 9"):
+            layer.placed([0, 1, 2, 3, 4, 5, 0, 1, 2])
     with raises_saying(TypeError, "params must be MoEParams, got dict"):
         place({}, EXPERTS)
     placed = place(params, EXPERTS)

@@ -1,6 +1,7 @@
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 
 from bench.model.layers import moe_layer
@@ -83,6 +84,37 @@ def test_rows_can_be_those_of_the_busiest_chip():
     assert workload.busiest_rows > workload.token_per_ep_group
     rows = math.ceil(workload.busiest_rows / 8)
     assert products(workload, as_ds_tpu=False)["routed_up_proj"] == GemmShape(8, rows, 7168, 2048)
+
+
+def test_a_measured_load_and_replicas_say_which_chip_is_busiest():
+    load = (80, *range(1, 256))
+    skewed = moe_workload(DEEPSEEK, batch_size=64, ep=32, load=load)
+    total = sum(load)
+    assert skewed.busiest_rows == pytest.approx(sum(range(248, 256)) / total * 64 * 8)
+    assert skewed.busiest_experts == 8
+    slots = (*range(256), *range(255, 223, -1))  # nine on a chip, and the hot experts at the end in two slots
+    spread = dataclasses.replace(skewed, slots=slots)
+    assert (spread.expert_per_ep_group, spread.busiest_experts) == (9, 9)
+    shares = np.array(load) / np.bincount(slots)
+    assert spread.busiest_rows == pytest.approx(shares[np.array(slots).reshape(32, 9)].sum(1).max() / total * 64 * 8)
+    assert products(spread, as_ds_tpu=False)["routed_up_proj"].G == 9
+    idle = moe_workload(DEEPSEEK, batch_size=64, ep=32, load=(1, *[0] * 255))
+    assert (idle.busiest_experts, idle.busiest_rows) == (1, 64 * 8)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"load": (1, 2)}, r"load must hold the rows of 256 experts, .* got \(1, 2\)"),
+        ({"load": (0,) * 256}, "load must hold the rows of 256 experts, some of them at least"),
+        ({"slots": tuple(range(256))}, "slots are planned for a load: give load as well"),
+        ({"load": (1,) * 256, "slots": (*range(255), 0)}, "got 256 slots of 255 experts"),
+        ({"load": (1,) * 256, "slots": (*range(256), 0)}, "in a multiple of ep=32, got 257 slots of 256 experts"),
+    ],
+)
+def test_loads_and_slots_that_make_no_sense(changes, message):
+    with pytest.raises(ValueError, match=message):
+        moe_workload(DEEPSEEK, batch_size=64, ep=32, **changes)
 
 
 def test_q_len_multiplies_tokens_but_not_sequences():
