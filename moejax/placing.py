@@ -8,7 +8,6 @@ The arrangement is data and goes with the weights, so another one of as many slo
 """
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -18,6 +17,7 @@ from jax.sharding import NamedSharding
 from moejax.params import EXPERT_FIELDS, MoEParams
 from sharding.mesh import has_explicit_axes
 from sharding.replicas import Replicas
+from sharding.ring import take_over_ring
 
 
 def place(params: MoEParams, experts: Any) -> MoEParams:
@@ -48,24 +48,13 @@ def place(params: MoEParams, experts: Any) -> MoEParams:
 
 
 def _moved(leaf: jax.Array, sources: jax.Array) -> jax.Array:
-    """leaf[sources], split over chips as `leaf` is."""
-    sharding = jax.typeof(leaf).sharding
-    if has_explicit_axes(sharding.mesh):
-        return leaf.at[sources].get(out_sharding=sharding)
-    lies = None if isinstance(leaf, jax.core.Tracer) else leaf.sharding
-    if not isinstance(lies, NamedSharding):
+    """leaf[sources], split over chips as `leaf` is, where that is known."""
+    sharding: Any = jax.typeof(leaf).sharding
+    if not has_explicit_axes(sharding.mesh):
+        sharding = None if isinstance(leaf, jax.core.Tracer) else leaf.sharding
+    if not isinstance(sharding, NamedSharding):
         return leaf[sources]
-    parts = leaf.shape[0] // lies.shard_shape(leaf.shape)[0]
-    if sources.size % parts:
-        raise ValueError(
-            f"experts must fill a multiple of {parts} slots, which so many chips share; got {sources.size}"
-        )
-    return _take(leaf, sources, lies)
-
-
-@functools.partial(jax.jit, static_argnums=2)
-def _take(leaf: jax.Array, sources: jax.Array, sharding: NamedSharding) -> jax.Array:
-    return jax.lax.with_sharding_constraint(leaf[sources], sharding)
+    return take_over_ring(leaf, sources, sharding)
 
 
 def add_up_replicas(gradients: MoEParams, params: MoEParams) -> MoEParams:

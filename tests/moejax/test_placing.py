@@ -194,7 +194,7 @@ def test_rows_of_the_busiest_of_32_chips(kind, exponent):
     rows = np.bincount(np.concatenate(slots).ravel() // 9, minlength=32)
     assert rows.sum() == 1536 * 8
     assert rows.max() <= 1.1 * rows.mean()
-    assert tokens_per_expert.reshape(32, 8).sum(1).max() > 1.7 * rows.mean()
+    assert tokens_per_expert.reshape(32, 8).sum(1).max() > 1.5 * rows.mean()
 
 
 def test_what_does_not_fit(problem):
@@ -205,7 +205,7 @@ def test_what_does_not_fit(problem):
         moe(x, place(params, [0, 1, 2, 3, 4, 5, 0, 1, 2]), CONFIG, mesh=make_mesh(2))
     with jax.set_mesh(make_mesh(2)):
         layer = MoE.from_params(params, CONFIG)
-        with raises_saying(ValueError, "experts must fill a multiple of 2 slots, which so many chips share; got 9"):
+        with raises_saying(ValueError, "the 2 chips that share the slots cannot share 9 of them evenly"):
             layer.placed([0, 1, 2, 3, 4, 5, 0, 1, 2])
     with raises_saying(TypeError, "params must be MoEParams, got dict"):
         place({}, EXPERTS)
