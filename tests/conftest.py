@@ -54,7 +54,7 @@ def pytest_configure(config):
 
 @pytest.hookimpl(tryfirst=True)  # before those marked slow are left out
 def pytest_collection_modifyitems(config, items):
-    """Marks as slow what `quick` leaves out: of a test's cases, all that none of its patterns names."""
+    """Marks as slow what `quick` leaves out: of a test's cases, all that none of its patterns names; and sorts."""
     unused = {}
     for item in items:
         for mark in item.iter_markers("quick"):
@@ -67,6 +67,8 @@ def pytest_collection_modifyitems(config, items):
     missing = [f"{file}::{name}: {sorted(patterns)}" for (file, name, _), patterns in unused.items() if patterns]
     if missing and not config.getoption("lf") and not any("::" in argument for argument in config.args):
         raise pytest.UsageError(f"quick names cases that there are not: {'; '.join(missing)}")
+    # Whole programs, which lie highest and take longest, begin first, so that no worker waits for one at the end.
+    items.sort(key=lambda item: len(item.path.parts))
 
 
 def pytest_report_header(config):
