@@ -201,8 +201,11 @@ def test_a_prefill_of_deepseek_added_up_by_hand(kv_len):
     indices = 61 * (1536 * 64 * 128 + hidden * (128 + 64))
     experts = 58 * hidden * (256 + 3 * 2048 * (1 + 32))
     assert time.weight_bytes == 2 * 129280 * hidden + attentions + indices + 3 * 3 * hidden * 18432 + experts
-    occupied = {operator.name: operator.dram_occupy for operator in time.operators if operator.kind == "attention"}
-    assert occupied["index"] == local * kv_len * 128
+    ours, scored = (operator for operator in time.operators if operator.kind == "attention")
+    assert ours.shape.KS == min(2048, kv_len)
+    assert ours.flops == 2 * tokens * (heads * sum(seen) // 3) * (576 + 512)
+    assert scored.flops == 2 * local * 64 * scores * 128
+    assert scored.dram_occupy == local * kv_len * 128
     assert time.total("dram_occupy") == sum(
         layer.layer.count * operator.dram_occupy for layer in time.layers for operator in layer.operators
     )
