@@ -9,7 +9,7 @@ from moejax.aux_output import MoEAux
 from moejax.config import MoEConfig
 from moejax.functional import moe, moe_experts
 from moejax.fused import fused_experts
-from moejax.layer import MoE, QuantizedParam, RouterState
+from moejax.layer import ExpertSlots, MoE, PlacedParam, QuantizedParam, RouterState
 from moejax.losses import LoadStats
 from moejax.packing import pack_experts, split_gate_up
 from moejax.params import MoEParams, param_specs, quantize_params
@@ -32,6 +32,7 @@ __all__ = [
     "REMAT_NAMES",
     "ROUTERS",
     "AdapterParam",
+    "ExpertSlots",
     "LoadStats",
     "MoE",
     "MoEAux",
@@ -39,6 +40,7 @@ __all__ = [
     "MoEParams",
     "Partition",
     "Perft",
+    "PlacedParam",
     "QTensor",
     "Quantization",
     "QuantizedParam",

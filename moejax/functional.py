@@ -186,6 +186,11 @@ def axes_on(mesh: AnyMesh, partition: Partition | None, config: MoEConfig, *, nu
       ValueError: the partition does not fit the mesh, or a size of the layer does not divide.
     """
     axes = partition_here(partition).on(mesh)
+    if num_slots not in (None, config.num_experts) and num_slots % axes.ep:
+        raise ValueError(
+            f"params have {num_slots} slots for experts, which ep={axes.ep} chips cannot share evenly; place them in a "
+            f"multiple of {axes.ep} slots"
+        )
     Placement(config.num_experts if num_slots is None else num_slots, axes.ep)  # raises where they do not fit
     widths = {"intermediate_size": "mlp", "shared_intermediate_size": "mlp"}
     for name, role in {**widths, "hidden_size": "embed"}.items():

@@ -15,7 +15,7 @@ from moejax.config import MoEConfig
 from moejax.functional import axes_on, moe
 from moejax.initial import Initializer, initial
 from moejax.param import Param
-from moejax.params import MoEParams, check_params, operand_spec, param_table, quantize_params
+from moejax.params import EXPERT_FIELDS, MoEParams, check_params, operand_spec, param_table, quantize_params
 from moejax.placing import place
 from pallas_kernels.quantize import QTensor
 from sharding.mesh import AnyMesh, mesh_here
@@ -31,6 +31,10 @@ class RouterState(nnx.Variable):
 
 class QuantizedParam(nnx.Variable):
     """A weight in 8 bits, a QTensor, which takes no gradient."""
+
+
+class PlacedParam(nnx.Variable):
+    """A parameter of the experts of a placed layer, which takes no gradient: replicas would drift apart."""
 
 
 class ExpertSlots(nnx.Variable):
@@ -132,13 +136,14 @@ class MoE(nnx.Module):
         make = functools.partial(
             _variable, config=config, rngs=rngs, mesh=here, axes=axes, metadata_mesh=mesh, initializers=initializers
         )
+        replicas = None if params is None else params.replicas
         table = param_table(config)
         for field in dataclasses.fields(table):
             if field.name not in ("router", "replicas"):
                 row = getattr(table, field.name)
                 value = None if params is None else getattr(params, field.name)
-                setattr(self, field.name, None if row is None else make(row, value))
-        replicas = None if params is None else params.replicas
+                kind = nnx.Param if replicas is None or field.name not in EXPERT_FIELDS else PlacedParam
+                setattr(self, field.name, None if row is None else make(row, value, kind=kind))
         self.replicas = None if replicas is None else ExpertSlots(_on_every_chip(replicas, here))
         given = {} if params is None else params.router or {}
         self.router = RouterParams({name: make(row, given.get(name)) for name, row in (table.router or {}).items()})
@@ -174,7 +179,11 @@ class MoE(nnx.Module):
         return self._with(quantize_params(self.params(), self.config))
 
     def placed(self, experts: Any) -> Self:
-        """The same layer with its experts in other slots, hot ones in several; see `moejax.place`."""
+        """The same layer for serving with its experts in other slots, hot ones in several; see `moejax.place`.
+
+        Its experts' parameters are PlacedParam, which no optimizer of nnx.Param trains, and its slots ExpertSlots: save
+        both.
+        """
         return self._with(place(self.params(), experts))
 
     def _with(self, params: MoEParams) -> Self:
@@ -265,9 +274,10 @@ def _variable(
     axes: Axes | None,
     metadata_mesh: Mesh | None,
     initializers: dict[str, Initializer],
+    kind: type[nnx.Variable[Any]] = nnx.Param,
 ) -> nnx.Variable[Any]:
     """The variable of one parameter: `value`, or its initial value, where the mesh wants it."""
-    kind = RouterState if row.kind == "state" else QuantizedParam if isinstance(value, QTensor) else nnx.Param
+    kind = RouterState if row.kind == "state" else QuantizedParam if isinstance(value, QTensor) else kind
     spec = None if axes is None else operand_spec(row, value, axes)
     if value is None:
         if rngs is None:

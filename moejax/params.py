@@ -143,13 +143,30 @@ def check_expert_params(params: MoEParams, config: MoEConfig) -> None:
     """`check_params` without the router's parameters."""
     table = param_table(config)
     replicas = params.replicas
-    if replicas is not None and replicas.count.shape != (config.num_experts,):
-        raise ValueError(f"params.replicas must be of num_experts={config.num_experts}, got {replicas.count.shape[0]}")
+    if replicas is not None:
+        _check_replicas(replicas, config.num_experts)
     for name in (*EXPERT_FIELDS, *SHARED_FIELDS):
         row = getattr(table, name)
         if replicas is not None and row is not None and name in EXPERT_FIELDS:
             row = dataclasses.replace(row, shape=(replicas.num_slots, *row.shape[1:]))
         _check_one(f"params.{name}", getattr(params, name), row)
+
+
+def _check_replicas(replicas: Any, num_experts: int) -> None:
+    if not isinstance(replicas, Replicas):
+        raise TypeError(f"params.replicas must be what moejax.place made, got {type(replicas).__name__}")
+    shapes = {
+        field.name: getattr(getattr(replicas, field.name), "shape", None) for field in dataclasses.fields(replicas)
+    }
+    per_slot, per_expert = shapes["experts"], (num_experts,)
+    if shapes["count"] not in (per_expert, None) and len(shapes["count"]) == 1:
+        raise ValueError(f"params.replicas must be of num_experts={num_experts}, got {shapes['count'][0]}")
+    is_whole = all(jnp.issubdtype(leaf.dtype, jnp.integer) for leaf in jax.tree.leaves(replicas))
+    wanted = {"experts": per_slot, "slots": per_slot, "first": per_expert, "count": per_expert}
+    if shapes != wanted or per_slot is None or not is_whole:
+        raise ValueError(
+            f"params.replicas must be int32 tables of the shapes {wanted}, got {shapes}; moejax.place makes them"
+        )
 
 
 def _check_one(name: str, value: Any, row: Param | None) -> None:

@@ -11,6 +11,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
@@ -30,20 +31,30 @@ def place(params: MoEParams, experts: Any) -> MoEParams:
 
     Returns:
       MoEParams whose experts' weights have the leading dimension P. A gradient through `place` adds up over the
-      replicas of an expert; parameters that are trained where they lie need `add_up_replicas`.
+      replicas of an expert. Where `params` lie is kept, and weights move around a ring of chips: outside jit, and under
+      it on axes of type Explicit; on other axes XLA decides.
 
     Raises:
       ValueError: `experts` are no numbers of experts, an expert has no slot, or the chips that share the weights cannot
         share the slots evenly.
     """
-    if not isinstance(params, MoEParams):
-        raise TypeError(f"params must be MoEParams, got {type(params).__name__}")
+    _require_params(params=params)
+    if len(params.down.shape) != 3:
+        raise ValueError(
+            f"params must be of one layer, down [E, I, H], got {list(params.down.shape)}; of stacked layers: "
+            "jax.vmap(lambda layer: place(layer, experts))(params)"
+        )
+    if isinstance(experts, jax.core.Tracer):
+        raise ValueError("experts must be known: call place outside jit, or close over a NumPy array")
     num_experts = params.down.shape[0] if params.replicas is None else params.replicas.count.shape[0]
     replicas = Replicas.of(experts, num_experts)
     sources = replicas.experts if params.replicas is None else params.replicas.holders(replicas.experts)
     is_plain = np.array_equal(np.asarray(experts), np.arange(num_experts))
 
-    own = {name: jax.tree.map(lambda leaf: _moved(leaf, sources), getattr(params, name)) for name in EXPERT_FIELDS}
+    own = {
+        name: jax.tree.map(lambda leaf: _moved(jnp.asarray(leaf), sources), getattr(params, name))
+        for name in EXPERT_FIELDS
+    }
     return dataclasses.replace(params, **own, replicas=None if is_plain else replicas)
 
 
@@ -60,11 +71,29 @@ def _moved(leaf: jax.Array, sources: jax.Array) -> jax.Array:
 def add_up_replicas(gradients: MoEParams, params: MoEParams) -> MoEParams:
     """The gradients of placed `params` with those of an expert's replicas added up, the same for each of them.
 
-    Replicas that start equal and get equal gradients stay equal.
+    Replicas that start equal and get equal gradients stay equal. To train the experts where they lie, differentiate for
+    their arrays, as `replicas` are whole numbers:
+
+        def loss(weights): return loss_of(dataclasses.replace(params, **weights))
+        gradients = jax.grad(loss)({"gate_up": params.gate_up, "down": params.down})
+        gradients = add_up_replicas(dataclasses.replace(params, **gradients), params)
+
+    Raises:
+      TypeError: one of the two is no MoEParams.
+      ValueError: the gradients are not those of `params`.
     """
+    _require_params(gradients=gradients, params=params)
+    if gradients.down.shape != params.down.shape:
+        raise ValueError(f"gradients must be those of params, down {params.down.shape}, got {gradients.down.shape}")
     if params.replicas is None:
         return gradients
     add_up = params.replicas.add_up
     return dataclasses.replace(
         gradients, **{name: jax.tree.map(add_up, getattr(gradients, name)) for name in EXPERT_FIELDS}
     )
+
+
+def _require_params(**values: Any) -> None:
+    for name, value in values.items():
+        if not isinstance(value, MoEParams):
+            raise TypeError(f"{name} must be MoEParams, got {type(value).__name__}")

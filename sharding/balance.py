@@ -9,6 +9,7 @@ heaviest first; and then swaps slots for as long as that relieves the busiest ra
 """
 
 import heapq
+from typing import Any
 
 import numpy as np
 
@@ -31,7 +32,7 @@ def balance(
     Raises:
       ValueError: the load is negative, not finite, or no vector; or the numbers do not divide.
     """
-    load = np.asarray(load, np.float64)
+    load = _numbers(load)
     num_groups = num_nodes if num_groups is None else num_groups
     _check(load, num_slots, ep, num_nodes, num_groups)
     groups = np.arange(load.size).reshape(num_groups, -1)
@@ -47,8 +48,16 @@ def rank_loads(load: np.ndarray, experts: np.ndarray, ep: int) -> np.ndarray:
       load: [E].
       experts: int [P], the expert of each slot.
       ep: ranks.
+
+    Raises:
+      ValueError: an expert has no slot, or the ranks cannot share the slots evenly.
     """
-    load, experts = np.asarray(load, np.float64), np.asarray(experts)
+    load, experts = _numbers(load), np.asarray(experts)
+    if experts.size % ep or set(experts.tolist()) != set(range(load.size)):
+        raise ValueError(
+            f"experts must fill a multiple of ep={ep} slots with each of {load.size} experts, got {experts.size} slots "
+            f"of {len(set(experts.tolist()))}"
+        )
     shares = load / np.maximum(np.bincount(experts, minlength=load.size), 1)
     return shares[experts].reshape(ep, -1).sum(1)
 
@@ -114,14 +123,23 @@ def _relieve(bins: np.ndarray, weights: np.ndarray, kinds: np.ndarray) -> None:
         bins[heaviest, item], bins[other, place] = bins[other, place], bins[heaviest, item]
 
 
+def _numbers(load: Any) -> np.ndarray:
+    try:
+        return np.asarray(load, np.float64)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"load must be numbers [E], such as aux.load.tokens_per_expert, got {type(load).__name__}"
+        ) from None
+
+
 def _check(load: np.ndarray, num_slots: int, ep: int, num_nodes: int, num_groups: int) -> None:
     if load.ndim != 1 or not load.size:
         raise ValueError(f"load must be [E], rows of every expert, got {list(load.shape)}")
     if not (np.isfinite(load) & (load >= 0)).all():
         raise ValueError(f"load must be finite and not negative, got {load.min()} to {load.max()}")
-    for name, number in (("ep", ep), ("num_nodes", num_nodes), ("num_groups", num_groups)):
-        if number < 1:
-            raise ValueError(f"{name} must be at least 1, got {number}")
+    for name, number in (("num_slots", num_slots), ("ep", ep), ("num_nodes", num_nodes), ("num_groups", num_groups)):
+        if not isinstance(number, int | np.integer) or isinstance(number, bool) or number < 1:
+            raise ValueError(f"{name} must be a whole number of at least 1, got {number!r}")
     for whole, part, names in (
         (num_slots, ep, "num_slots must be a multiple of ep"),
         (ep, num_nodes, "ep must be a multiple of num_nodes"),

@@ -22,10 +22,12 @@ from moejax import (
     dense_moe,
     make_mesh,
     moe,
+    moe_experts,
     place,
     quantize_params,
     rank_loads,
 )
+from moejax.params import EXPERT_FIELDS
 from sharding.replicas import Replicas
 from tests.helpers import normal, raises_saying, relative_error, same_bits
 from tests.moejax.layers import clear_cut_tokens, random_params
@@ -53,15 +55,15 @@ def problem(rng):
 
 @functools.partial(jax.jit, static_argnames=("config", "ep", "axis_type"))
 def results(x, params, direction, config, ep, axis_type=AxisType.Auto):
-    """y and aux, and the gradients of x and of the routed experts' weights."""
+    """y and aux, and the gradients of x and of all that the routed experts have."""
     mesh = make_mesh(ep, axis_type=axis_type) if ep > 1 else None
 
-    def loss(x, gate_up, down):
-        own = dataclasses.replace(params, gate_up=gate_up, down=down)
-        y, aux = moe(x, own, config, mesh=mesh)
+    def loss(x, own):
+        y, aux = moe(x, dataclasses.replace(params, **own), config, mesh=mesh)
         return (y * direction).sum(), (y, aux)
 
-    return jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(x, params.gate_up, params.down)
+    own = {name: getattr(params, name) for name in EXPERT_FIELDS}
+    return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(x, own)
 
 
 @pytest.mark.parametrize("capacity_factor", [None, 0.75])
@@ -70,17 +72,17 @@ def results(x, params, direction, config, ep, axis_type=AxisType.Auto):
 def test_a_placed_layer_is_the_same_layer(ep, capacity_factor, problem):
     params, x, direction = problem
     config = dataclasses.replace(CONFIG, capacity_factor=capacity_factor)
-    (_, (y, aux)), (dx, *_) = expected = results(x, params, direction, config, 1)
+    (_, (y, aux)), (dx, expected) = results(x, params, direction, config, 1)
     placed = place(params, EXPERTS)
     assert placed.down.shape[0] == 8
-    (_, (placed_y, placed_aux)), (placed_dx, *gradients) = results(x, placed, direction, config, ep)
+    (_, (placed_y, placed_aux)), (placed_dx, gradients) = results(x, placed, direction, config, ep)
     assert same_bits((placed_aux.load, placed_aux.topk_ids), (aux.load, aux.topk_ids))
     assert (int(aux.load.dropped) > 0) == (capacity_factor is not None)
     assert relative_error(placed_y, y) < 1e-6
     assert relative_error(placed_dx, dx) < 1e-5
-    summed = add_up_replicas(dataclasses.replace(placed, gate_up=gradients[0], down=gradients[1]), placed)
-    for own, plain in zip((summed.gate_up, summed.down), expected[1][1:], strict=True):
-        assert relative_error(own, plain[EXPERTS]) < 1e-5
+    summed = add_up_replicas(dataclasses.replace(placed, **gradients), placed)
+    for name, plain in expected.items():
+        assert relative_error(getattr(summed, name), plain[EXPERTS]) < 1e-5, name
 
 
 def test_a_gradient_through_place_adds_up_over_replicas(problem):
@@ -129,13 +131,58 @@ def test_a_module_over_a_mesh(axis_type, problem):
     mesh = make_mesh(ep=2, dp=2, axis_type=axis_type)
     with jax.set_mesh(mesh):
         layer = MoE.from_params(params, CONFIG)
+        layer.noise = nnx.data(nnx.Rngs(0).fork())
         y, aux = nnx.jit(lambda layer, x: layer(x))(layer, x)
         placed = layer.placed(EXPERTS)
         assert placed.down[...].addressable_shards[0].data.shape[0] == 4
+        assert placed.noise is layer.noise
+        assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(placed.replicas.get_value()))
+        assert len(jax.tree.leaves(placed.replicas.get_value())[0].devices()) == 4
+        assert jax.tree.leaves(nnx.state(placed, nnx.Param)["shared_down"])
+        assert not {"gate_up", "down", "down_bias"} & set(nnx.state(placed, nnx.Param))
         placed_y, placed_aux = nnx.jit(lambda layer, x: layer(x))(placed, x)
     assert same_bits(placed_aux.load, aux.load)
     assert relative_error(placed_y, y) < 1e-6
     assert same_bits(placed.placed(np.arange(6)).params(), jax.device_get(params))
+
+
+def test_chips_that_only_more_slots_divide(problem):
+    """Six experts on four chips, in eight slots."""
+    params, x, _ = problem
+    with jax.set_mesh(make_mesh(4)):
+        y, _ = nnx.jit(lambda layer, x: layer(x))(MoE.from_params(place(params, EXPERTS), CONFIG), x)
+    assert relative_error(y, moe(x, params, CONFIG)[0]) < 1e-6
+
+
+def test_chips_do_not_begin_with_the_same_slot(rng):
+    """A token on each of four chips, all for one expert: slots are told apart by what is written into them."""
+    config = MoEConfig(32, 16, 4, 1, dtype=jnp.float32)
+    placed = place(random_params(config, rng), [0, 1, 0, 2, 0, 3, 0, 1])
+    scale = jnp.arange(1.0, 9.0).reshape(-1, 1, 1)
+    marked = dataclasses.replace(placed, down=placed.down * scale)
+    x = jnp.broadcast_to(normal(rng, 32), (4, 32))
+    y, _ = moe_experts(x, jnp.ones((4, 1)), jnp.zeros((4, 1), jnp.int32), marked, config, mesh=make_mesh(4))
+    factors = np.asarray(y).sum(1) / np.asarray(y).sum(1).min()
+    np.testing.assert_allclose(sorted(factors), [1, 3, 5, 7], rtol=1e-5)
+
+
+def test_weights_stay_split_under_jit_on_explicit_axes(problem):
+    params, *_ = problem
+    with jax.set_mesh(make_mesh(2, axis_type=AxisType.Explicit)):
+        layer = MoE.from_params(params, CONFIG)
+        down = jax.jit(lambda params: place(params, EXPERTS).down)(layer.params())
+    assert down.sharding.spec[0] == "expert"
+    assert same_bits(jax.device_get(down), params.down[EXPERTS])
+
+
+def test_numpy_and_stacked_parameters(problem):
+    params, *_ = problem
+    assert same_bits(place(jax.tree.map(np.asarray, params), EXPERTS), place(params, EXPERTS))
+    stacked = jax.tree.map(lambda leaf: jnp.stack([leaf] * 6), params)
+    each = jax.vmap(lambda layer: place(layer, EXPERTS))(stacked)
+    assert same_bits(each.down[2], params.down[EXPERTS])
+    with raises_saying(ValueError, "params must be of one layer, down [E, I, H], got [6, 6, 16, 32]", "jax.vmap"):
+        place(stacked, EXPERTS)
 
 
 def test_in_8_bits(rng):
@@ -201,7 +248,7 @@ def test_what_does_not_fit(problem):
     params, x, _ = problem
     with raises_saying(ValueError, "every expert needs a slot, and expert 4 has none"):
         place(params, [0, 1, 2, 3, 5])
-    with raises_saying(ValueError, "num_experts=9 is not divisible by ep=2"):
+    with raises_saying(ValueError, "params have 9 slots for experts, which ep=2 chips cannot share evenly"):
         moe(x, place(params, [0, 1, 2, 3, 4, 5, 0, 1, 2]), CONFIG, mesh=make_mesh(2))
     with jax.set_mesh(make_mesh(2)):
         layer = MoE.from_params(params, CONFIG)
@@ -212,6 +259,23 @@ def test_what_does_not_fit(problem):
     placed = place(params, EXPERTS)
     with raises_saying(ValueError, "params.down must be [8, 16, 32], got [6, 16, 32]"):
         moe(x, dataclasses.replace(placed, down=params.down), CONFIG)
+    tables = placed.replicas
+    for wrong in (
+        dataclasses.replace(tables, slots=tables.slots[:6]),
+        dataclasses.replace(tables, first=tables.first[:5]),
+        dataclasses.replace(tables, count=tables.count.astype(jnp.float32)),
+        dataclasses.replace(tables, count=tables.count[0]),
+    ):
+        with raises_saying(ValueError, "params.replicas must be int32 tables of the shapes"):
+            moe(x, dataclasses.replace(placed, replicas=wrong), CONFIG)
+    with raises_saying(TypeError, "params.replicas must be what moejax.place made"):
+        moe(x, dataclasses.replace(placed, replicas=jnp.asarray(EXPERTS)), CONFIG)
+    with raises_saying(ValueError, "experts must be known: call place outside jit"):
+        jax.jit(lambda experts: place(params, experts).down)(jnp.asarray(EXPERTS))
+    with raises_saying(ValueError, "gradients must be those of params"):
+        add_up_replicas(params, placed)
+    with raises_saying(TypeError, "gradients must be MoEParams, got NoneType"):
+        add_up_replicas(None, placed)
     with raises_saying(ValueError, "params.replicas must be of num_experts=12, got 6"):
         moe(x, placed, dataclasses.replace(CONFIG, num_experts=12))
     with raises_saying(ValueError, "params must hold every expert once where they are split over expert_axis"):

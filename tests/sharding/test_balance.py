@@ -67,6 +67,11 @@ def test_without_spare_slots_experts_are_shuffled(rng):
     assert unevenness(load, experts, 4) < min(1.02, unevenness(load, np.arange(32), 4))
 
 
+def test_experts_without_a_slot_have_no_rank():
+    with pytest.raises(ValueError, match="multiple of ep=2 slots with each of 3 experts, got 4 slots of 2"):
+        rank_loads(np.ones(3), np.array([0, 1, 0, 0]), 2)
+
+
 def test_no_load_at_all():
     assert set(balance(np.zeros(8), 12, ep=4).tolist()) == set(range(8))
 
@@ -80,7 +85,9 @@ def test_no_load_at_all():
         (([1.0] * 4, 3, 1), {}, "num_slots must be at least the 4 experts, got 3"),
         (([1.0] * 4, 6, 4), {}, "num_slots must be a multiple of ep, got 6 and 4"),
         (([1.0] * 4, 12, 2), {}, "num_slots must be at most 8, each of the 4 experts once on each of the 2 ranks"),
-        (([1.0] * 4, 4, 0), {}, "ep must be at least 1, got 0"),
+        (([1.0] * 4, 4, 0), {}, "ep must be a whole number of at least 1, got 0"),
+        (([1.0] * 4, 8.0, 4), {}, "num_slots must be a whole number of at least 1, got 8.0"),
+        (({"a": 1}, 4, 4), {}, "load must be numbers .*, such as aux.load.tokens_per_expert, got ndarray"),
         (([1.0] * 4, 8, 4), {"num_nodes": 3}, "ep must be a multiple of num_nodes, got 4 and 3"),
         (([1.0] * 4, 8, 4), {"num_groups": 3}, "num_groups must divide the experts, got 4 and 3"),
         (([1.0] * 4, 8, 4), {"num_nodes": 2, "num_groups": 1}, "num_groups must be a multiple of num_nodes"),
