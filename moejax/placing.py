@@ -46,7 +46,7 @@ def place(params: MoEParams, experts: Any) -> MoEParams:
         )
     if isinstance(experts, jax.core.Tracer):
         raise ValueError("experts must be known: call place outside jit, or close over a NumPy array")
-    num_experts = params.down.shape[0] if params.replicas is None else params.replicas.count.shape[0]
+    num_experts = params.down.shape[0] if params.replicas is None else params.replicas.num_experts
     replicas = Replicas.of(experts, num_experts)
     sources = replicas.experts if params.replicas is None else params.replicas.holders(replicas.experts)
     is_plain = np.array_equal(np.asarray(experts), np.arange(num_experts))

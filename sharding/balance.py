@@ -58,7 +58,7 @@ def rank_loads(load: np.ndarray, experts: np.ndarray, ep: int) -> np.ndarray:
             f"experts must fill a multiple of ep={ep} slots with each of {load.size} experts, got {experts.size} slots "
             f"of {len(set(experts.tolist()))}"
         )
-    shares = load / np.maximum(np.bincount(experts, minlength=load.size), 1)
+    shares = load / np.bincount(experts)
     return shares[experts].reshape(ep, -1).sum(1)
 
 

@@ -1,4 +1,4 @@
-"""Experts that have several slots: which slot a choice goes to, and moving weights from one arrangement to another."""
+"""Experts that have several slots: which slots hold which expert, and to which of them a choice goes."""
 
 import dataclasses
 from typing import Any
@@ -50,6 +50,11 @@ class Replicas:
         """P."""
         return self.experts.shape[0]
 
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self.count.shape[0]
+
     def spread(self, topk_ids: jax.Array, *, turn: jax.Array | int = 0, backend: str = "auto") -> jax.Array:
         """The slot of each choice: the choices of an expert take its slots in turn, in the order of the tokens.
 
@@ -61,9 +66,8 @@ class Replicas:
         Returns:
           int32 [T, K], −1 for no choice.
         """
-        num_experts = self.count.shape[0]
-        plan = make_plan(topk_ids, num_experts, backend=backend)
-        expert = jnp.clip(topk_ids, 0, num_experts - 1)
+        plan = make_plan(topk_ids, self.num_experts, backend=backend)
+        expert = jnp.clip(topk_ids, 0, self.num_experts - 1)
         place = (plan.inverse - plan.offsets[expert] + turn) % self.count[expert]
         return jnp.where(plan.inverse >= 0, self.slots[self.first[expert] + place], -1)
 
@@ -73,5 +77,5 @@ class Replicas:
 
     def add_up(self, gradients: jax.Array) -> jax.Array:
         """Gradients [P, …] of the slots as those of their experts: each replica gets the sum over all of its expert."""
-        total = jax.ops.segment_sum(gradients, self.experts, num_segments=self.count.shape[0])
+        total = jax.ops.segment_sum(gradients, self.experts, num_segments=self.num_experts)
         return total[self.experts]

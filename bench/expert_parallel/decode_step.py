@@ -103,20 +103,17 @@ def run_decode(
     placed = place(params, experts)
     placed_y, _ = jax.block_until_ready(step(x, placed))
     again = statistics.median(wall_seconds(step, x, placed) for _ in range(_REPEATS))
-    rows = _rows_of_chips(aux.topk_ids, placed, ep)
+    rows = _rows_of_chips(aux.topk_ids, Replicas.of(experts, config.num_experts), ep)
     replicated = Replicated(experts, float(jax.jit(norm_error)(placed_y, y)), again, int(rows.max()))
     return dataclasses.replace(run, replicated=replicated)
 
 
-def _rows_of_chips(topk_ids: jax.Array, placed: MoEParams, ep: int) -> np.ndarray:
+def _rows_of_chips(topk_ids: jax.Array, replicas: Replicas, ep: int) -> np.ndarray:
     """The rows of each chip, [ep], where chip r holds the r-th part of the tokens."""
-    replicas = placed.replicas
-    assert replicas is not None
     ids = multihost_utils.process_allgather(topk_ids, tiled=True).reshape(ep, -1, topk_ids.shape[-1])
-    tables = Replicas.of(multihost_utils.process_allgather(replicas.experts, tiled=True), replicas.count.shape[0])
-    spread = jax.jit(lambda ids, chip: tables.spread(ids, turn=chip))
+    spread = jax.jit(lambda ids, chip: replicas.spread(ids, turn=chip))
     slots = np.stack([np.asarray(spread(part, chip)) for chip, part in enumerate(ids)])
-    return np.bincount(slots[slots >= 0] // (tables.num_slots // ep), minlength=ep)
+    return np.bincount(slots[slots >= 0] // (replicas.num_slots // ep), minlength=ep)
 
 
 def _relative_error(
