@@ -4,15 +4,13 @@ Sending vanishes into the gather that sorts the rows by expert, returning into t
 a tensor-parallel group work on the tokens of all of them, each on a part of the experts' width.
 """
 
-import dataclasses
-
 import jax
-import jax.numpy as jnp
 
 from pallas_kernels.combine import combine
 from pallas_kernels.dispatch import dispatch
 from pallas_kernels.plan import Plan, make_plan
 from pallas_kernels.quantize import Operand
+from sharding.exchange.room import bounded
 from sharding.exchange.transport import in_one_round
 from sharding.exchange.way import Way
 from sharding.tensor_parallel import gather_tokens, sum_tokens
@@ -21,11 +19,7 @@ from sharding.tensor_parallel import gather_tokens, sum_tokens
 def plan_rows(topk_ids: jax.Array, way: Way) -> Plan:
     """The plan of [T, K] choices into rows sorted by expert, no more rows than choices that are made."""
     plan = make_plan(gather_tokens(topk_ids, way.columns_over), way.placement.num_experts, backend=way.backend)
-    if (most := way.counted_choices) is None:
-        return plan
-    # Rows in use lie first, so that these hold every choice.
-    inverse = jnp.where(plan.inverse < most, plan.inverse, -1)
-    return dataclasses.replace(plan, order=plan.order[:most], inverse=inverse)
+    return bounded(plan, way)
 
 
 def send[Rows: Operand](x: Rows, plan: Plan, way: Way) -> Rows:

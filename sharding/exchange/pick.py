@@ -1,13 +1,15 @@
 """Which transport carries an exchange out.
 
-A transport is a module of this folder. It is added by its file and its line in `TRANSPORTS`.
+A transport is added by its file in this folder and its line in `TRANSPORTS`.
 """
 
-from sharding.exchange import dense, one_chip
+from sharding.exchange import one_chip
+from sharding.exchange.dense import Dense
+from sharding.exchange.exact import Exact
 from sharding.exchange.transport import Transport
 from sharding.exchange.way import AUTO, Way
 
-TRANSPORTS: dict[str, Transport] = {"dense": dense}
+TRANSPORTS: dict[str, Transport] = {"dense": Dense(), "ragged": Exact("xla"), "remote": Exact("auto")}
 """Those that carry rows between chips, by name."""
 
 DEFAULT = "dense"

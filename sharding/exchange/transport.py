@@ -47,8 +47,9 @@ class Transport(Protocol):
     each local expert. C are the rows that a chip holds for its experts.
     """
 
-    exchange: Exchange
-    """All of it, in as many rounds as the load needs, however the transport overlaps them."""
+    @property
+    def exchange(self) -> Exchange:
+        """All of it, in as many rounds as the load needs, however the transport overlaps them."""
 
     def rows_held(self, num_tokens: int, top_k: int, way: Way) -> int:
         """C for a chip with T tokens of K choices: the rows that `experts` is given at a time, used or not."""

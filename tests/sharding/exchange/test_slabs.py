@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from sharding.exchange.capacity import expert_capacity
-from sharding.exchange.plan import fit_slab, plan_arrival, plan_departure, sort_by_rank
+from sharding.exchange.room import fit_slab
+from sharding.exchange.slabs import plan_arrival, plan_departure, sort_by_rank
 from sharding.placement import Placement
 
 NUM_TOKENS, TOP_K, NUM_EXPERTS = 13, 3, 8

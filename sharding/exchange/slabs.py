@@ -1,12 +1,10 @@
-"""Who sends which choice where: sizes and slots, before any row moves.
+"""Who sends which choice where, in slabs of equal size: the slots of each rank's rows, before any row moves.
 
-An exchange gives each rank a slab of S slots for every peer. Slabs have a fixed size, because shapes are static, while
-the load varies: so an exchange runs in rounds, as many as the fullest pair of ranks needs. Where chips share the width
+Each rank has a slab of S slots for every peer. What does not fit leaves in a later round. Where chips share the width
 of the experts, T counts the tokens of all of them.
 """
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +31,7 @@ class SortedByRank:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class ExchangePlan:
+class SlabPlan:
     """The plan of one round of an exchange, as one rank sees it.
 
     Attributes:
@@ -48,33 +46,6 @@ class ExchangePlan:
     def group_sizes(self) -> jax.Array:
         """int32 [L], the rows that arrive for each local expert."""
         return self.arrival.group_sizes
-
-
-def fit_slab(
-    num_tokens: int,
-    top_k: int,
-    num_local_experts: int,
-    ep: int,
-    max_rows: int | None,
-    *,
-    choices: int | None = None,
-    slab: int | None = None,
-) -> tuple[int, int]:
-    """S, the rows that one rank can send to another in a round; and the most rounds that any load can need.
-
-    A slab holds twice the rows of a balanced load, in multiples of 8. Where that is not far from all that one rank
-    could ever have for another, it holds all of it and one round will do. A balanced load is T·K choices, or `choices`
-    where many of the T·K are not made. An expert gets at most `max_rows` from one rank, if that is not None. A
-    `slab` that is given is taken.
-    """
-    worst = num_tokens * top_k
-    if max_rows is not None:
-        worst = min(worst, num_local_experts * max_rows)
-    if slab is None:
-        balanced = num_tokens * top_k if choices is None else choices
-        twice_balanced = 8 * math.ceil(2 * balanced / ep / 8)
-        slab = worst if worst <= 2 * twice_balanced else twice_balanced
-    return slab, math.ceil(worst / slab) if worst > slab else 1
 
 
 def sort_by_rank(topk_ids: jax.Array, placement: Placement, *, backend: str = "auto") -> SortedByRank:

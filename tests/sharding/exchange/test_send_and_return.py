@@ -1,5 +1,6 @@
 """Every row arrives once, where it should, as it was; and comes back. Against plain loops, for every kind of load."""
 
+import dataclasses
 import itertools
 
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from pallas_kernels.quantize import dequantize, quantize
 from sharding.exchange.wire import Wire
 from tests.helpers import normal, relative_error, same_bits
 from tests.sharding.exchange.exchanges import (
+    IN_ROUNDS,
     Problem,
     gradient_of_sending,
     groups_that_arrived,
@@ -25,7 +27,9 @@ EP2 = Problem(dp=1, ep=2, num_tokens=5, top_k=2, num_experts=4)
 EP4 = Problem(dp=1, ep=4, num_tokens=6, top_k=3, num_experts=8)
 EP8 = Problem(dp=1, ep=8, num_tokens=24, top_k=2, num_experts=8)
 DP2_EP4 = Problem(dp=2, ep=4, num_tokens=9, top_k=2, num_experts=8)
-PROBLEMS = [EP2, EP4, EP8, DP2_EP4]
+EXACT = [dataclasses.replace(problem, transport="ragged") for problem in (EP4, EP8, DP2_EP4)]
+PROBLEMS = [EP2, EP4, EP8, DP2_EP4, *EXACT]
+in_rounds = pytest.mark.parametrize("transport", IN_ROUNDS)
 every_problem = pytest.mark.parametrize("problem", PROBLEMS, ids=str)
 
 
@@ -49,12 +53,12 @@ def check(problem: Problem, ids: np.ndarray) -> None:
 
 
 def test_problems_take_one_round_and_several():
-    assert [problem.slab_and_rounds[1] for problem in PROBLEMS] == [1, 1, 3, 1]
+    assert [problem.slab_and_rounds[1] for problem in PROBLEMS] == [1, 1, 3, 1, 1, 3, 1]
 
 
 @every_problem
 @given(data=st.data())
-@pytest.mark.quick("dp1-ep8-T24")
+@pytest.mark.quick("dp1-ep8-T24*")
 def test_random_loads(data, problem):
     """Repeated experts within a token, and choices not made, included."""
     shape = (problem.all_tokens, problem.top_k)
@@ -63,27 +67,27 @@ def test_random_loads(data, problem):
 
 @every_problem
 @given(seed=st.integers(0, 2**32 - 1), data=st.data())
-@pytest.mark.quick("dp1-ep8-T24", "dp2-ep4-T9")
+@pytest.mark.quick("dp1-ep8-T24*", "dp2-ep4-T9*")
 def test_skewed_loads(seed, data, problem):
     used = data.draw(st.lists(st.integers(0, problem.num_experts - 1), max_size=3))
     silent = data.draw(st.lists(st.integers(0, problem.dp * problem.ep - 1), max_size=problem.ep))
     check(problem, random_ids(problem, np.random.default_rng(seed), used, silent))
 
 
-@pytest.mark.parametrize("problem", [EP2, EP4], ids=str)
+@pytest.mark.parametrize("problem", [EP2, EP4, EXACT[0]], ids=str)
 def test_every_pattern_of_empty_experts(problem, rng):
     for used in itertools.product([False, True], repeat=problem.num_experts):
         check(problem, random_ids(problem, rng, np.flatnonzero(used)))
 
 
-@pytest.mark.parametrize("problem", [EP4, DP2_EP4], ids=str)
+@pytest.mark.parametrize("problem", [EP4, DP2_EP4, EXACT[-1]], ids=str)
 def test_every_pattern_of_ranks_without_tokens(problem, rng):
     for silent in itertools.product([False, True], repeat=problem.ep):
         check(problem, random_ids(problem, rng, silent=np.flatnonzero(silent)))
 
 
 @every_problem
-@pytest.mark.quick("dp1-ep4-T6", "dp1-ep8-T24")
+@pytest.mark.quick("dp1-ep4-T6", "dp1-ep8-T24*")
 def test_all_tokens_to_one_expert(problem):
     """The worst load: it fills every slab for one rank in every round, and all others are empty."""
     for expert in range(problem.num_experts):
@@ -91,7 +95,7 @@ def test_all_tokens_to_one_expert(problem):
 
 
 @every_problem
-@pytest.mark.quick("dp1-ep8-T24", "dp2-ep4-T9")
+@pytest.mark.quick("dp1-ep8-T24*", "dp2-ep4-T9*")
 def test_one_token(problem):
     for token in {0, problem.num_tokens, problem.all_tokens - 1}:
         ids = np.full((problem.all_tokens, problem.top_k), -1, np.int32)
@@ -123,9 +127,10 @@ def test_balanced_load_fits_the_first_round(problem):
     ids=str,
 )
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.quick("float32-*int8*")
-def test_rows_travel_in_8_bits_as_quantised_and_no_other_way(dtype, wire, hidden, rng):
-    problem = Problem(2, 4, 9, 2, 8, hidden, wire=wire)
+@in_rounds
+@pytest.mark.quick("*float32-*int8*")
+def test_rows_travel_in_8_bits_as_quantised_and_no_other_way(transport, dtype, wire, hidden, rng):
+    problem = Problem(2, 4, 9, 2, 8, hidden, wire=wire, transport=transport)
     x = normal(rng, problem.all_tokens, hidden, dtype=dtype) * jnp.asarray(2.0 ** rng.integers(-9, 9), dtype)
     ids = random_ids(problem, rng)
     arrived, sizes, back = send_and_return(problem)(x, ids)
@@ -141,10 +146,11 @@ def test_rows_travel_in_8_bits_as_quantised_and_no_other_way(dtype, wire, hidden
     assert relative_error(np.asarray(back).reshape(x.shape), rounded.astype(np.float32) * count) < 1e-2
 
 
-def test_a_row_of_nan_stays_with_its_token(rng):
+@in_rounds
+def test_a_row_of_nan_stays_with_its_token(transport, rng):
     """Neither a scale nor a neighbour's row takes it up, on the wire as off it."""
     for wire in (None, Wire()):
-        problem = Problem(1, 4, 6, 3, 8, 128, wire=wire)
+        problem = Problem(1, 4, 6, 3, 8, 128, wire=wire, transport=transport)
         x, ids = normal(rng, problem.all_tokens, 128), random_ids(problem, rng)
         ids[3] = [0, 4, 7]
         ids[8] = -1
@@ -158,11 +164,12 @@ def test_a_row_of_nan_stays_with_its_token(rng):
 
 @pytest.mark.parametrize("wire", [None, Wire()], ids=["", "fp8"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.quick("float32-fp8")
-def test_gradient_is_the_transpose_and_not_rounded_to_8_bits(dtype, wire, rng):
+@in_rounds
+@pytest.mark.quick("*float32-fp8")
+def test_gradient_is_the_transpose_and_not_rounded_to_8_bits(transport, dtype, wire, rng):
     """Which row came from which token is found by sending numbers the same way."""
-    problem = Problem(2, 4, 9, 2, 8, 128, wire=wire)
-    plain = Problem(2, 4, 9, 2, 8, 128)
+    problem = Problem(2, 4, 9, 2, 8, 128, wire=wire, transport=transport)
+    plain = dataclasses.replace(problem, wire=None)
     ids = random_ids(problem, rng)
     slots = problem.dp * problem.ep * problem.ep * problem.slab_and_rounds[0]
     direction = normal(rng, slots, 128, dtype=dtype)

@@ -1,0 +1,235 @@
+"""What all transports between chips have in common: everything but how rows are planned and carried.
+
+Everything but the final sum runs in rounds (see `room`), as many as the load needs, so that nothing is dropped however
+uneven it is. Rows come back in the dtype that the experts give them. Chips that share the width of each expert (tp of
+them) work on the rows of all their tokens, each with a part of the columns (see `sharding.tensor_parallel`): T then
+counts the tokens of all of them, and H is H / tp.
+"""
+
+import abc
+import dataclasses
+import functools
+from typing import Any, Protocol
+
+import jax
+from jax import lax
+
+from pallas_kernels.combine import combine
+from pallas_kernels.dispatch import dispatch
+from pallas_kernels.plan import Plan, each_choice, unsorted_plan
+from pallas_kernels.quantize import Operand, QTensor, dequantize
+from sharding.exchange.room import slab_and_rounds
+from sharding.exchange.rounds import sum_over_rounds
+from sharding.exchange.transport import Experts, in_one_round, there_and_back
+from sharding.exchange.way import Way
+from sharding.tensor_parallel import gather_columns, gather_tokens, sum_columns, to_columns, to_tokens
+
+
+class RoundPlan(Protocol):
+    """The plan of one round, as one chip sees it; a pytree."""
+
+    @property
+    def departure(self) -> Plan:
+        """[T, K] choices -> the rows in which they leave; choices that leave in other rounds have none."""
+
+    @property
+    def group_sizes(self) -> jax.Array:
+        """int32 [L], the rows that arrive for each local expert."""
+
+
+class BetweenChips(abc.ABC):
+    """A transport (see `sharding.exchange.transport.Transport`) that lacks only what is abstract here."""
+
+    @abc.abstractmethod
+    def prepare(self, topk_ids: jax.Array, way: Way) -> Any:
+        """What is known of the choices int32 [T, K] once for all rounds: a pytree with `topk_ids`."""
+
+    @abc.abstractmethod
+    def rounds_of(self, choices: Any, slab: int, way: Way) -> jax.Array:
+        """The rounds, int32 [], that the rows of this chip, or those it is sent, need with slabs of S rows."""
+
+    @abc.abstractmethod
+    def plan_round(self, choices: Any, slab: int, index: jax.Array | int, way: Way) -> Any:
+        """The `RoundPlan` of what leaves and arrives in a round."""
+
+    @abc.abstractmethod
+    def carry[Rows: Operand](self, rows: Rows, plan: Any, way: Way) -> Rows:
+        """Rows in the order of plan.departure -> the rows that arrive here, [ep·S, H], sorted by local expert."""
+
+    @abc.abstractmethod
+    def carry_back(self, rows: jax.Array, plan: Any, way: Way) -> jax.Array:
+        """What undoes `carry`."""
+
+    def rows_held(self, num_tokens: int, top_k: int, way: Way) -> int:
+        """See `Transport`."""
+        return way.axes.ep * slab_and_rounds((num_tokens, top_k), way)[0]
+
+    def plan_rows(self, topk_ids: jax.Array, way: Way) -> Any:
+        """The plan of the first round, the only one if a chip has room for everything that it can be sent."""
+        slab, _ = slab_and_rounds(topk_ids.shape, way)
+        return self.plan_round(self._prepared(topk_ids, way), slab, 0, way)
+
+    def send(self, x: jax.Array, plan: Any, way: Way) -> jax.Array:
+        """Brings every token's row to the ranks of its experts.
+
+        Quantising, exchanging and dequantising are one step to autodiff, with faces in the dtype of `x`: an 8-bit
+        payload between two differentiated functions would round its gradient to 8 bits. The gradient travels back
+        unquantised.
+
+        Args:
+          x: [T, H], BF16, FP16 or float32.
+          plan: from `plan_round`; with `way.columns_over`, of the tokens of all chips of that group.
+          way: how rows travel.
+
+        Returns:
+          [ep·S, H] in the dtype of `x`, sorted by local expert; rows past plan.group_sizes may be anything.
+        """
+        return _send(self, x, plan, way)
+
+    def give_back(self, rows: jax.Array, plan: Any, way: Way) -> jax.Array:
+        """Sends what the experts made of each row back to where the row came from, never below BF16.
+
+        Args:
+          rows: [ep·S, H] in the order in which `send` gave them; with `way.columns_over`, partial sums.
+          plan: the same plan.
+          way: how rows travel.
+
+        Returns:
+          The rows of plan.departure, for `combine(…, plan.departure, weights)`; with `way.columns_over` this chip's
+          columns of them, H / tp.
+        """
+        if way.columns_over:
+            rows = sum_columns(rows, way.columns_over).astype(rows.dtype)
+        return self.carry_back(rows, plan, way)
+
+    def combine_slots(
+        self,
+        slots: jax.Array,
+        plan: Any,
+        topk_weights: jax.Array,
+        way: Way,
+        *,
+        preferred_element_type: jax.typing.DTypeLike,
+    ) -> jax.Array:
+        """Rows as `give_back` had them -> the weighted sums [T, H] of this chip's tokens."""
+        weights = gather_tokens(topk_weights, way.columns_over)
+        y = combine(slots, plan.departure, weights, preferred_element_type="float32", backend=way.backend)
+        return _own_tokens(y, slots.dtype, way).astype(preferred_element_type)
+
+    def exchange(
+        self,
+        x: Operand,
+        topk_weights: jax.Array,
+        topk_ids: jax.Array,
+        experts: Experts,
+        params: Any,
+        way: Way,
+        *,
+        preferred_element_type: jax.typing.DTypeLike,
+    ) -> jax.Array:
+        """See `sharding.exchange.exchange`.
+
+        Raises:
+          ValueError: x is in 8 bits.
+        """
+        if isinstance(x, QTensor):
+            raise ValueError("x must be an array when experts are split over chips; way.wire sends its rows in 8 bits")
+        slab, max_rounds = slab_and_rounds(topk_ids.shape, way)
+        if max_rounds == 1:
+            in_one = in_one_round(self.plan_rows, self.send, self.give_back, self.combine_slots)
+            return in_one(
+                x, topk_weights, topk_ids, experts, params, way, preferred_element_type=preferred_element_type
+            )
+        axes = way.axes
+        choices = self._prepared(topk_ids, way)
+        everywhere = tuple(dict.fromkeys((*axes.tokens, *axes.expert, *axes.mlp)))
+        rounds = lax.pmax(self.rounds_of(choices, slab, way), everywhere)
+        args = x, gather_tokens(topk_weights, way.columns_over), params
+        y = _sum_of_rounds(_Round(self, experts, way, slab), rounds, choices, args)
+        return _own_tokens(y, x.dtype, way).astype(preferred_element_type)
+
+    def _prepared(self, topk_ids: jax.Array, way: Way) -> Any:
+        """`prepare` for this chip, and the chips that share the width of its experts."""
+        return self.prepare(gather_tokens(topk_ids, way.columns_over), way)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 3))
+def _send(transport: BetweenChips, x: jax.Array, plan: RoundPlan, way: Way) -> jax.Array:
+    rows = _sent(transport, x if way.wire is None else way.wire.rounded(x), plan, way)
+    return dequantize(rows, x.dtype) if isinstance(rows, QTensor) else rows
+
+
+@_send.defjvp
+def _send_jvp(transport, way, primals, tangents):
+    x, plan = primals
+    dx, _ = tangents
+    return _send(transport, x, plan, way), _sent(transport, dx, plan, way)
+
+
+def _sent[Rows: Operand](transport: BetweenChips, x: Rows, plan: RoundPlan, way: Way) -> Rows:
+    """The rows as they are. Their gradient travels as `give_back` has it, and is summed as `combine` does."""
+    has_row_scales = isinstance(x, QTensor) and x.scale.shape[1] == 1
+    if way.columns_over:
+        x = to_columns(x, way.columns_over)
+    rows = transport.carry(dispatch(x, plan.departure, backend=way.backend), plan, way)
+    return gather_columns(rows, way.columns_over, has_row_scales=has_row_scales) if way.columns_over else rows
+
+
+def _own_tokens(y: jax.Array, dtype: jax.typing.DTypeLike, way: Way) -> jax.Array:
+    """The sums of this chip's tokens, where chips had sums for a part of the columns of others' tokens too."""
+    return to_tokens(y.astype(dtype), way.columns_over) if way.columns_over else y
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Round:
+    """One round of the exchange, of the choices and of (x, weights, parameters)."""
+
+    transport: BetweenChips
+    experts: Experts
+    way: Way
+    slab: int
+
+    def sum(self, index: jax.Array | int, choices: Any, args: Any) -> jax.Array:
+        """[T, H] float32: the weighted sum of the choices that travel in this round."""
+        _, topk_weights, _ = args
+        rows, departure = self._returned(index, choices, args)
+        return combine(rows, departure, topk_weights, preferred_element_type="float32", backend=self.way.backend)
+
+    def rows(self, index: jax.Array | int, choices: Any, args: Any) -> jax.Array:
+        """[T·K, H]: what the experts made of each choice that travels in this round, zeros for the others."""
+        rows, departure = self._returned(index, choices, args)
+        return combine(rows, each_choice(departure), backend=self.way.backend)
+
+    def _returned(self, index: jax.Array | int, choices: Any, args: Any) -> tuple[jax.Array, Plan]:
+        """The experts' rows in the order in which the choices left, and the plan of that."""
+        x, _, params = args
+        transport, way = self.transport, self.way
+        plan = transport.plan_round(choices, self.slab, index, way)
+        slots = there_and_back(transport.send, transport.give_back, x, plan, self.experts, params, way)
+        return slots, plan.departure
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _sum_of_rounds(one: _Round, rounds: jax.Array, choices: Any, args: Any) -> jax.Array:
+    """[T, H] float32: the weighted sum of all choices, in the order of k whatever round each travels in.
+
+    So its bits do not tell how large the slabs were, as these follow from how many tokens there are, masked or not.
+    Its derivatives are those of the sum of each round's sum, which leave no rows behind.
+    """
+    _, topk_weights, _ = args
+    rows = sum_over_rounds(one.rows, rounds, choices, args)
+    return combine(
+        rows,
+        unsorted_plan(choices.topk_ids),
+        topk_weights,
+        preferred_element_type="float32",
+        backend=one.way.backend,
+    )
+
+
+@_sum_of_rounds.defjvp
+def _sum_of_rounds_jvp(one: _Round, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    rounds, choices, args = primals
+    _, _, dargs = tangents
+    _, dy = jax.jvp(functools.partial(sum_over_rounds, one.sum, rounds, choices), (args,), (dargs,))
+    return _sum_of_rounds(one, rounds, choices, args), dy

@@ -1,0 +1,150 @@
+"""The exchange of as many rows as there are, each to its final place among the receiver's rows.
+
+First the chips tell each other how many rows they have for every expert: counts [ep, E], one small message. From these
+every chip knows where each of its rows belongs in the order of the chip that gets it, by local expert, then by sender,
+then by token. So rows land sorted, nothing is padded, and nothing is copied a second time:
+
+    sender         rows for   e0 e0 e1 | e2 e3 e3       by expert, and so by chip
+                               │  │  │    ╲  ╲  ╲
+    chip of e0, e1   e0 … e0 e0 … e1 …     ╲  ╲  ╲      a block of rows for each pair of sender and expert
+    chip of e2, e3                 e2 … e2 … e3 e3 …
+
+A chip has room for R rows. If it is sent more, round i carries those whose places are i·R … (i + 1)·R − 1, which every
+chip knows from the counts. The kernels of `pallas_kernels.all_to_all` carry the blocks.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.all_to_all import Blocks, all_to_all
+from pallas_kernels.plan import Plan, make_plan
+from pallas_kernels.quantize import Operand
+from sharding.exchange.between_chips import BetweenChips
+from sharding.exchange.room import bounded
+from sharding.exchange.way import Way
+from sharding.placement import Placement
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Counted:
+    """The choices of a chip's tokens by expert, and how many all chips of the group have.
+
+    Attributes:
+      topk_ids: int32 [T, K], as the tokens chose.
+      by_expert: the tight plan of the choices, grouped by expert (G = E).
+      counts: int32 [ep, E], choices of each chip for each expert.
+      rank: int32 [], of this chip.
+    """
+
+    topk_ids: jax.Array
+    by_expert: Plan
+    counts: jax.Array
+    rank: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ExactPlan:
+    """The plan of one round, as one chip sees it.
+
+    Attributes:
+      departure: [T, K] choices -> [T·K] rows by expert; those of other rounds are nobody's.
+      blocks: of rows, L for each peer.
+      num_rows: R.
+    """
+
+    departure: Plan
+    blocks: Blocks
+    num_rows: int = dataclasses.field(metadata={"static": True})
+
+    @property
+    def group_sizes(self) -> jax.Array:
+        """int32 [L], the rows that arrive for each local expert."""
+        return self.blocks.recv_sizes.sum(0, dtype=jnp.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Exact(BetweenChips):
+    """See `sharding.exchange.between_chips.BetweenChips`.
+
+    Attributes:
+      backend: of `pallas_kernels.all_to_all`.
+    """
+
+    backend: str
+
+    def prepare(self, topk_ids: jax.Array, way: Way) -> Counted:
+        """The choices by expert, and everyone's counts."""
+        by_expert = bounded(make_plan(topk_ids, way.placement.num_experts, backend=way.backend), way)
+        counts = lax.all_gather(by_expert.group_sizes, way.axes.expert)
+        return Counted(topk_ids, by_expert, counts, lax.axis_index(way.axes.expert))
+
+    def rounds_of(self, choices: Counted, slab: int, way: Way) -> jax.Array:
+        """Those for the chip that is sent most."""
+        sent_to = choices.counts.sum(0).reshape(way.axes.ep, -1).sum(1)
+        return -(-sent_to.max() // (way.axes.ep * slab))
+
+    def plan_round(self, choices: Counted, slab: int, index: jax.Array | int, way: Way) -> ExactPlan:
+        """What leaves and arrives in a round, without another message."""
+        room = way.axes.ep * slab
+        places = first_places(choices.counts, way.placement)
+        blocks = blocks_between(choices.counts, places, choices.rank, index * room, room, way.placement)
+        departure = choices.by_expert
+        if room < way.axes.ep * choices.topk_ids.size:
+            departure = _those_of_round(choices, places[choices.rank], index * room, room)
+        return ExactPlan(departure, blocks, room)
+
+    def carry[Rows: Operand](self, rows: Rows, plan: ExactPlan, way: Way) -> Rows:
+        """[T·K, H] by expert -> [R, H], where they belong."""
+        return all_to_all(rows, plan.blocks, plan.num_rows, way.axes.expert, backend=self.backend)
+
+    def carry_back(self, rows: jax.Array, plan: ExactPlan, way: Way) -> jax.Array:
+        """[R, H] -> [T·K, H], where they were."""
+        num_rows = plan.departure.order.shape[0]
+        return all_to_all(rows, plan.blocks.back, num_rows, way.axes.expert, backend=self.backend)
+
+
+def first_places(counts: jax.Array, placement: Placement) -> jax.Array:
+    """Counts [ep, E] -> int32 [ep, E]: the place of a chip's first row for an expert among all rows of its chip."""
+    before_sender = jnp.cumsum(counts, 0) - counts
+    by_rank = counts.sum(0).reshape(placement.ep, placement.num_local)
+    before_expert = (jnp.cumsum(by_rank, 1) - by_rank).reshape(-1)
+    return (before_expert + before_sender).astype(jnp.int32)
+
+
+def blocks_between(
+    counts: jax.Array, places: jax.Array, rank: jax.Array, begin: jax.Array | int, room: int, placement: Placement
+) -> Blocks:
+    """The blocks of the rows whose places are in [begin, begin + room).
+
+    Args:
+      counts: int32 [ep, E], rows of each chip for each expert.
+      places: from `first_places`.
+      rank: int32 [], of this chip.
+      begin: int32 [].
+      room: rows that a chip has room for.
+      placement: of the experts.
+    """
+    first = jnp.clip(places, begin, begin + room)
+    sizes = jnp.clip(places + counts, begin, begin + room) - first
+    sources = jnp.cumsum(counts, 1) - counts + first - places
+    tables = [table.astype(jnp.int32) for table in (sizes, sources, first - begin)]  # [ep, E]
+    by_rank = [table.reshape(placement.ep, placement.ep, placement.num_local) for table in tables]
+    from_here = [table[rank] for table in by_rank]
+    to_here = [table[:, rank] for table in by_rank]
+    return Blocks(*from_here, *to_here)
+
+
+def _those_of_round(choices: Counted, places: jax.Array, begin: jax.Array | int, room: int) -> Plan:
+    """The plan of the choices by expert, in which those whose place is not in [begin, begin + room) have no row."""
+    plan, ids = choices.by_expert, jnp.clip(choices.topk_ids, 0, places.shape[0] - 1)
+    place = places[ids] + plan.inverse - plan.offsets[ids]
+    is_now = (plan.inverse >= 0) & (place >= begin) & (place < begin + room)
+    leaves_now = (plan.order >= 0) & is_now.reshape(-1)[jnp.maximum(plan.order, 0)]
+    return dataclasses.replace(
+        plan, order=jnp.where(leaves_now, plan.order, -1), inverse=jnp.where(is_now, plan.inverse, -1)
+    )
