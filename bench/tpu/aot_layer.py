@@ -48,6 +48,7 @@ class LayerJob:
       weights: 8-bit dtype of "w8a8": "float8_e4m3fn", "float8_e5m2" or "int8".
       grad: the gradients of the parameters and of the input too.
       backend: of every operator.
+      transport: what carries rows between devices.
       reduce: divide the widths by this.
     """
 
@@ -59,6 +60,7 @@ class LayerJob:
     weights: QDtype = "int8"
     grad: bool = False
     backend: str = "auto"
+    transport: str = "auto"
     reduce: int = 1
 
     @property
@@ -77,7 +79,7 @@ class LayerJob:
         Raises:
           ValueError: ep divides neither the experts nor the slice, or the model or a setting is unknown.
         """
-        config = get_preset(self.model, precision=self.precision, backend=self.backend)
+        config = get_preset(self.model, precision=self.precision, backend=self.backend, transport=self.transport)
         config = dataclasses.replace(config, quantization=dataclasses.replace(config.quantization, dtype=self.weights))
         Placement(config.num_experts, self.ep)  # raises where they do not fit
         devices = self.slice.num_devices
