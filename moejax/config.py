@@ -50,7 +50,8 @@ class MoEConfig:
       scale_inputs: multiply the weight into the expert's input instead of its output (Llama 4; K = 1).
       precision: "w16a16" or "w8a8"; see `PRECISIONS`.
       quantization: dtypes and scalings of "w8a8".
-      wire_scaling: scaling of the 8-bit rows that "w8a8" sends between chips, in the dtype of `quantization`.
+      wire_scaling: scaling of the 8-bit rows that "w8a8" sends between chips in training, in the dtype of
+        `quantization`. Where no gradient is asked for, rows are rounded once, for the product, and travel so.
       capacity_factor: None drops nothing. A number, to a thousandth, bounds what an expert takes of T tokens to
         ⌈capacity_factor · T·K / E⌉; what is dropped is counted and returned.
       capacity_of: which T tokens a capacity refers to: those of the whole "batch", so that the same choices are dropped

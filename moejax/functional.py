@@ -223,9 +223,13 @@ def _check_scales(params: MoEParams, config: MoEConfig, axes: Axes) -> None:
             if logical in ("embed", "mlp") and size > 1:
                 _check_divides(f"scales of params.{field.name}", size, logical, axes.size(getattr(axes, logical)))
     if axes.tp > 1 and axes.ep > 1 and config.precision == "w8a8":
-        scales = scale_shape((1, config.hidden_size), config.wire_scaling)[1]
-        if scales > 1:
-            _check_divides("scales of a row that travels (wire_scaling)", scales, "mlp", axes.tp)
+        for name, scaling in (
+            ("wire_scaling", config.wire_scaling),
+            ("quantization.lhs_scaling", config.quantization.lhs_scaling),
+        ):
+            scales = scale_shape((1, config.hidden_size), scaling)[1]
+            if scales > 1:
+                _check_divides(f"scales of a row that travels ({name})", scales, "mlp", axes.tp)
 
 
 def _check_divides(name: str, size: int, role: str, parts: int) -> None:

@@ -97,13 +97,12 @@ def _run(
     way: Way,
 ) -> jax.Array:
     """The exchange with `math` as the experts."""
-    rows = math.rounded(x) if way.takes_8_bits else x
 
     def experts(params: dict[str, Any], rows: Operand, group_sizes: jax.Array) -> jax.Array:
         w1, w2 = params["w1"], params["w2"]
         return math(rows, group_sizes, w1, w2, k_major=(k_major, k_major), biases=(params["b1"], params["b2"]))
 
-    return exchange(rows, topk_weights, topk_ids, experts, params, way, preferred_element_type=x.dtype)
+    return exchange(math.rounded(x), topk_weights, topk_ids, experts, params, way, preferred_element_type=x.dtype)
 
 
 def _gate_first(

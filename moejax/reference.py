@@ -36,7 +36,7 @@ def dense_moe(
       params: as for `moejax.moe`; QTensors are dequantised.
       config: the layer, with a `TopKRouter`; `precision` and `backend` play no part.
       quantized: round the operands of every product as precision "w8a8" does (gradients pass straight through).
-      wire_scaling: with `quantized`, first round the routed experts' inputs as they travel between chips.
+      wire_scaling: with `quantized`, first round the routed experts' inputs as they travel between chips in training.
       expert_axis: None when `params` hold all experts. Inside shard_map, the axis that they are split over: each chip
         then applies its own to all tokens, and the sums are added up.
       mask: bool [...], true for real tokens; None if all are. The others come out as zeros.

@@ -126,7 +126,7 @@ class Stages:
             return expert_mlp(rows, group_sizes, math=self.math, **params)
 
         return exchange(
-            self.math.rounded(inputs) if self.way.takes_8_bits else inputs,
+            self.math.rounded(inputs),
             topk_weights,
             topk_ids,
             experts,

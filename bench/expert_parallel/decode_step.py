@@ -121,10 +121,9 @@ def _relative_error(
 ) -> jax.Array:
     """Every chip applies its experts to each of the tokens `checked`; the sums are compared where they lie."""
     is_8_bit = config.precision == "w8a8"
-    wire_scaling = config.wire_scaling if is_8_bit and mesh.shape[EXPERT_AXIS] > 1 else None
 
     def oracle(x: jax.Array, params: MoEParams) -> jax.Array:
-        return dense_moe(x, params, config, quantized=is_8_bit, wire_scaling=wire_scaling, expert_axis=EXPERT_AXIS)
+        return dense_moe(x, params, config, quantized=is_8_bit, expert_axis=EXPERT_AXIS)
 
     everywhere = PartitionSpec()
     specs = param_specs(params, config, axes_on(mesh, None, config))

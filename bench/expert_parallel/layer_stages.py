@@ -59,7 +59,8 @@ def time_stages(
     """
     axes = axes_on(mesh, None, config)
     way = way_of(config, axes)
-    stages = Stages(config, way, math_of(config))
+    math = dataclasses.replace(math_of(config), stays_in_8_bits=config.precision == "w8a8")  # as in serving
+    stages = Stages(config, way, math)
     clock = _Clock(mesh, params, param_specs(params, config, axes), say, is_nvidia(mesh.devices.flat[0]))
 
     def gate(x, p):
@@ -76,7 +77,7 @@ def time_stages(
     def dispatch(x, topk_ids, topk_weights, _):
         plan = stages.plan(topk_ids)
         inputs, weights = stages.inputs(x, topk_weights)
-        return plan, stages.send(inputs, plan), weights
+        return plan, stages.send(math.rounded(inputs), plan), weights
 
     def back(rows, plan, weights, _):
         slots = stages.give_back(rows, plan)

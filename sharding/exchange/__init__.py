@@ -39,8 +39,8 @@ def exchange(
     """Σ_k topk_weights[t, k] · expert[topk_ids[t, k]](x[t]) for this chip's tokens.
 
     Args:
-      x: [T, H], BF16, FP16 or float32; where the experts are not split, also a QTensor in which every row has scales of
-        its own.
+      x: [T, H], BF16, FP16 or float32; or a QTensor in which every row has scales of its own, without a gradient, whose
+        rows travel as they are.
       topk_weights: [T, K] float32.
       topk_ids: int32 [T, K], numbers of experts over the whole expert axis; −1 for a choice that is not made.
       experts: applies the L local experts; where their width is split, gives partial sums.
@@ -52,7 +52,7 @@ def exchange(
       [T, H].
 
     Raises:
-      ValueError: x is in 8 bits although experts are split over chips, or `way.transport` is unknown.
+      ValueError: `way.transport` is unknown.
     """
     return pick_transport(way).exchange(
         x, topk_weights, topk_ids, experts, params, way, preferred_element_type=preferred_element_type

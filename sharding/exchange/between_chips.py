@@ -69,7 +69,7 @@ class BetweenChips(abc.ABC):
         slab, _ = slab_and_rounds(topk_ids.shape, way)
         return self.plan_round(self._prepared(topk_ids, way), slab, 0, way)
 
-    def send(self, x: jax.Array, plan: Any, way: Way) -> jax.Array:
+    def send(self, x: Operand, plan: Any, way: Way) -> Operand:
         """Brings every token's row to the ranks of its experts.
 
         Quantising, exchanging and dequantising are one step to autodiff, with faces in the dtype of `x`: an 8-bit
@@ -77,14 +77,14 @@ class BetweenChips(abc.ABC):
         unquantised.
 
         Args:
-          x: [T, H], BF16, FP16 or float32.
+          x: [T, H], BF16, FP16 or float32; or a QTensor in which every row has scales of its own, without a gradient.
           plan: from `plan_round`; with `way.columns_over`, of the tokens of all chips of that group.
           way: how rows travel.
 
         Returns:
-          [ep·S, H] in the dtype of `x`, sorted by local expert; rows past plan.group_sizes may be anything.
+          [ep·S, H] of the kind of `x`, sorted by local expert; rows past plan.group_sizes may be anything.
         """
-        return _send(self, x, plan, way)
+        return _sent(self, x, plan, way) if isinstance(x, QTensor) else _send(self, x, plan, way)
 
     def give_back(self, rows: jax.Array, plan: Any, way: Way) -> jax.Array:
         """Sends what the experts made of each row back to where the row came from, never below BF16.
@@ -127,13 +127,7 @@ class BetweenChips(abc.ABC):
         *,
         preferred_element_type: jax.typing.DTypeLike,
     ) -> jax.Array:
-        """See `sharding.exchange.exchange`.
-
-        Raises:
-          ValueError: x is in 8 bits.
-        """
-        if isinstance(x, QTensor):
-            raise ValueError("x must be an array when experts are split over chips; way.wire sends its rows in 8 bits")
+        """See `sharding.exchange.exchange`."""
         slab, max_rounds = slab_and_rounds(topk_ids.shape, way)
         if max_rounds == 1:
             in_one = in_one_round(self.plan_rows, self.send, self.give_back, self.combine_slots)
@@ -146,7 +140,8 @@ class BetweenChips(abc.ABC):
         rounds = lax.pmax(self.rounds_of(choices, slab, way), everywhere)
         args = x, gather_tokens(topk_weights, way.columns_over), params
         y = _sum_of_rounds(_Round(self, experts, way, slab), rounds, choices, args)
-        return _own_tokens(y, x.dtype, way).astype(preferred_element_type)
+        returned = preferred_element_type if isinstance(x, QTensor) else x.dtype
+        return _own_tokens(y, returned, way).astype(preferred_element_type)
 
     def _prepared(self, topk_ids: jax.Array, way: Way) -> Any:
         """`prepare` for this chip, and the chips that share the width of its experts."""

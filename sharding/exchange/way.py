@@ -17,7 +17,7 @@ class Way:
     Attributes:
       placement: which chip holds which expert.
       axes: the mesh axes that the layer is split over; `ONE_CHIP` on a single chip.
-      wire: the 8-bit format of rows sent out, or None to keep their dtype.
+      wire: the 8-bit format of rows sent out, or None to keep their dtype. Rows that are in 8 bits stay as they are.
       backend: of plan, dispatch and combine.
       transport: a name in `sharding.exchange.pick.TRANSPORTS`, or "auto".
       max_choices: the most choices that the tokens of all chips make together, where most of topk_ids are −1; None for
@@ -40,11 +40,6 @@ class Way:
     def columns_over(self) -> tuple[str, ...]:
         """The axes that share the width of each expert: rows travel in columns, a part on each of their chips."""
         return self.axes.mlp if self.axes.tp > 1 else ()
-
-    @property
-    def takes_8_bits(self) -> bool:
-        """Whether x may be in 8 bits already: between chips `wire` rounds it."""
-        return self.axes.ep == 1
 
     @property
     def counted_choices(self) -> int | None:

@@ -269,15 +269,28 @@ def test_what_no_gradient_is_asked_of_gives_the_same(name, ep, rng):
     assert relative_error(served, trained) < LIMIT["float32"]
 
 
-def test_tokens_are_rounded_before_they_are_copied(rng):
+@pytest.mark.parametrize(("ep", "tokens", "rows"), [(1, 7, 14), (2, 4, 16)])
+def test_tokens_are_rounded_before_they_are_copied(ep, tokens, rows, rng):
     config = dataclasses.replace(config_in_8_bits("fp8-blocks"), shared_intermediate_size=0)
     params, x = random_params(config, rng), normal(rng, 7, config.hidden_size)
-    layer = functools.partial(moe, config=config)
+    layer = functools.partial(moe, config=config, mesh=make_mesh(ep) if ep > 1 else None)
     served = str(jax.make_jaxpr(layer)(x, params))
     trained = str(jax.make_jaxpr(lambda x: jax.vjp(lambda x: layer(x, params)[0], x)[0])(x))
-    # The bits of the blocks whose largest is looked for: of 7 tokens, or of the 14 rows that they become.
-    assert ("i32[7,1,2,128]" in served, "i32[14,1,2,128]" in served) == (True, False)
-    assert ("i32[7,1,2,128]" in trained, "i32[14,1,2,128]" in trained) == (False, True)
+    # The bits of the blocks whose largest is looked for: of a chip's tokens, or of the rows that they become.
+    assert (f"i32[{tokens},1,2,128]" in served, f"i32[{rows},1,2,128]" in served) == (True, False)
+    assert f"i32[{rows},1,2,128]" in trained
+
+
+@pytest.mark.parametrize("transport", ["dense", "ragged"])
+def test_in_serving_rows_travel_as_they_are_multiplied(transport, rng):
+    """Rounded once, whatever training sends: with the scales of the product, so that every ep computes the same."""
+    config = dataclasses.replace(config_in_8_bits("fp8-blocks"), transport=transport)
+    params, x = quantize_params(random_params(config, rng), config), normal(rng, 8, config.hidden_size)
+    y, _ = jax.jit(functools.partial(moe, config=config, mesh=make_mesh(2)))(x, params)
+    coarse = dataclasses.replace(config, wire_scaling="per_row")
+    assert same_bits(y, jax.jit(functools.partial(moe, config=coarse, mesh=make_mesh(2)))(x, params)[0])
+    alone, _ = jax.jit(functools.partial(moe, config=config))(x, params)
+    assert relative_error(y, alone) < LIMIT["float32"]
 
 
 @pytest.mark.parametrize(

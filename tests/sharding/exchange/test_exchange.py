@@ -9,13 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pallas_kernels.quantize import dequantize, quantize
+from pallas_kernels.quantize import QTensor, dequantize, quantize
 from sharding.exchange import Way, Wire, exchange, one_chip, pick_transport
 from sharding.partition import Axes
 from sharding.placement import Placement
 from tests.helpers import LIMIT, normal, relative_error, same_bits
 from tests.sharding.exchange.exchanges import (
     CARRIERS,
+    IN_ROUNDS,
     Problem,
     apply_experts,
     over_chips,
@@ -213,10 +214,25 @@ def test_the_sum_comes_in_the_dtype_that_is_asked_for(dtype, rng):
     assert y.dtype == jnp.dtype(dtype)
 
 
-def test_rows_in_8_bits_do_not_travel_as_they_are(rng):
-    x, weights, ids, factors = map(jnp.asarray, inputs(ONE_CHIP, rng))
-    with pytest.raises(ValueError, match=r"x must be an array when experts are split.*way\.wire"):
-        run_alone(quantize(x, scaling="per_row"), weights, ids, factors, over(2))
+@pytest.mark.parametrize(
+    "problem", [EP8, *(dataclasses.replace(p, transport=t) for p in (EP8, DP2_EP4) for t in IN_ROUNDS)], ids=str
+)
+@pytest.mark.quick("dp1-ep8-T24", "dp1-ep8-T24-ragged", "dp2-ep4-T9-ragged")
+def test_rows_in_8_bits_travel_as_they_are(problem, rng):
+    """They are rounded by nobody: experts get them bit for bit, with their scales."""
+    _, weights, ids, factors = inputs(problem, rng)
+    x = quantize(normal(rng, problem.all_tokens, problem.hidden), "int8", scaling="per_row")
+
+    def experts(factors, rows, group_sizes):
+        assert isinstance(rows, QTensor)
+        return scale_by_expert(factors, dequantize(rows), group_sizes)
+
+    def on_chip(values, scale, weights, ids, factors):
+        return exchange(QTensor(values, scale), weights, ids, experts, factors, problem.way)
+
+    y = over_chips(problem, on_chip, num_by_expert=1)(x.values, x.scale, weights, ids, factors)
+    expected = expected_sum(dequantize(x), weights, ids, factors)
+    assert relative_error(y.reshape(expected.shape), expected) < LIMIT["float32"]
 
 
 def test_a_transport_that_is_not_there():
