@@ -5,17 +5,19 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bench.measure.errors import describe
 from bench.tpu.libtpu import LONGEST_REASON, serve
 from bench.tpu.pallas_calls import find_kernels
 from bench.tpu.slices import parse_slice
+from pallas_kernels.all_to_all import Blocks, all_to_all
 from pallas_kernels.combine import combine
 from pallas_kernels.dispatch import dispatch
 from pallas_kernels.grouped_matmul import grouped_gate_up, grouped_matmul
 from pallas_kernels.plan import Plan
-from pallas_kernels.quantize import QTensor
+from pallas_kernels.quantize import QTensor, dequantize
 from pallas_kernels.tracing.target import targeting
 from tests.helpers import gradients
 
@@ -143,6 +145,30 @@ def products(array, groups, rows, dense) -> dict[str, tuple[Callable[..., Any], 
     }
 
 
+def exchanges(devices) -> dict:
+    """What runs over all devices of a slice, on a mesh of which not all axes take part."""
+    mesh = Mesh(np.asarray(devices).reshape(2, -1), ("data", "expert"))
+    split = PartitionSpec(("data", "expert"))
+    chips = len(devices)
+
+    def array(shape, dtype):
+        return jax.ShapeDtypeStruct((chips * shape[0], *shape[1:]), dtype, sharding=NamedSharding(mesh, split))
+
+    def there_and_back(values, scale, *tables):
+        blocks = Blocks(*tables)
+        rows = all_to_all(QTensor(values, scale), blocks, 2 * ROWS, ("expert",), backend="pallas_tpu")
+
+        def back(rows):
+            return all_to_all(rows, blocks.back, ROWS, ("expert",), backend="pallas_tpu")
+
+        return rows, gradients(back, dequantize(rows, "bfloat16"))
+
+    function = jax.shard_map(there_and_back, mesh=mesh, in_specs=split, out_specs=split)
+    tables = [array((chips // 2, GROUPS), "int32")] * 6
+    rows = array((ROWS, HIDDEN), "int8"), array((ROWS, HIDDEN // 128), "float32")
+    return {"all_to_all": (function, *rows, *tables)}
+
+
 def work(job: dict) -> dict:
     """For each TPU and case of the job, the kernels in it, or why it does not compile."""
     return {topology: answers(topology, job["cases"]) for topology in job["topologies"]}
@@ -158,11 +184,12 @@ def answers(topology: str, names: list[str]) -> dict[str, list[str] | str]:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
     found: dict[str, list[str] | str] = {}
-    programs = cases(array, chip, mesh)
+    programs = cases(array, chip, mesh) | exchanges(slice_.devices)
     for name in names:
         function, *shapes = programs[name]
         try:
-            with targeting(chip), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            on_mesh = jax.tree.leaves(shapes)[0].sharding.mesh
+            with targeting(chip), jax.sharding.use_abstract_mesh(on_mesh.abstract_mesh):
                 traced = jax.jit(function).trace(*shapes)
                 traced.lower().compile()
             found[name] = sorted({kernel.name for kernel in find_kernels(traced.jaxpr)})

@@ -10,6 +10,7 @@ KERNELS = {
         "dispatch 8 bits": ["dispatch"],
         "in shard_map": ["combine", "combine_dweights", "dispatch", "grouped_matmul", "grouped_matmul_drhs"],
         "gate/up fp8 blocks K-major": ["grouped_gate_up"],
+        "all_to_all": ["all_to_all"],
     },
     "others": {
         "dispatch": ["dispatch"],
