@@ -224,7 +224,7 @@ def _notes(records: Sequence[dict[str, Any]]) -> str:
     ]
     made = [record for record in records if record["ok"]]
     if any(record["has_dynamic_loops"] for record in made):
-        lines.append("A loop whose trips only the data tell (the rounds of an exchange) counts once.")
+        lines.append("A loop whose trips only the data tell counts once, later rounds of an exchange count nothing.")
     lines += sorted({note for record in made for note in record["notes"]})
     if made:
         versions = made[0]["versions"]

@@ -7,8 +7,7 @@ moe_gate_up        kernel one's product before the activation     [R, 2I]
 moe_returned       rows as the experts gave them back             [R, H]
 
 R is T·K on one chip, and what the exchange has room for on several. The router, and gathers over FSDP and tensor axes,
-run again. Over more than four chips the dropless exchange is compiled as a loop of rounds, even where one round
-suffices, and keeps nothing of it under any policy.
+run again. So do rounds of an exchange after the first, where the load is so uneven that it takes several.
 """
 
 import jax

@@ -10,6 +10,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from sharding.exchange import LATER_ROUNDS
+
 COLLECTIVES = (
     "all-gather",
     "all-reduce",
@@ -91,6 +93,8 @@ class Program:
     def executed(self, name: str | None = None, times: int = 1) -> Iterator[tuple[Operation, int]]:
         """Each operation that runs by itself, and how many times; of a branch, the one with the most cycles.
 
+        Where it is whether an exchange takes later rounds, it is the other branch: one round is usually enough.
+
         Args:
           name: the computation, the first if None.
           times: that it runs.
@@ -102,7 +106,8 @@ class Program:
             elif operation.opcode == "conditional":
                 names = operation.called("branch_computations", "true_computation", "false_computation")
                 branches = [list(self.executed(branch, times)) for branch in names]
-                yield from max(branches, key=lambda ops: sum(op.cycles * n for op, n in ops), default=())
+                choose = min if LATER_ROUNDS in operation.attributes else max
+                yield from choose(branches, key=lambda ops: sum(op.cycles * n for op, n in ops), default=())
             elif operation.opcode in ("call", "async-start"):
                 for called in operation.called("to_apply", "calls"):
                     yield from self.executed(called, times)

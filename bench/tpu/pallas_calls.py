@@ -16,6 +16,7 @@ import numpy as np
 from jax.extend import core
 
 from bench.tpu.static_twin import contains, dynamic_dims, inner_jaxprs, kernel_jaxpr, reads_scalars, with_scalars
+from sharding.exchange import LATER_ROUNDS
 
 _KERNELS = ("pallas_call", "mpmd_map")
 """Primitives that are kernels: of `pl.pallas_call` and, over the cores of a device, of `pl.kernel`."""
@@ -125,6 +126,8 @@ def _walk(
                 results = equation.primitive.bind(*map(np.asarray, inputs), **equation.params)
             values |= zip(outputs, results if equation.primitive.multiple_results else [results], strict=True)
             continue
+        if LATER_ROUNDS in str(equation.source_info.name_stack) and "branches" in equation.params:
+            inner = inner[:1]  # of the two branches, that of one round
         binds = equation.primitive.name not in _OWN_ARGUMENTS
         for body in inner:
             binds = binds and len(body.invars) == len(inputs)

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.quantize import Operand
+from sharding.exchange.between_chips import LATER_ROUNDS
 from sharding.exchange.pick import check_transport, pick_transport
 from sharding.exchange.transport import DISPATCHED_NAME, PLAN_NAME, RETURNED_NAME, Experts, Transport
 from sharding.exchange.way import Way
@@ -61,6 +62,7 @@ def exchange(
 
 __all__ = [
     "DISPATCHED_NAME",
+    "LATER_ROUNDS",
     "PLAN_NAME",
     "RETURNED_NAME",
     "Experts",

@@ -12,17 +12,22 @@ import functools
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.combine import combine
 from pallas_kernels.dispatch import dispatch
 from pallas_kernels.plan import Plan, each_choice, unsorted_plan
 from pallas_kernels.quantize import Operand, QTensor, dequantize
+from pallas_kernels.tracing.varying import vary_over, varying_axes
 from sharding.exchange.room import slab_and_rounds
 from sharding.exchange.rounds import sum_over_rounds
 from sharding.exchange.transport import Experts, in_one_round, there_and_back
 from sharding.exchange.way import Way
 from sharding.tensor_parallel import gather_columns, gather_tokens, sum_columns, to_columns, to_tokens
+
+LATER_ROUNDS = "later_rounds"
+"""The scope, in the names of a program's operations, of what runs only where one round does not carry everything."""
 
 
 class RoundPlan(Protocol):
@@ -139,7 +144,7 @@ class BetweenChips(abc.ABC):
         everywhere = tuple(dict.fromkeys((*axes.tokens, *axes.expert, *axes.mlp)))
         rounds = lax.pmax(self.rounds_of(choices, slab, way), everywhere)
         args = x, gather_tokens(topk_weights, way.columns_over), params
-        y = _sum_of_rounds(_Round(self, experts, way, slab), rounds, choices, args)
+        y = _sum_of_rounds(_Rounds(self, experts, way, slab), rounds, choices, args)
         returned = preferred_element_type if isinstance(x, QTensor) else x.dtype
         return _own_tokens(y, returned, way).astype(preferred_element_type)
 
@@ -176,55 +181,78 @@ def _own_tokens(y: jax.Array, dtype: jax.typing.DTypeLike, way: Way) -> jax.Arra
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Round:
-    """One round of the exchange, of the choices and of (x, weights, parameters)."""
+class _Rounds:
+    """The rounds of the exchange, of the choices and of (x, weights, parameters)."""
 
     transport: BetweenChips
     experts: Experts
     way: Way
     slab: int
 
-    def sum(self, index: jax.Array | int, choices: Any, args: Any) -> jax.Array:
-        """[T, H] float32: the weighted sum of the choices that travel in this round."""
-        _, topk_weights, _ = args
-        rows, departure = self._returned(index, choices, args)
-        return combine(rows, departure, topk_weights, preferred_element_type="float32", backend=self.way.backend)
-
-    def rows(self, index: jax.Array | int, choices: Any, args: Any) -> jax.Array:
-        """[T·K, H]: what the experts made of each choice that travels in this round, zeros for the others."""
-        rows, departure = self._returned(index, choices, args)
-        return combine(rows, each_choice(departure), backend=self.way.backend)
-
-    def _returned(self, index: jax.Array | int, choices: Any, args: Any) -> tuple[jax.Array, Plan]:
-        """The experts' rows in the order in which the choices left, and the plan of that."""
+    def returned(self, index: jax.Array | int, choices: Any, args: Any) -> tuple[jax.Array, Plan]:
+        """The experts' rows of a round in the order in which the choices left, and the plan of that."""
         x, _, params = args
         transport, way = self.transport, self.way
         plan = transport.plan_round(choices, self.slab, index, way)
         slots = there_and_back(transport.send, transport.give_back, x, plan, self.experts, params, way)
         return slots, plan.departure
 
+    def summed(self, slots: jax.Array, departure: Plan, args: Any) -> jax.Array:
+        """[T, H] float32: the weighted sum of the choices that travelled in a round."""
+        _, topk_weights, _ = args
+        return combine(slots, departure, topk_weights, preferred_element_type="float32", backend=self.way.backend)
+
+    def by_choice(self, slots: jax.Array, departure: Plan) -> jax.Array:
+        """[T·K, H]: what the experts made of each choice that travelled in a round, zeros for the others."""
+        return combine(slots, each_choice(departure), backend=self.way.backend)
+
+    def later_rows(self, index: jax.Array, choices: Any, args: Any) -> jax.Array:
+        """`by_choice` of the round after round `index`."""
+        return self.by_choice(*self.returned(index + 1, choices, args))
+
+    def later_sum(self, index: jax.Array, choices: Any, args: Any) -> jax.Array:
+        """`summed` of the round after round `index`."""
+        return self.summed(*self.returned(index + 1, choices, args), args)
+
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _sum_of_rounds(one: _Round, rounds: jax.Array, choices: Any, args: Any) -> jax.Array:
+def _sum_of_rounds(run: _Rounds, rounds: jax.Array, choices: Any, args: Any) -> jax.Array:
     """[T, H] float32: the weighted sum of all choices, in the order of k whatever round each travels in.
 
-    So its bits do not tell how large the slabs were, as these follow from how many tokens there are, masked or not.
-    Its derivatives are those of the sum of each round's sum, which leave no rows behind.
+    So its bits do not tell how large the slabs were, as these follow from how many tokens there are, masked or not. The
+    first round is usually the only one, and is differentiated like anything else. Derivatives of the others are those
+    of the sum of each round's sum, which leave no rows behind.
     """
-    _, topk_weights, _ = args
-    rows = sum_over_rounds(one.rows, rounds, choices, args)
-    return combine(
-        rows,
-        unsorted_plan(choices.topk_ids),
-        topk_weights,
-        preferred_element_type="float32",
-        backend=one.way.backend,
-    )
+    return _in_order(run, rounds, choices, args, *run.returned(0, choices, args))
+
+
+def _in_order(run: _Rounds, rounds: jax.Array, choices: Any, args: Any, slots: jax.Array, departure: Plan) -> jax.Array:
+    """The sum, given what the first round brought."""
+
+    def of_several_rounds() -> jax.Array:
+        rows = run.by_choice(slots, departure)
+        rows += sum_over_rounds(run.later_rows, rounds - 1, choices, args)
+        return run.summed(rows, unsorted_plan(choices.topk_ids), args)
+
+    with jax.named_scope(LATER_ROUNDS):
+        return lax.cond(rounds > 1, of_several_rounds, lambda: run.summed(slots, departure, args))
 
 
 @_sum_of_rounds.defjvp
-def _sum_of_rounds_jvp(one: _Round, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+def _sum_of_rounds_jvp(run: _Rounds, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     rounds, choices, args = primals
     _, _, dargs = tangents
-    _, dy = jax.jvp(functools.partial(sum_over_rounds, one.sum, rounds, choices), (args,), (dargs,))
-    return _sum_of_rounds(one, rounds, choices, args), dy
+
+    def first(args: Any) -> tuple[jax.Array, Any]:
+        returned = run.returned(0, choices, args)
+        return run.summed(*returned, args), returned
+
+    def later(args: Any) -> jax.Array:
+        nothing = vary_over(jnp.zeros(total.shape, total.dtype), varying_axes((rounds, choices, args)))
+        others = functools.partial(sum_over_rounds, run.later_sum, rounds - 1, choices)
+        with jax.named_scope(LATER_ROUNDS):
+            return lax.cond(rounds > 1, others, lambda _: nothing, args)
+
+    total, dfirst, returned = jax.jvp(first, (args,), (dargs,), has_aux=True)
+    _, dlater = jax.jvp(later, (args,), (dargs,))
+    return _in_order(run, rounds, choices, args, *returned), dfirst + dlater

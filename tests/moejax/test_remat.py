@@ -13,10 +13,10 @@ CONFIG = MoEConfig(hidden_size=32, intermediate_size=16, num_experts=8, top_k=2,
 COUNTED = ("all_to_all", "grouped_matmul", "dispatch", "combine")
 
 
-def gradient_of_two_layers(rng, mesh, **checkpoint):
+def gradient_of_two_layers(rng, mesh, tokens=64, **checkpoint):
     """A function of (x, params) and its arguments: two layers one after the other, each under `jax.checkpoint`."""
     params = [random_params(CONFIG, rng) for _ in range(2)]
-    x = normal(rng, 4, 16, CONFIG.hidden_size)
+    x = normal(rng, 4, tokens // 4, CONFIG.hidden_size)
 
     def block(x, params):
         return x + moe(x, params, CONFIG, mesh=mesh)[0]
@@ -35,15 +35,17 @@ def counts(gradient, args) -> dict[str, int]:
     return {name: len(equations(jaxpr, name)) for name in COUNTED}
 
 
-@pytest.mark.parametrize("ep", [1, 4])
-def test_nothing_travels_or_is_multiplied_again(ep, rng):
+@pytest.mark.parametrize(("ep", "tokens", "exchanges"), [(1, 64, 0), (4, 64, 5), (8, 256, 5 + 8)])
+def test_nothing_travels_or_is_multiplied_again(ep, tokens, exchanges, rng):
+    """Over 8 chips later rounds, should there be any, do their forward pass again, as their rows are not kept."""
     mesh = make_mesh(ep)
-    plain = counts(*gradient_of_two_layers(rng, mesh))
-    kept = counts(*gradient_of_two_layers(rng, mesh, policy=remat_policy))
-    again = counts(*gradient_of_two_layers(rng, mesh, policy=jax.checkpoint_policies.nothing_saveable))
-    assert kept == plain
+    plain = counts(*gradient_of_two_layers(rng, mesh, tokens))
+    kept = counts(*gradient_of_two_layers(rng, mesh, tokens, policy=remat_policy))
+    again = counts(*gradient_of_two_layers(rng, mesh, tokens, policy=jax.checkpoint_policies.nothing_saveable))
     # Of each layer: what rows are for, rows out and rows back; and, backwards, the gradients of the last two.
-    assert plain["all_to_all"] == (0 if ep == 1 else 2 * 5)
+    assert plain["all_to_all"] == 2 * exchanges
+    assert kept["all_to_all"] == 2 * exchanges
+    assert kept == plain
     assert all(again[name] > plain[name] for name in COUNTED if ep > 1 or name in ("dispatch", "grouped_matmul"))
 
 
