@@ -1,10 +1,11 @@
 """Dispatch and combine as primitives: each is the derivative of the other.
 
     dispatched(x)          rows[r] = x[order[r] // K]                  transposed: combined, with weights of one
-    combined(rows, w)      out[t]  = Σ_k w[t, k] · rows[inverse[t, k]] transposed: rows of dispatched(dout), weighted
+    spread(x, w)           rows[r] = w[order[r]] · x[order[r] // K]    transposed: combined, and weighed
+    combined(rows, w)      out[t]  = Σ_k w[t, k] · rows[inverse[t, k]] transposed: spread, and weighed
     weighed(rows, dout)    dw[t, k] = ⟨dout[t], rows[inverse[t, k]]⟩   transposed: as combined, and combined itself
 
-All are linear in x, in rows, in weights, in dout; so these three are all that derivatives of any order are made of.
+All are linear in x, in rows, in weights, in dout; so these are all that derivatives of any order are made of.
 """
 
 from typing import Any
@@ -22,34 +23,38 @@ def _dispatch_transpose(backend: str, drows: jax.Array, operands: Operands) -> O
     return {"x": combined(backend, rows=drows, plan=plan, weights=ones, out_dtype=drows.dtype)}
 
 
+def _spread_transpose(backend: str, drows: jax.Array, operands: Operands) -> Operands:
+    x, plan, weights = (operands[name] for name in ("x", "plan", "weights"))
+    if is_asked_for(x):
+        return {"x": combined(backend, rows=drows, plan=plan, weights=weights, out_dtype=x.aval.dtype)}
+    return {"weights": _weights_gradient(backend, drows, plan, x, weights.aval.dtype)}
+
+
 def _combine_transpose(backend: str, dout: jax.Array, operands: Operands) -> Operands:
     rows, plan, weights = (operands[name] for name in ("rows", "plan", "weights"))
     if is_asked_for(rows):
-        return {"rows": _spread(backend, dout, plan, weights, rows.aval.dtype)}
-    if plan.inverse.size == 0:
-        return {"weights": jnp.zeros(plan.inverse.shape, weights.aval.dtype)}
-    return {"weights": weighed(backend, rows=rows, plan=plan, dout=dout).astype(weights.aval.dtype)}
+        return {"rows": spread(backend, x=dout, plan=plan, weights=weights, out_dtype=rows.aval.dtype)}
+    return {"weights": _weights_gradient(backend, rows, plan, dout, weights.aval.dtype)}
 
 
 def _weigh_transpose(backend: str, dweights: jax.Array, operands: Operands) -> Operands:
     rows, plan, dout = (operands[name] for name in ("rows", "plan", "dout"))
     if is_asked_for(rows):
-        return {"rows": _spread(backend, dout, plan, dweights, rows.aval.dtype)}
+        return {"rows": spread(backend, x=dout, plan=plan, weights=dweights, out_dtype=rows.aval.dtype)}
     return {"dout": combined(backend, rows=rows, plan=plan, weights=dweights, out_dtype=dout.aval.dtype)}
 
 
-def _spread(backend: str, x: jax.Array, plan: Plan, weights: jax.Array, dtype: Any) -> jax.Array:
-    """Every token's row at all its places [R, H], times the weight of each."""
-    if weights.size == 0:
-        return jnp.zeros((plan.order.shape[0], x.shape[1]), dtype)
-    row_weights = weights.astype(jnp.float32).reshape(-1)[jnp.maximum(plan.order, 0)]
-    row_weights = jnp.where(plan.order >= 0, row_weights, 0)
-    rows = dispatched(backend, x=x, plan=plan).astype(jnp.float32) * row_weights[:, None]
-    return rows.astype(dtype)
+def _weights_gradient(backend: str, rows: jax.Array, plan: Plan, dout: jax.Array, dtype: Any) -> jax.Array:
+    if plan.inverse.size == 0:
+        return jnp.zeros(plan.inverse.shape, dtype)
+    return weighed(backend, rows=rows, plan=plan, dout=dout).astype(dtype)
 
 
 dispatched = Operator("dispatch", "dispatch", linear_in=("x",), transpose=_dispatch_transpose)
 """See `pallas_kernels.dispatch.dispatch`."""
+
+spread = Operator("dispatch", "dispatch_weighted", linear_in=("x", "weights"), transpose=_spread_transpose)
+"""See `pallas_kernels.dispatch.reference.dispatch_weighted`."""
 
 combined = Operator("combine", "combine", linear_in=("rows", "weights"), transpose=_combine_transpose)
 """See `pallas_kernels.combine.combine`."""

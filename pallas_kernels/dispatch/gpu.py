@@ -10,6 +10,8 @@ the cache.
 """
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -49,8 +51,25 @@ def dispatch(x: jax.Array | QTensor, plan: Plan) -> jax.Array | QTensor:
     return dispatch_rows(x, plan)
 
 
-def dispatch_rows(x: jax.Array, plan: Plan, config: Config | None = None) -> jax.Array:
-    """The kernel: x [T, H] -> [R, H]; `config` is for tuning."""
+def dispatch_weighted(x: jax.Array, plan: Plan, weights: jax.Array, *, out_dtype: jax.typing.DTypeLike) -> jax.Array:
+    """See `pallas_kernels.dispatch.reference.dispatch_weighted`."""
+    require_hopper("dispatch")
+    if x.dtype != jnp.dtype(out_dtype) or weights.size == 0:
+        return reference.dispatch_weighted(x, plan, weights, out_dtype=out_dtype)
+    return dispatch_rows(x, plan, weights)
+
+
+def dispatch_rows(
+    x: jax.Array, plan: Plan, weights: jax.Array | None = None, *, config: Config | None = None
+) -> jax.Array:
+    """The kernel: x [T, H] -> [R, H].
+
+    Args:
+      x: [T, H] of any dtype of 1, 2 or 4 bytes.
+      plan: made from topk_ids [T, K].
+      weights: [T, K], by which the rows are multiplied in float32; None copies them bit by bit.
+      config: for tuning.
+    """
     num_tokens, columns = x.shape
     num_rows = plan.order.shape[0]
     config = config or _config(num_tokens)
@@ -61,7 +80,8 @@ def dispatch_rows(x: jax.Array, plan: Plan, config: Config | None = None) -> jax
     batches = pl.cdiv(num_rows, _ROWS_AT_ONCE)
     blocks, zero_blocks = min(config.blocks, units), min(config.zero_blocks, batches)
 
-    def body(x_ref, inverse, order, out):
+    def body(x_ref, inverse, order, *rest):
+        *row_weights, out = rest
         block = lax.axis_index("block")
 
         @pl.when(block < zero_blocks)
@@ -70,26 +90,30 @@ def dispatch_rows(x: jax.Array, plan: Plan, config: Config | None = None) -> jax
 
         @pl.when(block >= zero_blocks)
         def _():
-            _copy_rows(block - zero_blocks, blocks, units, strips, x_ref, inverse, out)
+            _copy_rows(block - zero_blocks, blocks, units, strips, x_ref, inverse, row_weights, out)
 
     out = jax.ShapeDtypeStruct((num_rows, strips.vectors, strips.vector), x.dtype)
-    rows = launch(body, out, strips.view(x), plan.inverse, plan.order, name="dispatch", blocks=blocks + zero_blocks)
+    inputs = [strips.view(x), plan.inverse, plan.order]
+    if weights is not None:
+        inputs.append(weights.astype(jnp.float32))
+    rows = launch(body, out, *inputs, name="dispatch", blocks=blocks + zero_blocks)
     return rows.reshape(num_rows, columns)
 
 
-def _copy_rows(block, blocks: int, units: int, strips: Strips, x, inverse, out) -> None:
+def _copy_rows(block, blocks: int, units: int, strips: Strips, x, inverse, weights: Sequence[Any], out) -> None:
     def rows_of(unit):
         token = lax.div(unit, jnp.int32(strips.count))
-        return [inverse[token, k] for k in range(inverse.shape[1])]
+        return [(inverse[token, k], [w[token, k] for w in weights]) for k in range(inverse.shape[1])]
 
     def copy(unit, rows):
         token, strip = lax.div(unit, jnp.int32(strips.count)), lax.rem(unit, jnp.int32(strips.count))
         value = strips.load(x, token, strip)
-        for row in rows:
+        for row, weight in rows:
 
             @pl.when(row >= 0)
-            def _(row=row):
-                strips.store(out, row, strip, value)
+            def _(row=row, weight=weight):
+                weighed = [(value.astype(jnp.float32) * factor).astype(out.dtype) for factor in weight] or [value]
+                strips.store(out, row, strip, weighed[0])
 
     for_each(block, blocks, units, rows_of, copy)
 

@@ -18,3 +18,17 @@ def dispatch[Rows: jax.Array | QTensor](x: Rows, plan: Plan) -> Rows:
         return jnp.where(in_use[:, None], leaf[token], jnp.zeros((), leaf.dtype))
 
     return jax.tree.map(gather, x)
+
+
+def dispatch_weighted(x: jax.Array, plan: Plan, weights: jax.Array, *, out_dtype: jax.typing.DTypeLike) -> jax.Array:
+    """Every token's row at all its places, times the weight of each: x [T, H], weights [T, K] -> [R, H]."""
+    return weighted(dispatch(x, plan), plan, weights, out_dtype)
+
+
+def weighted(rows: jax.Array, plan: Plan, weights: jax.Array, out_dtype: jax.typing.DTypeLike) -> jax.Array:
+    """Rows [R, H] times the weights [T, K] of their assignments, multiplied in float32; zeros where there is none."""
+    if weights.size == 0:
+        return jnp.zeros(rows.shape, out_dtype)
+    of_row = weights.astype(jnp.float32).reshape(-1)[jnp.maximum(plan.order, 0)]
+    of_row = jnp.where(plan.order >= 0, of_row, 0)
+    return (rows.astype(jnp.float32) * of_row[:, None]).astype(out_dtype)

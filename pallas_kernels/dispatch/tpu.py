@@ -49,6 +49,11 @@ def dispatch(x: jax.Array | QTensor, plan: Plan) -> jax.Array | QTensor:
     return dispatch_rows(x, plan)
 
 
+def dispatch_weighted(x: jax.Array, plan: Plan, weights: jax.Array, *, out_dtype: jax.typing.DTypeLike) -> jax.Array:
+    """See `pallas_kernels.dispatch.reference.dispatch_weighted`."""
+    return reference.weighted(dispatch_rows(x, plan), plan, weights, out_dtype)
+
+
 def dispatch_rows(x: jax.Array, plan: Plan, config: Config | None = None, stage: Stage = "full") -> jax.Array:
     """The kernel: x [T, H] -> [R, H].
 

@@ -12,6 +12,7 @@ import pytest
 from pallas_kernels.activations import gated_halves
 from pallas_kernels.combine import combine
 from pallas_kernels.dispatch import dispatch
+from pallas_kernels.float32_matmul import float32_matmul
 from pallas_kernels.grouped_matmul import grouped_gate_up, grouped_matmul
 from pallas_kernels.plan import make_plan
 from pallas_kernels.quantize import Quantization, dequantize, quantize
@@ -108,9 +109,18 @@ def product_case(
 
 product_in_8_bits = functools.partial(product_case, depth=128, columns=256, quantization=Quantization())
 
+
+def float32_matmul_case(rng, backend="auto") -> Case:
+    def plain(lhs, rhs):
+        return jnp.dot(lhs, rhs, precision="highest")
+
+    return Case(lambda *both: float32_matmul(*both, backend=backend), plain, (normal(rng, T, H), normal(rng, H, N)))
+
+
 CASES: dict[str, Callable[..., Case]] = {
     "dispatch": dispatch_case,
     "combine": combine_case,
+    "float32_matmul": float32_matmul_case,
     "top_k": functools.partial(top_k_case, normalize=False),
     "top_k normalised": functools.partial(top_k_case, normalize=True),
     "matmul": product_case,

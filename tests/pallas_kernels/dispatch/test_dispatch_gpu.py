@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.dispatch import reference
-from pallas_kernels.dispatch.gpu import Config, dispatch, dispatch_rows
+from pallas_kernels.dispatch.gpu import Config, dispatch, dispatch_rows, dispatch_weighted
 from pallas_kernels.quantize import QTensor
 from tests.helpers import normal, raises_saying
 from tests.pallas_kernels.kernels_gpu import abstract_plan, interpreted, lower_for_cuda
@@ -23,8 +23,21 @@ def test_interpreted(rng, capacity, dtype):
     plan = planned(ids, 5, capacity=capacity)
     x = (10 * normal(rng, 9, 512)).astype(dtype)
     with interpreted():
-        rows = dispatch_rows(x, plan, SMALL)
+        rows = dispatch_rows(x, plan, config=SMALL)
     np.testing.assert_array_equal(np.asarray(rows), np.asarray(reference.dispatch(x, plan)))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("capacity", [None, 4])
+@pytest.mark.quick("4-bfloat16", "None-float32")
+def test_weighted_interpreted(rng, capacity, dtype):
+    ids = jnp.asarray(rng.integers(-1, 6, (9, 3)), jnp.int32)
+    plan, weights = planned(ids, 5, capacity=capacity), normal(rng, 9, 3)
+    x = normal(rng, 9, 512, dtype=dtype)
+    with interpreted():
+        rows = dispatch_rows(x, plan, weights, config=SMALL)
+    expected = reference.dispatch_weighted(x, plan, weights, out_dtype=x.dtype)
+    np.testing.assert_array_equal(np.asarray(rows), np.asarray(expected))
 
 
 @pytest.mark.parametrize("columns", [1160, 1030])
@@ -33,7 +46,7 @@ def test_strips_that_overlap(rng, columns):
     plan = planned(jnp.asarray(rng.integers(-1, 3, (3, 2)), jnp.int32), 2, capacity=3)
     x = normal(rng, 3, columns, dtype=jnp.bfloat16)
     with interpreted(detect_races=False):  # what two strips share is written twice
-        rows = dispatch_rows(x, plan, SMALL)
+        rows = dispatch_rows(x, plan, config=SMALL)
     np.testing.assert_array_equal(np.asarray(rows), np.asarray(reference.dispatch(x, plan)))
 
 
@@ -54,7 +67,11 @@ def test_strips_that_overlap(rng, columns):
 def test_lowers_for_cuda(shape, dtype):
     num_tokens, top_k, columns = shape
     x = jax.ShapeDtypeStruct((num_tokens, columns), dtype)
-    lower_for_cuda(dispatch, x, abstract_plan(num_tokens, top_k))
+    plan = abstract_plan(num_tokens, top_k)
+    lower_for_cuda(dispatch, x, plan)
+    if x.dtype.itemsize > 1:
+        weights = jax.ShapeDtypeStruct((num_tokens, top_k), "float32")
+        lower_for_cuda(lambda *args: dispatch_weighted(*args, out_dtype=x.dtype), x, plan, weights)
 
 
 @pytest.mark.parametrize("scales", [56, 1])
