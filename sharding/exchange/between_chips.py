@@ -18,6 +18,7 @@ from pallas_kernels.combine import combine
 from pallas_kernels.dispatch import dispatch
 from pallas_kernels.plan import Plan, each_choice, unsorted_plan
 from pallas_kernels.quantize import Operand, QTensor, dequantize
+from sharding.exchange.parcel import Parcel
 from sharding.exchange.room import slab_and_rounds
 from sharding.exchange.rounds import sum_over_rounds
 from sharding.exchange.transport import Experts, in_one_round, there_and_back
@@ -69,7 +70,7 @@ class BetweenChips(abc.ABC):
         slab, _ = slab_and_rounds(topk_ids.shape, way)
         return self.plan_round(self._prepared(topk_ids, way), slab, 0, way)
 
-    def send(self, x: jax.Array, plan: Any, way: Way) -> jax.Array:
+    def send[Sent: jax.Array | Parcel](self, x: Sent, plan: Any, way: Way) -> Sent:
         """Brings every token's row to the ranks of its experts.
 
         Quantising, exchanging and dequantising are one step to autodiff, with faces in the dtype of `x`: an 8-bit
@@ -77,14 +78,16 @@ class BetweenChips(abc.ABC):
         unquantised.
 
         Args:
-          x: [T, H], BF16, FP16 or float32.
+          x: [T, H], BF16, FP16 or float32; or a `Parcel` of such rows.
           plan: from `plan_round`; with `way.columns_over`, of the tokens of all chips of that group.
           way: how rows travel.
 
         Returns:
-          [ep·S, H] in the dtype of `x`, sorted by local expert; rows past plan.group_sizes may be anything.
+          [ep·S, H] of the kind of `x`, sorted by local expert; rows past plan.group_sizes may be anything.
         """
-        return _send(self, x, plan, way)
+        if isinstance(x, Parcel):
+            return _parcel_sent(self, x, plan, way)
+        return _parcel_sent(self, Parcel(x), plan, way).rows
 
     def give_back(self, rows: jax.Array, plan: Any, way: Way) -> jax.Array:
         """Sends what the experts made of each row back to where the row came from, never below BF16.
@@ -118,7 +121,7 @@ class BetweenChips(abc.ABC):
 
     def exchange(
         self,
-        x: Operand,
+        x: Operand | Parcel,
         topk_weights: jax.Array,
         topk_ids: jax.Array,
         experts: Experts,
@@ -127,7 +130,7 @@ class BetweenChips(abc.ABC):
         *,
         preferred_element_type: jax.typing.DTypeLike,
     ) -> jax.Array:
-        """See `sharding.exchange.exchange`.
+        """See `sharding.exchange.exchange`. Of a `Parcel`, `experts` get one too.
 
         Raises:
           ValueError: x is in 8 bits.
@@ -153,17 +156,32 @@ class BetweenChips(abc.ABC):
         return self.prepare(gather_tokens(topk_ids, way.columns_over), way)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 3))
-def _send(transport: BetweenChips, x: jax.Array, plan: RoundPlan, way: Way) -> jax.Array:
-    rows = _sent(transport, x if way.wire is None else way.wire.rounded(x), plan, way)
-    return dequantize(rows, x.dtype) if isinstance(rows, QTensor) else rows
+def _parcel_sent(transport: BetweenChips, x: Parcel, plan: RoundPlan, way: Way) -> Parcel:
+    """See `send`."""
+    beside = x.beside
+    if beside is not None:  # too narrow for a kernel to be worth it
+        beside = _sent(transport, beside, plan, dataclasses.replace(way, backend="xla"))
+    rounded = x.rounded
+    if rounded is None and way.wire is not None:
+        rounded = way.wire.rounded(lax.stop_gradient(x.rows))
+    if rounded is None:
+        return Parcel(_sent(transport, x.rows, plan, way), None, beside)
+    rounded = lax.stop_gradient(_sent(transport, lax.stop_gradient(rounded), plan, way))
+    return Parcel(_unpacked(transport, x.rows, rounded, plan, way), rounded, beside)
 
 
-@_send.defjvp
-def _send_jvp(transport, way, primals, tangents):
-    x, plan = primals
-    dx, _ = tangents
-    return _send(transport, x, plan, way), _sent(transport, dx, plan, way)
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 4))
+def _unpacked(transport: BetweenChips, x: jax.Array, arrived: QTensor, plan: RoundPlan, way: Way) -> jax.Array:
+    """The rows of x that arrived in 8 bits, with the derivatives of rows that travel as they are."""
+    del transport, plan, way
+    return dequantize(arrived, x.dtype)
+
+
+@_unpacked.defjvp
+def _unpacked_jvp(transport, way, primals, tangents):
+    x, arrived, plan = primals
+    dx, _, _ = tangents
+    return _unpacked(transport, x, arrived, plan, way), _sent(transport, dx, plan, way)
 
 
 def _sent[Rows: Operand](transport: BetweenChips, x: Rows, plan: RoundPlan, way: Way) -> Rows:
