@@ -21,7 +21,7 @@ from pallas_kernels.quantize import Operand, QTensor, dequantize
 from sharding.exchange.parcel import Parcel
 from sharding.exchange.room import slab_and_rounds
 from sharding.exchange.rounds import sum_over_rounds
-from sharding.exchange.transport import Experts, in_one_round, there_and_back
+from sharding.exchange.transport import Experts, there_and_back
 from sharding.exchange.way import Way
 from sharding.tensor_parallel import gather_columns, gather_tokens, sum_columns, to_columns, to_tokens
 
@@ -70,7 +70,7 @@ class BetweenChips(abc.ABC):
         slab, _ = slab_and_rounds(topk_ids.shape, way)
         return self.plan_round(self._prepared(topk_ids, way), slab, 0, way)
 
-    def send[Sent: jax.Array | Parcel](self, x: Sent, plan: Any, way: Way) -> Sent:
+    def send[Sent: (jax.Array, Parcel)](self, x: Sent, plan: Any, way: Way) -> Sent:
         """Brings every token's row to the ranks of its experts.
 
         Quantising, exchanging and dequantising are one step to autodiff, with faces in the dtype of `x`: an 8-bit
@@ -139,10 +139,9 @@ class BetweenChips(abc.ABC):
             raise ValueError("x must be an array when experts are split over chips; way.wire sends its rows in 8 bits")
         slab, max_rounds = slab_and_rounds(topk_ids.shape, way)
         if max_rounds == 1:
-            in_one = in_one_round(self.plan_rows, self.send, self.give_back, self.combine_slots)
-            return in_one(
-                x, topk_weights, topk_ids, experts, params, way, preferred_element_type=preferred_element_type
-            )
+            plan = self.plan_rows(topk_ids, way)
+            slots = there_and_back(self.send, self.give_back, x, plan, experts, params, way)
+            return self.combine_slots(slots, plan, topk_weights, way, preferred_element_type=preferred_element_type)
         axes = way.axes
         choices = self._prepared(topk_ids, way)
         everywhere = tuple(dict.fromkeys((*axes.tokens, *axes.expert, *axes.mlp)))

@@ -8,9 +8,9 @@ those of its experts:
                   y = Σ_m sum_m    ◄── across ──  sum_m        ◄── within ──  what the experts made of the row
 
 So it is two exchanges. The outer one takes nodes for experts, and a token chooses each node that holds one of its
-experts, in ascending order. What a node makes of a row is the inner exchange: of the rows that came, by the ids and the
-weights that came beside them, with the real experts. A node adds its own terms in float32, in the order of k, and rounds
-the sum to the dtype of x; the token's chip adds the sums of its nodes in float32, in the order of the nodes.
+experts, in ascending order. What a node makes of a row is the inner exchange: of the rows that came, by the ids and
+weights that came beside them, with the real experts. A node adds its own terms in float32, in the order of k, and the
+sum travels in the dtype of x; the token's chip adds the sums of its nodes in float32, in the order of the nodes.
 
 Rows that travel in 8 bits are rounded once, before the first hop. Either exchange goes in as many rounds as it needs:
 a round of the outer one holds all rounds of the inner one for the rows that it brings. Chips that share the width of
@@ -172,9 +172,9 @@ class Hierarchical:
         axes, (num_tokens, top_k) = way.axes, shape
         if len(axes.expert) < 2:
             raise ValueError(
-                f"transport 'hierarchical' needs two axes for the experts, of nodes and of the chips in a node, and they "
-                f"are split over {axes.expert} alone; pass partition=Partition(expert=('node', 'local')) with two axes "
-                "of the mesh, or another transport"
+                "transport 'hierarchical' needs two axes for the experts, that of nodes and that of the chips in a "
+                f"node, and they are split over {axes.expert} alone; pass partition=Partition(expert=('node', "
+                "'local')) with two axes of the mesh, or another transport"
             )
         node, local = axes.expert[:1], axes.expert[1:]
         nodes, num_experts = axes.size(node), way.placement.num_experts
@@ -184,6 +184,7 @@ class Hierarchical:
             placement=Placement(nodes, nodes),
             axes=dataclasses.replace(axes, expert=node, mlp=()),
             max_rows=max_rows,
+            slab=None if way.slab is None else min(way.slab, num_tokens),
         )
         slots = min(top_k, nodes)
         rows = self.outer.rows_held(num_tokens, slots, across)

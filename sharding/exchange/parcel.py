@@ -1,12 +1,14 @@
 """Rows with what travels beside them, for exchanges that are made of exchanges."""
 
 import dataclasses
+from typing import final
 
 import jax
 
 from pallas_kernels.quantize import QTensor
 
 
+@final
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Parcel:

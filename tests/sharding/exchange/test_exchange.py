@@ -16,6 +16,7 @@ from sharding.placement import Placement
 from tests.helpers import LIMIT, normal, relative_error, same_bits
 from tests.sharding.exchange.exchanges import (
     CARRIERS,
+    ON_ONE_AXIS,
     Problem,
     apply_experts,
     over_chips,
@@ -182,7 +183,7 @@ def test_bits_do_not_tell_how_many_rounds_there_were(used, rng):
     """Each token's choices are added in their order on every mesh, whichever travels first."""
     problems = [Problem(dp, ep, 144 // dp // ep, 5, 8) for dp, ep in ((1, 1), (1, 2), (1, 8), (2, 4))]
     assert [problem.slab_and_rounds[1] for problem in problems[1:]] == [1, 4, 1]
-    problems += [dataclasses.replace(problems[-1], transport=name) for name in CARRIERS]
+    problems += [dataclasses.replace(problems[-1], transport=name) for name in ON_ONE_AXIS]
     _, _, ids, _ = inputs(problems[0], rng, used=used)
     x, weights, factors = normal(rng, 144, problems[0].hidden), normal(rng, *ids.shape), normal(rng, 8)
     sums = [np.asarray(apply_experts(problem)(x, weights, ids, factors)[0]) for problem in problems]
@@ -240,7 +241,7 @@ def test_a_transport_says_how_many_rows_it_holds(rng):
             return exchange(*args[:3], experts, args[3], problem.way)
 
         jax.eval_shape(over_chips(problem, on_chip, num_by_expert=1), *inputs(problem, rng))
-        assert set(seen) == {pick_transport(problem.way).rows_held(problem.num_tokens, problem.top_k, problem.way)}
+        assert set(seen) == {problem.rows_held}
 
 
 @pytest.mark.parametrize(
