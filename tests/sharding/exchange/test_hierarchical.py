@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from sharding.exchange import pick, pick_transport
+from sharding.exchange import exchange, pick, pick_transport
 from sharding.exchange.dense import Dense
 from sharding.exchange.exact import Exact
 from sharding.exchange.hierarchical import Hierarchical, chosen_nodes
@@ -19,7 +19,7 @@ from sharding.exchange.way import Way
 from sharding.partition import Axes, expert_axes
 from sharding.placement import Placement
 from tests.helpers import LIMIT, normal, relative_error, same_bits
-from tests.sharding.exchange.exchanges import Problem, apply_experts, over_chips, random_ids
+from tests.sharding.exchange.exchanges import Problem, apply_experts, over_chips, random_ids, scale_by_expert
 
 BY_2 = Problem(dp=1, ep=8, num_tokens=12, top_k=3, num_experts=16, transport="hierarchical", nodes=2)
 BY_4 = dataclasses.replace(BY_2, nodes=4)
@@ -142,9 +142,24 @@ def test_bits_do_not_tell_how_many_rounds_there_were(rng):
     assert same_bits(one, other)
 
 
+def test_few_of_many_choices(rng):
+    """Where `max_choices` says how few are made, buffers are small, and hold those of one chip all the same."""
+    ids = np.full((BY_4.all_tokens, BY_4.top_k), -1, np.int32)
+    ids[:7] = rng.integers(0, BY_4.num_experts, (7, BY_4.top_k))
+    args = tokens(BY_4, rng, ids)
+    way = dataclasses.replace(BY_4.way, max_choices=7 * BY_4.top_k)
+    assert pick_transport(way).rows_held(12, 3, way) < BY_4.rows_held
+
+    def on_chip(x, weights, ids, factors):
+        return exchange(x, weights, ids, scale_by_expert, factors, way)
+
+    y = over_chips(BY_4, on_chip, num_by_expert=1)(*args)
+    np.testing.assert_array_equal(np.asarray(y).reshape(args[0].shape), plain_sum(*args))
+
+
 @pytest.mark.parametrize("outer", [Dense(), Exact("xla")], ids=["dense", "exact"])
 @pytest.mark.parametrize("inner", [Dense(), Exact("xla")], ids=["dense", "exact"])
-@pytest.mark.quick("exact-exact")
+@pytest.mark.slow
 def test_of_any_two_transports(outer, inner, rng, monkeypatch):
     monkeypatch.setitem(pick.TRANSPORTS, "hierarchical", Hierarchical(outer, inner))
     apply_experts.cache_clear()
