@@ -60,7 +60,8 @@ class MoEConfig:
       param_dtype: of the parameters.
       backend: "auto", "xla", "pallas_tpu" or "pallas_gpu".
       transport: what carries rows between chips: a name in `sharding.exchange.pick.TRANSPORTS`, or "auto" for the one
-        that `sharding.exchange.pick` takes by itself.
+        that `sharding.exchange.pick` takes by itself. "hierarchical" takes experts that are split over two axes, nodes
+        first: Partition(expert=("node", "local")).
 
     Raises:
       ValueError: on construction, when a field or a combination of fields makes no sense.

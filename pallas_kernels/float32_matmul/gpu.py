@@ -27,18 +27,22 @@ def float32_matmul(lhs: jax.Array, rhs: jax.Array, *, out_dtype: jnp.dtype) -> j
         terms = jnp.split(_dot(lhs, jnp.concatenate(right, axis=1)), len(right), axis=1)
     elif len(right) == 1:
         terms = jnp.split(_dot(jnp.concatenate(left, axis=0), rhs), len(left), axis=0)
-    else:
+    else:  # one product, the terms of whose sum lie side by side
         pairs = [(i, j) for i in range(count) for j in range(count - i)]
         side_by_side = jnp.concatenate([left[i] for i, _ in pairs], axis=1)
-        terms = [_dot(side_by_side, jnp.concatenate([right[j] for _, j in pairs], axis=0))]
+        summed = (
+            jnp.bfloat16 if out_dtype == jnp.bfloat16 else jnp.float32
+        )  # what the product's own kernel can round to
+        below = jnp.concatenate([right[j] for _, j in pairs], axis=0)
+        return _dot(side_by_side, below, summed).astype(out_dtype)
     total = terms[-1]
     for term in terms[-2::-1]:  # the smallest first
         total += term
     return total.astype(out_dtype)
 
 
-def _dot(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
-    return jnp.dot(lhs, rhs, preferred_element_type=jnp.float32)
+def _dot(lhs: jax.Array, rhs: jax.Array, out_dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
+    return jnp.dot(lhs, rhs, preferred_element_type=out_dtype)
 
 
 def _parts(x: jax.Array, count: int) -> list[jax.Array]:

@@ -20,9 +20,10 @@ from pallas_kernels.dispatch import dispatch
 from pallas_kernels.plan import Plan, each_choice, unsorted_plan
 from pallas_kernels.quantize import Operand, QTensor, dequantize
 from pallas_kernels.tracing.varying import vary_over, varying_axes
+from sharding.exchange.parcel import Parcel
 from sharding.exchange.room import slab_and_rounds
 from sharding.exchange.rounds import sum_over_rounds
-from sharding.exchange.transport import Experts, in_one_round, there_and_back
+from sharding.exchange.transport import Experts, there_and_back
 from sharding.exchange.way import Way
 from sharding.tensor_parallel import gather_columns, gather_tokens, sum_columns, to_columns, to_tokens
 
@@ -74,7 +75,7 @@ class BetweenChips(abc.ABC):
         slab, _ = slab_and_rounds(topk_ids.shape, way)
         return self.plan_round(self._prepared(topk_ids, way), slab, 0, way)
 
-    def send(self, x: Operand, plan: Any, way: Way) -> Operand:
+    def send(self, x: Operand | Parcel, plan: Any, way: Way) -> Any:
         """Brings every token's row to the ranks of its experts.
 
         Quantising, exchanging and dequantising are one step to autodiff, with faces in the dtype of `x`: an 8-bit
@@ -82,14 +83,17 @@ class BetweenChips(abc.ABC):
         unquantised.
 
         Args:
-          x: [T, H], BF16, FP16 or float32; or a QTensor in which every row has scales of its own, without a gradient.
+          x: [T, H], BF16, FP16 or float32; or a QTensor in which every row has scales of its own, without a gradient;
+            or a `Parcel` of such rows.
           plan: from `plan_round`; with `way.columns_over`, of the tokens of all chips of that group.
           way: how rows travel.
 
         Returns:
           [ep·S, H] of the kind of `x`, sorted by local expert; rows past plan.group_sizes may be anything.
         """
-        return _sent(self, x, plan, way) if isinstance(x, QTensor) else _send(self, x, plan, way)
+        if isinstance(x, Parcel):
+            return _parcel_sent(self, x, plan, way)
+        return _parcel_sent(self, Parcel(x), plan, way).rows
 
     def give_back(self, rows: jax.Array, plan: Any, way: Way) -> jax.Array:
         """Sends what the experts made of each row back to where the row came from, never below BF16.
@@ -123,7 +127,7 @@ class BetweenChips(abc.ABC):
 
     def exchange(
         self,
-        x: Operand,
+        x: Operand | Parcel,
         topk_weights: jax.Array,
         topk_ids: jax.Array,
         experts: Experts,
@@ -132,38 +136,60 @@ class BetweenChips(abc.ABC):
         *,
         preferred_element_type: jax.typing.DTypeLike,
     ) -> jax.Array:
-        """See `sharding.exchange.exchange`."""
+        """See `sharding.exchange.exchange`. Of a `Parcel`, `experts` get one too."""
         slab, max_rounds = slab_and_rounds(topk_ids.shape, way)
         if max_rounds == 1:
-            in_one = in_one_round(self.plan_rows, self.send, self.give_back, self.combine_slots)
-            return in_one(
-                x, topk_weights, topk_ids, experts, params, way, preferred_element_type=preferred_element_type
-            )
+            plan = self.plan_rows(topk_ids, way)
+            slots = there_and_back(self.send, self.give_back, x, plan, experts, params, way)
+            return self.combine_slots(slots, plan, topk_weights, way, preferred_element_type=preferred_element_type)
         axes = way.axes
         choices = self._prepared(topk_ids, way)
         everywhere = tuple(dict.fromkeys((*axes.tokens, *axes.expert, *axes.mlp)))
         rounds = lax.pmax(self.rounds_of(choices, slab, way), everywhere)
         args = x, gather_tokens(topk_weights, way.columns_over), params
         y = _sum_of_rounds(_Rounds(self, experts, way, slab), rounds, choices, args)
-        returned = preferred_element_type if isinstance(x, QTensor) else x.dtype
-        return _own_tokens(y, returned, way).astype(preferred_element_type)
+        return _own_tokens(y, result_dtype(experts, params, x, way), way).astype(preferred_element_type)
 
     def _prepared(self, topk_ids: jax.Array, way: Way) -> Any:
         """`prepare` for this chip, and the chips that share the width of its experts."""
         return self.prepare(gather_tokens(topk_ids, way.columns_over), way)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 3))
-def _send(transport: BetweenChips, x: jax.Array, plan: RoundPlan, way: Way) -> jax.Array:
-    rows = _sent(transport, x if way.wire is None else way.wire.rounded(x), plan, way)
-    return dequantize(rows, x.dtype) if isinstance(rows, QTensor) else rows
+def result_dtype(experts: Experts, params: Any, x: Operand | Parcel, way: Way) -> jnp.dtype:
+    """The dtype of what the experts make of rows x: that of the rows, unless they are in 8 bits."""
+    rows = x.rows if isinstance(x, Parcel) else x
+    if not isinstance(rows, QTensor):
+        return jnp.dtype(rows.dtype)
+    sizes = jax.ShapeDtypeStruct((way.placement.num_local,), jnp.int32)
+    return jax.eval_shape(experts, params, x, sizes).dtype
 
 
-@_send.defjvp
-def _send_jvp(transport, way, primals, tangents):
-    x, plan = primals
-    dx, _ = tangents
-    return _send(transport, x, plan, way), _sent(transport, dx, plan, way)
+def _parcel_sent(transport: BetweenChips, x: Parcel, plan: RoundPlan, way: Way) -> Parcel:
+    """See `send`."""
+    beside = x.beside
+    if beside is not None:  # too narrow for a kernel to be worth it
+        beside = _sent(transport, beside, plan, dataclasses.replace(way, backend="xla"))
+    rounded = x.rounded
+    if rounded is None and way.wire is not None and not isinstance(x.rows, QTensor):
+        rounded = way.wire.rounded(lax.stop_gradient(x.rows))
+    if rounded is None:
+        return Parcel(_sent(transport, x.rows, plan, way), None, beside)
+    rounded = lax.stop_gradient(_sent(transport, lax.stop_gradient(rounded), plan, way))
+    return Parcel(_unpacked(transport, x.rows, rounded, plan, way), rounded, beside)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 4))
+def _unpacked(transport: BetweenChips, x: jax.Array, arrived: QTensor, plan: RoundPlan, way: Way) -> jax.Array:
+    """The rows of x that arrived in 8 bits, with the derivatives of rows that travel as they are."""
+    del transport, plan, way
+    return dequantize(arrived, x.dtype)
+
+
+@_unpacked.defjvp
+def _unpacked_jvp(transport, way, primals, tangents):
+    x, arrived, plan = primals
+    dx, _, _ = tangents
+    return _unpacked(transport, x, arrived, plan, way), _sent(transport, dx, plan, way)
 
 
 def _sent[Rows: Operand](transport: BetweenChips, x: Rows, plan: RoundPlan, way: Way) -> Rows:

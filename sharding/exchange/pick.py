@@ -6,22 +6,39 @@ A transport is added by its file in this folder and its line in `TRANSPORTS`.
 from sharding.exchange import one_chip
 from sharding.exchange.dense import Dense
 from sharding.exchange.exact import Exact
+from sharding.exchange.hierarchical import Hierarchical
 from sharding.exchange.transport import Transport
 from sharding.exchange.way import AUTO, Way
 
-TRANSPORTS: dict[str, Transport] = {"dense": Dense(), "ragged": Exact("xla"), "remote": Exact("auto")}
-"""Those that carry rows between chips, by name."""
+TRANSPORTS: dict[str, Transport] = {
+    "dense": Dense(),
+    "ragged": Exact("xla"),
+    "remote": Exact("auto"),
+    "hierarchical": Hierarchical(outer=Exact("xla"), inner=Dense()),
+}
+"""Those that carry rows between chips, by name.
+
+Across nodes only the rows that there are travel. Within one, slabs: what an exact exchange sends, it first lays out in
+rows for all choices, and of the choices of the rows that came most are for other nodes.
+"""
 
 DEFAULT = "dense"
 """The one that "auto" takes."""
 
 
 def pick_transport(way: Way) -> Transport:
-    """The transport for `way`; `one_chip` where experts are not split, whatever is named."""
+    """The transport for `way`.
+
+    It is `one_chip` where experts are not split, whatever is named, and the inner one of two hops where there is but
+    one node: a run on few chips then takes the same settings as one on many.
+    """
     if way.axes.ep == 1:
         return one_chip
     check_transport(way.transport)
-    return TRANSPORTS[DEFAULT if way.transport == AUTO else way.transport]
+    transport = TRANSPORTS[DEFAULT if way.transport == AUTO else way.transport]
+    if isinstance(transport, Hierarchical) and len(way.axes.expert) > 1 and way.axes.size(way.axes.expert[:1]) == 1:
+        return transport.inner
+    return transport
 
 
 def check_transport(name: str) -> None:

@@ -17,12 +17,18 @@ def slab_and_rounds(shape: tuple[int, ...], way: Way) -> tuple[int, int]:
     """`fit_slab` for the [T, K] choices of a chip, and those of the chips that share the width of its experts."""
     axes, (num_tokens, top_k) = way.axes, shape
     max_rows = None if way.max_rows is None else axes.tp * way.max_rows
-    choices = axes.tp * num_tokens * top_k
-    if (most := way.counted_choices) is not None:  # evenly over the groups
-        groups = axes.size(tuple(dict.fromkeys((*axes.tokens, *axes.mlp)))) // axes.tp
-        choices = min(choices, max(1, -(-most // groups)))
-    num_local = way.placement.num_local
+    choices, num_local = usual_choices(shape, way), way.placement.num_local
     return fit_slab(axes.tp * num_tokens, top_k, num_local, axes.ep, max_rows, choices=choices, slab=way.slab)
+
+
+def usual_choices(shape: tuple[int, ...], way: Way) -> int:
+    """How many of the [T, K] choices of a chip, and of those that share its experts' width, are made on average."""
+    axes, (num_tokens, top_k) = way.axes, shape
+    choices = axes.tp * num_tokens * top_k
+    if (most := way.counted_choices) is None:
+        return choices
+    groups = axes.size(tuple(dict.fromkeys((*axes.tokens, *axes.mlp)))) // axes.tp
+    return min(choices, max(1, -(-most // groups)))  # evenly over the groups
 
 
 def fit_slab(

@@ -27,6 +27,10 @@ MESHES = {
     "a stage of one chip": ({"stage": 1, "fsdp": 4, "expert": 2, "tensor": 1}, None),
     "foreign names": ({"x": 2, "y": 2, "z": 2}, Partition(expert="z", embed="x", mlp="y", tokens=("x", "y", "z"))),
 }
+OVER_NODES = {
+    "nodes": ({"node": 2, "local": 4}, Partition(expert=("node", "local"))),
+    "nodes and tensor": ({"node": 2, "local": 2, "tensor": 2}, Partition(expert=("node", "local"))),
+}
 
 
 def config_of(dtype: str) -> MoEConfig:
@@ -43,7 +47,7 @@ def config_of(dtype: str) -> MoEConfig:
 
 
 def mesh_of(name: str) -> tuple[jax.sharding.Mesh, Partition | None]:
-    sizes, partition = MESHES[name]
+    sizes, partition = (MESHES | OVER_NODES)[name]
     devices = jax.devices()[:CHIPS]
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), (AxisType.Auto,) * len(sizes), devices=devices), partition
 
@@ -87,12 +91,13 @@ def test_gradients_equal_the_dense_oracles_and_lie_as_the_parameters(name, dtype
 
 
 @pytest.mark.usefixtures("gathered_transport")
-@pytest.mark.parametrize("other", OTHERS)
+@pytest.mark.parametrize("other", [*OTHERS, "hierarchical"])
+@pytest.mark.quick("ragged", "gathered")
 def test_a_layer_over_another_transport(other):
     """Values and gradients, with padding, a capacity, and weights and width that are split."""
     config, params, x, direction, _ = problem("float32")
     config = dataclasses.replace(config, capacity_factor=1.0)
-    mesh, partition = mesh_of("fsdp, expert and tensor")
+    mesh, partition = mesh_of("nodes and tensor" if other == "hierarchical" else "fsdp, expert and tensor")
     mask = jnp.arange(x.shape[1]) < jnp.array([[16], [9], [0], [12]])
 
     def results(transport, mesh):
@@ -105,6 +110,25 @@ def test_a_layer_over_another_transport(other):
 
     got, expected = results(other, mesh), results("auto", None)
     assert expected[1][1].dropped.sum() > 0
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        assert relative_error(a, b) < LIMITS["float32"]
+
+
+@pytest.mark.parametrize("name", OVER_NODES)
+@pytest.mark.quick("nodes and tensor")
+def test_a_layer_over_nodes_equals_the_dense_oracle(name):
+    """In two hops: values, and gradients for tokens and parameters, those of the router's weights that travel too."""
+    config, params, x, direction, expected = problem("float32")
+    config = dataclasses.replace(config, transport="hierarchical")
+    mesh, partition = mesh_of(name)
+
+    def loss(x, params):
+        y, aux = moe(x, params, config, mesh=mesh, partition=partition)
+        return (y * direction).sum(), (y, aux.load.dropped)
+
+    got, (y, dropped) = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(x, params)
+    assert relative_error(y, dense_moe(x, params, config)) < LIMITS["float32"]
+    assert not dropped.any()
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         assert relative_error(a, b) < LIMITS["float32"]
 

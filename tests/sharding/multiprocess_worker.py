@@ -2,15 +2,16 @@
 dense oracle. `python -m tests.sharding.multiprocess_worker <address> <processes> <process>`; exit status 0 is success.
 """
 
+import dataclasses
 import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from moejax import MoEConfig, MoEParams, TopKRouter, dense_moe, make_mesh, moe, param_specs
+from moejax import MoEConfig, MoEParams, Partition, TopKRouter, dense_moe, make_mesh, moe, param_specs
 from moejax.functional import axes_on
 from tests.moejax.layers import random_params
 
@@ -37,6 +38,7 @@ CONFIGS = {
         dtype=jnp.float32,
     ),
 }
+NODES = Partition(expert=("node", "local"))
 LIMITS = {"w16a16": 1e-5, "w8a8": 1e-2}
 
 
@@ -51,15 +53,20 @@ def main(address: str, num_processes: int, process: int) -> None:
         for precision, check in (("w16a16", check_values_and_gradients), ("w8a8", check_values)):
             check(mesh, CONFIGS[precision], LIMITS[precision])
             print(f"process {process}: {precision}, ep={ep}: right", flush=True)
+    # A process is a node.
+    mesh = jax.make_mesh((num_processes, CHIPS_OF_A_PROCESS), NODES.expert, (AxisType.Auto,) * 2)
+    for precision, check in (("w16a16", check_values_and_gradients), ("w8a8", check_values)):
+        check(mesh, dataclasses.replace(CONFIGS[precision], transport="hierarchical"), LIMITS[precision], NODES)
+        print(f"process {process}: {precision}, in two hops: right", flush=True)
 
 
-def check_values_and_gradients(mesh, config: MoEConfig, limit: float) -> None:
+def check_values_and_gradients(mesh, config: MoEConfig, limit: float, partition: Partition | None = None) -> None:
     """Tokens come split over all chips."""
     x, params = local_problem(config)
     x = x[: NUM_TOKENS // 8 * 8]
 
     def loss(x, params):
-        y, aux = moe(x, params, config, mesh=mesh)
+        y, aux = moe(x, params, config, mesh=mesh, partition=partition)
         return (y**2).sum(), (y, aux)
 
     def oracle(x, params):
@@ -67,15 +74,15 @@ def check_values_and_gradients(mesh, config: MoEConfig, limit: float) -> None:
         return (y**2).sum(), y
 
     run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
-    (_, (y, aux)), gradients = run(*spread(x, params, config, mesh, PartitionSpec(("data", "expert"))))
+    (_, (y, aux)), gradients = run(*spread(x, params, config, mesh, PartitionSpec(mesh.axis_names), partition))
     (_, expected), expected_gradients = jax.jit(jax.value_and_grad(oracle, argnums=(0, 1), has_aux=True))(x, params)
     compare(x, config, aux, (y, gradients), (expected, expected_gradients), limit)
 
 
-def check_values(mesh, config: MoEConfig, limit: float) -> None:
+def check_values(mesh, config: MoEConfig, limit: float, partition: Partition | None = None) -> None:
     """Tokens come whole to every process, in a number that the chips do not divide, and outside jit."""
     x, params = local_problem(config)
-    y, aux = moe(*spread(x, params, config, mesh, PartitionSpec()), config, mesh=mesh)
+    y, aux = moe(*spread(x, params, config, mesh, PartitionSpec(), partition), config, mesh=mesh, partition=partition)
     expected = dense_moe(x, params, config, quantized=True, wire_scaling=config.wire_scaling)
     compare(x, config, aux, y, expected, limit)
 
@@ -98,7 +105,7 @@ def local_problem(config: MoEConfig):
 
 
 def spread(
-    x: jax.Array, params: MoEParams, config: MoEConfig, mesh, spec: PartitionSpec
+    x: jax.Array, params: MoEParams, config: MoEConfig, mesh, spec: PartitionSpec, partition: Partition | None
 ) -> tuple[jax.Array, MoEParams]:
     """Local arrays as ones that lie over all processes, each of which gives its own parts."""
 
@@ -106,7 +113,7 @@ def spread(
         values = np.asarray(array)
         return jax.make_array_from_callback(values.shape, NamedSharding(mesh, spec), lambda index: values[index])
 
-    return one(x, spec), jax.tree.map(one, params, param_specs(params, config, axes_on(mesh, None, config)))
+    return one(x, spec), jax.tree.map(one, params, param_specs(params, config, axes_on(mesh, partition, config)))
 
 
 def relative_error(out: np.ndarray, ref: np.ndarray) -> float:

@@ -6,11 +6,11 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from pallas_kernels.combine import combine
-from sharding.exchange import Way, Wire, exchange, pick_transport
-from sharding.exchange.between_chips import BetweenChips, RoundPlan
+from sharding.exchange import Transport, Way, Wire, exchange, pick_transport
+from sharding.exchange.between_chips import BetweenChips
 from sharding.exchange.capacity import Scope, count_dropped, limit_to_capacity
 from sharding.exchange.pick import DEFAULT
 from sharding.exchange.room import slab_and_rounds
@@ -21,18 +21,20 @@ from sharding.tokens import Tokens
 
 IN_ROUNDS = ("dense", "ragged")
 """Those that take as many rounds as the load needs. On CPUs "remote" is the same as "ragged"."""
-CARRIERS = (*IN_ROUNDS, "gathered")
-"""All transports, the tests' own too."""
-OTHERS = tuple(name for name in CARRIERS if name != DEFAULT)
-"""Those that no test runs by itself."""
-
-TOKEN_AXES = ("data", "expert")
-BY_TOKEN = PartitionSpec(TOKEN_AXES)
+ON_ONE_AXIS = (*IN_ROUNDS, "gathered")
+"""Those that take any mesh, the tests' own too. They add a token's rows in the order of its choices."""
+CARRIERS = (*ON_ONE_AXIS, "hierarchical")
+"""All transports."""
+OTHERS = tuple(name for name in ON_ONE_AXIS if name != DEFAULT)
+"""Those of `ON_ONE_AXIS` that no test runs by itself."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """Sizes of an exchange; `num_tokens` is of one chip, `num_experts` of all."""
+    """Sizes of an exchange; `num_tokens` is of one chip, `num_experts` of all.
+
+    Of the transport "hierarchical", `nodes` are the nodes that ep chips are in.
+    """
 
     dp: int
     ep: int
@@ -44,9 +46,13 @@ class Problem:
     capacity_of: Scope = "batch"
     wire: Wire | None = None
     transport: str = "auto"
+    nodes: int = 2
+    slab: int | None = None
 
     def __str__(self):
         name = f"dp{self.dp}-ep{self.ep}-T{self.num_tokens}"
+        if self.transport == "hierarchical":
+            return f"{name}-{self.transport}-{self.nodes}x{self.ep // self.nodes}"
         return name if self.transport == "auto" else f"{name}-{self.transport}"
 
     @property
@@ -58,10 +64,28 @@ class Problem:
         return slab_and_rounds((self.num_tokens, self.top_k), self.way)
 
     @property
-    def carrier(self) -> BetweenChips:
-        transport = pick_transport(self.way)
-        assert isinstance(transport, BetweenChips)
-        return transport
+    def carrier(self) -> Transport:
+        return pick_transport(self.way)
+
+    @property
+    def rows_held(self) -> int:
+        return self.carrier.rows_held(self.num_tokens, self.top_k, self.way)
+
+    @property
+    def mesh(self) -> Mesh:
+        if self.transport != "hierarchical":
+            return make_mesh(self.ep, self.dp)
+        sizes = {"data": self.dp, "node": self.nodes, "expert": self.ep // self.nodes}
+        devices = jax.devices()[: self.dp * self.ep]
+        return jax.make_mesh(tuple(sizes.values()), tuple(sizes), (AxisType.Auto,) * 3, devices=devices)
+
+    @property
+    def expert_axes(self) -> tuple[str, ...]:
+        return ("node", "expert") if self.transport == "hierarchical" else ("expert",)
+
+    @property
+    def token_axes(self) -> tuple[str, ...]:
+        return ("data", *self.expert_axes)
 
     @property
     def all_tokens(self) -> int:
@@ -69,14 +93,14 @@ class Problem:
 
     @property
     def way(self) -> Way:
-        axes = Partition().on(make_mesh(self.ep, self.dp))
-        return Way(Placement(self.num_experts, self.ep), axes, self.wire, transport=self.transport)
+        axes = Partition(expert=self.expert_axes).on(self.mesh)
+        return Way(Placement(self.num_experts, self.ep), axes, self.wire, transport=self.transport, slab=self.slab)
 
     def tokens_here(self) -> Tokens:
         """Of the chip that asks."""
-        first = jax.lax.axis_index(TOKEN_AXES) * self.num_tokens
+        first = jax.lax.axis_index(self.token_axes) * self.num_tokens
         index = first + jnp.arange(self.num_tokens, dtype=jnp.int32)
-        return Tokens(index, self.all_tokens, 1, TOKEN_AXES, self.num_tokens)
+        return Tokens(index, self.all_tokens, 1, self.token_axes, self.num_tokens)
 
 
 def over_chips(problem: Problem, function, num_by_expert: int = 0):
@@ -87,34 +111,41 @@ def over_chips(problem: Problem, function, num_by_expert: int = 0):
 
     def run(*args):
         split = len(args) - num_by_expert
-        specs = (BY_TOKEN,) * split + (PartitionSpec("expert"),) * num_by_expert
-        mesh = make_mesh(problem.ep, problem.dp)
-        return jax.shard_map(on_chip, mesh=mesh, in_specs=specs, out_specs=BY_TOKEN, check_vma=False)(*args)
+        by_token, by_expert = PartitionSpec(problem.token_axes), PartitionSpec(problem.expert_axes)
+        specs = (by_token,) * split + (by_expert,) * num_by_expert
+        return jax.shard_map(on_chip, mesh=problem.mesh, in_specs=specs, out_specs=by_token, check_vma=False)(*args)
 
     return jax.jit(run)
 
 
-def plan_of_round(problem: Problem, ids, index: int) -> RoundPlan:
-    """On a chip: what leaves and arrives in one round."""
-    carrier, way = problem.carrier, problem.way
-    return carrier.plan_round(carrier.prepare(ids, way), problem.slab_and_rounds[0], index, way)
-
-
 @functools.cache
 def send_and_return(problem: Problem):
-    """(x, ids) -> per chip and round: rows that arrived, sizes of their groups; and the sum of all that came back."""
+    """(x, ids) -> per chip and round: rows that arrived, sizes of their groups; and the sum of all that came back.
 
-    def on_chip(x, ids):
+    Of a transport that is no `BetweenChips` it is one round, which has to hold everything.
+    """
+    carrier, way = problem.carrier, problem.way
+
+    def in_rounds(x, ids):
         arrived, sizes, back = [], [], 0
-        for index in range(problem.slab_and_rounds[1]):
-            plan = plan_of_round(problem, ids, index)
-            rows = problem.carrier.send(x, plan, problem.way)
+        slab, rounds = problem.slab_and_rounds
+        for index in range(rounds):
+            plan = carrier.plan_round(carrier.prepare(ids, way), slab, index, way)
+            rows = carrier.send(x, plan, way)
             arrived.append(rows)
             sizes.append(plan.group_sizes)
-            back += combine(problem.carrier.give_back(rows, plan, problem.way), plan.departure)
+            back += combine(carrier.give_back(rows, plan, way), plan.departure)
         return jnp.stack(arrived), jnp.stack(sizes), back
 
-    return over_chips(problem, on_chip)
+    def by_stages(x, ids):
+        plan = carrier.plan_rows(ids, way)
+        rows = carrier.send(x, plan, way)
+        slots = carrier.give_back(rows, plan, way)
+        ones = jnp.ones(ids.shape, jnp.float32)
+        back = carrier.combine_slots(slots, plan, ones, way, preferred_element_type=x.dtype)
+        return rows[None], plan.group_sizes[None], back
+
+    return over_chips(problem, in_rounds if isinstance(carrier, BetweenChips) else by_stages)
 
 
 @functools.cache
@@ -122,7 +153,7 @@ def gradient_of_sending(problem: Problem):
     """(x, ids, direction [chips·R, H]) -> rows of the first round, and the gradient of ⟨rows, direction⟩ for x."""
 
     def on_chip(x, ids, direction):
-        plan = plan_of_round(problem, ids, 0)
+        plan = problem.carrier.plan_rows(ids, problem.way)
         rows, pullback = jax.vjp(lambda x: problem.carrier.send(x, plan, problem.way), x)
         return rows, pullback(direction)[0]
 

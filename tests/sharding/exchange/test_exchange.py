@@ -17,6 +17,7 @@ from tests.helpers import LIMIT, normal, relative_error, same_bits
 from tests.sharding.exchange.exchanges import (
     CARRIERS,
     IN_ROUNDS,
+    ON_ONE_AXIS,
     Problem,
     apply_experts,
     over_chips,
@@ -183,7 +184,7 @@ def test_bits_do_not_tell_how_many_rounds_there_were(used, rng):
     """Each token's choices are added in their order on every mesh, whichever travels first."""
     problems = [Problem(dp, ep, 144 // dp // ep, 5, 8) for dp, ep in ((1, 1), (1, 2), (1, 8), (2, 4))]
     assert [problem.slab_and_rounds[1] for problem in problems[1:]] == [1, 4, 1]
-    problems += [dataclasses.replace(problems[-1], transport=name) for name in CARRIERS]
+    problems += [dataclasses.replace(problems[-1], transport=name) for name in ON_ONE_AXIS]
     _, _, ids, _ = inputs(problems[0], rng, used=used)
     x, weights, factors = normal(rng, 144, problems[0].hidden), normal(rng, *ids.shape), normal(rng, 8)
     sums = [np.asarray(apply_experts(problem)(x, weights, ids, factors)[0]) for problem in problems]
@@ -215,9 +216,11 @@ def test_the_sum_comes_in_the_dtype_that_is_asked_for(dtype, rng):
 
 
 @pytest.mark.parametrize(
-    "problem", [EP8, *(dataclasses.replace(p, transport=t) for p in (EP8, DP2_EP4) for t in IN_ROUNDS)], ids=str
+    "problem",
+    [dataclasses.replace(p, transport=name) for p in (EP8, DP2_EP4) for name in (*IN_ROUNDS, "hierarchical")],
+    ids=str,
 )
-@pytest.mark.quick("dp1-ep8-T24", "dp1-ep8-T24-ragged", "dp2-ep4-T9-ragged")
+@pytest.mark.quick("dp1-ep8-T24-dense", "dp1-ep8-T24-ragged", "dp2-ep4-T9-*")
 def test_rows_in_8_bits_travel_as_they_are(problem, rng):
     """They are rounded by nobody: experts get them bit for bit, with their scales."""
     _, weights, ids, factors = inputs(problem, rng)
@@ -256,7 +259,7 @@ def test_a_transport_says_how_many_rows_it_holds(rng):
             return exchange(*args[:3], experts, args[3], problem.way)
 
         jax.eval_shape(over_chips(problem, on_chip, num_by_expert=1), *inputs(problem, rng))
-        assert set(seen) == {pick_transport(problem.way).rows_held(problem.num_tokens, problem.top_k, problem.way)}
+        assert set(seen) == {problem.rows_held}
 
 
 @pytest.mark.parametrize(

@@ -28,8 +28,13 @@ EP4 = Problem(dp=1, ep=4, num_tokens=6, top_k=3, num_experts=8)
 EP8 = Problem(dp=1, ep=8, num_tokens=24, top_k=2, num_experts=8)
 DP2_EP4 = Problem(dp=2, ep=4, num_tokens=9, top_k=2, num_experts=8)
 EXACT = [dataclasses.replace(problem, transport="ragged") for problem in (EP4, EP8, DP2_EP4)]
-PROBLEMS = [EP2, EP4, EP8, DP2_EP4, *EXACT]
-in_rounds = pytest.mark.parametrize("transport", IN_ROUNDS)
+IN_HOPS = [
+    dataclasses.replace(DP2_EP4, transport="hierarchical"),
+    Problem(dp=1, ep=8, num_tokens=6, top_k=3, num_experts=16, transport="hierarchical", nodes=2, slab=36),
+    Problem(dp=1, ep=8, num_tokens=6, top_k=3, num_experts=16, transport="hierarchical", nodes=4, slab=72),
+]
+PROBLEMS = [EP2, EP4, EP8, DP2_EP4, *EXACT, *IN_HOPS]
+with_wires = pytest.mark.parametrize("transport", [*IN_ROUNDS, "hierarchical"])
 every_problem = pytest.mark.parametrize("problem", PROBLEMS, ids=str)
 
 
@@ -53,7 +58,7 @@ def check(problem: Problem, ids: np.ndarray) -> None:
 
 
 def test_problems_take_one_round_and_several():
-    assert [problem.slab_and_rounds[1] for problem in PROBLEMS] == [1, 1, 3, 1, 1, 3, 1]
+    assert [problem.slab_and_rounds[1] for problem in PROBLEMS if problem not in IN_HOPS] == [1, 1, 3, 1, 1, 3, 1]
 
 
 @every_problem
@@ -104,11 +109,13 @@ def test_one_token(problem):
 
 
 @every_problem
+@pytest.mark.quick("*-T[569]", "*-T24*", "*-ragged", "*-2x2")
 def test_no_token(problem):
     check(problem, np.full((problem.all_tokens, problem.top_k), -1, np.int32))
 
 
 @every_problem
+@pytest.mark.quick("*-T[569]", "*-T24*", "*-ragged", "*-2x2")
 def test_balanced_load_fits_the_first_round(problem):
     ids = np.arange(problem.all_tokens * problem.top_k, dtype=np.int32).reshape(-1, problem.top_k)
     check(problem, ids % problem.num_experts)
@@ -127,7 +134,7 @@ def test_balanced_load_fits_the_first_round(problem):
     ids=str,
 )
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@in_rounds
+@with_wires
 @pytest.mark.quick("*float32-*int8*")
 def test_rows_travel_in_8_bits_as_quantised_and_no_other_way(transport, dtype, wire, hidden, rng):
     problem = Problem(2, 4, 9, 2, 8, hidden, wire=wire, transport=transport)
@@ -146,7 +153,8 @@ def test_rows_travel_in_8_bits_as_quantised_and_no_other_way(transport, dtype, w
     assert relative_error(np.asarray(back).reshape(x.shape), rounded.astype(np.float32) * count) < 1e-2
 
 
-@in_rounds
+@with_wires
+@pytest.mark.quick("dense", "ragged")
 def test_a_row_of_nan_stays_with_its_token(transport, rng):
     """Neither a scale nor a neighbour's row takes it up, on the wire as off it."""
     for wire in (None, Wire()):
@@ -164,14 +172,14 @@ def test_a_row_of_nan_stays_with_its_token(transport, rng):
 
 @pytest.mark.parametrize("wire", [None, Wire()], ids=["", "fp8"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@in_rounds
+@with_wires
 @pytest.mark.quick("*float32-fp8")
 def test_gradient_is_the_transpose_and_not_rounded_to_8_bits(transport, dtype, wire, rng):
     """Which row came from which token is found by sending numbers the same way."""
     problem = Problem(2, 4, 9, 2, 8, 128, wire=wire, transport=transport)
     plain = dataclasses.replace(problem, wire=None)
     ids = random_ids(problem, rng)
-    slots = problem.dp * problem.ep * problem.ep * problem.slab_and_rounds[0]
+    slots = problem.dp * problem.ep * problem.rows_held
     direction = normal(rng, slots, 128, dtype=dtype)
     arrived, _, _ = send_and_return(plain)(tagged(plain), ids)
     tokens = np.asarray(arrived)[:, 0, :, 0].reshape(-1).astype(int) - 1
@@ -185,6 +193,7 @@ def test_gradient_is_the_transpose_and_not_rounded_to_8_bits(transport, dtype, w
 
 
 @every_problem
+@pytest.mark.quick("*-T[569]", "*-T24*", "*-ragged", "*-2x2")
 def test_two_runs_give_the_same_bits(problem, rng):
     x, ids = normal(rng, problem.all_tokens, problem.hidden), random_ids(problem, rng)
     assert same_bits(send_and_return(problem)(x, ids), send_and_return(problem)(x, ids))
