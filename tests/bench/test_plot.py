@@ -79,7 +79,8 @@ def test_figures_without_data_are_left_out_with_the_reason(systems):
 def test_an_empty_folder_is_refused(tmp_path, capsys):
     assert run(main, [str(tmp_path)]) == 2
     assert (
-        "has none of train.jsonl, sweep.jsonl, layer.jsonl, permute.jsonl with records in it" in capsys.readouterr().err
+        "has none of train.jsonl, sweep.jsonl, layer.jsonl, permute.jsonl, comm.jsonl with records in it"
+        in capsys.readouterr().err
     )
 
 
