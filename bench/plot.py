@@ -44,8 +44,8 @@ def main(argv: Sequence[str]) -> None:
     parser = make_parser(
         "bench.plot",
         f"Makes one self-contained page, {REPORT} in the folder, of the records in it: time and bandwidth against "
-        "experts and k, the layer's split, quality against speed, held-out curves, the experts' load over training, and "
-        "what moving tokens between chips costs.",
+        "experts and k, the layer's split, quality against speed, held-out curves, the experts' load over training, "
+        "and what moving tokens between chips costs.",
         ("results", "docs/results/h200 --svg docs/results"),
     )
     parser.add_argument("results", type=pathlib.Path, help="the folder with the .jsonl files of the benches")

@@ -122,7 +122,12 @@ def measure(name: str, tokens: Tokens, *, length: int, repeats: int, watch: Watc
 @jax.jit
 def _largest_error_of_a_row(y: jax.Array, expected: jax.Array) -> jax.Array:
     """Of [ep, N, H]: ‖row − right row‖ / ‖right row‖ of the worst; a single wrong token among many shows."""
-    return jax.vmap(jax.vmap(norm_error))(y, expected).max()
+    return _worst(jax.vmap(jax.vmap(norm_error))(y, expected))
+
+
+def _worst(errors: jax.Array) -> jax.Array:
+    """The largest, infinite if one is NaN: a maximum over chips may pass over it."""
+    return jnp.where(jnp.isnan(errors), jnp.inf, errors).max()
 
 
 def _error_of_arrived(rows: jax.Array, plan: Any, tokens: Tokens, moved: Movement) -> float:
@@ -139,7 +144,7 @@ def _error_of_arrived(rows: jax.Array, plan: Any, tokens: Tokens, moved: Movemen
         expert = jnp.searchsorted(ends, place, side="right")  # rows past the last are nobody's, and may be NaN
         used = jnp.where((place < ends[-1])[:, None], rows.astype(jnp.float32), 0)
         found = jax.ops.segment_sum(used, expert, num_local)
-        return lax.pmax(jax.vmap(norm_error)(found, wanted).max(), EXPERT_AXIS)
+        return _worst(jax.vmap(norm_error)(found, wanted))
 
     errors = on_every_chip(error, tokens.mesh)(tokens.x, tokens.ids, rows, plan)
     return float(jnp.max(errors))
