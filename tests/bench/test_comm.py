@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 
@@ -110,23 +111,41 @@ def test_exposed_time_of_the_layer(capsys):
     assert [record["exposed_us"] for record in bare] == [None, None]
 
 
+def start(*args):
+    command = [sys.executable, "-W", "error", "-m", "bench.comm", *TINY, *args]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
 @pytest.mark.slow
 def test_as_a_command_with_devices_of_its_own():
-    command = [sys.executable, "-W", "error", "-m", "bench.comm", *TINY, "--load=text"]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "4 virtual CPU devices" in done.stderr
-    assert done.stdout.count(" text ") == len(TRANSPORTS) + 2
+    process = start("--load=text")
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert "4 virtual CPU devices" in err
+    assert out.count(" text ") == len(TRANSPORTS) + 2
+
+
+@pytest.mark.slow
+def test_two_processes_call_as_often_as_each_other():
+    """Each has a clock of its own, and one that called once more would wait for ever."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        address = f"localhost:{probe.getsockname()[1]}"
+    common = ["--load=zipf", "--transport=dense", "--timeout=120", "--coordinator", address, "--num-processes=2"]
+    processes = [start(*common, f"--process-id={i}") for i in range(2)]
+    (out, err), (other_out, other_err) = (process.communicate(timeout=300) for process in processes)
+    assert [process.returncode for process in processes] == [0, 0], err + other_err
+    assert out.count(" zipf ") == 3
+    assert "zipf" not in other_out
 
 
 @pytest.mark.slow
 def test_an_exchange_that_is_too_slow_ends_the_command():
-    command = [sys.executable, "-m", "bench.comm", *TINY, "--load=balanced", "--timeout=0.001"]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 1
-    last = done.stderr.splitlines()[-1]
+    process = start("--load=balanced", "--timeout=0.001")
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 1
+    last = err.splitlines()[-1]
     assert last == "error: load balanced, ep 4, 4 tokens: making the load: not done after 0.001 s, given up"
 
 
