@@ -1,7 +1,7 @@
 """Pictures of what the other commands recorded, in one HTML file.
 
-The folder holds train.jsonl, sweep.jsonl, layer.jsonl and permute.jsonl of the commands that are called so, or
-some of them. A figure whose data is missing is left out, and the report says why.
+The folder holds train.jsonl, sweep.jsonl, layer.jsonl, permute.jsonl and comm.jsonl of the commands that are called so,
+or some of them. A figure whose data is missing is left out, and the report says why.
 """
 
 import html
@@ -12,7 +12,8 @@ from typing import Any
 
 from bench.command.parser import make_parser, run
 from bench.command.values import output_folder
-from bench.figures import one_chip, training
+from bench.exchange import records as exchange_records
+from bench.figures import exchange, one_chip, training
 from bench.figures.section import Section, require_matplotlib, standalone
 from bench.one_chip.records import read_lines
 from bench.record.files import write_whole
@@ -43,7 +44,8 @@ def main(argv: Sequence[str]) -> None:
     parser = make_parser(
         "bench.plot",
         f"Makes one self-contained page, {REPORT} in the folder, of the records in it: time and bandwidth against "
-        "experts and k, the layer's split, quality against speed, held-out curves, the experts' load over training.",
+        "experts and k, the layer's split, quality against speed, held-out curves, the experts' load over training, "
+        "and what moving tokens between chips costs.",
         ("results", "docs/results/h200 --svg docs/results"),
     )
     parser.add_argument("results", type=pathlib.Path, help="the folder with the .jsonl files of the benches")
@@ -71,13 +73,16 @@ def write_report(folder: pathlib.Path) -> tuple[pathlib.Path, list[Section]]:
     require_matplotlib()
     runs = read_runs(folder / FILE_NAME)
     records = [record for name in _ONE_CHIP_FILES for record in read_lines(folder / name)]
-    if not runs and not records:
+    moved = exchange_records.read_lines(folder / exchange_records.FILE_NAME)
+    if not runs and not records and not moved:
+        files = FILE_NAME, *_ONE_CHIP_FILES, exchange_records.FILE_NAME
         raise ValueError(
-            f"{folder} has none of {', '.join((FILE_NAME, *_ONE_CHIP_FILES))} with records in it; make some with "
+            f"{folder} has none of {', '.join(files)} with records in it; make some with "
             f"python -m bench.train --quick --out {folder}"
         )
-    sections = [*training.sections(runs), *one_chip.sections(records)]
-    write_whole(folder / REPORT, _page(sections, _origins(runs, records)))
+    others = [*training.sections(runs), *one_chip.sections(records)] if runs or records else []
+    sections = [*others, *exchange.sections(moved)]
+    write_whole(folder / REPORT, _page(sections, _origins(runs, [*records, *moved])))
     return folder / REPORT, sections
 
 

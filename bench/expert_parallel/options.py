@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Sequence
 
 from bench.command.parser import make_parser
+from bench.command.processes import add_process_options
 from bench.command.values import POSITIVE_INTS, natural_int, output_file, positive_float, positive_int, seed_number
 from moejax import PRESETS, MoEConfig
 from moejax.config import PRECISIONS
@@ -153,7 +154,5 @@ def _parser() -> argparse.ArgumentParser:
     add("--transport", default="auto", help=f"one of auto, {', '.join(TRANSPORTS)} (default auto)")
     add("--rounding", default="round", help="activated experts: round (DS_TPU) or ceil (Tier6)")
     add("--seed", type=seed_number, default=0, help="of weights, embedding and places in the text (default 0)")
-    add("--coordinator", metavar="HOST:PORT", help="of process 0, for a run over several hosts")
-    add("--num-processes", type=positive_int, metavar="N", help="processes in all")
-    add("--process-id", type=natural_int, metavar="I", help="number of this process")
+    add_process_options(parser)
     return parser

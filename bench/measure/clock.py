@@ -23,6 +23,7 @@ MAX_COPIES = 8
 _GRAPH_US = 2000.0  # long enough to make the time between two graphs negligible
 _WALL_SECONDS = 0.03  # of a repeat: long enough to make the first launch and the last wait negligible
 _MOST_RUNS = 50
+_RUNS_TOGETHER = 4  # of processes that have to agree how often: one that ran it more often would wait for the others
 
 
 class Stopwatch:
@@ -137,10 +138,12 @@ def wall_times(f: Callable[..., Any], *args: Any, repeats: int = 10, calls: int 
     """Time of f(*args) by the wall clock, divided by `calls`: launches and the gaps between kernels count.
 
     A repeat runs `f` several times on end and waits for the last result only, so that the way to the GPU and back
-    hardly counts.
+    hardly counts. How often depends on how long it takes; not so where several processes run `f` together.
     """
     jax.block_until_ready(f(*args))
-    at_once = max(2, min(_MOST_RUNS, math.ceil(_WALL_SECONDS / wall_seconds(f, *args))))
+    at_once = _RUNS_TOGETHER
+    if jax.process_count() == 1:
+        at_once = max(2, min(_MOST_RUNS, math.ceil(_WALL_SECONDS / wall_seconds(f, *args))))
 
     def runs() -> Any:
         for _ in range(at_once - 1):

@@ -11,6 +11,8 @@ from bench.processes.rendezvous import meet
 from pallas_kernels.chips import Chip, chip_of
 
 MAX_VIRTUAL_DEVICES = 256
+_VIRTUAL_DEVICES = 8
+"""Where nobody says how many."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +54,7 @@ def known_chip(device: jax.Device) -> Chip:
 
 
 def start(
-    num_devices: int,
+    num_devices: int | None,
     *,
     say: Callable[[str], None],
     coordinator: str | None = None,
@@ -65,7 +67,7 @@ def start(
     accelerators than asked for on a single host, it makes virtual CPU devices.
 
     Args:
-      num_devices: how many devices the mesh needs.
+      num_devices: how many devices the mesh needs; None takes all accelerators, or else makes eight virtual devices.
       say: is told for whom it waits.
       coordinator: host:port of process 0, for `jax.distributed`.
       num_processes: processes in all.
@@ -76,10 +78,13 @@ def start(
         what to do.
     """
     joined = _join(coordinator, num_processes, process_id, say)
-    if num_devices <= MAX_VIRTUAL_DEVICES:
-        share = -(-num_devices // (num_processes or 1))
+    num_virtual = num_devices or _VIRTUAL_DEVICES
+    if num_virtual <= MAX_VIRTUAL_DEVICES:
+        share = -(-num_virtual // (num_processes or 1))
         jax.config.update("jax_num_cpu_devices", share)
     found = jax.devices()
+    if num_devices is None:
+        num_devices = num_virtual if found[0].platform == "cpu" else len(found)
     if found[0].platform != "cpu" and len(found) >= num_devices:
         kind = found[0].device_kind
         return Devices(tuple(found[:num_devices]), False, f"{num_devices} of {len(found)} {kind} devices")

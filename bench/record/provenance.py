@@ -52,9 +52,9 @@ def package_version(package: str) -> str | None:
         return None
 
 
-def chip_name() -> str:
-    """The first device as it calls itself; a CPU's architecture and cores."""
-    device = jax.devices()[0]
+def chip_name(device: jax.Device | None = None) -> str:
+    """A device, the first if None, as it calls itself; a CPU's architecture and cores."""
+    device = jax.devices()[0] if device is None else device
     return f"{platform.machine()} CPU, {os.cpu_count()} cores" if device.platform == "cpu" else device.device_kind
 
 

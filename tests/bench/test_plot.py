@@ -10,6 +10,7 @@ import bench.layer
 import bench.permute
 from bench.command.parser import run
 from bench.plot import REPORT, main
+from bench.record.json_files import append_records
 from bench.train import main as train_main
 from tests.bench.training.tiny_runs import SIZES
 
@@ -75,11 +76,36 @@ def test_figures_without_data_are_left_out_with_the_reason(systems):
     assert "Left out: train.jsonl has no finished run; python -m bench.train writes it." in page
 
 
+def moved(movement, tokens, **changes):
+    """A record of bench.comm, in which a call takes as many µs as a chip has tokens."""
+    step = {"median_us": float(tokens), "needed_bytes": 1, "gb_per_s": 2.5, "link_share": None}
+    sizes = {"ep": 4, "hidden": 128, "experts": 8, "k": 2}
+    origin = {"time": "2026-01-01T00:00:00+00:00", "command": "python -m bench.comm", "chip": "a chip", "commit": "abc"}
+    what = {"movement": movement, "tokens": tokens, "load": "text", "precision": "w8a8", "error": None, "versions": {}}
+    return {**what, **sizes, **origin, "send": step, "give_back": step, "together": step, **changes}
+
+
+@needs_matplotlib
+def test_what_moving_tokens_costs(tmp_path):
+    failed = moved("remote", 16, send=None, give_back=None, together=None, error="ValueError: wrong result")
+    records = [moved("dense", 16), moved("dense", 128), moved("lax.all_to_all", 16, load="zipf"), failed]
+    append_records(tmp_path / "comm.jsonl", records)
+    assert run(main, [str(tmp_path)]) == 0
+    page = (tmp_path / REPORT).read_text()
+    assert page.count("<svg") == 1
+    for text in ("ep 4, text, H 128, E 8, K 2", "ep 4, zipf", "lax.all_to_all", "tokens of a chip"):
+        assert f">{text}" in page
+    assert '<td>dense</td><td class="number">128.000</td>' in page
+    assert "remote" not in page
+    assert "python -m bench.comm" in page
+
+
 @needs_matplotlib
 def test_an_empty_folder_is_refused(tmp_path, capsys):
     assert run(main, [str(tmp_path)]) == 2
     assert (
-        "has none of train.jsonl, sweep.jsonl, layer.jsonl, permute.jsonl with records in it" in capsys.readouterr().err
+        "has none of train.jsonl, sweep.jsonl, layer.jsonl, permute.jsonl, comm.jsonl with records in it"
+        in capsys.readouterr().err
     )
 
 
