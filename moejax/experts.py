@@ -18,7 +18,7 @@ from pallas_kernels.grouped_matmul import (
     grouped_matmul,
     result_can_stay,
 )
-from pallas_kernels.quantize import QTensor, Quantization, block_shape, quantize
+from pallas_kernels.quantize import QTensor, Quantization, Rounded, Rows, block_shape, quantize
 from pallas_kernels.tracing.unless_differentiated import unless_differentiated
 
 
@@ -45,7 +45,7 @@ class ExpertMath:
 
     def __call__(
         self,
-        rows: Operand,
+        rows: Rows,
         group_sizes: jax.Array,
         gate_up: Operand,
         down: Operand,
@@ -69,12 +69,13 @@ class ExpertMath:
         h = self.gate_up(rows, group_sizes, gate_up, k_major=k_major[0], bias=biases[0])
         return self.down(h, group_sizes, down, k_major=k_major[1], bias=biases[1])
 
-    def rounded(self, x: jax.Array) -> Operand:
-        """Tokens [T, H] as they are copied to experts: in 8 bits, rounded once for each, if they can stay so."""
+    def rounded(self, x: jax.Array) -> Rows:
+        """Tokens [T, H] as they are copied to experts: rounded before, if rows have scales of their own."""
         quantization = self.quantization
-        if not self.stays_in_8_bits or quantization is None or block_shape(quantization.lhs_scaling)[0] != 1:
+        if quantization is None or block_shape(quantization.lhs_scaling)[0] != 1:
             return x
-        return quantize(x, quantization.dtype, scaling=quantization.lhs_scaling)
+        in_8_bits = quantize(jax.lax.stop_gradient(x), quantization.dtype, scaling=quantization.lhs_scaling)
+        return in_8_bits if self.stays_in_8_bits else Rounded(x, in_8_bits)
 
     def serve_or_train[Result](self, run: Callable[..., Result], *operands: Any) -> Result:
         """run(math, *operands): with rows that stay in 8 bits where no gradient is asked for, by this math elsewhere.
@@ -87,7 +88,7 @@ class ExpertMath:
         return unless_differentiated(serve, functools.partial(run, self), *operands)
 
     def gate_up(
-        self, rows: Operand, group_sizes: jax.Array, weights: Operand, *, k_major: bool, bias: jax.Array | None = None
+        self, rows: Rows, group_sizes: jax.Array, weights: Operand, *, k_major: bool, bias: jax.Array | None = None
     ) -> Operand:
         """Kernel one: rows [R, H] -> [R, I], in 8 bits if it can stay so, in float32 if kernel two will round it."""
         quantization, width = self.quantization, weights.shape[1 if k_major else 2] // 2
@@ -128,7 +129,7 @@ def math_of(config: MoEConfig) -> ExpertMath:
 
 
 def expert_mlp(
-    rows: Operand,
+    rows: Rows,
     group_sizes: jax.Array,
     gate_up: Operand,
     down: Operand,
@@ -156,7 +157,7 @@ def expert_mlp(
 
 
 def gate_up_projection(
-    rows: Operand, group_sizes: jax.Array, gate_up: Operand, math: ExpertMath, *, bias: jax.Array | None = None
+    rows: Rows, group_sizes: jax.Array, gate_up: Operand, math: ExpertMath, *, bias: jax.Array | None = None
 ) -> Operand:
     """Kernel one of `expert_mlp` alone: rows [R, H] -> [R, I]."""
     weights = flat_halves(_in_compute_dtype(gate_up, math))

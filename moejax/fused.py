@@ -10,7 +10,7 @@ from moejax.experts import ExpertMath
 from moejax.packing import GateUpOrder, Layout, split_gate_up
 from pallas_kernels.activations import Activation
 from pallas_kernels.plan import in_int32
-from pallas_kernels.quantize import Operand, QTensor, Quantization, block_shape
+from pallas_kernels.quantize import Operand, QTensor, Quantization, Rows, block_shape
 from sharding.exchange import Way, Wire, check_transport, exchange
 from sharding.partition import Axes
 from sharding.placement import Placement
@@ -98,7 +98,7 @@ def _run(
 ) -> jax.Array:
     """The exchange with `math` as the experts."""
 
-    def experts(params: dict[str, Any], rows: Operand, group_sizes: jax.Array) -> jax.Array:
+    def experts(params: dict[str, Any], rows: Rows, group_sizes: jax.Array) -> jax.Array:
         w1, w2 = params["w1"], params["w2"]
         return math(rows, group_sizes, w1, w2, k_major=(k_major, k_major), biases=(params["b1"], params["b2"]))
 

@@ -22,7 +22,7 @@ from moejax.config import MoEConfig
 from moejax.experts import ExpertMath, down_projection, expert_mlp, gate_up_projection
 from moejax.params import EXPERT_FIELDS, MoEParams
 from moejax.routers.base import Decision, Given
-from pallas_kernels.quantize import Operand
+from pallas_kernels.quantize import Operand, Rows
 from sharding.exchange import Transport, Way, Wire, exchange, pick_transport
 from sharding.partition import Axes
 from sharding.placement import Placement
@@ -65,11 +65,11 @@ class Stages:
         """Stage 2: choices int32 [T, K] -> the plan of one round, with `group_sizes` [L], rows of local experts."""
         return self.transport.plan_rows(topk_ids, self.way)
 
-    def send(self, x: Operand, plan: Any) -> Operand:
+    def send(self, x: Rows, plan: Any) -> Rows:
         """Stage 3: x [T, H], as `inputs` has it -> rows [C, H]."""
         return self.transport.send(x, plan, self.way)
 
-    def gate_up(self, rows: Operand, plan: Any, params: MoEParams) -> Operand:
+    def gate_up(self, rows: Rows, plan: Any, params: MoEParams) -> Operand:
         """Stage 4, kernel one: rows [C, H] -> h [C, I]."""
         return gate_up_projection(rows, plan.group_sizes, params.gate_up, self.math, bias=params.gate_up_bias)
 
@@ -122,7 +122,7 @@ class Stages:
         """
         inputs, topk_weights = self.inputs(x, topk_weights)
 
-        def experts(params: dict[str, Any], rows: Operand, group_sizes: jax.Array) -> jax.Array:
+        def experts(params: dict[str, Any], rows: Rows, group_sizes: jax.Array) -> jax.Array:
             return expert_mlp(rows, group_sizes, math=self.math, **params)
 
         return exchange(

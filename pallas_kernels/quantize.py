@@ -64,8 +64,38 @@ class QTensor:
         return QTensor(self.values.mT, self.scale.mT)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rounded:
+    """An array with what it is in 8 bits: products take the 8 bits, and gradients pass the rounding to the array.
+
+    Of the array, nothing is computed but what someone takes of it.
+    """
+
+    array: jax.Array
+    in_8_bits: QTensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the array."""
+        return self.array.shape
+
+    @property
+    def ndim(self) -> int:
+        """The rank of the array."""
+        return self.array.ndim
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The dtype of the array."""
+        return self.array.dtype
+
+
 Operand = jax.Array | QTensor
 """What a matrix product takes."""
+
+Rows = Operand | Rounded
+"""What its rows may be, and what may travel."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,13 +22,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.quantize import Operand, QTensor
+from pallas_kernels.quantize import Operand, QTensor, Rows
 from sharding.collectives import as_bytes, gather
 
 AxisNames = tuple[str, ...]
 
 
-def gather_tokens[Rows: Operand](rows: Rows, axes: AxisNames) -> Rows:
+def gather_tokens[Kind: Rows](rows: Kind, axes: AxisNames) -> Kind:
     """[T, …] of each chip -> [tp·T, …] on all of them, in the order of the chips; as they are along no axes."""
     return jax.tree.map(lambda leaf: gather(leaf, axes, 0), rows) if axes else rows
 
@@ -38,7 +38,7 @@ def sum_tokens(partial: jax.Array, axes: AxisNames) -> jax.Array:
     return _sum(lax.all_to_all(partial, axes, 0, 0, tiled=True), axes)
 
 
-def to_columns[Rows: Operand](rows: Rows, axes: AxisNames) -> Rows:
+def to_columns[Kind: Operand](rows: Kind, axes: AxisNames) -> Kind:
     """[T, H] of each chip -> [tp·T, H / tp], a part of the columns of all tokens of the group."""
 
     def move(leaf: jax.Array) -> jax.Array:
@@ -54,7 +54,7 @@ def to_tokens(columns: jax.Array, axes: AxisNames) -> jax.Array:
     return lax.all_to_all(columns, axes, 0, 1, tiled=True)
 
 
-def gather_columns[Rows: Operand](columns: Rows, axes: AxisNames, *, has_row_scales: bool = False) -> Rows:
+def gather_columns[Kind: Operand](columns: Kind, axes: AxisNames, *, has_row_scales: bool = False) -> Kind:
     """[R, H / tp] of each chip -> [R, H] on all of them; `has_row_scales` if a scale is one of a whole row."""
     if isinstance(columns, QTensor) and has_row_scales:
         return dataclasses.replace(columns, values=gather(columns.values, axes, 1))

@@ -171,7 +171,7 @@ def balanced_slab(choices: int, ep: int) -> int:
 
 def on_the_wire(x: jax.Array, way: Way) -> Operand:
     """Rows as they leave."""
-    return x if way.wire is None else way.wire.rounded(x)
+    return x if way.wire is None else way.wire.rounded(x).in_8_bits
 
 
 def as_arrived(x: jax.Array, way: Way) -> jax.Array:

@@ -8,7 +8,8 @@ never read as data and come out as zeros.
 
 Operands may be quantised two ways. A `QTensor` is a constant in 8 bits (serving: no gradient reaches it). With
 `quantization=` the operands arrive in BF16 or float32 and are rounded inside; the gradient passes the rounding as if
-it were not there (straight-through) and uses the rounded operands (training).
+it were not there (straight-through) and uses the rounded operands (training). Rows that were rounded before, as fewer
+tokens, are a `Rounded`, for which the same holds.
 """
 
 import jax
@@ -18,14 +19,24 @@ from pallas_kernels.activations import Activation
 from pallas_kernels.grouped_matmul.checks import check_gate_up, check_operands
 from pallas_kernels.grouped_matmul.gradients import GATE_UP_NAME, activated, factors, multiplied
 from pallas_kernels.grouped_matmul.group_sizes import as_group_sizes
-from pallas_kernels.quantize import Operand, QDtype, QTensor, Quantization, Scaling, check_qdtype, scale_shape
+from pallas_kernels.quantize import (
+    Operand,
+    QDtype,
+    QTensor,
+    Quantization,
+    Rounded,
+    Rows,
+    Scaling,
+    check_qdtype,
+    scale_shape,
+)
 
 _RESULT_SCALING: Scaling = "1x128"
 """How `grouped_gate_up_in_8_bits` scales its result."""
 
 
 def grouped_matmul(
-    lhs: Operand,
+    lhs: Rows,
     rhs: Operand,
     group_sizes: jax.Array,
     *,
@@ -39,7 +50,7 @@ def grouped_matmul(
     """Multiplies each group of rows by that group's matrix, and adds its bias.
 
     Args:
-      lhs: [M, K], BF16, FP16, float32, or a QTensor. Rows lie sorted by group.
+      lhs: [M, K], BF16, FP16, float32, a QTensor or a `Rounded`. Rows lie sorted by group.
       rhs: [G, K, N] ([G, N, K] with `transpose_rhs`), the same kinds.
       group_sizes: integer [E], E ≥ G: rows per group, for all groups that the rows are sorted by. A negative one counts
         as 0, and groups end at row M however many rows they claim; inside of `pallas_kernels.debug.debug_checks` both
@@ -58,7 +69,7 @@ def grouped_matmul(
       ValueError: shapes or dtypes do not fit; group_sizes that are known at trace time are negative or exceed M.
       Unsupported: a named backend cannot do this.
     """
-    check_operands(lhs, rhs, group_sizes, bias, group_offset, transpose_rhs)
+    check_operands(_multiplied(lhs), rhs, group_sizes, bias, group_offset, transpose_rhs)
     group_sizes = as_group_sizes(group_sizes, lhs.shape[0])
     offset = jnp.asarray(group_offset, jnp.int32)
     operands = factors(lhs, rhs, group_sizes, offset, transpose_rhs=transpose_rhs, quantization=quantization)
@@ -66,7 +77,7 @@ def grouped_matmul(
 
 
 def grouped_gate_up(
-    lhs: Operand,
+    lhs: Rows,
     rhs: Operand,
     group_sizes: jax.Array,
     *,
@@ -82,7 +93,7 @@ def grouped_gate_up(
     """act(lhs · gate + b_gate) · (lhs · up + b_up) for each group of rows: kernel one of an expert MLP.
 
     Args:
-      lhs: [M, H], BF16, FP16, float32, or a QTensor. Rows lie sorted by group.
+      lhs: [M, H], BF16, FP16, float32, a QTensor or a `Rounded`. Rows lie sorted by group.
       rhs: [G, H, 2I] ([G, 2I, H] with `transpose_rhs`), the gate matrix in the first I columns and the up matrix in
         the last I.
       group_sizes: integer [E], E ≥ G: rows per group; see `grouped_matmul` for negative ones and too many rows.
@@ -103,7 +114,7 @@ def grouped_gate_up(
       ValueError: shapes or dtypes do not fit; group_sizes that are known at trace time are negative or exceed M.
       Unsupported: a named backend cannot do this.
     """
-    check_gate_up(lhs, rhs, group_sizes, bias, group_offset, transpose_rhs, activation, activation_limit)
+    check_gate_up(_multiplied(lhs), rhs, group_sizes, bias, group_offset, transpose_rhs, activation, activation_limit)
     group_sizes = as_group_sizes(group_sizes, lhs.shape[0])
     offset = jnp.asarray(group_offset, jnp.int32)
     operands = factors(lhs, rhs, group_sizes, offset, transpose_rhs=transpose_rhs, quantization=quantization)
@@ -118,7 +129,7 @@ def grouped_gate_up(
 
 
 def grouped_gate_up_in_8_bits(
-    lhs: Operand,
+    lhs: Rows,
     rhs: Operand,
     group_sizes: jax.Array,
     *,
@@ -153,7 +164,7 @@ def grouped_gate_up_in_8_bits(
       ValueError: as `grouped_gate_up`, or I is not divisible by 128.
       Unsupported: a named backend cannot do this.
     """
-    check_gate_up(lhs, rhs, group_sizes, bias, group_offset, transpose_rhs, activation, activation_limit)
+    check_gate_up(_multiplied(lhs), rhs, group_sizes, bias, group_offset, transpose_rhs, activation, activation_limit)
     group_sizes = as_group_sizes(group_sizes, lhs.shape[0])
     scale_shape((lhs.shape[0], rhs.shape[1 if transpose_rhs else 2] // 2), _RESULT_SCALING)
     lhs, rhs, bias = jax.lax.stop_gradient((lhs, rhs, bias))
@@ -174,7 +185,11 @@ def result_can_stay(quantization: Quantization, width: int) -> bool:
     return quantization.lhs_scaling == _RESULT_SCALING and width % 128 == 0
 
 
-def _result_dtype(lhs: Operand, preferred: jax.typing.DTypeLike | None) -> jnp.dtype:
+def _multiplied(lhs: Rows) -> Operand:
+    return lhs.in_8_bits if isinstance(lhs, Rounded) else lhs
+
+
+def _result_dtype(lhs: Rows, preferred: jax.typing.DTypeLike | None) -> jnp.dtype:
     if preferred is not None:
         return jnp.dtype(preferred)
     return jnp.dtype(jnp.bfloat16) if isinstance(lhs, QTensor) else lhs.dtype

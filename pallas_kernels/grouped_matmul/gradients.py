@@ -19,7 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from pallas_kernels.activations import Activation, gated_halves
 from pallas_kernels.grouped_matmul.group_sizes import bounds
 from pallas_kernels.primitive import Operands, Operator, is_asked_for, is_zero, zero_tangent
-from pallas_kernels.quantize import Operand, QTensor, Quantization, block_shape, quantize
+from pallas_kernels.quantize import Operand, QTensor, Quantization, Rounded, Rows, block_shape, quantize
 
 GATE_UP_NAME = "moe_gate_up"
 """What `jax.checkpoint` knows the product of gate and up as, before the activation, where a gradient is asked for."""
@@ -187,7 +187,7 @@ correlated = Operator(
 
 
 def factors(
-    lhs: Operand,
+    lhs: Rows,
     rhs: Operand,
     group_sizes: jax.Array,
     group_offset: jax.Array,
@@ -201,6 +201,8 @@ def factors(
     """
     lhs_face = rhs_face = None
     face_transposed = transpose_rhs
+    if isinstance(lhs, Rounded):
+        lhs_face, lhs = lhs.array, lhs.in_8_bits
     lhs, rhs = _constant(lhs), _constant(rhs)
     if quantization is not None and not isinstance(lhs, QTensor):
         lhs_face = lhs

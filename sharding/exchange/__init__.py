@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.quantize import Operand
+from pallas_kernels.quantize import Rows
 from sharding.exchange.between_chips import LATER_ROUNDS
 from sharding.exchange.pick import check_transport, pick_transport
 from sharding.exchange.transport import DISPATCHED_NAME, PLAN_NAME, RETURNED_NAME, Experts, Transport
@@ -28,7 +28,7 @@ from sharding.exchange.wire import Wire
 
 
 def exchange(
-    x: Operand,
+    x: Rows,
     topk_weights: jax.Array,
     topk_ids: jax.Array,
     experts: Experts,
@@ -40,8 +40,8 @@ def exchange(
     """Σ_k topk_weights[t, k] · expert[topk_ids[t, k]](x[t]) for this chip's tokens.
 
     Args:
-      x: [T, H], BF16, FP16 or float32; or a QTensor in which every row has scales of its own, without a gradient, whose
-        rows travel as they are.
+      x: [T, H], BF16, FP16 or float32; or a QTensor in which every row has scales of its own, without a gradient, or a
+        `Rounded` with such scales: the 8 bits travel as they are, and `experts` get rows of the same kind.
       topk_weights: [T, K] float32.
       topk_ids: int32 [T, K], numbers of experts over the whole expert axis; −1 for a choice that is not made.
       experts: applies the L local experts; where their width is split, gives partial sums.

@@ -18,7 +18,7 @@ from jax import lax
 from pallas_kernels.combine import combine
 from pallas_kernels.dispatch import dispatch
 from pallas_kernels.plan import Plan, each_choice, unsorted_plan
-from pallas_kernels.quantize import Operand, QTensor, dequantize
+from pallas_kernels.quantize import Operand, QTensor, Rounded, Rows, dequantize
 from pallas_kernels.tracing.varying import vary_over, varying_axes
 from sharding.exchange.parcel import Parcel
 from sharding.exchange.room import slab_and_rounds
@@ -59,7 +59,7 @@ class BetweenChips(abc.ABC):
         """The `RoundPlan` of what leaves and arrives in a round."""
 
     @abc.abstractmethod
-    def carry[Rows: Operand](self, rows: Rows, plan: Any, way: Way) -> Rows:
+    def carry[Kind: Operand](self, rows: Kind, plan: Any, way: Way) -> Kind:
         """Rows in the order of plan.departure -> the rows that arrive here, [ep·S, H], sorted by local expert."""
 
     @abc.abstractmethod
@@ -75,7 +75,7 @@ class BetweenChips(abc.ABC):
         slab, _ = slab_and_rounds(topk_ids.shape, way)
         return self.plan_round(self._prepared(topk_ids, way), slab, 0, way)
 
-    def send(self, x: Operand | Parcel, plan: Any, way: Way) -> Any:
+    def send(self, x: Rows | Parcel, plan: Any, way: Way) -> Any:
         """Brings every token's row to the ranks of its experts.
 
         Quantising, exchanging and dequantising are one step to autodiff, with faces in the dtype of `x`: an 8-bit
@@ -84,16 +84,21 @@ class BetweenChips(abc.ABC):
 
         Args:
           x: [T, H], BF16, FP16 or float32; or a QTensor in which every row has scales of its own, without a gradient;
-            or a `Parcel` of such rows.
+            or a `Rounded` with such scales; or a `Parcel` of any of these.
           plan: from `plan_round`; with `way.columns_over`, of the tokens of all chips of that group.
           way: how rows travel.
 
         Returns:
           [ep·S, H] of the kind of `x`, sorted by local expert; rows past plan.group_sizes may be anything.
         """
-        if isinstance(x, Parcel):
-            return _parcel_sent(self, x, plan, way)
-        return _parcel_sent(self, Parcel(x), plan, way).rows
+        if isinstance(x, Parcel):  # what is beside is too narrow for a kernel to be worth it
+            beside = _sent(self, x.beside, plan, dataclasses.replace(way, backend="xla"))
+            return Parcel(self.send(x.rows, plan, way), beside)
+        if isinstance(x, Rounded):
+            return _rounded_sent(self, x, plan, way)
+        if isinstance(x, QTensor) or way.wire is None:
+            return _sent(self, x, plan, way)
+        return _rounded_sent(self, way.wire.rounded(x), plan, way).array
 
     def give_back(self, rows: jax.Array, plan: Any, way: Way) -> jax.Array:
         """Sends what the experts made of each row back to where the row came from, never below BF16.
@@ -127,7 +132,7 @@ class BetweenChips(abc.ABC):
 
     def exchange(
         self,
-        x: Operand | Parcel,
+        x: Rows | Parcel,
         topk_weights: jax.Array,
         topk_ids: jax.Array,
         experts: Experts,
@@ -155,7 +160,7 @@ class BetweenChips(abc.ABC):
         return self.prepare(gather_tokens(topk_ids, way.columns_over), way)
 
 
-def result_dtype(experts: Experts, params: Any, x: Operand | Parcel, way: Way) -> jnp.dtype:
+def result_dtype(experts: Experts, params: Any, x: Rows | Parcel, way: Way) -> jnp.dtype:
     """The dtype of what the experts make of rows x: that of the rows, unless they are in 8 bits."""
     rows = x.rows if isinstance(x, Parcel) else x
     if not isinstance(rows, QTensor):
@@ -164,18 +169,10 @@ def result_dtype(experts: Experts, params: Any, x: Operand | Parcel, way: Way) -
     return jax.eval_shape(experts, params, x, sizes).dtype
 
 
-def _parcel_sent(transport: BetweenChips, x: Parcel, plan: RoundPlan, way: Way) -> Parcel:
-    """See `send`."""
-    beside = x.beside
-    if beside is not None:  # too narrow for a kernel to be worth it
-        beside = _sent(transport, beside, plan, dataclasses.replace(way, backend="xla"))
-    rounded = x.rounded
-    if rounded is None and way.wire is not None and not isinstance(x.rows, QTensor):
-        rounded = way.wire.rounded(lax.stop_gradient(x.rows))
-    if rounded is None:
-        return Parcel(_sent(transport, x.rows, plan, way), None, beside)
-    rounded = lax.stop_gradient(_sent(transport, lax.stop_gradient(rounded), plan, way))
-    return Parcel(_unpacked(transport, x.rows, rounded, plan, way), rounded, beside)
+def _rounded_sent(transport: BetweenChips, x: Rounded, plan: RoundPlan, way: Way) -> Rounded:
+    """The 8 bits travel; the array is made of them there, should anyone take it."""
+    in_8_bits = lax.stop_gradient(_sent(transport, lax.stop_gradient(x.in_8_bits), plan, way))
+    return Rounded(_unpacked(transport, x.array, in_8_bits, plan, way), in_8_bits)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 4))
@@ -192,7 +189,7 @@ def _unpacked_jvp(transport, way, primals, tangents):
     return _unpacked(transport, x, arrived, plan, way), _sent(transport, dx, plan, way)
 
 
-def _sent[Rows: Operand](transport: BetweenChips, x: Rows, plan: RoundPlan, way: Way) -> Rows:
+def _sent[Kind: Operand](transport: BetweenChips, x: Kind, plan: RoundPlan, way: Way) -> Kind:
     """The rows as they are. Their gradient travels as `give_back` has it, and is summed as `combine` does."""
     has_row_scales = isinstance(x, QTensor) and x.scale.shape[1] == 1
     if way.columns_over:

@@ -19,12 +19,13 @@ the experts (`way.columns_over`) do so within a node; across nodes each sends th
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.quantize import Operand
+from pallas_kernels.quantize import QTensor, Rounded, Rows
 from sharding.exchange.between_chips import BetweenChips, result_dtype
 from sharding.exchange.parcel import Parcel
 from sharding.exchange.room import fit_slab, usual_choices
@@ -88,7 +89,7 @@ class Hierarchical:
 
     def exchange(
         self,
-        x: Operand,
+        x: Rows,
         topk_weights: jax.Array,
         topk_ids: jax.Array,
         experts: Experts,
@@ -105,10 +106,10 @@ class Hierarchical:
         hops = self.hops(topk_ids.shape, way)
         nodes = chosen_nodes(topk_ids, way.placement.num_experts, hops)
         return self.outer.exchange(
-            Parcel(x, beside=jnp.concatenate([topk_ids.astype(jnp.float32), topk_weights], 1)),
+            Parcel(_as_it_travels(x, way), jnp.concatenate([topk_ids.astype(jnp.float32), topk_weights], 1)),
             jnp.ones(nodes.shape, jnp.float32),
             nodes,
-            _Node(self.inner, experts, hops),
+            _Node(self.inner, experts if _as_it_travels(x, way) is x else functools.partial(_on_arrays, experts), hops),
             params,
             hops.across,
             preferred_element_type=preferred_element_type,
@@ -128,11 +129,13 @@ class Hierarchical:
         within = self.inner.plan_rows(ids_here(ids, across.group_sizes, hops), hops.within)
         return TwoPlans(across, within, topk_ids.shape)
 
-    def send(self, x: Operand, plan: TwoPlans, way: Way) -> Operand:
+    def send(self, x: Rows, plan: TwoPlans, way: Way) -> Rows:
         """[T, H] -> [C, H], sorted by local expert, in two hops."""
         hops = self.hops(plan.shape, way)
-        arrived = self.outer.send(Parcel(x), plan.across, hops.across)
-        return self.inner.send(arrived, plan.within, hops.within).rows
+        travels = _as_it_travels(x, way)
+        arrived = self.outer.send(travels, plan.across, hops.across)
+        rows = self.inner.send(arrived, plan.within, hops.within)
+        return rows if travels is x else rows.array
 
     def give_back(self, rows: jax.Array, plan: TwoPlans, way: Way) -> jax.Array:
         """[C, H] -> the slots from which the rows left within the node."""
@@ -220,21 +223,26 @@ class _Node:
 
     def __call__(self, params: Any, rows: Parcel, group_sizes: jax.Array) -> jax.Array:
         """Rows [C, H] with ids and weights [C, K] -> the sums [C, H] over this node's experts, in their own dtype."""
-        assert rows.beside is not None
         ids, weights = jnp.split(rows.beside, 2, axis=1)
-        alone = dataclasses.replace(rows, beside=None)
         return self.inner.exchange(
-            alone,
+            rows.rows,
             weights,
             ids_here(ids, group_sizes, self.hops),
-            self._on_rows,
+            self.experts,
             params,
             self.hops.within,
-            preferred_element_type=result_dtype(self._on_rows, params, alone, self.hops.within),
+            preferred_element_type=result_dtype(self.experts, params, rows.rows, self.hops.within),
         )
 
-    def _on_rows(self, params: Any, rows: Parcel, group_sizes: jax.Array) -> jax.Array:
-        return self.experts(params, rows.rows, group_sizes)
+
+def _as_it_travels(x: Rows, way: Way) -> Rows:
+    """What is rounded for the wire is rounded before the first hop, and not again before the second."""
+    return x if way.wire is None or isinstance(x, QTensor | Rounded) else way.wire.rounded(x)
+
+
+def _on_arrays(experts: Experts, params: Any, rows: Rounded, group_sizes: jax.Array) -> jax.Array:
+    """The experts, where only the wire rounds rows."""
+    return experts(params, rows.array, group_sizes)
 
 
 def chosen_nodes(topk_ids: jax.Array, num_experts: int, hops: Hops) -> jax.Array:

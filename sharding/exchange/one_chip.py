@@ -9,7 +9,7 @@ import jax
 from pallas_kernels.combine import combine
 from pallas_kernels.dispatch import dispatch
 from pallas_kernels.plan import Plan, make_plan
-from pallas_kernels.quantize import Operand
+from pallas_kernels.quantize import Rows
 from sharding.exchange.room import bounded
 from sharding.exchange.transport import in_one_round
 from sharding.exchange.way import Way
@@ -22,8 +22,8 @@ def plan_rows(topk_ids: jax.Array, way: Way) -> Plan:
     return bounded(plan, way)
 
 
-def send[Rows: Operand](x: Rows, plan: Plan, way: Way) -> Rows:
-    """Rows x [T, H] -> [C, H], sorted by expert; a QTensor if every row has scales of its own."""
+def send[Kind: Rows](x: Kind, plan: Plan, way: Way) -> Kind:
+    """Rows x [T, H] -> [C, H], sorted by expert; in 8 bits if every row has scales of its own."""
     return dispatch(gather_tokens(x, way.columns_over), plan, backend=way.backend)
 
 

@@ -5,7 +5,7 @@ from typing import final
 
 import jax
 
-from pallas_kernels.quantize import Operand, QTensor
+from pallas_kernels.quantize import Rows
 
 
 @final
@@ -15,14 +15,12 @@ class Parcel:
     """What `BetweenChips` takes in place of rows, and then gives in place of them.
 
     Attributes:
-      rows: [T, H], BF16, FP16 or float32, whose gradients these are; or a QTensor, which takes none.
-      rounded: the same rows in 8 bits, if an earlier exchange rounded them: they travel then, not rounded again.
-      beside: [T, B], travels as it is; None for nothing.
+      rows: [T, H], as an exchange takes them.
+      beside: [T, B], travels as it is.
     """
 
-    rows: Operand
-    rounded: QTensor | None = None
-    beside: jax.Array | None = None
+    rows: Rows
+    beside: jax.Array
 
     @property
     def dtype(self) -> jax.typing.DTypeLike:

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from pallas_kernels.quantize import Operand
+from pallas_kernels.quantize import Rows
 from sharding.exchange.way import Way
 
 PLAN_NAME, DISPATCHED_NAME, RETURNED_NAME = "moe_plan", "moe_dispatched", "moe_returned"
@@ -28,7 +28,7 @@ class Exchange(Protocol):
 
     def __call__(
         self,
-        x: Operand,
+        x: Rows,
         topk_weights: jax.Array,
         topk_ids: jax.Array,
         experts: Experts,
@@ -84,7 +84,7 @@ def in_one_round(
     """The `exchange` of a transport that takes these four functions of its one after the other."""
 
     def exchange(
-        x: Operand,
+        x: Rows,
         topk_weights: jax.Array,
         topk_ids: jax.Array,
         experts: Experts,

@@ -4,7 +4,7 @@ import dataclasses
 
 import jax
 
-from pallas_kernels.quantize import QDtype, QTensor, Scaling, quantize
+from pallas_kernels.quantize import QDtype, Rounded, Scaling, quantize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +19,6 @@ class Wire:
     dtype: QDtype = "float8_e4m3fn"
     scaling: Scaling = "1x128"
 
-    def rounded(self, rows: jax.Array) -> QTensor:
-        """`rows` [T, H] as they travel."""
-        return quantize(rows, self.dtype, scaling=self.scaling)
+    def rounded(self, rows: jax.Array) -> Rounded:
+        """`rows` [T, H] with what travels of them."""
+        return Rounded(rows, quantize(jax.lax.stop_gradient(rows), self.dtype, scaling=self.scaling))

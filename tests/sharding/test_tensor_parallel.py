@@ -188,5 +188,5 @@ def test_rows_that_travel_in_8_bits_are_rounded_once(wire, rng):
     _, weights, ids, parts = problem(rng, hidden)
     x = normal(rng, 384, hidden)
     y = tensor_parallel((2, 2, 2), Partition(), wire)(x, weights, ids, parts)
-    rounded = dequantize(wire.rounded(x))
+    rounded = dequantize(wire.rounded(x).in_8_bits)
     assert relative_error(y, plain_sum(rounded, weights, ids, parts)) < LIMIT["float32"]

@@ -12,7 +12,7 @@ from jax import lax
 from pallas_kernels.combine import combine
 from pallas_kernels.dispatch import dispatch
 from pallas_kernels.plan import Plan, each_choice, make_plan, unsorted_plan
-from pallas_kernels.quantize import QTensor, dequantize
+from pallas_kernels.quantize import QTensor, Rounded, Rows, dequantize
 from sharding.collectives import gather
 from sharding.exchange.transport import in_one_round
 from sharding.exchange.way import Way
@@ -41,11 +41,13 @@ def plan_rows(topk_ids: jax.Array, way: Way) -> GroupPlan:
     return GroupPlan(rows, unsorted_plan(topk_ids))
 
 
-def send(x: jax.Array, plan: GroupPlan, way: Way) -> jax.Array:
+def send(x: Rows, plan: GroupPlan, way: Way) -> Rows:
     """Rows x [T, H] -> [C, H], sorted by local expert."""
-    rounded = x if way.wire is None else way.wire.rounded(x)
-    rows = dequantize(rounded, x.dtype) if isinstance(rounded, QTensor) else rounded
-    everywhere = lax.all_gather(gather_tokens(rows, way.columns_over), way.axes.expert, tiled=True)
+    if way.wire is not None and not isinstance(x, QTensor | Rounded):
+        x = x + lax.stop_gradient(dequantize(way.wire.rounded(x).in_8_bits, x.dtype) - x)
+    everywhere = jax.tree.map(
+        lambda leaf: lax.all_gather(gather_tokens(leaf, way.columns_over), way.axes.expert, tiled=True), x
+    )
     return dispatch(everywhere, plan.rows, backend=way.backend)
 
 
