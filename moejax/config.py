@@ -50,8 +50,8 @@ class MoEConfig:
       scale_inputs: multiply the weight into the expert's input instead of its output (Llama 4; K = 1).
       precision: "w16a16" or "w8a8"; see `PRECISIONS`.
       quantization: dtypes and scalings of "w8a8".
-      wire_scaling: scaling of the 8-bit rows that "w8a8" sends between chips in training, in the dtype of
-        `quantization`. Where no gradient is asked for, rows are rounded once, for the product, and travel so.
+      wire_scaling: scaling of the 8-bit rows that "w8a8" sends between chips, in the dtype of `quantization`, where
+        `quantization.lhs_scaling` is not of one row. Where it is, rows travel as they are multiplied.
       capacity_factor: None drops nothing. A number, to a thousandth, bounds what an expert takes of T tokens to
         ⌈capacity_factor · T·K / E⌉; what is dropped is counted and returned.
       capacity_of: which T tokens a capacity refers to: those of the whole "batch", so that the same choices are dropped
@@ -151,6 +151,12 @@ class MoEConfig:
             "False where there is no shared expert",
             self.shared_gate,
         )
+
+    @property
+    def scaling_of_rows(self) -> Scaling:
+        """Of the 8-bit rows that travel between chips."""
+        lhs_scaling = self.quantization.lhs_scaling
+        return lhs_scaling if block_shape(lhs_scaling)[0] == 1 else self.wire_scaling
 
     def check_scale_blocks(self, width_parts: int = 1) -> None:
         """Raises ValueError unless each operand, with widths in `width_parts` parts, divides into blocks."""

@@ -223,13 +223,9 @@ def _check_scales(params: MoEParams, config: MoEConfig, axes: Axes) -> None:
             if logical in ("embed", "mlp") and size > 1:
                 _check_divides(f"scales of params.{field.name}", size, logical, axes.size(getattr(axes, logical)))
     if axes.tp > 1 and axes.ep > 1 and config.precision == "w8a8":
-        for name, scaling in (
-            ("wire_scaling", config.wire_scaling),
-            ("quantization.lhs_scaling", config.quantization.lhs_scaling),
-        ):
-            scales = scale_shape((1, config.hidden_size), scaling)[1]
-            if scales > 1:
-                _check_divides(f"scales of a row that travels ({name})", scales, "mlp", axes.tp)
+        scales = scale_shape((1, config.hidden_size), config.scaling_of_rows)[1]
+        if scales > 1:
+            _check_divides(f"scales ({config.scaling_of_rows!r}) of a row that travels", scales, "mlp", axes.tp)
 
 
 def _check_divides(name: str, size: int, role: str, parts: int) -> None:

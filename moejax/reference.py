@@ -25,7 +25,6 @@ def dense_moe(
     config: MoEConfig,
     *,
     quantized: bool = False,
-    wire_scaling: Scaling | None = None,
     expert_axis: str | tuple[str, ...] | None = None,
     mask: jax.Array | None = None,
 ) -> jax.Array:
@@ -36,7 +35,6 @@ def dense_moe(
       params: as for `moejax.moe`; QTensors are dequantised.
       config: the layer, with a `TopKRouter`; `precision` and `backend` play no part.
       quantized: round the operands of every product as precision "w8a8" does (gradients pass straight through).
-      wire_scaling: with `quantized`, first round the routed experts' inputs as they travel between chips in training.
       expert_axis: None when `params` hold all experts. Inside shard_map, the axis that they are split over: each chip
         then applies its own to all tokens, and the sums are added up.
       mask: bool [...], true for real tokens; None if all are. The others come out as zeros.
@@ -90,8 +88,6 @@ def dense_moe(
     inputs, topk_weights = tokens, routing.topk_weights
     if config.scale_inputs:
         inputs, topk_weights = tokens * topk_weights, jnp.ones_like(topk_weights)
-    if quantized and wire_scaling is not None:
-        inputs = _rounded(inputs, config.quantization.dtype, wire_scaling)
     chosen = routing.topk_ids[:, :, None] == jnp.arange(config.num_experts)
     share = jnp.where(chosen, topk_weights[:, :, None], 0).sum(1)
     if expert_axis is not None:

@@ -111,7 +111,8 @@ class Stages:
     ) -> jax.Array:
         """Stages 2 to 7: Σ_k topk_weights[t, k] · expert[topk_ids[t, k]](x[t]), [T, H].
 
-        Where the experts' rows stay in 8 bits, x is rounded before it is copied to them. The result is the same.
+        Where rows are multiplied in 8 bits with scales of their own, x is rounded before it is copied to the experts. The
+        result is the same.
 
         Args:
           x: [T, H] in config.dtype.
@@ -148,7 +149,7 @@ def way_of(
     return Way(
         Placement(config.num_experts if num_slots is None else num_slots, axes.ep),
         axes,
-        Wire(config.quantization.dtype, config.wire_scaling) if config.precision == "w8a8" else None,
+        Wire(config.quantization.dtype, config.scaling_of_rows) if config.precision == "w8a8" else None,
         config.backend,
         config.transport,
         max_choices,

@@ -218,7 +218,7 @@ def test_a_width_whose_parts_no_block_of_scales_divides():
 def test_rows_that_travel_in_blocks_that_do_not_divide():
     config = MoEConfig(384, 256, 8, 2, precision="w8a8")
     layer = MoE(config, rngs=nnx.Rngs(0), mesh=mesh_of(expert=2, tensor=2))
-    with raises_saying(ValueError, "scales of a row that travels (wire_scaling)=3 is not divisible by the 2 chips"):
+    with raises_saying(ValueError, "scales ('1x128') of a row that travels=3 is not divisible by the 2 chips"):
         layer(jnp.ones((8, 384), jnp.bfloat16))
 
 

@@ -83,7 +83,7 @@ def check_values(mesh, config: MoEConfig, limit: float, partition: Partition | N
     """Tokens come whole to every process, in a number that the chips do not divide, and outside jit."""
     x, params = local_problem(config)
     y, aux = moe(*spread(x, params, config, mesh, PartitionSpec(), partition), config, mesh=mesh, partition=partition)
-    expected = dense_moe(x, params, config, quantized=True, wire_scaling=config.wire_scaling)
+    expected = dense_moe(x, params, config, quantized=True)
     compare(x, config, aux, y, expected, limit)
 
 
