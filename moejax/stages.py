@@ -111,8 +111,8 @@ class Stages:
     ) -> jax.Array:
         """Stages 2 to 7: Σ_k topk_weights[t, k] · expert[topk_ids[t, k]](x[t]), [T, H].
 
-        Where rows are multiplied in 8 bits with scales of their own, x is rounded before it is copied to the experts. The
-        result is the same.
+        Where rows are multiplied in 8 bits with scales of their own, x is rounded before it is copied to the experts.
+        The result is the same.
 
         Args:
           x: [T, H] in config.dtype.
