@@ -21,7 +21,7 @@ from bench.tpu.static_cycles import NOTE, kernel_cycles
 from moejax import PRESETS
 from moejax.config import PRECISIONS
 from pallas_kernels.chips import GIB, MIB
-from sharding.exchange.pick import TRANSPORTS
+from sharding.exchange.pick import on_one_axis
 
 _WORKER = "bench.tpu.aot_layer"
 _DECODE_BATCH, _TRAINING_BATCH = 48, 1024  # tokens a device
@@ -90,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
         help=f"tokens over the slice (default {_DECODE_BATCH} a device, with --grad {_TRAINING_BATCH})",
     )
     add("--backend", default="auto", help="auto, xla or pallas_tpu (default auto)")
-    add("--transport", default="auto", help=f"what carries rows: auto, {', '.join(TRANSPORTS)} (default auto)")
+    add("--transport", default="auto", help=f"what carries rows: auto, {', '.join(on_one_axis())} (default auto)")
     add("--reduce", type=positive_int, default=1, metavar="N", help="divide the widths by N (default 1)")
     add("--no-kernel-cycles", action="store_true", help="leave out the cycles of Pallas kernels, and their compiles")
     add(

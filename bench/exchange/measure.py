@@ -16,7 +16,7 @@ from jax import lax
 from jax.sharding import Mesh
 
 from bench.exchange.chains import chained, never, on_every_chip, over_chips
-from bench.exchange.movements import ByTransport, Movement, as_arrived, in_16_bits, movement
+from bench.exchange.movements import ByTransport, Movement, in_16_bits, movement, on_the_wire
 from bench.exchange.traffic import Traffic, rows_between, traffic_of
 from bench.expert_parallel.decode_step import TOLERANCE
 from bench.measure.clock import CallTime, wall_times
@@ -136,7 +136,7 @@ def _error_of_arrived(rows: jax.Array, plan: Any, tokens: Tokens, moved: Movemen
     num_local = way.placement.num_local
 
     def error(x: jax.Array, ids: jax.Array, rows: jax.Array, plan: Any) -> jax.Array:
-        x = as_arrived(x, way).astype(jnp.float32)
+        x, rows = in_16_bits(on_the_wire(x, way)).astype(jnp.float32), in_16_bits(rows)
         own = sum(jax.ops.segment_sum(x, ids[:, k], num_experts) for k in range(ids.shape[1]))
         wanted = lax.psum_scatter(own, EXPERT_AXIS, tiled=True)
         ends = jnp.cumsum(plan.group_sizes)

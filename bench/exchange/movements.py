@@ -3,7 +3,7 @@
 Each is a `Movement`, whose functions run on one chip inside shard_map. Shapes are those of `sharding.exchange`; N are
 the rows that a bare collective carries, ready to leave.
 
-    transports              x [T, H] -> quantised, sorted by expert, carried, BF16 [C, H]; and back, summed [T, H]
+    transports              x [T, H] -> quantised, sorted by expert, carried, [C, H]; and back in BF16, summed [T, H]
     lax.ragged_all_to_all   the same rows, sorted and quantised before -> where they belong; and back
     lax.all_to_all          as many rows of a balanced load, in equal slabs, whatever the load is; and back
 """
@@ -76,9 +76,9 @@ class ByTransport:
         """See `Movement`."""
         return x, self.transport.plan_rows(ids, self.way)
 
-    def send(self, rows: jax.Array, plan: Any) -> jax.Array:
-        """See `Movement`."""
-        return self.transport.send(rows, plan, self.way)
+    def send(self, rows: jax.Array, plan: Any) -> Operand:
+        """See `Movement`; rows travel as the layer sends them where no gradient is asked for."""
+        return self.transport.send(on_the_wire(rows, self.way), plan, self.way)
 
     def give_back(self, rows: jax.Array, plan: Any) -> jax.Array:
         """See `Movement`."""
@@ -87,12 +87,12 @@ class ByTransport:
     def together(self, rows: jax.Array, ids: jax.Array, plan: Any, weights: jax.Array) -> jax.Array:
         """See `Movement`; it makes its own plan."""
         plan = self.transport.plan_rows(ids, self.way)
-        slots = self.give_back(self.send(rows, plan), plan)
+        slots = self.give_back(in_16_bits(self.send(rows, plan)), plan)
         return self.transport.combine_slots(slots, plan, weights, self.way, preferred_element_type=rows.dtype)
 
     def expected(self, rows: jax.Array, weights: jax.Array) -> jax.Array:
         """See `Movement`."""
-        return as_arrived(rows, self.way).astype(jnp.float32) * weights.sum(1, keepdims=True)
+        return in_16_bits(on_the_wire(rows, self.way)).astype(jnp.float32) * weights.sum(1, keepdims=True)
 
 
 class _Bare(abc.ABC):
@@ -172,12 +172,6 @@ def balanced_slab(choices: int, ep: int) -> int:
 def on_the_wire(x: jax.Array, way: Way) -> Operand:
     """Rows as they leave."""
     return x if way.wire is None else way.wire.rounded(x).in_8_bits
-
-
-def as_arrived(x: jax.Array, way: Way) -> jax.Array:
-    """Rows as the experts get them: rounded to 8 bits where the wire does so, in the dtype of `x`."""
-    rows = on_the_wire(x, way)
-    return dequantize(rows, x.dtype) if isinstance(rows, QTensor) else rows
 
 
 def in_16_bits(rows: Operand) -> jax.Array:

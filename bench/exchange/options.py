@@ -13,7 +13,7 @@ from bench.one_chip.options import add_load_options
 from moejax import PRESETS, MoEConfig, get_preset
 from moejax.config import PRECISIONS
 from moejax.routers.top_k import TopKRouter
-from sharding.exchange.pick import TRANSPORTS
+from sharding.exchange.pick import on_one_axis
 from sharding.placement import Placement
 
 _TOKENS, _QUICK_TOKENS = (1, 16, 128, 1024, 4096), (1, 128)
@@ -38,9 +38,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     args = _parser().parse_args(argv)
     args.tokens = _distinct(args.tokens) or list(_QUICK_TOKENS if args.quick else _TOKENS)
     args.load = _distinct(args.load) or list(_QUICK_LOADS if args.quick else LOADS)
-    args.transport = _distinct(args.transport) or list(TRANSPORTS)
+    args.transport = _distinct(args.transport) or on_one_axis()
     args.repeats = args.repeats or (_QUICK_REPEATS if args.quick else _REPEATS)
-    for option, given, known in (("load", args.load, LOADS), ("transport", args.transport, TRANSPORTS)):
+    for option, given, known in (("load", args.load, LOADS), ("transport", args.transport, on_one_axis())):
         if strangers := [name for name in given if name not in known]:
             raise ValueError(f"--{option} must be some of {', '.join(known)}, got {strangers[0]!r}")
     if args.with_layer and (len(args.tokens) > 1 or len(args.load) > 1):
@@ -94,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--load", type=NAMES, action="extend", metavar="NAME,...", help="repeatable (default balanced,zipf,text)")
     add_load_options(parser)
-    names = ", ".join(TRANSPORTS)
+    names = ", ".join(on_one_axis())
     add("--transport", type=NAMES, action="extend", metavar="NAME,...", help=f"of {names}; repeatable (default all)")
     add("--model", default="deepseek-v3", help=f"whose sizes: one of {', '.join(PRESETS)} (default deepseek-v3)")
     add("--hidden", type=positive_int, metavar="N", help="width of a token in place of the model's")

@@ -9,7 +9,7 @@ from bench.command.values import POSITIVE_INTS, natural_int, output_file, positi
 from moejax import PRESETS, MoEConfig
 from moejax.config import PRECISIONS
 from pallas_kernels.chips import CHIPS, get_chip
-from sharding.exchange.pick import TRANSPORTS
+from sharding.exchange.pick import on_one_axis
 from sharding.placement import Placement
 
 _EXAMPLES = (
@@ -151,7 +151,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--capacity-factor", type=positive_float, help="drop what exceeds it (default: drop nothing)")
     add("--reduce", type=positive_int, metavar="N", help="divide the widths by N (default: as memory allows)")
     add("--backend", default="auto", help="auto, xla, pallas_tpu or pallas_gpu (default auto)")
-    add("--transport", default="auto", help=f"one of auto, {', '.join(TRANSPORTS)} (default auto)")
+    add("--transport", default="auto", help=f"one of auto, {', '.join(on_one_axis())} (default auto)")
     add("--rounding", default="round", help="activated experts: round (DS_TPU) or ceil (Tier6)")
     add("--seed", type=seed_number, default=0, help="of weights, embedding and places in the text (default 0)")
     add_process_options(parser)

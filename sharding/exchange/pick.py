@@ -41,6 +41,11 @@ def pick_transport(way: Way) -> Transport:
     return transport
 
 
+def on_one_axis() -> list[str]:
+    """Those of `TRANSPORTS` that do not need the experts to be split over two axes of the mesh."""
+    return [name for name, transport in TRANSPORTS.items() if not isinstance(transport, Hierarchical)]
+
+
 def check_transport(name: str) -> None:
     """Raises ValueError unless `name` is "auto" or a key of `TRANSPORTS`."""
     if name != AUTO and name not in TRANSPORTS:

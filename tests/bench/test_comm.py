@@ -18,7 +18,7 @@ from bench.measure.devices import Devices
 from bench.one_chip.cases import Case
 from bench.one_chip.loads import logits_of, make_load
 from sharding.exchange.dense import Dense
-from sharding.exchange.pick import TRANSPORTS
+from sharding.exchange.pick import TRANSPORTS, on_one_axis
 
 EP = 4
 TINY = ["--ep=4", "--hidden=128", "--experts=8", "--top-k=2", "--repeats=2", "--tokens=4"]
@@ -123,7 +123,7 @@ def test_as_a_command_with_devices_of_its_own():
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert "4 virtual CPU devices" in err
-    assert out.count(" text ") == len(TRANSPORTS) + 2
+    assert out.count(" text ") == len(on_one_axis()) + 2
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import pytest
 from bench.exchange.measure import STEPS, Tokens, measure
 from moejax import MoEConfig
 from sharding.exchange.dense import Dense
-from sharding.exchange.pick import TRANSPORTS
+from sharding.exchange.pick import TRANSPORTS, on_one_axis
 from sharding.mesh import make_mesh
 
 EP, TOKENS, HIDDEN = 4, 6, 128
@@ -58,7 +58,7 @@ def measured(name, tokens):
 
 
 @pytest.mark.parametrize("precision", ["w16a16", "w8a8"])
-@pytest.mark.parametrize("name", [*TRANSPORTS, "lax.all_to_all", "lax.ragged_all_to_all"])
+@pytest.mark.parametrize("name", [*on_one_axis(), "lax.all_to_all", "lax.ragged_all_to_all"])
 @pytest.mark.quick("dense-w8a8", "ragged-w16a16", "lax.ragged_all_to_all-w8a8", "lax.all_to_all-w16a16")
 def test_times_of_three_steps_that_are_watched(name, precision, rng):
     moved, steps = measured(name, tokens(precision, rng))
