@@ -77,7 +77,7 @@ def time_stages(
     def dispatch(x, topk_ids, topk_weights, _):
         plan = stages.plan(topk_ids)
         inputs, weights = stages.inputs(x, topk_weights)
-        return plan, stages.send(math.rounded(inputs), plan), weights
+        return plan, stages.send(inputs, plan), weights
 
     def back(rows, plan, weights, _):
         slots = stages.give_back(rows, plan)
