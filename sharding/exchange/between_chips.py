@@ -56,7 +56,7 @@ class BetweenChips(abc.ABC):
 
     @abc.abstractmethod
     def plan_round(self, choices: Any, slab: int, index: jax.Array | int, way: Way) -> Any:
-        """The `RoundPlan` of what leaves and arrives in a round."""
+        """The `RoundPlan` of what leaves and arrives in round `index`, with slabs of S rows."""
 
     @abc.abstractmethod
     def carry[Kind: Operand](self, rows: Kind, plan: Any, way: Way) -> Kind:
@@ -85,20 +85,23 @@ class BetweenChips(abc.ABC):
         Args:
           x: [T, H], BF16, FP16 or float32; or a QTensor in which every row has scales of its own, without a gradient;
             or a `Rounded` with such scales; or a `Parcel` of any of these.
-          plan: from `plan_round`; with `way.columns_over`, of the tokens of all chips of that group.
+          plan: from `plan_rows` or `plan_round`; with `way.columns_over`, of the tokens of all chips of that group.
           way: how rows travel.
 
         Returns:
           [ep·S, H] of the kind of `x`, sorted by local expert; rows past plan.group_sizes may be anything.
         """
-        if isinstance(x, Parcel):  # what is beside is too narrow for a kernel to be worth it
-            beside = _sent(self, x.beside, plan, dataclasses.replace(way, backend="xla"))
-            return Parcel(self.send(x.rows, plan, way), beside)
+        if isinstance(x, Parcel):
+            return Parcel(self.send(x.rows, plan, way), self.send_beside(x.beside, plan, way))
         if isinstance(x, Rounded):
             return _rounded_sent(self, x, plan, way)
         if isinstance(x, QTensor) or way.wire is None:
             return _sent(self, x, plan, way)
         return _rounded_sent(self, way.wire.rounded(x), plan, way).array
+
+    def send_beside(self, beside: jax.Array, plan: Any, way: Way) -> jax.Array:
+        """A few numbers of every token, [T, B] -> those of each row that arrives, as they are."""
+        return _sent(self, beside, plan, dataclasses.replace(way, backend="xla"))  # too narrow for a kernel to pay
 
     def give_back(self, rows: jax.Array, plan: Any, way: Way) -> jax.Array:
         """Sends what the experts made of each row back to where the row came from, never below BF16.
