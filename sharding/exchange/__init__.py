@@ -1,6 +1,6 @@
 """Tokens to their experts and back: one function, and a file for every transport that can carry it out.
 
-Shapes on one chip: T tokens, K choices each, E experts of which L = E / ep are here, H hidden, C rows that it receives.
+Shapes on one chip: T tokens, K choices each, E experts of which L = E / ep are here, H hidden, room for C rows.
 Of the seven stages of a token's way, these are the exchange's:
 
     plan_rows      topk_ids [T, K]   -> which row goes where
