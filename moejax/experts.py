@@ -18,7 +18,7 @@ from pallas_kernels.grouped_matmul import (
     grouped_matmul,
     result_can_stay,
 )
-from pallas_kernels.quantize import QTensor, Quantization, Rounded, Rows, block_shape
+from pallas_kernels.quantize import QTensor, Quantization, Rounded, Rows, is_of_one_row
 from pallas_kernels.tracing.unless_differentiated import unless_differentiated
 
 
@@ -72,7 +72,7 @@ class ExpertMath:
     def rounded(self, x: jax.Array) -> Rows:
         """Tokens x [T, H] as they are copied to experts: rounded before that, if each row has scales of its own."""
         quantization = self.quantization
-        if quantization is None or block_shape(quantization.lhs_scaling)[0] != 1:
+        if quantization is None or not is_of_one_row(quantization.lhs_scaling):
             return x
         rounded = Rounded.of(x, quantization.dtype, scaling=quantization.lhs_scaling)
         return rounded.in_8_bits if self.stays_in_8_bits else rounded

@@ -153,6 +153,11 @@ def block_shape(scaling: Scaling) -> tuple[int | None, int | None]:
     )
 
 
+def is_of_one_row(scaling: Scaling) -> bool:
+    """Whether a scale covers (a part of) one row, so that rows can be rounded, copied and sent one by one."""
+    return block_shape(scaling)[0] == 1
+
+
 def scale_shape(shape: tuple[int, ...], scaling: Scaling) -> tuple[int, ...]:
     """The shape of the scales of a tensor of `shape`.
 
