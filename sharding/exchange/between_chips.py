@@ -55,8 +55,8 @@ class BetweenChips(abc.ABC):
         """The rounds, int32 [], that the rows of this chip, or those it is sent, need with slabs of S rows."""
 
     @abc.abstractmethod
-    def plan_round(self, choices: Any, slab: int, index: jax.Array | int, way: Way) -> Any:
-        """The `RoundPlan` of what leaves and arrives in round `index`, with slabs of S rows."""
+    def plan_round(self, choices: Any, slab: int, index: jax.Array | int, way: Way) -> RoundPlan:
+        """What leaves and arrives in round `index`, with slabs of S rows."""
 
     @abc.abstractmethod
     def carry[Kind: Operand](self, rows: Kind, plan: Any, way: Way) -> Kind:
@@ -70,12 +70,12 @@ class BetweenChips(abc.ABC):
         """See `Transport`."""
         return way.axes.ep * slab_and_rounds((num_tokens, top_k), way)[0]
 
-    def plan_rows(self, topk_ids: jax.Array, way: Way) -> Any:
+    def plan_rows(self, topk_ids: jax.Array, way: Way) -> RoundPlan:
         """The plan of the first round, the only one if a chip has room for everything that it can be sent."""
         slab, _ = slab_and_rounds(topk_ids.shape, way)
         return self.plan_round(self._prepared(topk_ids, way), slab, 0, way)
 
-    def send(self, x: Rows | Parcel, plan: Any, way: Way) -> Any:
+    def send(self, x: Rows | Parcel, plan: RoundPlan, way: Way) -> Any:
         """Brings every token's row to the ranks of its experts.
 
         Quantising, exchanging and dequantising are one step to autodiff, with faces in the dtype of `x`: an 8-bit
@@ -99,11 +99,11 @@ class BetweenChips(abc.ABC):
             return _sent(self, x, plan, way)
         return _rounded_sent(self, way.wire.rounded(x), plan, way).array
 
-    def send_beside(self, beside: jax.Array, plan: Any, way: Way) -> jax.Array:
+    def send_beside(self, beside: jax.Array, plan: RoundPlan, way: Way) -> jax.Array:
         """A few numbers of every token, [T, B] -> those of each row that arrives, as they are."""
         return _sent(self, beside, plan, dataclasses.replace(way, backend="xla"))  # too narrow for a kernel to pay
 
-    def give_back(self, rows: jax.Array, plan: Any, way: Way) -> jax.Array:
+    def give_back(self, rows: jax.Array, plan: RoundPlan, way: Way) -> jax.Array:
         """Sends what the experts made of each row back to where the row came from, never below BF16.
 
         Args:
@@ -122,7 +122,7 @@ class BetweenChips(abc.ABC):
     def combine_slots(
         self,
         slots: jax.Array,
-        plan: Any,
+        plan: RoundPlan,
         topk_weights: jax.Array,
         way: Way,
         *,
