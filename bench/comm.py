@@ -10,15 +10,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
 from bench.command.parser import run
-from bench.exchange.cases import case_of, check_memory, make_tokens
 from bench.exchange.exposed import exposed_us
-from bench.exchange.measure import Tokens, Watch, measure
+from bench.exchange.measure import STEPS, Watch, measure
 from bench.exchange.movements import BARE
 from bench.exchange.options import check_ep, layer_of, parse
 from bench.exchange.records import FILE_NAME, Record, step_records, table
+from bench.exchange.tokens import Tokens, check_memory
 from bench.expert_parallel.fit import reduce_width
 from bench.measure.devices import Devices, start
 from bench.measure.errors import describe
@@ -29,10 +28,9 @@ from bench.record.files import holding
 from bench.record.json_files import append_records, write_json
 from bench.record.progress import Progress
 from bench.record.provenance import chip_name, now
-from moejax import MoEConfig, with_changes
-from pallas_kernels.chips import chip_of
+from moejax import MoEConfig
+from pallas_kernels.chips import Chip, chip_of
 from sharding.mesh import make_mesh
-from sharding.placement import Placement
 
 _CHAIN, _VIRTUAL_CHAIN = 16, 2
 _VIRTUAL_REDUCTION = 8
@@ -48,41 +46,39 @@ def main(argv: Sequence[str]) -> int:
         num_processes=args.num_processes,
         process_id=args.process_id,
     )
-    check_ep(len(devices.devices), devices.note)
     args.reduce = args.reduce or (_VIRTUAL_REDUCTION if devices.is_virtual and args.hidden is None else 1)
     args.chain = args.chain or (_VIRTUAL_CHAIN if devices.is_virtual else _CHAIN)
     config = reduce_width(layer_of(args), args.reduce)
-    cases = _cases(config, devices, args)
+    check_ep(len(devices.devices), config, devices.note)
+    check_memory(config, max(args.tokens), devices)
+    cases = _cases(config, len(devices.devices), args)
     origin = {**origin_of("bench.comm", argv, args.commit), "chip": chip_name(devices.devices[0])}
     is_first = jax.process_index() == 0
+    if not is_first:  # the first speaks and writes for all
+        args.json = args.out = None
     with contextlib.ExitStack() as stack:
-        if is_first and args.out is not None:
+        if args.out is not None:
             stack.enter_context(holding(args.out))
-        progress = Progress(
-            len(cases) * (len(args.transport) + len(BARE)),
-            None if is_first else stack.enter_context(open(os.devnull, "w")),
-        )
-        records = _run(args, config, devices, cases, origin, progress, is_first)
-        failed = [record for record in records if record["error"] is not None]
-        if is_first and args.json == "-":
+        stream = None if is_first else stack.enter_context(open(os.devnull, "w"))
+        progress = Progress(len(cases) * (len(args.transport) + len(BARE)), stream)
+        records = _run(args, config, devices, cases, origin, progress)
+        if args.json == "-":
             write_json(records, "-")
         elif is_first:
             print(table(records))
+        failed = [record for record in records if record["error"] is not None]
         for record in failed:
-            progress.say(
-                f"FAILED: {record['movement']}, load {record['load']}, {record['tokens']} tokens: {record['error']}"
-            )
+            what = f"{record['movement']}, load {record['load']}, {record['tokens']} tokens"
+            progress.say(f"FAILED: {what}: {record['error']}")
     return 1 if failed else 0
 
 
-def _cases(config: MoEConfig, devices: Devices, args: argparse.Namespace) -> list[Case]:
-    ep = len(devices.devices)
-    Placement(config.num_experts, ep)  # raises
-    check_memory(config, max(args.tokens), devices)
-    load = {name: getattr(args, name) for name in ("zipf_exponent", "text", "seed")}
-    return [
-        case_of(config, ep * tokens, load=name, **load) for tokens, name in itertools.product(args.tokens, args.load)
-    ]
+def _cases(config: MoEConfig, ep: int, args: argparse.Namespace) -> list[Case]:
+    """The loads that the options ask for."""
+    common: dict[str, Any] = {"experts": config.num_experts, "k": config.top_k, "hidden": config.hidden_size}
+    common |= {name: getattr(args, name) for name in ("zipf_exponent", "text", "seed")}
+    grid = itertools.product(args.tokens, args.load)
+    return [Case("topk", tokens=ep * tokens, load=load, **common) for tokens, load in grid]
 
 
 def _run(
@@ -92,7 +88,6 @@ def _run(
     cases: Sequence[Case],
     origin: Record,
     progress: Progress,
-    is_first: bool,
 ) -> list[Record]:
     """A record for each movement of each case, written as soon as it is there: a watchdog leaves those before it."""
     ep, watchdog = len(devices.devices), Watchdog(args.timeout)
@@ -107,40 +102,34 @@ def _run(
     progress.say(f"{devices.note}; wall time, {args.chain} calls in a program, {args.repeats} repeats")
     for case in cases:
         place = f"load {case.load}, ep {ep}, {case.tokens // ep} tokens"
-        with watchdog.watching(f"{place}: making the load"):
-            tokens, router = make_tokens(case, config, mesh)
-        for name in [*args.transport, *BARE]:
+        with watchdog.watching(place, "making the load"):
+            tokens = Tokens.of(case, config, mesh)
+        for name in (*args.transport, *BARE):
             progress.show(len(records), f"{name}, {place}")
-            watch = functools.partial(_watching, watchdog, f"{name}, {place}")
-            moved, exposed, error = _figures(name, tokens, router, args, progress.say, watch)
+            watch = functools.partial(watchdog.watching, f"{name}, {place}")
             what = {"movement": name, "tokens": case.tokens // ep, "load": case.load}
-            result = {**step_records(moved, chip), "exposed_us": exposed, "error": error}
-            records.append({**what, **head, **result, "time": now(), **origin})
-            if is_first and args.json not in (None, "-"):
+            figures = _figures(name, tokens, chip, args, progress.say, watch)
+            records.append({**what, **head, **figures, "time": now(), **origin})
+            if args.json not in (None, "-"):
                 write_json(records, args.json)
-            if is_first and args.out is not None:
+            if args.out is not None:
                 append_records(args.out / FILE_NAME, records[-1:])
     return records
 
 
 def _figures(
-    name: str, tokens: Tokens, router: np.ndarray, args: argparse.Namespace, say: Callable[[str], None], watch: Watch
-) -> tuple[Any, float | None, str | None]:
-    """What was measured of a movement, the layer's exposed time where it is asked for, and what went wrong."""
+    name: str, tokens: Tokens, chip: Chip | None, args: argparse.Namespace, say: Callable[[str], None], watch: Watch
+) -> Record:
+    """What was measured of a movement, and the layer's exposed time where it is asked for; or what went wrong."""
     exposed = None
     try:
-        moved = measure(name, tokens, length=args.chain, repeats=args.repeats, watch=watch)
+        steps = step_records(measure(name, tokens, length=args.chain, repeats=args.repeats, watch=watch), chip)
         if args.with_layer and name not in BARE:
-            config = with_changes(tokens.config, transport=name)
             with watch("the whole layer"):
-                exposed = exposed_us(tokens.x, router, config, tokens.mesh, args.seed, say)
+                exposed = exposed_us(tokens, name, args.seed, say)
     except Exception as error:  # what one transport cannot do says nothing of the others
-        return None, None, describe(error)
-    return moved, exposed, None
-
-
-def _watching(watchdog: Watchdog, place: str, step: str) -> contextlib.AbstractContextManager[None]:
-    return watchdog.watching(f"{place}: {step}")
+        return {**dict.fromkeys(STEPS), "exposed_us": None, "error": describe(error)}
+    return {**steps, "exposed_us": exposed, "error": None}
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from moejax.routers.base import Router
 from moejax.routers.top_k import TopKRouter
 from pallas_kernels.activations import Activation, check_activation
 from pallas_kernels.backend import check_backend
-from pallas_kernels.quantize import Quantization, Scaling, block_shape, scale_shape
+from pallas_kernels.quantize import Quantization, Scaling, is_of_one_row, scale_shape
 from sharding.exchange import check_transport
 from sharding.exchange.capacity import Scope
 
@@ -107,7 +107,7 @@ class MoEConfig:
         require(self.capacity_of in ("batch", "chip"), "capacity_of", "'batch' or 'chip'", self.capacity_of)
         require(not self.scale_inputs or self.top_k == 1, "top_k", "1 with scale_inputs=True", self.top_k)
         require(
-            block_shape(self.wire_scaling)[0] == 1,
+            is_of_one_row(self.wire_scaling),
             "wire_scaling",
             "of one row, such as '1x128' or 'per_row' (rows travel with their own scales)",
             self.wire_scaling,
@@ -156,7 +156,7 @@ class MoEConfig:
     def scaling_of_rows(self) -> Scaling:
         """Of the 8-bit rows that travel between chips."""
         lhs_scaling = self.quantization.lhs_scaling
-        return lhs_scaling if block_shape(lhs_scaling)[0] == 1 else self.wire_scaling
+        return lhs_scaling if is_of_one_row(lhs_scaling) else self.wire_scaling
 
     def check_scale_blocks(self, width_parts: int = 1) -> None:
         """Raises ValueError unless each operand, with widths in `width_parts` parts, divides into blocks."""

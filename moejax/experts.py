@@ -18,7 +18,7 @@ from pallas_kernels.grouped_matmul import (
     grouped_matmul,
     result_can_stay,
 )
-from pallas_kernels.quantize import QTensor, Quantization, Rounded, Rows, block_shape, quantize
+from pallas_kernels.quantize import QTensor, Quantization, Rounded, Rows, is_of_one_row
 from pallas_kernels.tracing.unless_differentiated import unless_differentiated
 
 
@@ -70,12 +70,12 @@ class ExpertMath:
         return self.down(h, group_sizes, down, k_major=k_major[1], bias=biases[1])
 
     def rounded(self, x: jax.Array) -> Rows:
-        """Tokens [T, H] as they are copied to experts: rounded before, if rows have scales of their own."""
+        """Tokens x [T, H] as they are copied to experts: rounded before that, if each row has scales of its own."""
         quantization = self.quantization
-        if quantization is None or block_shape(quantization.lhs_scaling)[0] != 1:
+        if quantization is None or not is_of_one_row(quantization.lhs_scaling):
             return x
-        in_8_bits = quantize(jax.lax.stop_gradient(x), quantization.dtype, scaling=quantization.lhs_scaling)
-        return in_8_bits if self.stays_in_8_bits else Rounded(x, in_8_bits)
+        rounded = Rounded.of(x, quantization.dtype, scaling=quantization.lhs_scaling)
+        return rounded.in_8_bits if self.stays_in_8_bits else rounded
 
     def serve_or_train[Result](self, run: Callable[..., Result], *operands: Any) -> Result:
         """run(math, *operands): with rows that stay in 8 bits where no gradient is asked for, by this math elsewhere.

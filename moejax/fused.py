@@ -10,8 +10,8 @@ from moejax.experts import ExpertMath
 from moejax.packing import GateUpOrder, Layout, split_gate_up
 from pallas_kernels.activations import Activation
 from pallas_kernels.plan import in_int32
-from pallas_kernels.quantize import Operand, QTensor, Quantization, Rows, block_shape
-from sharding.exchange import Way, Wire, check_transport, exchange
+from pallas_kernels.quantize import Operand, QTensor, Quantization, Rows
+from sharding.exchange import Way, check_transport, exchange
 from sharding.partition import Axes
 from sharding.placement import Placement
 
@@ -72,14 +72,10 @@ def fused_experts(
     _check(hidden_states, w1, w2, topk_weights, topk_ids, b1, b2, layout)
     num_local, ep = w1.shape[0], 1 if ep_axis is None else jax.lax.axis_size(ep_axis)
     names = () if ep_axis is None else (ep_axis,)
-    wire = None
-    if quantization is not None and block_shape(quantization.lhs_scaling)[0] == 1:
-        wire = Wire(quantization.dtype, quantization.lhs_scaling)
     axes = Axes(expert=names, tokens=names, sizes=tuple((name, ep) for name in names))
     math = ExpertMath(activation, activation_limit, quantization, hidden_states.dtype, backend)
-    run = functools.partial(
-        _run, k_major=layout == "out_in", way=Way(Placement(num_local * ep, ep), axes, wire, backend, transport)
-    )
+    way = Way(Placement(num_local * ep, ep), axes, backend=backend, transport=transport)
+    run = functools.partial(_run, k_major=layout == "out_in", way=way)
     params = {"w1": w1, "w2": w2, "b1": b1, "b2": b2}
     return math.serve_or_train(
         run, hidden_states, topk_weights.astype(jnp.float32), in_int32(topk_ids, num_local * ep), params

@@ -11,9 +11,9 @@ from moejax.config import MoEConfig
 from moejax.experts import ExpertMath, math_of, shared_mlp
 from moejax.param import Param
 from moejax.params import EXPERT_FIELDS, EXPERT_WEIGHTS, SHARED_FIELDS, MoEParams, param_table
-from moejax.router_logits import router_logits
 from moejax.routers.base import Given
 from moejax.stages import Stages, way_of
+from pallas_kernels.float32_matmul import float32_matmul
 from pallas_kernels.quantize import QTensor
 from sharding.collectives import gather
 from sharding.exchange import Way
@@ -233,5 +233,5 @@ def _shared_expert(
     y = shared_mlp(rows, params["shared_gate_up"], params["shared_down"], math, config)
     y = sum_tokens(y, axes.mlp) if axes.tp > 1 else y.astype(jnp.float32)
     if params["shared_gate"] is not None:
-        y *= jax.nn.sigmoid(router_logits(x, params["shared_gate"]))
+        y *= jax.nn.sigmoid(float32_matmul(x, params["shared_gate"]))
     return y

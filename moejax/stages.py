@@ -52,14 +52,18 @@ class Stages:
         """Stage 1: the router's choice for x [T, H]."""
         return self.config.router.route(x, params.router or {}, self.config, tokens, given or Given())
 
-    def inputs(self, x: jax.Array, topk_weights: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """What stage 3 sends of x [T, H], and what stage 7 weighs it with: scaled inputs have been weighed by then."""
-        if not self.config.scale_inputs:
-            return x, topk_weights
-        scaled = x.astype(jnp.float32) * topk_weights
-        if self.math.quantization is None:  # 8 bits are rounded to from float32, once.
-            scaled = scaled.astype(x.dtype)
-        return scaled, jnp.ones_like(topk_weights)
+    def inputs(self, x: jax.Array, topk_weights: jax.Array) -> tuple[Rows, jax.Array]:
+        """What stage 3 sends of x [T, H], and what stage 7 weighs it with: scaled inputs have been weighed by then.
+
+        Where rows are multiplied in 8 bits with scales of their own, x is rounded before it is copied to the experts.
+        The result is the same.
+        """
+        if self.config.scale_inputs:
+            scaled = x.astype(jnp.float32) * topk_weights
+            # 8 bits are rounded to from float32, once.
+            x = scaled.astype(x.dtype) if self.math.quantization is None else scaled
+            topk_weights = jnp.ones_like(topk_weights)
+        return self.math.rounded(x), topk_weights
 
     def plan(self, topk_ids: jax.Array) -> Any:
         """Stage 2: choices int32 [T, K] -> the plan of one round, with `group_sizes` [L], rows of local experts."""
@@ -111,9 +115,6 @@ class Stages:
     ) -> jax.Array:
         """Stages 2 to 7: Σ_k topk_weights[t, k] · expert[topk_ids[t, k]](x[t]), [T, H].
 
-        Where rows are multiplied in 8 bits with scales of their own, x is rounded before it is copied to the experts.
-        The result is the same.
-
         Args:
           x: [T, H] in config.dtype.
           topk_weights: float32 [T, K].
@@ -127,7 +128,7 @@ class Stages:
             return expert_mlp(rows, group_sizes, math=self.math, **params)
 
         return exchange(
-            self.math.rounded(inputs),
+            inputs,
             topk_weights,
             topk_ids,
             experts,

@@ -75,6 +75,11 @@ class Rounded:
     array: jax.Array
     in_8_bits: QTensor
 
+    @classmethod
+    def of(cls, array: jax.Array, dtype: QDtype, *, scaling: Scaling) -> "Rounded":
+        """`array` with what `quantize` makes of it."""
+        return cls(array, quantize(jax.lax.stop_gradient(array), dtype, scaling=scaling))
+
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the array."""
@@ -146,6 +151,11 @@ def block_shape(scaling: Scaling) -> tuple[int | None, int | None]:
     raise ValueError(
         f"unknown scaling {scaling!r}; expected one of {', '.join(NAMED_BLOCKS)}, or rows x columns such as '1x128'"
     )
+
+
+def is_of_one_row(scaling: Scaling) -> bool:
+    """Whether a scale covers (a part of) one row, so that rows can be rounded, copied and sent one by one."""
+    return block_shape(scaling)[0] == 1
 
 
 def scale_shape(shape: tuple[int, ...], scaling: Scaling) -> tuple[int, ...]:
@@ -257,6 +267,16 @@ def check_qtensor(name: str, q: QTensor) -> None:
             "each dimension of scale must divide that of values"
         )
     check_qdtype(q.dtype)
+
+
+def check_row_scales(name: str, q: QTensor) -> None:
+    """Raises ValueError, naming the argument, unless every row of `q` [R, C] has scales of its own."""
+    check_qtensor(name, q)
+    if q.scale.shape[0] != q.shape[0]:
+        raise ValueError(
+            f"{name}: rows that travel need scales of their own, got scale {list(q.scale.shape)} for {q.shape[0]} "
+            "rows; quantize with scaling '1x128' or 'per_row'"
+        )
 
 
 def _interleave(shape: tuple[int, ...], scales: tuple[int, ...]) -> tuple[int, ...]:

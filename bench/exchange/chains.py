@@ -3,7 +3,7 @@
 A single exchange of a few tokens takes as long as the launch of its program. In a chain the launch counts once:
 
     program = on_every_chip(chained(step, 16), mesh)
-    wall_times(program, never(16), moving, fixed, calls=16)
+    wall_times(program, never(mesh), moving, fixed, calls=16)
 
 A compiler would do the work of equal calls once, or all of them side by side. So each call gets operands that depend on
 the result of the call before: 1 is added to their first element if a first element of that result exceeds a limit. The
@@ -17,28 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
+from bench.measure.every_chip import over_chips
 from sharding.mesh import EXPERT_AXIS
-
-_BY_CHIP = PartitionSpec(EXPERT_AXIS)
-
-
-def on_every_chip(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
-    """A program that runs `function` on each chip; what it takes and gives has a leading dimension for the chips."""
-
-    def on_chip(*args: Any) -> Any:
-        own = jax.tree.map(lambda leaf: leaf[0], args)
-        return jax.tree.map(lambda leaf: leaf[None], function(*own))
-
-    return jax.jit(jax.shard_map(on_chip, mesh=mesh, in_specs=_BY_CHIP, out_specs=_BY_CHIP, check_vma=False))
-
-
-def over_chips(values: Any, mesh: Mesh) -> jax.Array:
-    """`values` [ep · n, …], the same in every process, as an array [ep, n, …] of which each chip has its part."""
-    values = np.asarray(values)
-    values = values.reshape(mesh.shape[EXPERT_AXIS], -1, *values.shape[1:])
-    return jax.make_array_from_callback(values.shape, NamedSharding(mesh, _BY_CHIP), lambda index: values[index])
 
 
 def never(mesh: Mesh) -> jax.Array:

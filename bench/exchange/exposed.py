@@ -2,44 +2,43 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
+from bench.exchange.tokens import Tokens
 from bench.expert_parallel.decode_step import TOLERANCE, run_decode
 from bench.inputs.weights import make_params
 from bench.measure.errors import check
-from moejax import MoEConfig
+from moejax import with_changes
 from moejax.functional import axes_on
 
 _NOT_MOVING = ("gate", "shared", "routed_gate_up", "routed_down")
 
 
-def exposed_us(
-    x: jax.Array, router: Any, config: MoEConfig, mesh: Mesh, seed: int, say: Callable[[str], None]
-) -> float:
+def exposed_us(tokens: Tokens, transport: str, seed: int, say: Callable[[str], None]) -> float:
     """The layer's time less that of its gate and experts, each timed alone as `bench.decode` does.
 
     Args:
-      x: [ep, T, H], as `bench.exchange.measure.Tokens` has it.
-      router: [H, E], with which the layer makes the choices of the case.
-      config: the layer, whose router is a plain top-k.
-      mesh: its devices.
+      tokens: of a layer whose router is a plain top-k.
+      transport: its name.
       seed: of the weights.
       say: is told what is being done.
 
     Raises:
       ValueError: the layer differs from the dense oracle.
     """
+    config, mesh = with_changes(tokens.config, transport=transport), tokens.mesh
     params = make_params(config, mesh, seed)
     assert isinstance(params.router, dict), params.router
     kernel = params.router["kernel"]
-    own = jax.make_array_from_callback(kernel.shape, kernel.sharding, lambda index: router[index].astype(kernel.dtype))
+    own = jax.make_array_from_callback(
+        kernel.shape, kernel.sharding, lambda index: tokens.router[index].astype(kernel.dtype)
+    )
     params = dataclasses.replace(params, router={**params.router, "kernel": own})
-    tokens = NamedSharding(mesh, PartitionSpec(axes_on(mesh, None, config).tokens))
-    flat = jax.jit(lambda x: x.reshape(-1, x.shape[-1]), out_shardings=tokens)
-    run = run_decode(flat(x), params, config, mesh, say)
+    by_token = NamedSharding(mesh, PartitionSpec(axes_on(mesh, None, config).tokens))
+    flat = jax.jit(lambda x: x.reshape(-1, x.shape[-1]), out_shardings=by_token)
+    run = run_decode(flat(tokens.x), params, config, mesh, say)
     check(run.relative_error, TOLERANCE)
     seconds = run.stages.seconds
     return (run.wall_seconds - sum(seconds[name] for name in _NOT_MOVING if name in seconds)) * 1e6

@@ -1,7 +1,7 @@
-"""One movement of one case: three chains timed, and their results checked.
+"""One movement of the tokens of a case: three chains timed, and their results checked.
 
-A case is tokens on every chip of a mesh and the experts that they chose. Results are checked because a wrong transport
-is not a fast one: the rows that arrive for each expert, and the sum that comes back, against plain arithmetic.
+A wrong transport is not a fast one. So the rows that arrive for each expert, and the sum that comes back, are held
+against plain arithmetic.
 """
 
 import dataclasses
@@ -11,17 +11,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
-from jax.sharding import Mesh
 
-from bench.exchange.chains import chained, never, on_every_chip, over_chips
+from bench.exchange.chains import chained, never
 from bench.exchange.movements import ByTransport, Movement, in_16_bits, movement, on_the_wire
+from bench.exchange.tokens import Tokens
 from bench.exchange.traffic import Traffic, rows_between, traffic_of
 from bench.expert_parallel.decode_step import TOLERANCE
 from bench.measure.clock import CallTime, wall_times
 from bench.measure.errors import check, norm_error
-from moejax import MoEConfig
+from bench.measure.every_chip import on_every_chip
 from moejax.functional import axes_on
 from sharding.mesh import EXPERT_AXIS
 
@@ -32,39 +31,6 @@ _SUMS_TOLERANCE = 1e-3
 
 Watch = Callable[[str], AbstractContextManager[None]]
 """Given a step in words, limits the time of what is done inside."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Tokens:
-    """The tokens of a case, on the chips of a mesh.
-
-    Attributes:
-      config: sizes and precision of the layer.
-      mesh: ep chips.
-      topk_ids: int32 [ep · T, K] of all chips.
-      x: [ep, T, H].
-      ids: int32 [ep, T, K].
-      weights: float32 [ep, T, K].
-    """
-
-    config: MoEConfig
-    mesh: Mesh
-    topk_ids: np.ndarray
-    x: jax.Array
-    ids: jax.Array
-    weights: jax.Array
-
-    @classmethod
-    def of(cls, x: Any, topk_ids: np.ndarray, config: MoEConfig, mesh: Mesh, seed: int) -> "Tokens":
-        """Tokens x [ep · T, H] and their choices, with random weights that sum to 1."""
-        weights = np.random.default_rng(seed).uniform(0.5, 1.5, topk_ids.shape)
-        weights = (weights / weights.sum(1, keepdims=True)).astype(np.float32)
-        return cls(config, mesh, topk_ids, *(over_chips(values, mesh) for values in (x, topk_ids, weights)))
-
-    @property
-    def ep(self) -> int:
-        """Chips."""
-        return self.mesh.shape[EXPERT_AXIS]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,8 +53,8 @@ def measure(name: str, tokens: Tokens, *, length: int, repeats: int, watch: Watc
       ValueError: a result is wrong.
     """
     config, mesh = tokens.config, tokens.mesh
-    fullest = int(rows_between(tokens.topk_ids, config.num_experts, tokens.ep).max())
-    moved = movement(name, config, axes_on(mesh, None, config), fullest)
+    axes = axes_on(mesh, None, config)
+    moved = movement(name, config, axes, int(rows_between(tokens.topk_ids, config.num_experts, axes.ep).max()))
     with watch("plan"):
         rows, plan = jax.block_until_ready(on_every_chip(moved.ready, mesh)(tokens.x, tokens.ids))
     limit, times = never(mesh), {}

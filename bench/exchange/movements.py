@@ -10,7 +10,7 @@ the rows that a bare collective carries, ready to leave.
 
 import abc
 import dataclasses
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,112 +18,88 @@ from jax import lax
 
 from moejax import MoEConfig
 from moejax.stages import way_of
-from pallas_kernels.all_to_all import all_to_all
 from pallas_kernels.dispatch import dispatch
 from pallas_kernels.quantize import Operand, QTensor, dequantize
 from sharding.collectives import as_bytes
-from sharding.exchange import Transport, Way, pick_transport
+from sharding.exchange import Way, pick_transport
+from sharding.exchange.exact import Exact
 from sharding.partition import Axes
 
 BARE = ("lax.all_to_all", "lax.ragged_all_to_all")
 
 
-class Movement(Protocol):
-    """A way to move the tokens of a case to the chips of their experts and back."""
-
-    @property
-    def way(self) -> Way:
-        """How rows travel; `way.slab` holds all that one chip has for another."""
-
-    def ready(self, x: jax.Array, ids: jax.Array) -> tuple[Any, Any]:
-        """Tokens x [T, H] and choices [T, K] -> what `send` takes: rows, and a plan."""
-
-    def send(self, rows: Any, plan: Any) -> Any:
-        """Rows to the chips of their experts."""
-
-    def give_back(self, rows: Any, plan: Any) -> Any:
-        """Rows in 16 bits, as `arrived` has them, back."""
-
-    def together(self, rows: Any, ids: jax.Array, plan: Any, weights: jax.Array) -> jax.Array:
-        """All of it from the choices on: for a transport plan, send, give back, combine."""
-
-    def expected(self, rows: Any, weights: jax.Array) -> jax.Array:
-        """What `together` must give, by plain arithmetic on one chip."""
-
-
-def movement(name: str, config: MoEConfig, axes: Axes, slab: int) -> Movement:
+def movement(name: str, config: MoEConfig, axes: Axes, slab: int) -> "Movement":
     """The movement that is called `name`: a transport, or one of `BARE`."""
     way = dataclasses.replace(way_of(config, axes), slab=slab)
     if name == "lax.all_to_all":
         return BareDense(way)
     if name == "lax.ragged_all_to_all":
-        return BareRagged(dataclasses.replace(way, transport="ragged"))
+        return BareRagged(way)
     return ByTransport(dataclasses.replace(way, transport=name))
 
 
 @dataclasses.dataclass(frozen=True)
-class ByTransport:
-    """See `Movement`. The experts between there and back are the identity."""
+class Movement(abc.ABC):
+    """A way to move the tokens of a case to the chips of their experts and back: a bare collective's, or overridden.
 
-    way: Way
-
-    @property
-    def transport(self) -> Transport:
-        """What carries the rows."""
-        return pick_transport(self.way)
-
-    def ready(self, x: jax.Array, ids: jax.Array) -> tuple[jax.Array, Any]:
-        """See `Movement`."""
-        return x, self.transport.plan_rows(ids, self.way)
-
-    def send(self, rows: jax.Array, plan: Any) -> Operand:
-        """See `Movement`; rows travel as the layer sends them where no gradient is asked for."""
-        return self.transport.send(on_the_wire(rows, self.way), plan, self.way)
-
-    def give_back(self, rows: jax.Array, plan: Any) -> jax.Array:
-        """See `Movement`."""
-        return self.transport.give_back(rows, plan, self.way)
-
-    def together(self, rows: jax.Array, ids: jax.Array, plan: Any, weights: jax.Array) -> jax.Array:
-        """See `Movement`; it makes its own plan."""
-        plan = self.transport.plan_rows(ids, self.way)
-        slots = self.give_back(in_16_bits(self.send(rows, plan)), plan)
-        return self.transport.combine_slots(slots, plan, weights, self.way, preferred_element_type=rows.dtype)
-
-    def expected(self, rows: jax.Array, weights: jax.Array) -> jax.Array:
-        """See `Movement`."""
-        return in_16_bits(on_the_wire(rows, self.way)).astype(jnp.float32) * weights.sum(1, keepdims=True)
-
-
-class _Bare(abc.ABC):
-    """What the bare collectives have in common."""
+    Attributes:
+      way: how rows travel; `way.slab` holds all that one chip has for another.
+    """
 
     way: Way
 
     @abc.abstractmethod
-    def send(self, rows: Operand, plan: Any) -> Operand:
-        """See `Movement`."""
+    def ready(self, x: jax.Array, ids: jax.Array) -> tuple[Any, Any]:
+        """Tokens x [T, H] and choices [T, K] -> what `send` takes: rows, and a plan."""
+
+    @abc.abstractmethod
+    def send(self, rows: Any, plan: Any) -> Operand:
+        """Rows to the chips of their experts."""
 
     @abc.abstractmethod
     def give_back(self, rows: jax.Array, plan: Any) -> jax.Array:
-        """See `Movement`."""
+        """Rows as `send` gave them, `in_16_bits`, back."""
 
-    def together(self, rows: Operand, ids: jax.Array, plan: Any, weights: jax.Array) -> jax.Array:
-        """See `Movement`: there, into 16 bits where it is 8, and back."""
+    def together(self, rows: Any, ids: jax.Array, plan: Any, weights: jax.Array) -> jax.Array:
+        """All of it: there, into 16 bits where it is 8, and back."""
         del ids, weights
         return self.give_back(in_16_bits(self.send(rows, plan)), plan)
 
-    def expected(self, rows: Operand, weights: jax.Array) -> jax.Array:
-        """See `Movement`: the rows as they were."""
+    def expected(self, rows: Any, weights: jax.Array) -> jax.Array:
+        """What `together` must give, by plain arithmetic on one chip: the rows as they were."""
         del weights
         return in_16_bits(rows)
 
 
-@dataclasses.dataclass(frozen=True)
-class BareDense(_Bare):
-    """`lax.all_to_all` of equal slabs; see `Movement`."""
+class ByTransport(Movement):
+    """A transport, as the layer uses it where no gradient is asked for. The experts are the identity."""
 
-    way: Way
+    def ready(self, x: jax.Array, ids: jax.Array) -> tuple[jax.Array, Any]:
+        """See `Movement`."""
+        return x, pick_transport(self.way).plan_rows(ids, self.way)
+
+    def send(self, rows: jax.Array, plan: Any) -> Operand:
+        """See `Movement`; rounding them is part of it."""
+        return pick_transport(self.way).send(on_the_wire(rows, self.way), plan, self.way)
+
+    def give_back(self, rows: jax.Array, plan: Any) -> jax.Array:
+        """See `Movement`."""
+        return pick_transport(self.way).give_back(rows, plan, self.way)
+
+    def together(self, rows: jax.Array, ids: jax.Array, plan: Any, weights: jax.Array) -> jax.Array:
+        """Plan, send, give back, combine; the plan is one of its own."""
+        transport = pick_transport(self.way)
+        plan = transport.plan_rows(ids, self.way)
+        slots = super().together(rows, ids, plan, weights)
+        return transport.combine_slots(slots, plan, weights, self.way, preferred_element_type=rows.dtype)
+
+    def expected(self, rows: jax.Array, weights: jax.Array) -> jax.Array:
+        """See `Movement`: each token times the sum of its weights."""
+        return in_16_bits(on_the_wire(rows, self.way)).astype(jnp.float32) * weights.sum(1, keepdims=True)
+
+
+class BareDense(Movement):
+    """`lax.all_to_all` of equal slabs."""
 
     def ready(self, x: jax.Array, ids: jax.Array) -> tuple[Operand, tuple[()]]:
         """As many rows as a balanced load has, in ep slabs."""
@@ -132,36 +108,31 @@ class BareDense(_Bare):
 
     def send(self, rows: Operand, plan: tuple[()]) -> Operand:
         """See `Movement`."""
-        del plan
-        return jax.tree.map(self._carried, rows)
+        return jax.tree.map(lambda leaf: self.give_back(leaf, plan), rows)
 
     def give_back(self, rows: jax.Array, plan: tuple[()]) -> jax.Array:
-        """See `Movement`."""
-        return self._carried(rows)
-
-    def _carried(self, x: jax.Array) -> jax.Array:
-        return as_bytes(lambda x: lax.all_to_all(x, self.way.axes.expert, 0, 0, tiled=True), x)
+        """See `Movement`; the same as there."""
+        del plan
+        return as_bytes(lambda x: lax.all_to_all(x, self.way.axes.expert, 0, 0, tiled=True), rows)
 
 
-@dataclasses.dataclass(frozen=True)
-class BareRagged(_Bare):
-    """`lax.ragged_all_to_all` by the plan of the transport "ragged"; see `Movement`."""
+class BareRagged(Movement):
+    """`lax.ragged_all_to_all`: what the transport "ragged" carries, and how."""
 
-    way: Way
+    carrier = Exact("xla")
 
     def ready(self, x: jax.Array, ids: jax.Array) -> tuple[Operand, Any]:
         """The rows by expert, [T·K, H]."""
-        plan = pick_transport(self.way).plan_rows(ids, self.way)
+        plan = self.carrier.plan_rows(ids, self.way)
         return dispatch(on_the_wire(x, self.way), plan.departure, backend=self.way.backend), plan
 
     def send(self, rows: Operand, plan: Any) -> Operand:
         """See `Movement`."""
-        return all_to_all(rows, plan.blocks, plan.num_rows, self.way.axes.expert, backend="xla")
+        return self.carrier.carry(rows, plan, self.way)
 
     def give_back(self, rows: jax.Array, plan: Any) -> jax.Array:
         """See `Movement`."""
-        leaving = plan.departure.order.shape[0]
-        return all_to_all(rows, plan.blocks.back, leaving, self.way.axes.expert, backend="xla")
+        return self.carrier.carry_back(rows, plan, self.way)
 
 
 def balanced_slab(choices: int, ep: int) -> int:

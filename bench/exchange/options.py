@@ -47,13 +47,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         raise ValueError("--with-layer measures the layer of one size: give one --tokens and one --load")
     layer = layer_of(args)
     if args.ep is not None:
-        Placement(layer.num_experts, args.ep)  # raises
-        check_ep(args.ep, "--ep 1")
+        check_ep(args.ep, layer, f"--ep {args.ep}")
     return args
 
 
-def check_ep(ep: int, found: str) -> None:
-    """Raises ValueError where there is nothing to exchange."""
+def check_ep(ep: int, layer: MoEConfig, found: str) -> None:
+    """Raises ValueError where ep chips cannot share the experts of a layer, or have nothing to exchange."""
+    Placement(layer.num_experts, ep)
     if ep < 2:
         raise ValueError(f"an exchange needs two devices at least, got {found}; --ep 8 makes virtual ones on a CPU")
 

@@ -51,36 +51,29 @@ def read_lines(path: pathlib.Path) -> list[Record]:
     return [record for _, record in read_records(path, _OF_A_LINE)]
 
 
-def step_records(moved: Moved | None, chip: Chip | None) -> Record:
-    """The objects of the three steps.
-
-    Args:
-      moved: what was measured; None if it failed.
-      chip: whose links the rates are a share of; None for one that is not known.
-    """
-    if moved is None:
-        return dict.fromkeys(STEPS)
+def step_records(moved: Moved, chip: Chip | None) -> Record:
+    """The objects of the three steps; rates are a share of the links of `chip`, None for one that is not known."""
     link = chip and chip.link_bandwidth and chip.link_bandwidth / chip.jax_devices
     traffic, record = moved.traffic, {}
+    needed, busiest = _by_step(traffic.needed), _by_step(traffic.busiest)
+    wire = dict.fromkeys(STEPS) if traffic.wire is None else _by_step(traffic.wire)
     for step, time in moved.times.items():
-        busiest = _of_step(traffic.busiest, step)
-        rate = busiest / (time.median_us * 1e-6)
+        rate = busiest[step] / (time.median_us * 1e-6)
         record[step] = {
             "median_us": time.median_us,
             "min_us": time.min_us,
             "spread_us": time.spread_us,
-            "needed_bytes": _of_step(traffic.needed, step),
-            "busiest_bytes": busiest,
-            "wire_bytes": None if traffic.wire is None else _of_step(traffic.wire, step),
+            "needed_bytes": needed[step],
+            "busiest_bytes": busiest[step],
+            "wire_bytes": wire[step],
             "gb_per_s": rate / 1e9,
             "link_share": rate / link if link else None,
         }
     return record
 
 
-def _of_step(there_and_back: tuple[int, int], step: str) -> int:
-    there, back = there_and_back
-    return {"send": there, "give_back": back, "together": there + back}[step]
+def _by_step(there_and_back: tuple[int, int]) -> dict[str, int]:
+    return dict(zip(STEPS, (*there_and_back, sum(there_and_back)), strict=True))
 
 
 def table(records: list[Record]) -> str:

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from bench.exchange.movements import balanced_slab, on_the_wire
+from bench.model.hops import Hop
 from bench.model.shapes import up
 from moejax import MoEConfig
 from pallas_kernels.on_tpu.row_copies import LANES
@@ -66,39 +67,25 @@ def traffic_of(name: str, config: MoEConfig, way: Way, topk_ids: np.ndarray, pla
       topk_ids: numbers of experts.
       platform: of the devices.
     """
-    ep = way.axes.ep
+    ep, choices = way.axes.ep, topk_ids.size // way.axes.ep
     rows = rows_between(topk_ids, config.num_experts, ep)
     if name == "lax.all_to_all":
-        rows = np.full((ep, ep), balanced_slab(topk_ids.size // ep, ep))
-    abroad = rows * ~np.eye(ep, dtype=bool)
-    busiest = int(max(abroad.sum(0).max(), abroad.sum(1).max()))
-    each = row_bytes(config, way)
-    return Traffic(
-        _times(int(abroad.sum()), each),
-        _times(busiest, each),
-        _wire(name, config, way, rows, int(abroad.sum()), platform),
-    )
-
-
-def _wire(
-    name: str, config: MoEConfig, way: Way, rows: np.ndarray, needed: int, platform: str
-) -> tuple[int, int] | None:
-    each, pairs = row_bytes(config, way), len(rows) * (len(rows) - 1)
-    if name == "lax.all_to_all":
-        return _times(needed, each)
+        rows = np.full((ep, ep), balanced_slab(choices, ep))
+    abroad = Hop(rows * ~np.eye(ep, dtype=bool))
+    needed, each = int(abroad.rows.sum()), row_bytes(config, way)
     transport = TRANSPORTS["ragged"] if name == "lax.ragged_all_to_all" else TRANSPORTS.get(name)
+    slabs = ep * (ep - 1) * (way.slab or 0)
+    wire = None
     if isinstance(transport, Dense):
-        return _times(pairs * int(way.slab or 0), each)
-    if not isinstance(transport, Exact):
-        return None
-    if (
-        platform == "cpu"
-    ):  # every chip sees all rows of every other: those that leave it, and, back, all it has room for
-        there = pairs * int(rows[0].sum())
-        return there * each[0], pairs * len(rows) * int(way.slab or 0) * each[1]
-    if platform == "tpu" and transport.backend == "auto":  # remote DMA moves whole tiles
-        each = row_bytes(config, way, LANES * _WORD)
-    return _times(needed, each)
+        wire = _times(slabs, each)
+    elif isinstance(transport, Exact) and platform == "cpu":
+        # Every chip sees all rows of every other: those that leave it and, back, all that it has room for.
+        wire = ep * (ep - 1) * choices * each[0], ep * slabs * each[1]
+    elif isinstance(transport, Exact) and platform == "tpu" and transport.backend == "auto":
+        wire = _times(needed, row_bytes(config, way, LANES * _WORD))  # remote DMA moves whole tiles
+    elif isinstance(transport, Exact) or name == "lax.all_to_all":
+        wire = _times(needed, each)
+    return Traffic(_times(needed, each), _times(abroad.busiest, each), wire)
 
 
 def _times(rows: int, each: tuple[int, int]) -> tuple[int, int]:

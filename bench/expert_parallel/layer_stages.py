@@ -16,10 +16,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
 from bench.expert_parallel.hopper_products import down_kernel, gate_up_kernel, lhs_of_kernel
 from bench.measure.clock import is_nvidia, kernel_times, wall_seconds
+from bench.measure.every_chip import on_every_chip
 from bench.measure.overlap import KERNEL_STAGES, OverlapTimes
 from moejax import MoEConfig, MoEParams, param_specs
 from moejax.experts import math_of, shared_mlp
@@ -77,7 +78,7 @@ def time_stages(
     def dispatch(x, topk_ids, topk_weights, _):
         plan = stages.plan(topk_ids)
         inputs, weights = stages.inputs(x, topk_weights)
-        return plan, stages.send(math.rounded(inputs), plan), weights
+        return plan, stages.send(inputs, plan), weights
 
     def back(rows, plan, weights, _):
         slots = stages.give_back(rows, plan)
@@ -104,7 +105,7 @@ class _Clock:
     times: StageTimes = dataclasses.field(default_factory=StageTimes)
 
     def __call__(self, name: str, stage: Callable[..., Any], *args: Any) -> Any:
-        program = self._program(stage, args)
+        program = self._program(stage)
         run = functools.partial(program, self.params, *args)
         result = jax.block_until_ready(run())
         if self.has_kernel_times and name in _ON_DEVICE:
@@ -129,9 +130,9 @@ class _Clock:
         def product(lhs, plan, params, stage):
             return kernel(lhs, plan.group_sizes, params, config, stage)
 
-        args = self._program(ready, (rows,))(self.params, rows), plan
+        args = self._program(ready)(self.params, rows), plan
         try:
-            programs = [self._program(functools.partial(product, stage=stage), args) for stage in KERNEL_STAGES]
+            programs = [self._program(functools.partial(product, stage=stage)) for stage in KERNEL_STAGES]
             self.times.overlaps[name] = OverlapTimes(*(self._kernel_us(program, args) for program in programs))
         except Unsupported as reason:
             self.times.overlaps[name] = None
@@ -142,11 +143,5 @@ class _Clock:
         chips = len(self.mesh.local_devices)
         return kernel_times(program, self.params, *args, repeats=_REPEATS, calls=chips).median_us
 
-    def _program(self, stage: Callable[..., Any], args: tuple[Any, ...]) -> Callable[..., Any]:
-        def on_chip(params: MoEParams, *args: Any) -> Any:
-            own = jax.tree.map(lambda leaf: leaf[0], args)
-            return jax.tree.map(lambda leaf: leaf[None], stage(*own, params))
-
-        by_chip = PartitionSpec(EXPERT_AXIS)
-        in_specs = self.specs, *(by_chip for _ in args)
-        return jax.jit(jax.shard_map(on_chip, mesh=self.mesh, in_specs=in_specs, out_specs=by_chip, check_vma=False))
+    def _program(self, stage: Callable[..., Any]) -> Callable[..., Any]:
+        return on_every_chip(lambda params, *own: stage(*own, params), self.mesh, self.specs)

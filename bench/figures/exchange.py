@@ -36,11 +36,12 @@ def sections(records: Sequence[Record]) -> list[Section]:
         for _, record in sorted(points.items()):
             both = record["together"]
             what = [record[name] for name in (*_PANEL[:2], "tokens", "movement")]
-            rows.append([*what, record["send"]["median_us"], record["give_back"]["median_us"]])
-            rows[-1] += [both["median_us"], both["gb_per_s"], both["link_share"]]
+            times = [record[step]["median_us"] for step in ("send", "give_back", "together")]
+            rows.append([*what, *times, both["gb_per_s"], both["link_share"]])
+    chips = sorted({record["chip"] for points in shown.values() for record in points.values()})
     text = (
-        f"{', '.join(sorted({record['chip'] for points in shown.values() for record in points.values()}))}. "
-        "Wall time of plan, send, give back and combine, without experts; of bare collectives, of there and back."
+        f"{', '.join(chips)}. Wall time of plan, send, give back and combine, without experts; of bare collectives, of "
+        "there and back."
     )
     if len(panels) > len(shown):
         text += f" {len(panels) - len(shown)} further loads and sizes are in the records and not drawn."

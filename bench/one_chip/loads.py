@@ -22,7 +22,7 @@ from scipy import special
 from bench.inputs.text import default_text_path, embed, read_text, sample_contexts
 from bench.measure.clock import is_nvidia
 from bench.one_chip.cases import Case
-from moejax.router_logits import router_logits
+from pallas_kernels.float32_matmul import float32_matmul
 
 _read_text = functools.lru_cache(maxsize=1)(read_text)
 _CHOSEN, _STEP, _NOISE = 4.0, 0.25, 0.1  # far enough apart for 16-bit activations to keep the order
@@ -59,7 +59,7 @@ def make_load(case: Case) -> Load:
 
 def logits_of(load: Load) -> jax.Array:
     """The router's logits for a load, float32 [T, E]."""
-    return jax.block_until_ready(_quickly_compiled(router_logits, load.x, load.router))
+    return jax.block_until_ready(_quickly_compiled(float32_matmul, load.x, load.router))
 
 
 def load_figures(tokens_per_expert: np.ndarray, capacity: int) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """An end for what may never end: a collective that waits for a chip which is not coming, say.
 
 watchdog = Watchdog(300)
-with watchdog.watching("remote, load text, ep 8, 128 tokens: send"):
+with watchdog.watching("remote, load text, ep 8, 128 tokens", "send"):
     jax.block_until_ready(send(x))
 
 Waiting for a device cannot be interrupted from Python, and so no exception could end it: another thread ends the
@@ -31,9 +31,9 @@ class Watchdog:
         self._end = end
 
     @contextlib.contextmanager
-    def watching(self, step: str) -> Iterator[None]:
-        """Gives what is done inside its time; `step` is what the error says of it."""
-        timer = threading.Timer(self._seconds, self._give_up, (step,))
+    def watching(self, *what: str) -> Iterator[None]:
+        """Gives what is done inside its time; `what` it is, from the whole to the step, is what the error says."""
+        timer = threading.Timer(self._seconds, self._give_up, (": ".join(what),))
         timer.daemon = True
         timer.start()
         try:
@@ -41,7 +41,7 @@ class Watchdog:
         finally:
             timer.cancel()
 
-    def _give_up(self, step: str) -> None:
+    def _give_up(self, what: str) -> None:
         # In one write, as other threads may be writing too; a terminal may have a line of progress.
-        print(f"\nerror: {step}: not done after {self._seconds:g} s, given up", file=sys.stderr, flush=True)
+        print(f"\nerror: {what}: not done after {self._seconds:g} s, given up", file=sys.stderr, flush=True)
         self._end(_FAILED)

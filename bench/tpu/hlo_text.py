@@ -91,9 +91,10 @@ class Program:
     entry: str
 
     def executed(self, name: str | None = None, times: int = 1) -> Iterator[tuple[Operation, int]]:
-        """Each operation that runs by itself, and how many times; of a branch, the one with the most cycles.
+        """Each operation that runs by itself, and how many times; of several branches, that with the most cycles.
 
-        Where it is whether an exchange takes later rounds, it is the other branch: one round is usually enough.
+        Where they are on whether an exchange takes later rounds, it is that with the fewest: one round is usually
+        enough.
 
         Args:
           name: the computation, the first if None.

@@ -17,7 +17,7 @@ from moejax.checks import require_number
 from moejax.losses import LoadStats, tokens_per_expert
 from moejax.param import Param
 from moejax.router import Routing, check_logits
-from moejax.router_logits import router_logits
+from pallas_kernels.float32_matmul import float32_matmul
 from sharding.tokens import Tokens
 
 if TYPE_CHECKING:
@@ -181,7 +181,7 @@ def gate_table(config: "MoEConfig", *, bias: bool, name: str = "kernel", init: A
 
 def gate_logits(x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None) -> jax.Array:
     """The logits x [T, H] · kernel [H, E] + bias [E], float32 [T, E]; known NaN is a ValueError."""
-    logits = router_logits(x, kernel)
+    logits = float32_matmul(x, kernel)
     if bias is not None:
         logits += bias.astype(jnp.float32)
     check_logits(logits)

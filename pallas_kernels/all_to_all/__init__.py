@@ -7,7 +7,7 @@ import jax
 
 from pallas_kernels.all_to_all.blocks import Blocks
 from pallas_kernels.primitive import Operands, Operator
-from pallas_kernels.quantize import QTensor
+from pallas_kernels.quantize import QTensor, check_row_scales
 
 
 def all_to_all[Rows: jax.Array | QTensor](
@@ -34,11 +34,7 @@ def all_to_all[Rows: jax.Array | QTensor](
     if blocks.send_sizes.ndim != 2 or blocks.send_sizes.shape[0] != chips:
         raise ValueError(f"blocks must be [ep, n] with ep = {chips} chips along {axes}, got {blocks.send_sizes.shape}")
     if isinstance(x, QTensor):
-        if x.scale.shape[0] != x.values.shape[0]:
-            raise ValueError(
-                f"x: rows that travel need scales of their own, got scale {list(x.scale.shape)} for {x.shape[0]} rows; "
-                "quantize with scaling '1x128' or 'per_row'"
-            )
+        check_row_scales("x", x)
         x = jax.lax.stop_gradient(x)
     return moved(backend, x=x, blocks=blocks, num_rows=num_rows, axes=axes)
 

@@ -7,7 +7,7 @@ import jax
 
 from pallas_kernels.moved_rows import dispatched
 from pallas_kernels.plan import Plan
-from pallas_kernels.quantize import QTensor, Rounded, Rows, check_qtensor
+from pallas_kernels.quantize import QTensor, Rounded, Rows, check_row_scales
 
 
 def dispatch[Kind: Rows](x: Kind, plan: Plan, *, backend: str = "auto") -> Kind:
@@ -33,12 +33,7 @@ def dispatch[Kind: Rows](x: Kind, plan: Plan, *, backend: str = "auto") -> Kind:
     if x.ndim != 2 or x.shape[0] != num_tokens:
         raise ValueError(f"x must have shape [T, H] with the plan's T = {num_tokens} tokens, got {list(x.shape)}")
     if isinstance(x, QTensor):
-        check_qtensor("x", x)
-        if x.scale.shape[0] != num_tokens:
-            raise ValueError(
-                f"x: rows that travel need scales of their own, got scale {list(x.scale.shape)} for {num_tokens} rows; "
-                "quantize with scaling '1x128' or 'per_row'"
-            )
+        check_row_scales("x", x)
         x = jax.lax.stop_gradient(x)
     return dispatched(backend, x=x, plan=plan)
 

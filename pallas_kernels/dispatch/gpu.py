@@ -81,7 +81,7 @@ def dispatch_rows(
     blocks, zero_blocks = min(config.blocks, units), min(config.zero_blocks, batches)
 
     def body(x_ref, inverse, order, *rest):
-        *row_weights, out = rest
+        *weights_ref, out = rest  # a list of one, or of none
         block = lax.axis_index("block")
 
         @pl.when(block < zero_blocks)
@@ -90,7 +90,7 @@ def dispatch_rows(
 
         @pl.when(block >= zero_blocks)
         def _():
-            _copy_rows(block - zero_blocks, blocks, units, strips, x_ref, inverse, row_weights, out)
+            _copy_rows(block - zero_blocks, blocks, units, strips, x_ref, inverse, weights_ref, out)
 
     out = jax.ShapeDtypeStruct((num_rows, strips.vectors, strips.vector), x.dtype)
     inputs = [strips.view(x), plan.inverse, plan.order]
@@ -103,17 +103,17 @@ def dispatch_rows(
 def _copy_rows(block, blocks: int, units: int, strips: Strips, x, inverse, weights: Sequence[Any], out) -> None:
     def rows_of(unit):
         token = lax.div(unit, jnp.int32(strips.count))
-        return [(inverse[token, k], [w[token, k] for w in weights]) for k in range(inverse.shape[1])]
+        return [(inverse[token, k], *(each[token, k] for each in weights)) for k in range(inverse.shape[1])]
 
     def copy(unit, rows):
         token, strip = lax.div(unit, jnp.int32(strips.count)), lax.rem(unit, jnp.int32(strips.count))
         value = strips.load(x, token, strip)
-        for row, weight in rows:
+        for row, *weight in rows:
 
             @pl.when(row >= 0)
             def _(row=row, weight=weight):
-                weighed = [(value.astype(jnp.float32) * factor).astype(out.dtype) for factor in weight] or [value]
-                strips.store(out, row, strip, weighed[0])
+                weighed = (value.astype(jnp.float32) * weight[0]).astype(out.dtype) if weight else value
+                strips.store(out, row, strip, weighed)
 
     for_each(block, blocks, units, rows_of, copy)
 

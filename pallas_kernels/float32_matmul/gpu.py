@@ -16,8 +16,9 @@ _BITS = 7
 
 
 def float32_matmul(lhs: jax.Array, rhs: jax.Array, *, out_dtype: jnp.dtype) -> jax.Array:
-    """See `pallas_kernels.float32_matmul.float32_matmul`. Two factors of more than BF16, and a sum of float32, are left
-    to XLA.
+    """See `pallas_kernels.float32_matmul.float32_matmul`.
+
+    Where both factors have more than BF16 and the result is float32, the product is left to XLA.
     """
     count = 3 if out_dtype == jnp.float32 else 2
     if lhs.dtype != jnp.bfloat16 and rhs.dtype != jnp.bfloat16 and count == 3:
@@ -30,10 +31,9 @@ def float32_matmul(lhs: jax.Array, rhs: jax.Array, *, out_dtype: jnp.dtype) -> j
     else:  # one product, the terms of whose sum lie side by side
         pairs = [(i, j) for i in range(count) for j in range(count - i)]
         side_by_side = jnp.concatenate([left[i] for i, _ in pairs], axis=1)
-        summed = (
-            jnp.bfloat16 if out_dtype == jnp.bfloat16 else jnp.float32
-        )  # what the product's own kernel can round to
         below = jnp.concatenate([right[j] for _, j in pairs], axis=0)
+        # BF16 the product's own kernel can round to.
+        summed = jnp.bfloat16 if out_dtype == jnp.bfloat16 else jnp.float32
         return _dot(side_by_side, below, summed).astype(out_dtype)
     total = terms[-1]
     for term in terms[-2::-1]:  # the smallest first

@@ -19,7 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from pallas_kernels.activations import Activation, gated_halves
 from pallas_kernels.grouped_matmul.group_sizes import bounds
 from pallas_kernels.primitive import Operands, Operator, is_asked_for, is_zero, zero_tangent
-from pallas_kernels.quantize import Operand, QTensor, Quantization, Rounded, Rows, block_shape, quantize
+from pallas_kernels.quantize import Operand, QTensor, Quantization, Rounded, Rows, is_of_one_row, quantize
 
 GATE_UP_NAME = "moe_gate_up"
 """What `jax.checkpoint` knows the product of gate and up as, before the activation, where a gradient is asked for."""
@@ -104,7 +104,7 @@ def rounded_rows(
 ) -> QTensor:
     """Rows [M, K] in 8 bits. Those that no group of the window owns do not enter a scale that rows share."""
     x = jax.lax.stop_gradient(x)
-    if block_shape(scaling)[0] != 1:
+    if not is_of_one_row(scaling):
         begins, ends = bounds(group_sizes, x.shape[0])
         row = jnp.arange(x.shape[0])
         is_owned = (row >= begins[group_offset]) & (row < ends[group_offset + num_groups - 1])

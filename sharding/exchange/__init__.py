@@ -1,6 +1,6 @@
 """Tokens to their experts and back: one function, and a file for every transport that can carry it out.
 
-Shapes on one chip: T tokens, K choices each, E experts of which L = E / ep are here, H hidden, C rows that it receives.
+Shapes on one chip: T tokens, K choices each, E experts of which L = E / ep are here, H hidden, room for C rows.
 Of the seven stages of a token's way, these are the exchange's:
 
     plan_rows      topk_ids [T, K]   -> which row goes where
@@ -9,9 +9,10 @@ Of the seven stages of a token's way, these are the exchange's:
     give_back      [C, H]            -> the slots from which the rows came
     combine_slots  Σ_k weight · slot -> [T, H], in float32, in a fixed order
 
-Every transport has them as functions of these names (`transport`). `dense` carries rows over `lax.all_to_all`.
-`one_chip`, for chips that hold all experts, folds sending into a gather and giving back into the sum. `pick` chooses
-between transports.
+Every transport has them as functions of these names (`transport`), and `pick` chooses between transports. `one_chip`,
+for chips that hold all experts, folds sending into a gather and giving back into the sum. `dense` carries equal slabs
+over `lax.all_to_all`, `exact` just the rows that there are; what they share is in `between_chips`. `hierarchical` is
+made of two of these, one across nodes and one within.
 """
 
 from typing import Any

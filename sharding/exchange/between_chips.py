@@ -55,8 +55,8 @@ class BetweenChips(abc.ABC):
         """The rounds, int32 [], that the rows of this chip, or those it is sent, need with slabs of S rows."""
 
     @abc.abstractmethod
-    def plan_round(self, choices: Any, slab: int, index: jax.Array | int, way: Way) -> Any:
-        """The `RoundPlan` of what leaves and arrives in a round."""
+    def plan_round(self, choices: Any, slab: int, index: jax.Array | int, way: Way) -> RoundPlan:
+        """What leaves and arrives in round `index`, with slabs of S rows."""
 
     @abc.abstractmethod
     def carry[Kind: Operand](self, rows: Kind, plan: Any, way: Way) -> Kind:
@@ -70,12 +70,12 @@ class BetweenChips(abc.ABC):
         """See `Transport`."""
         return way.axes.ep * slab_and_rounds((num_tokens, top_k), way)[0]
 
-    def plan_rows(self, topk_ids: jax.Array, way: Way) -> Any:
+    def plan_rows(self, topk_ids: jax.Array, way: Way) -> RoundPlan:
         """The plan of the first round, the only one if a chip has room for everything that it can be sent."""
         slab, _ = slab_and_rounds(topk_ids.shape, way)
         return self.plan_round(self._prepared(topk_ids, way), slab, 0, way)
 
-    def send(self, x: Rows | Parcel, plan: Any, way: Way) -> Any:
+    def send(self, x: Rows | Parcel, plan: RoundPlan, way: Way) -> Any:
         """Brings every token's row to the ranks of its experts.
 
         Quantising, exchanging and dequantising are one step to autodiff, with faces in the dtype of `x`: an 8-bit
@@ -85,22 +85,25 @@ class BetweenChips(abc.ABC):
         Args:
           x: [T, H], BF16, FP16 or float32; or a QTensor in which every row has scales of its own, without a gradient;
             or a `Rounded` with such scales; or a `Parcel` of any of these.
-          plan: from `plan_round`; with `way.columns_over`, of the tokens of all chips of that group.
+          plan: from `plan_rows` or `plan_round`; with `way.columns_over`, of the tokens of all chips of that group.
           way: how rows travel.
 
         Returns:
           [ep·S, H] of the kind of `x`, sorted by local expert; rows past plan.group_sizes may be anything.
         """
-        if isinstance(x, Parcel):  # what is beside is too narrow for a kernel to be worth it
-            beside = _sent(self, x.beside, plan, dataclasses.replace(way, backend="xla"))
-            return Parcel(self.send(x.rows, plan, way), beside)
+        if isinstance(x, Parcel):
+            return Parcel(self.send(x.rows, plan, way), self.send_beside(x.beside, plan, way))
         if isinstance(x, Rounded):
             return _rounded_sent(self, x, plan, way)
         if isinstance(x, QTensor) or way.wire is None:
             return _sent(self, x, plan, way)
         return _rounded_sent(self, way.wire.rounded(x), plan, way).array
 
-    def give_back(self, rows: jax.Array, plan: Any, way: Way) -> jax.Array:
+    def send_beside(self, beside: jax.Array, plan: RoundPlan, way: Way) -> jax.Array:
+        """A few numbers of every token, [T, B] -> those of each row that arrives, as they are."""
+        return _sent(self, beside, plan, dataclasses.replace(way, backend="xla"))  # too narrow for a kernel to pay
+
+    def give_back(self, rows: jax.Array, plan: RoundPlan, way: Way) -> jax.Array:
         """Sends what the experts made of each row back to where the row came from, never below BF16.
 
         Args:
@@ -119,7 +122,7 @@ class BetweenChips(abc.ABC):
     def combine_slots(
         self,
         slots: jax.Array,
-        plan: Any,
+        plan: RoundPlan,
         topk_weights: jax.Array,
         way: Way,
         *,

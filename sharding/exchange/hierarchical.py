@@ -42,7 +42,7 @@ class Hops:
       across: between chips of the same place in every node.
       within: between the chips of a node.
       slots: nodes that a token can choose, min(K, nodes).
-      rows: those that can come across to a chip in a round.
+      rows: those that a chip has room for across, in a round.
     """
 
     across: Way
@@ -105,11 +105,15 @@ class Hierarchical:
         """
         hops = self.hops(topk_ids.shape, way)
         nodes = chosen_nodes(topk_ids, way.placement.num_experts, hops)
+        beside = jnp.concatenate([topk_ids.astype(jnp.float32), topk_weights], 1)
+        travels = _as_it_travels(x, way)
+        if travels is not x:
+            experts = functools.partial(_on_arrays, experts)
         return self.outer.exchange(
-            Parcel(_as_it_travels(x, way), jnp.concatenate([topk_ids.astype(jnp.float32), topk_weights], 1)),
+            Parcel(travels, beside),
             jnp.ones(nodes.shape, jnp.float32),
             nodes,
-            _Node(self.inner, experts if _as_it_travels(x, way) is x else functools.partial(_on_arrays, experts), hops),
+            _Node(self.inner, experts, hops),
             params,
             hops.across,
             preferred_element_type=preferred_element_type,
@@ -125,7 +129,7 @@ class Hierarchical:
         hops = self.hops(topk_ids.shape, way)
         nodes = chosen_nodes(topk_ids, way.placement.num_experts, hops)
         across = self.outer.plan_rows(nodes, hops.across)
-        ids = self._across(topk_ids.astype(jnp.float32), across, hops)
+        ids = self.outer.send_beside(topk_ids.astype(jnp.float32), across, hops.across)
         within = self.inner.plan_rows(ids_here(ids, across.group_sizes, hops), hops.within)
         return TwoPlans(across, within, topk_ids.shape)
 
@@ -152,7 +156,7 @@ class Hierarchical:
     ) -> jax.Array:
         """Slots on the nodes -> their sums there -> the sums of those, [T, H], on the tokens' own chips."""
         hops = self.hops(plan.shape, way)
-        weights = self._across(topk_weights, plan.across, hops)
+        weights = self.outer.send_beside(topk_weights, plan.across, hops.across)
         sums = self.inner.combine_slots(slots, plan.within, weights, hops.within, preferred_element_type=slots.dtype)
         return self.outer.combine_slots(
             self.outer.give_back(sums, plan.across, hops.across),
@@ -207,11 +211,6 @@ class Hierarchical:
         )
         return Hops(across, dataclasses.replace(within, slab=slab), slots, rows)
 
-    def _across(self, beside: jax.Array, plan: Any, hops: Hops) -> jax.Array:
-        """What belongs to each token, [T, K], at the rows that came across, [rows, K]."""
-        way = dataclasses.replace(hops.across, backend="xla", wire=None)
-        return self.outer.send(beside, plan, way)
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Node:
@@ -222,7 +221,7 @@ class _Node:
     hops: Hops
 
     def __call__(self, params: Any, rows: Parcel, group_sizes: jax.Array) -> jax.Array:
-        """Rows [C, H] with ids and weights [C, K] -> the sums [C, H] over this node's experts, in their own dtype."""
+        """Rows [C, H], beside them ids and weights [C, 2K] -> their sums [C, H], in the dtype that the experts give."""
         ids, weights = jnp.split(rows.beside, 2, axis=1)
         return self.inner.exchange(
             rows.rows,

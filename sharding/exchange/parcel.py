@@ -16,13 +16,8 @@ class Parcel:
 
     Attributes:
       rows: [T, H], as an exchange takes them.
-      beside: [T, B], travels as it is.
+      beside: [T, B], a few numbers of each, which travel as they are.
     """
 
     rows: Rows
     beside: jax.Array
-
-    @property
-    def dtype(self) -> jax.typing.DTypeLike:
-        """That of the rows."""
-        return self.rows.dtype

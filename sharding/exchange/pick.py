@@ -18,8 +18,8 @@ TRANSPORTS: dict[str, Transport] = {
 }
 """Those that carry rows between chips, by name.
 
-Across nodes only the rows that there are travel. Within one, slabs: what an exact exchange sends, it first lays out in
-rows for all choices, and of the choices of the rows that came most are for other nodes.
+In two hops, just the rows that there are travel across nodes, and slabs within one: there an exact exchange would first
+lay out a row for every choice of the rows that came, most of which are for other nodes.
 """
 
 DEFAULT = "dense"

@@ -41,12 +41,12 @@ def fit_slab(
     choices: int | None = None,
     slab: int | None = None,
 ) -> tuple[int, int]:
-    """S, the rows that one rank can send to another in a round; and the most rounds that any load can need.
+    """S, where a rank has room for ep slabs of S rows in a round; and the most rounds that any load can need.
 
-    A slab holds twice the rows of a balanced load, in multiples of 8. Where that is not far from all that one rank
-    could ever have for another, it holds all of it and one round will do. A balanced load is T·K choices, or `choices`
-    where many of the T·K are not made. An expert gets at most `max_rows` from one rank, if that is not None. A
-    `slab` that is given is taken.
+    A slab holds twice the rows that one rank has for another where the load is balanced, in multiples of 8. Where that
+    is not far from all that it could ever have, it holds all of it and one round will do. A balanced load is T·K
+    choices, or `choices` where many of the T·K are not made. An expert gets at most `max_rows` from one rank, if that
+    is not None. A `slab` that is given is taken.
     """
     worst = num_tokens * top_k
     if max_rows is not None:

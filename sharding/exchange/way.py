@@ -17,14 +17,14 @@ class Way:
     Attributes:
       placement: which chip holds which expert.
       axes: the mesh axes that the layer is split over; `ONE_CHIP` on a single chip.
-      wire: the 8-bit format of rows sent out, or None to keep their dtype. Rows that are in 8 bits stay as they are.
+      wire: how rows sent out are rounded to 8 bits, unless they already are; None keeps their dtype.
       backend: of plan, dispatch and combine.
       transport: a name in `sharding.exchange.pick.TRANSPORTS`, or "auto".
       max_choices: the most choices that the tokens of all chips make together, where most of topk_ids are −1; None for
         T·K a chip. It bounds the rows in memory on one chip, and sizes the buffers of an exchange over several.
       max_rows: the most rows that an expert can get from one chip; None for all.
-      slab: the most rows that one chip sends another in a round, for transports that go in rounds; None for what they
-        think best.
+      slab: S, where a chip has room for S rows from each of ep chips in a round; None for what
+        `sharding.exchange.room.fit_slab` thinks best. Of transports that go in rounds.
     """
 
     placement: Placement

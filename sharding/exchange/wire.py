@@ -1,18 +1,18 @@
-"""Rows in 8 bits while they travel between chips, with scales of their own."""
+"""Rows in 8 bits while they travel between chips, where nobody has rounded them before."""
 
 import dataclasses
 
 import jax
 
-from pallas_kernels.quantize import QDtype, Rounded, Scaling, quantize
+from pallas_kernels.quantize import QDtype, Rounded, Scaling
 
 
 @dataclasses.dataclass(frozen=True)
 class Wire:
-    """Rows in 8 bits.
+    """How rows are rounded to travel.
 
     Attributes:
-      dtype: that of the products which the rows are for.
+      dtype: of 8 bits.
       scaling: of a row on its own, "1x128" or "per_row"; scales travel beside the rows in float32.
     """
 
@@ -21,4 +21,4 @@ class Wire:
 
     def rounded(self, rows: jax.Array) -> Rounded:
         """`rows` [T, H] with what travels of them."""
-        return Rounded(rows, quantize(jax.lax.stop_gradient(rows), self.dtype, scaling=self.scaling))
+        return Rounded.of(rows, self.dtype, scaling=self.scaling)

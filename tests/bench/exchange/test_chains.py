@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bench.exchange.chains import chained, never, on_every_chip, over_chips
+from bench.exchange.chains import chained, never
+from bench.measure.every_chip import on_every_chip, over_chips
 from sharding.mesh import make_mesh
 
 CHIPS, LENGTH = 2, 5

@@ -15,7 +15,7 @@ import jax
 from bench.processes.watchdog import Watchdog
 
 wait = jax.jit(lambda x: jax.pure_callback(lambda x: time.sleep(60) or x, x, x))
-with Watchdog(1).watching("remote, load text, ep 8, 16 tokens: send"):
+with Watchdog(1).watching("remote, load text, ep 8, 16 tokens", "send"):
     jax.block_until_ready(wait(1.0))
 """
 

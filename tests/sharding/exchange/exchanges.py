@@ -219,6 +219,23 @@ def tokens_for(problem: Problem, ids):
     return wanted
 
 
+def inputs(problem: Problem, rng: np.random.Generator, ids=None, **choices):
+    """x, weights, `ids` or random ones, and a factor for each expert.
+
+    Whole numbers and halves, so that sums are exact in any order; a choice not made weighs NaN.
+    """
+    x = rng.integers(-8, 9, (problem.all_tokens, problem.hidden)).astype(np.float32)
+    ids = random_ids(problem, rng, **choices) if ids is None else ids
+    weights = np.where(ids < 0, np.nan, rng.choice([0.25, 0.5, 1, 2], ids.shape)).astype(np.float32)
+    return x, weights, ids, np.arange(1, problem.num_experts + 1, dtype=np.float32)
+
+
+def expected_sum(x, weights, ids, factors):
+    """Σ_k weights · factors[expert] · x."""
+    weights, factors = np.asarray(weights, np.float64), np.asarray(factors, np.float64)
+    return np.asarray(x, np.float64) * np.where(ids >= 0, weights * factors[ids], 0).sum(1, keepdims=True)
+
+
 def random_ids(problem: Problem, rng: np.random.Generator, used=None, silent=()) -> np.ndarray:
     """Random choices among the experts `used`, some left out, and none at all on the chips `silent`."""
     used = np.arange(problem.num_experts) if used is None else np.asarray(used, np.int32)

@@ -20,8 +20,9 @@ from tests.sharding.exchange.exchanges import (
     ON_ONE_AXIS,
     Problem,
     apply_experts,
+    expected_sum,
+    inputs,
     over_chips,
-    random_ids,
     scale_by_expert,
 )
 
@@ -35,14 +36,6 @@ every_problem = pytest.mark.parametrize("problem", [EP2, EP8, ONE_CHIP, *EVERY_T
 pytestmark = pytest.mark.usefixtures("gathered_transport")
 
 
-def inputs(problem: Problem, rng, **kwargs):
-    """Whole numbers and halves, so that sums are exact in any order; a choice not made weighs NaN."""
-    x = rng.integers(-8, 9, (problem.all_tokens, problem.hidden)).astype(np.float32)
-    ids = random_ids(problem, rng, **kwargs)
-    weights = np.where(ids < 0, np.nan, rng.choice([0.25, 0.5, 1, 2], ids.shape)).astype(np.float32)
-    return x, weights, ids, np.arange(1, problem.num_experts + 1, dtype=np.float32)
-
-
 def test_a_choice_beyond_full_slabs_takes_one_more_round():
     """Of the first chip, one choice more goes to the first rank than fits into one slab, two, …"""
     slab, rounds = EP8.slab_and_rounds
@@ -52,16 +45,6 @@ def test_a_choice_beyond_full_slabs_takes_one_more_round():
         weights = np.where(ids < 0, weights, 1)
         y, _ = apply_experts(EP8)(x, weights, ids, factors)
         np.testing.assert_array_equal(y, expected_sum(x, weights, ids, factors))
-
-
-def expected_sum(x, weights, ids, factors):
-    """Σ_k weights · factors[expert] · x, choice by choice."""
-    y = np.zeros(x.shape)
-    for token, choices in enumerate(ids):
-        for k, expert in enumerate(choices):
-            if expert >= 0:
-                y[token] += float(weights[token, k]) * float(factors[expert]) * np.asarray(x[token], np.float64)
-    return y
 
 
 @every_problem

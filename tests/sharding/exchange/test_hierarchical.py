@@ -20,7 +20,15 @@ from sharding.exchange.way import Way
 from sharding.partition import Axes, expert_axes
 from sharding.placement import Placement
 from tests.helpers import LIMIT, normal, relative_error, same_bits
-from tests.sharding.exchange.exchanges import Problem, apply_experts, over_chips, random_ids, scale_by_expert
+from tests.sharding.exchange.exchanges import (
+    Problem,
+    apply_experts,
+    expected_sum,
+    inputs,
+    over_chips,
+    random_ids,
+    scale_by_expert,
+)
 
 BY_2 = Problem(dp=1, ep=8, num_tokens=12, top_k=3, num_experts=16, transport="hierarchical", nodes=2)
 BY_4 = dataclasses.replace(BY_2, nodes=4)
@@ -28,21 +36,10 @@ IN_ROUNDS = dataclasses.replace(BY_4, slab=4)
 PROBLEMS = [BY_2, BY_4, IN_ROUNDS]
 
 
-def tokens(problem: Problem, rng, ids):
-    """Whole numbers and halves, so that sums are exact in any order; a choice not made weighs NaN."""
-    x = rng.integers(-8, 9, (problem.all_tokens, problem.hidden)).astype(np.float32)
-    weights = np.where(ids < 0, np.nan, rng.choice([0.25, 0.5, 1, 2], ids.shape)).astype(np.float32)
-    return x, weights, ids, np.arange(1, problem.num_experts + 1, dtype=np.float32)
-
-
-def plain_sum(x, weights, ids, factors):
-    return np.asarray(x, np.float64) * np.where(ids >= 0, weights * factors[ids], 0).sum(1, keepdims=True)
-
-
 def check(problem: Problem, ids, rng) -> None:
-    args = tokens(problem, rng, ids)
+    args = inputs(problem, rng, ids)
     y, _ = apply_experts(problem)(*args)
-    np.testing.assert_array_equal(y, plain_sum(*args))
+    np.testing.assert_array_equal(y, expected_sum(*args))
 
 
 def test_problems_take_one_round_and_several():
@@ -163,7 +160,7 @@ def test_few_of_many_choices(rng):
     """Where `max_choices` says how few are made, buffers are small, and hold those of one chip all the same."""
     ids = np.full((BY_4.all_tokens, BY_4.top_k), -1, np.int32)
     ids[:7] = rng.integers(0, BY_4.num_experts, (7, BY_4.top_k))
-    args = tokens(BY_4, rng, ids)
+    args = inputs(BY_4, rng, ids)
     way = dataclasses.replace(BY_4.way, max_choices=7 * BY_4.top_k)
     assert pick_transport(way).rows_held(12, 3, way) < BY_4.rows_held
 
@@ -171,7 +168,7 @@ def test_few_of_many_choices(rng):
         return exchange(x, weights, ids, scale_by_expert, factors, way)
 
     y = over_chips(BY_4, on_chip, num_by_expert=1)(*args)
-    np.testing.assert_array_equal(np.asarray(y).reshape(args[0].shape), plain_sum(*args))
+    np.testing.assert_array_equal(np.asarray(y).reshape(args[0].shape), expected_sum(*args))
 
 
 @pytest.mark.parametrize("outer", [Dense(), Exact("xla")], ids=["dense", "exact"])
