@@ -161,7 +161,7 @@ class MoEConfig:
     def check_scale_blocks(self, width_parts: int = 1) -> None:
         """Raises ValueError unless each operand, with widths in `width_parts` parts, divides into blocks."""
         q, hidden = self.quantization, self.hidden_size
-        operands = [("hidden_size", (1, hidden), self.wire_scaling), ("hidden_size", (1, hidden), q.lhs_scaling)]
+        operands = [("hidden_size", (1, hidden), q.lhs_scaling), ("hidden_size", (1, hidden), self.scaling_of_rows)]
         for name in ("intermediate_size", "shared_intermediate_size"):
             if width := getattr(self, name) // width_parts:
                 operands += [

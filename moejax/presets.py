@@ -81,7 +81,6 @@ PRESETS: Mapping[str, MoEConfig] = MappingProxyType(
             expert_bias=True,
             router=TopKRouter(router_bias=True, load_balance_loss=0.9),
             quantization=_BY_ROW_AND_CHANNEL,
-            wire_scaling="per_row",
         ),
         # moonshotai/Kimi-K2-Instruct config.json
         "kimi-k2": MoEConfig(

@@ -21,8 +21,8 @@ def narrow(name: str, *, hidden: int = HIDDEN, width: int = WIDTH, **changes) ->
         "intermediate_size": width,
         "shared_intermediate_size": width if preset.shared_intermediate_size else 0,
     }
-    if width % 128 and preset.wire_scaling == "1x128":
-        narrowed |= {"wire_scaling": "1x32", "quantization": BLOCKS}
+    if width % 128 and preset.quantization.lhs_scaling == "1x128":
+        narrowed["quantization"] = BLOCKS
     return get_preset(name, **narrowed | changes)
 
 

@@ -77,10 +77,13 @@ DOES_NOT_FIT_8_BITS = [
     ({"intermediate_size": 192}, "intermediate_size=192: shape (1, 192) cannot be scaled by '1x128'"),
     ({"shared_intermediate_size": 64}, "shared_intermediate_size=64: shape (1, 64) cannot be scaled by '1x128'"),
     (
-        {"hidden_size": 192, "wire_scaling": "per_row", "quantization": Quantization(lhs_scaling="per_row")},
+        {"hidden_size": 192, "quantization": Quantization(lhs_scaling="per_row")},
         "intermediate_size=128: shape (192, 128) cannot be scaled by '128x128'",
     ),
-    ({"wire_scaling": "1x100"}, "hidden_size=256: shape (1, 256) cannot be scaled by '1x100'"),
+    (
+        {"wire_scaling": "1x100", "quantization": Quantization(lhs_scaling="per_tensor")},
+        "hidden_size=256: shape (1, 256) cannot be scaled by '1x100'",
+    ),
 ]
 
 

@@ -181,7 +181,6 @@ def test_in_8_bits_over_every_kind_of_axis(name, rng):
         shared_intermediate_size=128,
         precision="w8a8",
         quantization=q,
-        wire_scaling="1x32",
         dtype="float32",
     )
     params, x = random_params(config, rng), normal(rng, 3, 12, 256)

@@ -195,7 +195,6 @@ def test_in_8_bits(rng):
         expert_bias=False,
         precision="w8a8",
         quantization=Quantization(lhs_scaling="1x32", rhs_scaling="32x32"),
-        wire_scaling="1x32",
     )
     params = quantize_params(random_params(config, rng), config)
     x = normal(rng, 12, 64)
