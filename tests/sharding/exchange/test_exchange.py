@@ -279,6 +279,26 @@ def test_buffers_are_for_the_rows_that_there_can_be(changes, rows):
     assert pick_transport(way).rows_held(128, 2, way) == rows
 
 
+@pytest.mark.parametrize("used", [[2], None], ids=["one expert", "all"])
+def test_choices_beyond_a_bound_are_left_out(used, rng):
+    """No more rows leave a chip than it has for them: those of the first experts, in several rounds."""
+    problem, most = dataclasses.replace(EP8, transport="ragged"), 40
+    x, weights, ids, factors = inputs(problem, rng, used=used)
+    way = dataclasses.replace(problem.way, max_choices=most)
+
+    def on_chip(x, weights, ids, factors):
+        return exchange(x, weights, ids, scale_by_expert, factors, way)
+
+    y = over_chips(problem, on_chip, num_by_expert=1)(x, weights, ids, factors)
+    kept = ids.copy()
+    for own in np.split(kept, problem.ep):
+        choices = own.reshape(-1)
+        made = np.flatnonzero(choices >= 0)
+        choices[made[np.argsort(choices[made], stable=True)][most:]] = -1
+    assert not np.array_equal(kept, ids)
+    np.testing.assert_array_equal(np.asarray(y).reshape(x.shape), expected_sum(x, weights, kept, factors))
+
+
 def over(ep: int) -> Way:
     return Way(Placement(4, ep), Axes(expert=("expert",), tokens=("expert",), sizes=(("expert", ep),)))
 
