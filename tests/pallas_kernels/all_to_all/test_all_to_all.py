@@ -175,6 +175,16 @@ def test_the_kernel_waits_for_its_peers_before_it_writes_and_before_it_leaves():
     assert steps == [*copies, *entered, *writes, *["dma_wait"] * 3, "semaphore_wait"]
 
 
+def test_every_set_of_axes_has_a_barrier_of_its_own():
+    numbers = set()
+    for axes in (("data",), ("expert",), ("more",), ("data", "expert"), ("data", "more"), ("expert", "more")):
+        mesh = dataclasses.replace(OTHER_AXES, axes=axes)
+        blocks = blocks_of(tables(np.ones((mesh.chips, mesh.chips, 1), int)))
+        program = jax.make_jaxpr(moving(mesh, 4, "pallas_tpu"))(jnp.zeros((8, 4, 8)), blocks)
+        numbers |= set(re.findall(r"collective_id=(\d+)", str(program)))
+    assert len(numbers) == 6
+
+
 @pytest.mark.parametrize("mesh", [FOUR, OTHER_AXES], ids=str)
 @pytest.mark.quick("*-4-of-8")
 def test_the_gradient_brings_rows_back(backend, mesh, rng):
