@@ -32,7 +32,8 @@ def _ragged(x: jax.Array, blocks: Blocks, *, num_rows: int, axes: tuple[str, ...
 def emulated(x: jax.Array, blocks: Blocks, *, num_rows: int, axes: tuple[str, ...]) -> jax.Array:
     """What `jax.lax.ragged_all_to_all` does, for any platform: every chip sees all rows, and takes those sent to it.
 
-    Where chips do not agree on sizes and places, which is undefined there, the result is NaN, or all bits set.
+    Where chips do not agree on sizes and places, or a block reaches beyond the rows that there are, which is undefined
+    there, the result is NaN, or all bits set.
     """
     sizes, takes, puts = (
         lax.all_to_all(each, axes, 0, 0, tiled=True)
@@ -53,6 +54,8 @@ def emulated(x: jax.Array, blocks: Blocks, *, num_rows: int, axes: tuple[str, ..
     agreed = (sizes == blocks.recv_sizes).all()
     for told, known in zip((sizes, takes, puts), wanted, strict=True):
         agreed &= (jnp.where(is_used, told - known, 0) == 0).all()
+    for first, most in ((takes, num_rows_each), (puts, num_rows)):
+        agreed &= (~is_used | ((first >= 0) & (first + sizes <= most))).all()
     rows = jnp.where(is_inside.any(1)[:, None], everything[source], 0)
     nothing = jnp.nan if jnp.issubdtype(x.dtype, jnp.floating) else jnp.iinfo(x.dtype).max
     return jnp.where(agreed, rows, jnp.asarray(nothing, x.dtype))

@@ -19,7 +19,6 @@ from pallas_kernels.combine import combine
 from pallas_kernels.dispatch import dispatch
 from pallas_kernels.plan import Plan, each_choice, unsorted_plan
 from pallas_kernels.quantize import Operand, QTensor, Rounded, Rows, dequantize
-from pallas_kernels.tracing.varying import vary_over, varying_axes
 from sharding.exchange.parcel import Parcel
 from sharding.exchange.room import slab_and_rounds
 from sharding.exchange.rounds import sum_over_rounds
@@ -273,12 +272,9 @@ def _sum_of_rounds_jvp(run: _Rounds, primals: Any, tangents: Any) -> tuple[jax.A
         returned = run.returned(0, choices, args)
         return run.summed(*returned, args), returned
 
-    def later(args: Any) -> jax.Array:
-        nothing = vary_over(jnp.zeros(total.shape, total.dtype), varying_axes((rounds, choices, args)))
-        others = functools.partial(sum_over_rounds, run.later_sum, rounds - 1, choices)
-        with jax.named_scope(LATER_ROUNDS):
-            return lax.cond(rounds > 1, others, lambda _: nothing, args)
-
-    total, dfirst, returned = jax.jvp(first, (args,), (dargs,), has_aux=True)
-    _, dlater = jax.jvp(later, (args,), (dargs,))
+    # No `lax.cond` around the later ones: under `jax.vmap` JAX could not transpose it. A sum over no round runs none.
+    later = functools.partial(sum_over_rounds, run.later_sum, rounds - 1, choices)
+    _, dfirst, returned = jax.jvp(first, (args,), (dargs,), has_aux=True)
+    with jax.named_scope(LATER_ROUNDS):
+        _, dlater = jax.jvp(later, (args,), (dargs,))
     return _in_order(run, rounds, choices, args, *returned), dfirst + dlater

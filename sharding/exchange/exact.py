@@ -80,7 +80,9 @@ class Exact(BetweenChips):
     def prepare(self, topk_ids: jax.Array, way: Way) -> Counted:
         """The choices by expert, and everyone's counts."""
         by_expert = bounded(make_plan(topk_ids, way.placement.num_experts, backend=way.backend), way)
-        counts = lax.all_gather(by_expert.group_sizes, way.axes.expert)
+        rows = by_expert.order.shape[0]
+        held = jnp.clip(rows - by_expert.offsets, 0, by_expert.group_sizes)  # of more choices than the bound, the first
+        counts = lax.all_gather(held, way.axes.expert)
         return Counted(topk_ids, by_expert, counts, lax.axis_index(way.axes.expert))
 
     def rounds_of(self, choices: Counted, slab: int, way: Way) -> jax.Array:

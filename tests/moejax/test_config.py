@@ -158,6 +158,14 @@ def test_the_shared_expert_may_have_an_activation_of_its_own():
     assert limited.of_shared_expert == ("gelu", 2.0)
 
 
+@pytest.mark.parametrize(
+    ("lhs_scaling", "of_rows"), [("1x128", "1x128"), ("1x64", "1x64"), ("per_row", "per_row"), ("per_tensor", "1x32")]
+)
+def test_rows_travel_with_the_scales_of_their_product_if_these_are_of_one_row(lhs_scaling, of_rows):
+    quantization = Quantization(lhs_scaling=lhs_scaling)
+    assert MoEConfig(**GOOD, quantization=quantization, wire_scaling="1x32").scaling_of_rows == of_rows
+
+
 def test_a_configuration_is_a_static_argument():
     assert MoEConfig(**GOOD) == MoEConfig(**GOOD)
     assert hash(MoEConfig(**GOOD)) == hash(MoEConfig(**GOOD))

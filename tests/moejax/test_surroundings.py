@@ -1,5 +1,6 @@
 """The layer in other people's code: transformations around it, exports, checkpoints, modes of JAX."""
 
+import dataclasses
 import functools
 
 import jax
@@ -197,6 +198,15 @@ def test_an_export_for_a_tpu_has_its_kernels():
     assert "tpu_custom_call" in exported.mlir_module()
 
 
+def test_an_export_of_exactly_the_rows_there_are_takes_a_permission():
+    config = MoEConfig(256, 128, 8, 2, transport="ragged")
+    shapes = jax.eval_shape(lambda: MoE(config, rngs=nnx.Rngs(0)).params())
+    layer = jax.jit(lambda params, x: moe(x, params, config, mesh=make_mesh(4))[0])
+    permission = export.DisabledSafetyCheck.custom_call("ragged_all_to_all")
+    exported = export.export(layer, platforms=["tpu"], disabled_checks=[permission])
+    assert "ragged_all_to_all" in exported(shapes, jax.ShapeDtypeStruct((16, 256), jnp.bfloat16)).mlir_module()
+
+
 @pytest.mark.slow
 def test_hessian_times_a_vector(params, rng):
     x, direction = normal(rng, 6, 32), normal(rng, 6, 32)
@@ -228,6 +238,14 @@ def test_modes_of_jax(name, rng):
             z, other = call()
         assert jax.tree.map(lambda leaf: leaf.dtype, other) == jax.tree.map(lambda leaf: leaf.dtype, aux)
         assert relative_error(z, y) < 1e-6
+
+
+@pytest.mark.parametrize("transport", ["auto", "ragged"])
+def test_choices_that_are_repeated_promote_nothing(transport, params, rng):
+    config = dataclasses.replace(CONFIG, transport=transport)
+    ids = jnp.asarray(rng.integers(-1, 8, (4, 2)), jnp.int32)
+    with jax.numpy_dtype_promotion("strict"):
+        jax.eval_shape(lambda x: moe(x, params, config, topk_ids=ids, mesh=make_mesh(4)), normal(rng, 4, 32))
 
 
 @pytest.mark.parametrize("dtype", ["int32", "float8_e4m3fn"])

@@ -74,6 +74,13 @@ def test_elapsed_is_that_of_the_busiest_links():
     assert in_two_hops(ids, nodes).elapsed(**units) == pytest.approx(2 * (300 + 16))
 
 
+def test_the_busiest_chip_may_be_one_that_sends_or_one_that_gets():
+    """Three nodes of one chip with a token each, K = 1: all to chip 0; and all choices of chip 0 to the others."""
+    nodes = Nodes(count=3, chips=1, num_experts=3)
+    assert direct(np.array([[0], [0], [0]]), nodes).across.busiest == 2
+    assert direct(np.array([[1, 2], [1, 1], [2, 2]]), nodes).across.busiest == 2
+
+
 def test_sizes_that_do_not_divide():
     for num_experts, tokens in ((10, 8), (16, 9)):
         with pytest.raises(ValueError, match=rf"8 chips must divide {tokens} tokens and num_experts={num_experts}"):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -165,6 +166,25 @@ def test_more_of_it_one_after_the_other(backend, rng):
         np.testing.assert_array_equal(back[chip, :rows], np.asarray(x)[chip, :rows])
 
 
+def test_the_kernel_waits_for_its_peers_before_it_writes_and_before_it_leaves():
+    """Interpret mode does not tell: its results are there before any chip begins, and nothing is left of a call."""
+    blocks = blocks_of(tables(np.ones((4, 4, 1), int)))
+    program = jax.make_jaxpr(moving(FOUR, 4, "pallas_tpu"))(jnp.zeros((4, 4, 8)), blocks)
+    steps = re.findall(r"\b(dma_start|dma_wait|semaphore_signal|semaphore_wait)\b", str(program))
+    copies, entered, writes = ["dma_start"], ["semaphore_signal", "semaphore_wait", "semaphore_signal"], ["dma_start"]
+    assert steps == [*copies, *entered, *writes, *["dma_wait"] * 3, "semaphore_wait"]
+
+
+def test_every_set_of_axes_has_a_barrier_of_its_own():
+    numbers = set()
+    for axes in (("data",), ("expert",), ("more",), ("data", "expert"), ("data", "more"), ("expert", "more")):
+        mesh = dataclasses.replace(OTHER_AXES, axes=axes)
+        blocks = blocks_of(tables(np.ones((mesh.chips, mesh.chips, 1), int)))
+        program = jax.make_jaxpr(moving(mesh, 4, "pallas_tpu"))(jnp.zeros((8, 4, 8)), blocks)
+        numbers |= set(re.findall(r"collective_id=(\d+)", str(program)))
+    assert len(numbers) == 6
+
+
 @pytest.mark.parametrize("mesh", [FOUR, OTHER_AXES], ids=str)
 @pytest.mark.quick("*-4-of-8")
 def test_the_gradient_brings_rows_back(backend, mesh, rng):
@@ -190,6 +210,12 @@ def test_chips_that_disagree_get_nothing_on_a_cpu(name, rng):
     wrong[1, 2] += 1
     blocks = dataclasses.replace(blocks, **{name: wrong})
     out = moving(FOUR, 8, "xla")(normal(rng, 4, 8, 8), blocks)
+    assert np.isnan(np.asarray(out)).all((1, 2)).any()
+
+
+@pytest.mark.parametrize(("num_sent", "num_rows"), [(7, 8), (8, 7)])
+def test_blocks_beyond_the_rows_that_there_are_bring_nothing_on_a_cpu(num_sent, num_rows, rng):
+    out = moving(FOUR, num_rows, "xla")(normal(rng, 4, num_sent, 8), blocks_of(tables(np.full((4, 4, 1), 2))))
     assert np.isnan(np.asarray(out)).all((1, 2)).any()
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from pallas_kernels.quantize import QTensor, dequantize, quantize
 from sharding.exchange import Way, Wire, exchange, one_chip, pick_transport
+from sharding.exchange.between_chips import result_dtype
 from sharding.partition import Axes
 from sharding.placement import Placement
 from tests.helpers import LIMIT, normal, relative_error, same_bits
@@ -138,6 +139,23 @@ def test_gradients_equal_those_of_the_plain_sum(problem, rng):
         assert relative_error(gradient, reference) < LIMIT["float32"]
 
 
+@pytest.mark.parametrize("transport", IN_ROUNDS)
+@pytest.mark.quick("ragged")
+def test_gradients_of_several_at_once(transport, rng):
+    """Under `jax.vmap`, in one round and in several."""
+    problem = dataclasses.replace(EP8, transport=transport)
+    ids = np.stack([random_ids(problem, rng, used=used) for used in (None, [0])])
+    weights, factors = np.ones(ids.shape, np.float32), np.arange(1, 9, dtype=np.float32)
+    x = normal(rng, 2, problem.all_tokens, problem.hidden)
+
+    def loss(x, weights, ids):
+        return jnp.square(apply_experts(problem)(x, weights, ids, factors)[0]).sum()
+
+    at_once = jax.jit(jax.grad(lambda x: jax.vmap(loss)(x, weights, ids).sum()))(x)
+    for each, *args in zip(at_once, x, weights, ids, strict=True):
+        assert relative_error(each, jax.jit(jax.grad(loss))(*args)) < LIMIT["float32"]
+
+
 @pytest.mark.parametrize("problem", [EP8, *EVERY_TRANSPORT], ids=str)
 @pytest.mark.quick("dp2-ep4-T9-*")
 def test_rows_that_travel_in_fp8_are_rounded_once(problem, rng):
@@ -221,6 +239,17 @@ def test_rows_in_8_bits_travel_as_they_are(problem, rng):
     assert relative_error(y.reshape(expected.shape), expected) < LIMIT["float32"]
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_rows_in_8_bits_come_back_as_the_experts_give_them(dtype, rng):
+    """Not wider, when sums of them travel on."""
+
+    def experts(params, rows, group_sizes):
+        return dequantize(rows, dtype)
+
+    x = quantize(normal(rng, 4, 128), scaling="1x128")
+    assert result_dtype(experts, (), x, over(2)) == jnp.dtype(dtype)
+
+
 def test_a_transport_that_is_not_there():
     with pytest.raises(ValueError, match=r"transport must be one of 'auto', 'dense'.*, got 'post'"):
         pick_transport(dataclasses.replace(over(2), transport="post"))
@@ -260,6 +289,26 @@ def test_buffers_are_for_the_rows_that_there_can_be(changes, rows):
     if "placement" in changes:
         way = dataclasses.replace(way, axes=over(2).axes)
     assert pick_transport(way).rows_held(128, 2, way) == rows
+
+
+@pytest.mark.parametrize("used", [[2], None], ids=["one expert", "all"])
+def test_choices_beyond_a_bound_are_left_out(used, rng):
+    """No more rows leave a chip than it has for them: those of the first experts, in several rounds."""
+    problem, most = dataclasses.replace(EP8, transport="ragged"), 40
+    x, weights, ids, factors = inputs(problem, rng, used=used)
+    way = dataclasses.replace(problem.way, max_choices=most)
+
+    def on_chip(x, weights, ids, factors):
+        return exchange(x, weights, ids, scale_by_expert, factors, way)
+
+    y = over_chips(problem, on_chip, num_by_expert=1)(x, weights, ids, factors)
+    kept = ids.copy()
+    for own in np.split(kept, problem.ep):
+        choices = own.reshape(-1)
+        made = np.flatnonzero(choices >= 0)
+        choices[made[np.argsort(choices[made], stable=True)][most:]] = -1
+    assert not np.array_equal(kept, ids)
+    np.testing.assert_array_equal(np.asarray(y).reshape(x.shape), expected_sum(x, weights, kept, factors))
 
 
 def over(ep: int) -> Way:

@@ -208,3 +208,11 @@ def test_buffers_are_for_the_rows_that_there_can_be():
     hops = pick_transport(few).hops((256, 8), few)
     assert (hops.across.max_rows, hops.rows, hops.within.max_rows) == (4 * 10, 4 * 40, 4 * 10)
     assert hops.within.slab == 1 * 40
+
+
+def test_buffers_are_for_the_rows_of_all_chips_that_share_the_width():
+    sizes = {"node": 2, "local": 2, "tensor": 2}
+    axes = Axes(expert=("node", "local"), mlp=("tensor",), tokens=tuple(sizes), sizes=tuple(sizes.items()))
+    way = dataclasses.replace(way_over(node=2, local=2), axes=axes)
+    hops = pick_transport(way).hops((4, 2), way)
+    assert (hops.rows, hops.within.slab) == (2 * 4, 2 * 8 * 2)

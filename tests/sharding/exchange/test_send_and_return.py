@@ -18,6 +18,7 @@ from tests.sharding.exchange.exchanges import (
     Problem,
     gradient_of_sending,
     groups_that_arrived,
+    over_chips,
     random_ids,
     send_and_return,
     tokens_for,
@@ -121,6 +122,25 @@ def test_balanced_load_fits_the_first_round(problem):
     check(problem, ids % problem.num_experts)
     _, sizes, _ = send_and_return(problem)(tagged(problem), ids % problem.num_experts)
     assert not np.asarray(sizes)[:, 1:].any()
+
+
+@pytest.mark.parametrize("transport", IN_ROUNDS)
+def test_every_choice_leaves_in_one_round(transport, rng):
+    """In the others it has no row, as what comes back there for rows that nobody sent may be anything."""
+    problem = dataclasses.replace(EP8, transport=transport)
+    slab, rounds = problem.slab_and_rounds
+
+    def on_chip(ids):
+        choices = problem.carrier.prepare(ids, problem.way)
+        plans = [problem.carrier.plan_round(choices, slab, index, problem.way).departure for index in range(rounds)]
+        return jnp.stack([plan.inverse for plan in plans]), jnp.stack([plan.order for plan in plans])
+
+    ids = random_ids(problem, rng, used=[0, 5])
+    inverse, order = over_chips(problem, on_chip)(ids)
+    leaves = np.asarray(inverse) >= 0  # [chips, rounds, T, K]
+    np.testing.assert_array_equal(leaves.sum(1).reshape(ids.shape), ids >= 0)
+    assert leaves.any((0, 2, 3)).sum() > 1
+    np.testing.assert_array_equal((np.asarray(order) >= 0).sum(2), leaves.sum((2, 3)))
 
 
 @pytest.mark.parametrize(
