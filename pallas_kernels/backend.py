@@ -69,7 +69,7 @@ def _call(operator: str, function: str, backend: str, args: tuple[Any, ...], kwa
     """Calls it. Inside `jax.shard_map`, what a kernel returns varies over the mesh axes that its operands vary over."""
     module = importlib.import_module(_path(operator, MODULES[backend]))
     operands = [leaf for leaf in jax.tree.leaves((args, kwargs)) if isinstance(leaf, jax.Array)]
-    if backend != "xla":
+    if backend != "xla" and not getattr(module, "TAKES_SYMBOLS", False):
         _require_numbers(operator, operands)
     result = getattr(module, function)(*args, **kwargs)
     return vary_over(result, varying_axes(operands))

@@ -93,21 +93,22 @@ class Program:
     def executed(self, name: str | None = None, times: int = 1) -> Iterator[tuple[Operation, int]]:
         """Each operation that runs by itself, and how many times; of several branches, that with the most cycles.
 
-        Where they are on whether an exchange takes later rounds, it is that with the fewest: one round is usually
-        enough.
+        Later rounds of an exchange are left out, as one is usually enough: their loops, and, of branches on whether
+        there are any, those with the most cycles.
 
         Args:
           name: the computation, the first if None.
           times: that it runs.
         """
         for operation in self.computations.get(name or self.entry, ()):
+            is_later = LATER_ROUNDS in operation.attributes
             if operation.opcode == "while":
-                for body in operation.called("body"):
+                for body in () if is_later else operation.called("body"):
                     yield from self.executed(body, times * (operation.trip_count or 1))
             elif operation.opcode == "conditional":
                 names = operation.called("branch_computations", "true_computation", "false_computation")
                 branches = [list(self.executed(branch, times)) for branch in names]
-                choose = min if LATER_ROUNDS in operation.attributes else max
+                choose = min if is_later else max
                 yield from choose(branches, key=lambda ops: sum(op.cycles * n for op, n in ops), default=())
             elif operation.opcode in ("call", "async-start"):
                 for called in operation.called("to_apply", "calls"):

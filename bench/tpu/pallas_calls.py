@@ -126,8 +126,8 @@ def _walk(
                 results = equation.primitive.bind(*map(np.asarray, inputs), **equation.params)
             values |= zip(outputs, results if equation.primitive.multiple_results else [results], strict=True)
             continue
-        if LATER_ROUNDS in str(equation.source_info.name_stack) and "branches" in equation.params:
-            inner = inner[:1]  # of the two branches, that of one round
+        if LATER_ROUNDS in str(equation.source_info.name_stack):
+            inner = inner[:1] if "branches" in equation.params else []  # of two branches, that of one round
         binds = equation.primitive.name not in _OWN_ARGUMENTS
         for body in inner:
             binds = binds and len(body.invars) == len(inputs)

@@ -11,6 +11,9 @@ import jax.numpy as jnp
 
 from pallas_kernels.float32_matmul import reference
 
+TAKES_SYMBOLS = True
+"""Sizes need not be numbers, as there is no kernel to be cut for them; see `pallas_kernels.backend`."""
+
 _BITS = 7
 """Of the fraction of a BF16 number."""
 

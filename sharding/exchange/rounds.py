@@ -87,60 +87,77 @@ def _with(function: Callable[..., Any], index: jax.Array, values: _Arrays, place
     return function(index, *merged)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _loop(function: Callable[..., list[jax.Array]], count: jax.Array, *arrays: jax.Array) -> list[jax.Array]:
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _loop(
+    function: Callable[..., list[jax.Array]], dtypes: tuple[Any, ...] | None, count: jax.Array, *arrays: jax.Array
+) -> list[jax.Array]:
     axes = varying_axes(arrays)
+    shapes = jax.eval_shape(function, 0, *arrays)
+    dtypes = dtypes or tuple(x.dtype for x in shapes)
 
     def body(index: jax.Array, so_far: list[jax.Array]) -> list[jax.Array]:
         return [total + vary_over(x, axes) for total, x in zip(so_far, function(index, *arrays), strict=True)]
 
-    shapes = jax.eval_shape(function, 0, *arrays)
-    return lax.fori_loop(0, count, body, [vary_over(jnp.zeros(x.shape, x.dtype), axes) for x in shapes])
+    def zeros(dtypes: Sequence[Any]) -> list[jax.Array]:
+        return [vary_over(jnp.zeros(x.shape, dtype), axes) for x, dtype in zip(shapes, dtypes, strict=True)]
+
+    def some() -> list[jax.Array]:
+        totals = lax.fori_loop(0, count, body, zeros([x.dtype for x in shapes]))
+        return [total.astype(dtype) for total, dtype in zip(totals, dtypes, strict=True)]
+
+    # Often there is no round: then nothing wider than the results is made, be they as large as all parameters.
+    return lax.cond(count > 0, some, lambda: zeros(dtypes))
 
 
-def _sums(function: Callable[..., list[jax.Array]], count: jax.Array, arrays: _Arrays) -> list[jax.Array]:
-    """Σ function(r, *arrays) of each of its results."""
-    traced = _loop.trace(function, count, *arrays)
-    return _sums_p.bind(count, *arrays, function=function, jaxpr=traced.jaxpr)
+def _sums(
+    function: Callable[..., list[jax.Array]],
+    count: jax.Array,
+    arrays: _Arrays,
+    dtypes: tuple[Any, ...] | None = None,
+) -> list[jax.Array]:
+    """Σ function(r, *arrays) of each of its results, added in their dtypes and given in `dtypes`, if there are any."""
+    traced = _loop.trace(function, dtypes, count, *arrays)
+    return _sums_p.bind(count, *arrays, function=function, dtypes=dtypes, jaxpr=traced.jaxpr)
 
 
-def _jvp(primals, tangents, *, function, jaxpr):
+def _jvp(primals, tangents, *, function, dtypes, jaxpr):
     count, *arrays = primals
-    results = _sums_p.bind(count, *arrays, function=function, jaxpr=jaxpr)
+    results = _sums_p.bind(count, *arrays, function=function, dtypes=dtypes, jaxpr=jaxpr)
     moving = tuple(i for i, tangent in enumerate(tangents[1:]) if not isinstance(tangent, ad.Zero))
     moved = [tangents[1 + i] for i in moving]
-    return results, _sums(_Tangents(function, moving), count, [*arrays, *moved])
+    return results, _sums(_Tangents(function, moving), count, [*arrays, *moved], dtypes)
 
 
-def _transpose(cotangents, count, *arrays, function, jaxpr):
+def _transpose(cotangents, count, *arrays, function, dtypes, jaxpr):
     """Only tangents are linear, and so only they are transposed."""
-    del jaxpr
+    del dtypes, jaxpr
     assert isinstance(function, _Tangents), function
     values, moved = arrays[: -len(function.moving)], arrays[-len(function.moving) :]
     asked = [i for i, x in enumerate(moved) if ad.is_undefined_primal(x)]
     pull = _Cotangents(function.of, tuple(function.moving[i] for i in asked), len(cotangents))
-    found = _sums(pull, count, [*values, *map(ad.instantiate_zeros, cotangents)])
+    wanted = tuple(moved[i].aval.dtype for i in asked)
+    found = _sums(pull, count, [*values, *map(ad.instantiate_zeros, cotangents)], wanted)
     result: list[Any] = [None] * (1 + len(arrays))
     for i, total in zip(asked, found, strict=True):
-        result[1 + len(values) + i] = total.astype(moved[i].aval.dtype)
+        result[1 + len(values) + i] = total
     return result
 
 
-def _batch(arrays, dims, *, function, jaxpr):
+def _batch(arrays, dims, *, function, dtypes, jaxpr):
     del jaxpr
     mapped = [jnp.moveaxis(x, d, 0) for x, d in zip(arrays, dims, strict=True) if d is not None]
 
     def one(slices: list[jax.Array]) -> list[jax.Array]:
         rest = iter(slices)
         count, *whole = [x if d is None else next(rest) for x, d in zip(arrays, dims, strict=True)]
-        return _sums(function, count, whole)
+        return _sums(function, count, whole, dtypes)
 
     results = lax.map(one, mapped)
     return results, [0] * len(results)
 
 
-def _evaluate(*arrays: jax.Array, function: Any, jaxpr: Any) -> list[jax.Array]:
-    del function
+def _evaluate(*arrays: jax.Array, function: Any, dtypes: Any, jaxpr: Any) -> list[jax.Array]:
+    del function, dtypes
     return core.jaxpr_as_fun(jaxpr)(*arrays)
 
 

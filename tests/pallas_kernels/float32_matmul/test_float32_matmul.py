@@ -68,6 +68,14 @@ def test_no_product_of_float32_on_a_gpu(rng):
     assert not any("bf16" in line for line in products("cpu"))
 
 
+def test_sizes_that_are_symbols():
+    """No kernel is cut for them, so that a GPU need not fall back, which would be a warning."""
+    (tokens,) = jax.export.symbolic_shape("t")
+    shapes = jax.ShapeDtypeStruct((tokens, 64), jnp.bfloat16), jax.ShapeDtypeStruct((64, 8), jnp.float32)
+    exported = jax.export.export(jax.jit(float32_matmul), platforms=["cuda"])(*shapes)
+    assert "bf16" in exported.mlir_module()
+
+
 def test_errors():
     with raises_saying(ValueError, "lhs and rhs must be [M, K] and [K, N], got [2, 3] and [2, 4]"):
         float32_matmul(jnp.ones((2, 3)), jnp.ones((2, 4)))

@@ -24,6 +24,7 @@ from tests.sharding.exchange.exchanges import (
     expected_sum,
     inputs,
     over_chips,
+    random_ids,
     scale_by_expert,
 )
 
