@@ -81,6 +81,7 @@ class Broken(Dense):
         return 2 * super().carry_back(rows, plan, way)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("virtual")
 def test_a_transport_that_is_wrong_is_no_figure_and_status_1(monkeypatch, capsys):
     monkeypatch.setitem(TRANSPORTS, "broken", Broken())

@@ -59,7 +59,7 @@ def run(x, params, direction, mask, *, config, ep):
         *(("float32", factor, ep) for factor in (None, 1.0) for ep in (1, 8)),
     ],
 )
-@pytest.mark.quick("bfloat16-1.0-8")
+@pytest.mark.quick("bfloat16-1.0-4")
 def test_real_tokens_fare_as_without_padding(ep, dtype, capacity_factor, rng):
     config = dataclasses.replace(CONFIG, dtype=jnp.dtype(dtype), capacity_factor=capacity_factor)
     params = random_params(config, rng)

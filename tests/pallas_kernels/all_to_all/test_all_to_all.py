@@ -186,7 +186,7 @@ def test_every_set_of_axes_has_a_barrier_of_its_own():
 
 
 @pytest.mark.parametrize("mesh", [FOUR, OTHER_AXES], ids=str)
-@pytest.mark.quick("*-4-of-8")
+@pytest.mark.quick("xla-4-of-8")
 def test_the_gradient_brings_rows_back(backend, mesh, rng):
     sizes = random_sizes(rng, mesh, 2)
     table = blocks_of(tables(sizes))

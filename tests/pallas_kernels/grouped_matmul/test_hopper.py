@@ -105,7 +105,10 @@ def test_result_in_8_bits_on_a_simulated_gpu(monkeypatch, rng, config, lhs_scali
     expected = run(*arguments, bias=bias, backend="xla")
     assert out.dtype == expected.dtype
     assert relative_error(out.scale, expected.scale) < LIMIT["float32"]
-    assert relative_error(dequantize(out), dequantize(expected)) < 1e-3
+    # Sums in another order, which move a value that lies between two numbers of 8 bits to the other: few, but a large
+    # one shows in the norm.
+    assert (out.values != expected.values).mean() < 1e-3
+    assert relative_error(dequantize(out), dequantize(expected)) < 1e-2
 
 
 @pytest.mark.slow

@@ -132,6 +132,7 @@ def _check_gradients(problem: Problem, rng) -> None:
         assert relative_error(gradient, reference) < LIMIT["float32"]
 
 
+@pytest.mark.slow
 def test_bits_do_not_tell_how_many_rounds_there_were(rng):
     """They tell how many nodes there are: each adds its own terms first."""
     ids = random_ids(BY_4, rng)
@@ -156,6 +157,7 @@ def test_rows_are_rounded_before_the_first_hop_only(rng):
     np.testing.assert_array_equal(y, rounded(x))
 
 
+@pytest.mark.slow
 def test_few_of_many_choices(rng):
     """Where `max_choices` says how few are made, buffers are small, and hold those of one chip all the same."""
     ids = np.full((BY_4.all_tokens, BY_4.top_k), -1, np.int32)
