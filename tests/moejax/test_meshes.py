@@ -92,7 +92,7 @@ def test_gradients_equal_the_dense_oracles_and_lie_as_the_parameters(name, dtype
 
 @pytest.mark.usefixtures("gathered_transport")
 @pytest.mark.parametrize("other", [*OTHERS, "hierarchical"])
-@pytest.mark.quick("gathered")
+@pytest.mark.slow
 def test_a_layer_over_another_transport(other):
     """Values and gradients, with padding, a capacity, and weights and width that are split."""
     config, params, x, direction, _ = problem("float32")
