@@ -54,8 +54,8 @@ def emulated(x: jax.Array, blocks: Blocks, *, num_rows: int, axes: tuple[str, ..
     agreed = (sizes == blocks.recv_sizes).all()
     for told, known in zip((sizes, takes, puts), wanted, strict=True):
         agreed &= (jnp.where(is_used, told - known, 0) == 0).all()
-    for first, most in ((takes, num_rows_each), (puts, num_rows)):
-        agreed &= (~is_used | ((first >= 0) & (first + sizes <= most))).all()
+    for begin, most in ((takes, num_rows_each), (puts, num_rows)):
+        agreed &= (~is_used | ((begin >= 0) & (begin + sizes <= most))).all()
     rows = jnp.where(is_inside.any(1)[:, None], everything[source], 0)
     nothing = jnp.nan if jnp.issubdtype(x.dtype, jnp.floating) else jnp.iinfo(x.dtype).max
     return jnp.where(agreed, rows, jnp.asarray(nothing, x.dtype))

@@ -36,7 +36,7 @@ class Dense(BetweenChips):
         arrived = _all_to_all(for_experts, way.axes.expert)
         return SlabPlan(departure, plan_arrival(arrived, way.placement, backend=way.backend))
 
-    def carry[Rows: Operand](self, rows: Rows, plan: SlabPlan, way: Way) -> Rows:
+    def carry[Kind: Operand](self, rows: Kind, plan: SlabPlan, way: Way) -> Kind:
         """Slabs [ep·S, H] to every peer -> those of every peer, sorted by local expert."""
         arrived = jax.tree.map(lambda leaf: _all_to_all(leaf, way.axes.expert), rows)
         return dispatch(arrived, plan.arrival, backend=way.backend)

@@ -37,12 +37,14 @@ class Counted:
       topk_ids: int32 [T, K], as the tokens chose.
       by_expert: the tight plan of the choices, grouped by expert (G = E).
       counts: int32 [ep, E], choices of each chip for each expert.
+      places: int32 [ep, E], from `first_places`.
       rank: int32 [], of this chip.
     """
 
     topk_ids: jax.Array
     by_expert: Plan
     counts: jax.Array
+    places: jax.Array
     rank: jax.Array
 
 
@@ -83,7 +85,8 @@ class Exact(BetweenChips):
         rows = by_expert.order.shape[0]
         held = jnp.clip(rows - by_expert.offsets, 0, by_expert.group_sizes)  # of more choices than the bound, the first
         counts = lax.all_gather(held, way.axes.expert)
-        return Counted(topk_ids, by_expert, counts, lax.axis_index(way.axes.expert))
+        places = first_places(counts, way.placement)
+        return Counted(topk_ids, by_expert, counts, places, lax.axis_index(way.axes.expert))
 
     def rounds_of(self, choices: Counted, slab: int, way: Way) -> jax.Array:
         """Those for the chip that is sent most."""
@@ -93,14 +96,13 @@ class Exact(BetweenChips):
     def plan_round(self, choices: Counted, slab: int, index: jax.Array | int, way: Way) -> ExactPlan:
         """What leaves and arrives in a round, without another message."""
         room = way.axes.ep * slab
-        places = first_places(choices.counts, way.placement)
-        blocks = blocks_between(choices.counts, places, choices.rank, index * room, room, way.placement)
+        blocks = blocks_between(choices.counts, choices.places, choices.rank, index * room, room, way.placement)
         departure = choices.by_expert
         if room < way.axes.ep * choices.topk_ids.size:
-            departure = _those_of_round(choices, places[choices.rank], index * room, room)
+            departure = _those_of_round(choices, index * room, room)
         return ExactPlan(departure, blocks, room)
 
-    def carry[Rows: Operand](self, rows: Rows, plan: ExactPlan, way: Way) -> Rows:
+    def carry[Kind: Operand](self, rows: Kind, plan: ExactPlan, way: Way) -> Kind:
         """[T·K, H] by expert -> [R, H], where they belong."""
         return all_to_all(rows, plan.blocks, plan.num_rows, way.axes.expert, backend=self.backend)
 
@@ -141,9 +143,10 @@ def blocks_between(
     return Blocks(*from_here, *to_here)
 
 
-def _those_of_round(choices: Counted, places: jax.Array, begin: jax.Array | int, room: int) -> Plan:
+def _those_of_round(choices: Counted, begin: jax.Array | int, room: int) -> Plan:
     """The plan of the choices by expert, in which those whose place is not in [begin, begin + room) have no row."""
-    plan, ids = choices.by_expert, jnp.clip(choices.topk_ids, 0, places.shape[0] - 1)
+    plan, places = choices.by_expert, choices.places[choices.rank]
+    ids = jnp.clip(choices.topk_ids, 0, places.shape[0] - 1)
     place = places[ids] + plan.inverse - plan.offsets[ids]
     is_now = (plan.inverse >= 0) & (place >= begin) & (place < begin + room)
     leaves_now = (plan.order >= 0) & is_now.reshape(-1)[jnp.maximum(plan.order, 0)]

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from pallas_kernels.quantize import QTensor, Rounded, Rows
 from sharding.exchange.between_chips import BetweenChips, result_dtype
 from sharding.exchange.parcel import Parcel
-from sharding.exchange.room import fit_slab, usual_choices
+from sharding.exchange.room import slab_and_rounds, usual_choices
 from sharding.exchange.transport import Experts
 from sharding.exchange.way import Way
 from sharding.placement import Placement
@@ -200,15 +200,7 @@ class Hierarchical:
             axes=dataclasses.replace(axes, expert=local),
             max_rows=None if way.max_rows is None else nodes * way.max_rows,
         )
-        slab, _ = fit_slab(
-            axes.tp * rows,
-            top_k,
-            within.placement.num_local,
-            within.axes.ep,
-            None if within.max_rows is None else axes.tp * within.max_rows,
-            choices=usual_choices(shape, way),
-            slab=way.slab,
-        )
+        slab, _ = slab_and_rounds((rows, top_k), within, choices=usual_choices(shape, way))
         return Hops(across, dataclasses.replace(within, slab=slab), slots, rows)
 
 

@@ -13,11 +13,17 @@ from pallas_kernels.plan import Plan
 from sharding.exchange.way import Way
 
 
-def slab_and_rounds(shape: tuple[int, ...], way: Way) -> tuple[int, int]:
-    """`fit_slab` for the [T, K] choices of a chip, and those of the chips that share the width of its experts."""
+def slab_and_rounds(shape: tuple[int, ...], way: Way, *, choices: int | None = None) -> tuple[int, int]:
+    """`fit_slab` for the [T, K] choices of a chip, and those of the chips that share the width of its experts.
+
+    Args:
+      shape: [T, K].
+      way: how rows travel.
+      choices: how many of the choices are made on average; None for `usual_choices`.
+    """
     axes, (num_tokens, top_k) = way.axes, shape
     max_rows = None if way.max_rows is None else axes.tp * way.max_rows
-    choices, num_local = usual_choices(shape, way), way.placement.num_local
+    choices, num_local = usual_choices(shape, way) if choices is None else choices, way.placement.num_local
     return fit_slab(axes.tp * num_tokens, top_k, num_local, axes.ep, max_rows, choices=choices, slab=way.slab)
 
 
