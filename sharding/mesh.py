@@ -90,6 +90,11 @@ def free_axes(mesh: AnyMesh) -> tuple[str, ...]:
     return tuple(name for name, kind in pairs if kind != AxisType.Manual)
 
 
+def is_in_order(mesh: AnyMesh) -> bool | None:
+    """Whether `mesh` has the devices 0, 1, 2, … in this order, its last axis fastest; None for an abstract mesh."""
+    return [device.id for device in mesh.devices.flat] == list(range(mesh.size)) if isinstance(mesh, Mesh) else None
+
+
 def has_explicit_axes(mesh: AnyMesh) -> bool:
     """Whether shardings over some axis of `mesh` are part of the types of arrays."""
     return AxisType.Explicit in mesh.axis_types

@@ -18,7 +18,7 @@ from typing import Literal
 
 from jax.sharding import PartitionSpec
 
-from sharding.mesh import DATA_AXIS, EXPERT_AXIS, FSDP_AXIS, TENSOR_AXIS, AnyMesh, free_axes
+from sharding.mesh import DATA_AXIS, EXPERT_AXIS, FSDP_AXIS, TENSOR_AXIS, AnyMesh, free_axes, is_in_order
 
 LogicalAxis = Literal["expert", "embed", "mlp"]
 """The axes that parameters name."""
@@ -141,6 +141,7 @@ class Partition:
             tokens=tokens,
             tokens_by_dimension=by_dimension,
             sizes=tuple((axis, mesh.shape[axis]) for axis in there),
+            in_order=is_in_order(mesh),
         )
 
 
@@ -155,6 +156,7 @@ class Axes:
       tokens: the axes that tokens are split over.
       tokens_by_dimension: the same for each leading dimension of x, where the partition says so; else empty.
       sizes: (axis, chips along it) of all axes of the mesh.
+      in_order: whether the mesh has the devices 0, 1, 2, … in this order; None where its devices are not known.
     """
 
     expert: tuple[str, ...] = ()
@@ -163,6 +165,7 @@ class Axes:
     tokens: tuple[str, ...] = ()
     tokens_by_dimension: tuple[tuple[str, ...], ...] = ()
     sizes: tuple[tuple[str, int], ...] = ()
+    in_order: bool | None = None
 
     def size(self, axes: Sequence[str]) -> int:
         """Chips along `axes`."""

@@ -29,6 +29,9 @@ STEPS = ("send", "give_back", "together")
 _SUMS_TOLERANCE = 1e-3
 """Of the sum of an expert's rows in float32: they are copies, but added in another order."""
 
+_SUMS_TOLERANCE_IN_8_BITS = 1e-2
+"""The same of rows that another program rounds again to compare with: a value between two FP8 numbers may be one off."""
+
 Watch = Callable[[str], AbstractContextManager[None]]
 """Given a step in words, limits the time of what is done inside."""
 
@@ -68,7 +71,8 @@ def measure(name: str, tokens: Tokens, *, length: int, repeats: int, watch: Watc
     arrived = time("send", moved.send, rows, plan)
     with watch("check of send"):
         if isinstance(moved, ByTransport):
-            check(_error_of_arrived(arrived, plan, tokens, moved), _SUMS_TOLERANCE)
+            limit_of_sums = _SUMS_TOLERANCE if moved.way.wire is None else _SUMS_TOLERANCE_IN_8_BITS
+            check(_error_of_arrived(arrived, plan, tokens, moved), limit_of_sums)
         back = jax.jit(in_16_bits)(arrived)
     del arrived
     time("give_back", moved.give_back, back, plan)

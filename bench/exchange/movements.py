@@ -18,6 +18,7 @@ from jax import lax
 
 from moejax import MoEConfig
 from moejax.stages import way_of
+from pallas_kernels.all_to_all import all_to_all
 from pallas_kernels.dispatch import dispatch
 from pallas_kernels.quantize import Operand, QTensor, dequantize
 from sharding.collectives import as_bytes
@@ -128,7 +129,7 @@ class BareRagged(Movement):
 
     def send(self, rows: Operand, plan: Any) -> Operand:
         """See `Movement`."""
-        return self.carrier.carry(rows, plan, self.way)
+        return all_to_all(rows, plan.blocks, plan.num_rows, self.way.axes.expert, backend=self.carrier.backend)
 
     def give_back(self, rows: jax.Array, plan: Any) -> jax.Array:
         """See `Movement`."""

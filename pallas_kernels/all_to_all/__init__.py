@@ -1,17 +1,27 @@
 """All-to-all of as many rows as there are: every chip puts blocks of its rows where its peers want them.
 
-x [N, H] on every chip, n blocks for each of ep chips -> [R, H] on every chip, rows that no block fills are anything
+x [N, H] on every chip, or tokens and the plan that makes N rows of them, n blocks for each of ep chips
+    -> [R, H] on every chip, rows that no block fills are anything
 """
 
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels.all_to_all.blocks import Blocks
+from pallas_kernels.moved_rows import combined
+from pallas_kernels.plan import Plan
 from pallas_kernels.primitive import Operands, Operator
 from pallas_kernels.quantize import QTensor, check_row_scales
 
 
 def all_to_all[Rows: jax.Array | QTensor](
-    x: Rows, blocks: Blocks, num_rows: int, axes: tuple[str, ...], *, backend: str = "auto"
+    x: Rows,
+    blocks: Blocks,
+    num_rows: int,
+    axes: tuple[str, ...],
+    *,
+    plan: Plan | None = None,
+    backend: str = "auto",
 ) -> Rows:
     """Moves blocks of rows between the chips along mesh axes, inside `jax.shard_map`.
 
@@ -20,12 +30,15 @@ def all_to_all[Rows: jax.Array | QTensor](
       blocks: what goes where; the same number of blocks on every chip, the chips in the order of `axes`.
       num_rows: R, rows of the result.
       axes: the mesh axes, all of whose chips take part, in the order in which they number the chips.
+      plan: with it x are tokens [T, H], and the N rows that travel are those that `dispatch` makes of them by `plan`.
       backend: "auto", "xla", "pallas_tpu" or "pallas_gpu". "xla" is `jax.lax.ragged_all_to_all`, and on CPUs, which
         lack it, the same made of other collectives.
 
     Returns:
-      [R, H] of the kind of x. Rows outside the blocks are anything, NaN too. The gradient of an array brings the
-      cotangents of the blocks' rows back; rows of x that no block holds get anything. A QTensor takes none.
+      [R, H] of the kind of x. Rows outside the blocks are anything, NaN too, and by a plan those without an
+      assignment. The gradient of an array brings the cotangents of the blocks' rows back; rows of x that no block holds
+      get anything. With a plan, each token's are summed, in float32 and in the order of k; there every row that the
+      plan assigns must be in a block. A QTensor takes none.
 
     Raises:
       ValueError: `blocks` are not [ep, n] for the chips along `axes`, or `x` has scales shared between rows.
@@ -36,12 +49,17 @@ def all_to_all[Rows: jax.Array | QTensor](
     if isinstance(x, QTensor):
         check_row_scales("x", x)
         x = jax.lax.stop_gradient(x)
-    return moved(backend, x=x, blocks=blocks, num_rows=num_rows, axes=axes)
+    return moved(backend, x=x, blocks=blocks, num_rows=num_rows, axes=axes, plan=plan)
 
 
 def _transpose(backend: str, cotangent: jax.Array, operands: Operands) -> Operands:
-    x, blocks, axes = (operands[name] for name in ("x", "blocks", "axes"))
-    return {"x": moved(backend, x=cotangent, blocks=blocks.back, num_rows=x.aval.shape[0], axes=axes)}
+    x, blocks, axes, plan = (operands[name] for name in ("x", "blocks", "axes", "plan"))
+    num_rows = x.aval.shape[0] if plan is None else plan.order.shape[0]
+    back = moved(backend, x=cotangent, blocks=blocks.back, num_rows=num_rows, axes=axes, plan=None)
+    if plan is not None:
+        ones = jnp.ones(plan.inverse.shape, jnp.float32)
+        back = combined(backend, rows=back, plan=plan, weights=ones, out_dtype=back.dtype)
+    return {"x": back}
 
 
 moved = Operator("all_to_all", "all_to_all", linear_in=("x",), transpose=_transpose)

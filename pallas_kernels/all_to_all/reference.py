@@ -7,12 +7,18 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.all_to_all.blocks import Blocks
+from pallas_kernels.moved_rows import dispatched
+from pallas_kernels.plan import Plan
 from pallas_kernels.quantize import QTensor
 from pallas_kernels.tracing.varying import vary_over, varying_axes
 
 
-def all_to_all(x: jax.Array | QTensor, blocks: Blocks, num_rows: int, axes: tuple[str, ...]) -> jax.Array | QTensor:
+def all_to_all(
+    x: jax.Array | QTensor, blocks: Blocks, num_rows: int, axes: tuple[str, ...], plan: Plan | None
+) -> jax.Array | QTensor:
     """See `pallas_kernels.all_to_all.all_to_all`. Rows outside the blocks are zeros."""
+    if plan is not None:
+        x = dispatched("xla", x=x, plan=plan)
     ragged = functools.partial(_ragged, num_rows=num_rows, axes=axes)
     ways = {
         "tpu": ragged,

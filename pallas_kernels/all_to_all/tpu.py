@@ -26,7 +26,9 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.all_to_all.blocks import Blocks
 from pallas_kernels.backend import Unsupported
+from pallas_kernels.moved_rows import dispatched
 from pallas_kernels.on_tpu.row_copies import LANES
+from pallas_kernels.plan import Plan
 from pallas_kernels.quantize import QTensor
 from pallas_kernels.tracing.varying import result_varying_as
 
@@ -35,12 +37,16 @@ _FIRST_ID = 64
 """Of the barriers' numbers, which these kernels share with others of the program: one for each set of mesh axes."""
 
 
-def all_to_all(x: jax.Array | QTensor, blocks: Blocks, num_rows: int, axes: tuple[str, ...]) -> jax.Array | QTensor:
+def all_to_all(
+    x: jax.Array | QTensor, blocks: Blocks, num_rows: int, axes: tuple[str, ...], plan: Plan | None
+) -> jax.Array | QTensor:
     """See `pallas_kernels.all_to_all.all_to_all`.
 
     Raises:
       Unsupported: elements are not 1, 2 or 4 bytes long.
     """
+    if plan is not None:
+        x = dispatched("pallas_tpu", x=x, plan=plan)
     leaves, structure = jax.tree.flatten(x)
     if num_rows == 0 or x.shape[0] == 0 or x.shape[1] == 0:
         return jax.tree.map(lambda leaf: jnp.zeros((num_rows, *leaf.shape[1:]), leaf.dtype), x)

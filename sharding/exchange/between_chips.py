@@ -16,7 +16,6 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.combine import combine
-from pallas_kernels.dispatch import dispatch
 from pallas_kernels.plan import Plan, each_choice, unsorted_plan
 from pallas_kernels.quantize import Operand, QTensor, Rounded, Rows, dequantize
 from sharding.exchange.parcel import Parcel
@@ -58,12 +57,12 @@ class BetweenChips(abc.ABC):
         """What leaves and arrives in round `index`, with slabs of S rows."""
 
     @abc.abstractmethod
-    def carry[Kind: Operand](self, rows: Kind, plan: Any, way: Way) -> Kind:
-        """Rows in the order of plan.departure -> the rows that arrive here, [ep·S, H], sorted by local expert."""
+    def carry[Kind: Operand](self, x: Kind, plan: Any, way: Way) -> Kind:
+        """The rows that `dispatch` makes of tokens x by plan.departure -> those that arrive, [ep·S, H], by expert."""
 
     @abc.abstractmethod
     def carry_back(self, rows: jax.Array, plan: Any, way: Way) -> jax.Array:
-        """What undoes `carry`."""
+        """Rows as `carry` gave them -> those of plan.departure, where they were."""
 
     def rows_held(self, num_tokens: int, top_k: int, way: Way) -> int:
         """See `Transport`."""
@@ -196,7 +195,7 @@ def _sent[Kind: Operand](transport: BetweenChips, x: Kind, plan: RoundPlan, way:
     has_row_scales = isinstance(x, QTensor) and x.scale.shape[1] == 1
     if way.columns_over:
         x = to_columns(x, way.columns_over)
-    rows = transport.carry(dispatch(x, plan.departure, backend=way.backend), plan, way)
+    rows = transport.carry(x, plan, way)
     return gather_columns(rows, way.columns_over, has_row_scales=has_row_scales) if way.columns_over else rows
 
 

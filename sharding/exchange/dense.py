@@ -36,9 +36,10 @@ class Dense(BetweenChips):
         arrived = _all_to_all(for_experts, way.axes.expert)
         return SlabPlan(departure, plan_arrival(arrived, way.placement, backend=way.backend))
 
-    def carry[Kind: Operand](self, rows: Kind, plan: SlabPlan, way: Way) -> Kind:
-        """Slabs [ep·S, H] to every peer -> those of every peer, sorted by local expert."""
-        arrived = jax.tree.map(lambda leaf: _all_to_all(leaf, way.axes.expert), rows)
+    def carry[Kind: Operand](self, x: Kind, plan: SlabPlan, way: Way) -> Kind:
+        """Tokens [T, H] in slabs to every peer -> the rows of every peer's, [ep·S, H], sorted by local expert."""
+        slabs = dispatch(x, plan.departure, backend=way.backend)
+        arrived = jax.tree.map(lambda leaf: _all_to_all(leaf, way.axes.expert), slabs)
         return dispatch(arrived, plan.arrival, backend=way.backend)
 
     def carry_back(self, rows: jax.Array, plan: SlabPlan, way: Way) -> jax.Array:

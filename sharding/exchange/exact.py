@@ -14,12 +14,14 @@ chip knows from the counts. The kernels of `pallas_kernels.all_to_all` carry the
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.all_to_all import Blocks, all_to_all
+from pallas_kernels.dispatch import dispatch
 from pallas_kernels.plan import Plan, make_plan
 from pallas_kernels.quantize import Operand
 from sharding.exchange.between_chips import BetweenChips
@@ -102,9 +104,14 @@ class Exact(BetweenChips):
             departure = _those_of_round(choices, index * room, room)
         return ExactPlan(departure, blocks, room)
 
-    def carry[Kind: Operand](self, rows: Kind, plan: ExactPlan, way: Way) -> Kind:
-        """[T·K, H] by expert -> [R, H], where they belong."""
-        return all_to_all(rows, plan.blocks, plan.num_rows, way.axes.expert, backend=self.backend)
+    def carry[Kind: Operand](self, x: Kind, plan: ExactPlan, way: Way) -> Kind:
+        """Of tokens [T, H] -> [R, H], where they belong."""
+        move = functools.partial(
+            all_to_all, blocks=plan.blocks, num_rows=plan.num_rows, axes=way.axes.expert, backend=self.backend
+        )
+        if self.backend == "xla":  # whose collective takes rows that are there, whatever kernel has copied them
+            return move(dispatch(x, plan.departure, backend=way.backend))
+        return move(x, plan=plan.departure)
 
     def carry_back(self, rows: jax.Array, plan: ExactPlan, way: Way) -> jax.Array:
         """[R, H] -> [T·K, H], where they were."""

@@ -14,10 +14,11 @@ from pallas_kernels.backend import available
 from tests.pallas_kernels.kernels_tpu import interpreted
 
 
-def every_backend(operator: str):
-    """A fixture that runs a test once for each backend of `operator`."""
+def every_backend(operator: str, *, without: tuple[str, ...] = ()):
+    """A fixture that runs a test once for each backend of `operator`, those `without` excepted."""
     marks = {"pallas_gpu": pytest.mark.gpu}
-    params = [pytest.param(name, marks=marks.get(name, ())) for name in available(operator)]
+    names = [name for name in available(operator) if name not in without]
+    params = [pytest.param(name, marks=marks.get(name, ())) for name in names]
 
     @pytest.fixture(params=params)
     def backend(request):
