@@ -101,10 +101,12 @@ def rng(request) -> np.random.Generator:
 
 @pytest.fixture(scope="module")
 def gathered_transport():
-    """The tests' own transport is one of those there are."""
+    """The tests' own transports are among those there are."""
     from sharding.exchange.pick import TRANSPORTS
     from tests.sharding.exchange import gathered
+    from tests.sharding.exchange.routed import AsOnGpus
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(TRANSPORTS, "gathered", gathered)
+        patch.setitem(TRANSPORTS, "routed", AsOnGpus("auto"))
         yield

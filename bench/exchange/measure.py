@@ -30,7 +30,7 @@ _SUMS_TOLERANCE = 1e-3
 """Of the sum of an expert's rows in float32: they are copies, but added in another order."""
 
 _SUMS_TOLERANCE_IN_8_BITS = 1e-2
-"""The same of rows that another program rounds again to compare with: a value between two FP8 numbers may be one off."""
+"""The same of rows that another program rounds again, to compare: a value between two FP8 numbers may be one off."""
 
 Watch = Callable[[str], AbstractContextManager[None]]
 """Given a step in words, limits the time of what is done inside."""

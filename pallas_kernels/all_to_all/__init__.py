@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.all_to_all.blocks import Blocks
+from pallas_kernels.all_to_all.routes import Routes
 from pallas_kernels.moved_rows import combined
 from pallas_kernels.plan import Plan
 from pallas_kernels.primitive import Operands, Operator
@@ -16,7 +17,7 @@ from pallas_kernels.quantize import QTensor, check_row_scales
 
 def all_to_all[Rows: jax.Array | QTensor](
     x: Rows,
-    blocks: Blocks,
+    blocks: Blocks | Routes,
     num_rows: int,
     axes: tuple[str, ...],
     *,
@@ -27,7 +28,8 @@ def all_to_all[Rows: jax.Array | QTensor](
 
     Args:
       x: [N, H], an array, or a QTensor whose every row has its own scales: values and scales then travel together.
-      blocks: what goes where; the same number of blocks on every chip, the chips in the order of `axes`.
+      blocks: what goes where, the chips in the order of `axes`: blocks of rows, the same number on every chip, or
+        the route of every row, from `make_routes`. TPUs take blocks alone, and XLA carries those best.
       num_rows: R, rows of the result.
       axes: the mesh axes, all of whose chips take part, in the order in which they number the chips.
       plan: with it x are tokens [T, H], and the N rows that travel are those that `dispatch` makes of them by `plan`.
@@ -44,12 +46,41 @@ def all_to_all[Rows: jax.Array | QTensor](
       ValueError: `blocks` are not [ep, n] for the chips along `axes`, or `x` has scales shared between rows.
     """
     chips = jax.lax.axis_size(axes)
-    if blocks.send_sizes.ndim != 2 or blocks.send_sizes.shape[0] != chips:
+    if isinstance(blocks, Blocks) and (blocks.send_sizes.ndim != 2 or blocks.send_sizes.shape[0] != chips):
         raise ValueError(f"blocks must be [ep, n] with ep = {chips} chips along {axes}, got {blocks.send_sizes.shape}")
     if isinstance(x, QTensor):
         check_row_scales("x", x)
         x = jax.lax.stop_gradient(x)
     return moved(backend, x=x, blocks=blocks, num_rows=num_rows, axes=axes, plan=plan)
+
+
+def make_routes(
+    topk_ids: jax.Array, by_expert: Plan, num_rows: int, axes: tuple[str, ...], *, backend: str = "auto"
+) -> tuple[Routes, jax.Array]:
+    """Tells chips which hold E / ep experts each what rows they get, inside `jax.shard_map`.
+
+    Rows arrive by local expert, then by sender, then in the order of the sender's choices.
+
+    Args:
+      topk_ids: int32 [T, K] in [0, E), or −1 for no expert.
+      by_expert: their plan by expert, without gaps; choices that have no row in it are sent nowhere.
+      num_rows: R, rows that a chip has room for: not less than any is sent.
+      axes: as for `all_to_all`.
+      backend: as for `all_to_all`.
+
+    Returns:
+      The routes of T·K rows, one for each choice, and int32 [E / ep], the rows that arrive for each local expert.
+    """
+    chips = jax.lax.axis_size(axes)
+    if by_expert.group_sizes.size % chips or topk_ids.shape != by_expert.inverse.shape:
+        raise ValueError(
+            f"by_expert must be the plan of topk_ids {list(topk_ids.shape)} by experts that {chips} chips share "
+            f"evenly, got one of {list(by_expert.inverse.shape)} by {by_expert.group_sizes.size}"
+        )
+    return _routes_made(backend, topk_ids=topk_ids, by_expert=by_expert, num_rows=num_rows, axes=axes)
+
+
+_routes_made = Operator("all_to_all", "make_routes")
 
 
 def _transpose(backend: str, cotangent: jax.Array, operands: Operands) -> Operands:
@@ -65,4 +96,4 @@ def _transpose(backend: str, cotangent: jax.Array, operands: Operands) -> Operan
 moved = Operator("all_to_all", "all_to_all", linear_in=("x",), transpose=_transpose)
 """`all_to_all` as a primitive."""
 
-__all__ = ["Blocks", "all_to_all"]
+__all__ = ["Blocks", "Routes", "all_to_all", "make_routes"]

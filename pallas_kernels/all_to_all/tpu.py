@@ -25,6 +25,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.all_to_all.blocks import Blocks
+from pallas_kernels.all_to_all.reference import make_routes
+from pallas_kernels.all_to_all.routes import Routes
 from pallas_kernels.backend import Unsupported
 from pallas_kernels.moved_rows import dispatched
 from pallas_kernels.on_tpu.row_copies import LANES
@@ -32,19 +34,23 @@ from pallas_kernels.plan import Plan
 from pallas_kernels.quantize import QTensor
 from pallas_kernels.tracing.varying import result_varying_as
 
+__all__ = ["all_to_all", "make_routes"]
+
 _WORD = 4
 _FIRST_ID = 64
 """Of the barriers' numbers, which these kernels share with others of the program: one for each set of mesh axes."""
 
 
 def all_to_all(
-    x: jax.Array | QTensor, blocks: Blocks, num_rows: int, axes: tuple[str, ...], plan: Plan | None
+    x: jax.Array | QTensor, blocks: Blocks | Routes, num_rows: int, axes: tuple[str, ...], plan: Plan | None
 ) -> jax.Array | QTensor:
     """See `pallas_kernels.all_to_all.all_to_all`.
 
     Raises:
-      Unsupported: elements are not 1, 2 or 4 bytes long.
+      Unsupported: elements are not 1, 2 or 4 bytes long, or there are routes in place of blocks.
     """
+    if isinstance(blocks, Routes):
+        raise Unsupported("all_to_all: TPUs copy blocks of rows, got the routes of single rows")
     if plan is not None:
         x = dispatched("pallas_tpu", x=x, plan=plan)
     leaves, structure = jax.tree.flatten(x)

@@ -9,6 +9,9 @@ then by token. So rows land sorted, nothing is padded, and nothing is copied a s
     chip of e0, e1   e0 … e0 e0 … e1 …     ╲  ╲  ╲      a block of rows for each pair of sender and expert
     chip of e2, e3                 e2 … e2 … e3 e3 …
 
+GPUs store row by row, and know of each where it belongs: where one round carries everything, a single kernel takes the
+place of the message and the sums over it, and rows come back to the choices themselves (see `RoutedPlan`).
+
 A chip has room for R rows. If it is sent more, round i carries those whose places are i·R … (i + 1)·R − 1, which every
 chip knows from the counts. The kernels of `pallas_kernels.all_to_all` carry the blocks.
 """
@@ -20,14 +23,17 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.all_to_all import Blocks, all_to_all
+from pallas_kernels.all_to_all import Blocks, Routes, all_to_all, make_routes
+from pallas_kernels.all_to_all.places import first_places
 from pallas_kernels.dispatch import dispatch
-from pallas_kernels.plan import Plan, make_plan
+from pallas_kernels.plan import Plan, make_plan, unsorted_plan
 from pallas_kernels.quantize import Operand
-from sharding.exchange.between_chips import BetweenChips
-from sharding.exchange.room import bounded
+from pallas_kernels.tracing.target import target_platform
+from sharding.exchange.between_chips import BetweenChips, RoundPlan
+from sharding.exchange.room import bounded, slab_and_rounds
 from sharding.exchange.way import Way
 from sharding.placement import Placement
+from sharding.tensor_parallel import gather_tokens
 
 
 @jax.tree_util.register_dataclass
@@ -71,6 +77,24 @@ class ExactPlan:
         return self.blocks.recv_sizes.sum(0, dtype=jnp.int32)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RoutedPlan:
+    """The plan of the only round, as one chip sees it.
+
+    Attributes:
+      departure: [T, K] choices -> [T·K] rows, one for each.
+      blocks: the routes of these.
+      group_sizes: int32 [L], the rows that arrive for each local expert.
+      num_rows: R.
+    """
+
+    departure: Plan
+    blocks: Routes
+    group_sizes: jax.Array
+    num_rows: int = dataclasses.field(metadata={"static": True})
+
+
 @dataclasses.dataclass(frozen=True)
 class Exact(BetweenChips):
     """See `sharding.exchange.between_chips.BetweenChips`.
@@ -81,13 +105,22 @@ class Exact(BetweenChips):
 
     backend: str
 
+    def plan_rows(self, topk_ids: jax.Array, way: Way) -> RoundPlan:
+        """See `BetweenChips`."""
+        slab, max_rounds = slab_and_rounds(topk_ids.shape, way)
+        if max_rounds > 1 or self.backend == "xla" or target_platform() != "gpu":
+            return super().plan_rows(topk_ids, way)
+        topk_ids = gather_tokens(topk_ids, way.columns_over)
+        by_expert, num_rows = _by_expert(topk_ids, way), way.axes.ep * slab
+        routes, sizes = make_routes(topk_ids, by_expert, num_rows, way.axes.expert, backend=self.backend)
+        has_row = by_expert.inverse >= 0
+        return RoutedPlan(unsorted_plan(jnp.where(has_row, topk_ids, -1)), routes, sizes, num_rows)
+
     def prepare(self, topk_ids: jax.Array, way: Way) -> Counted:
         """The choices by expert, and everyone's counts."""
-        by_expert = bounded(make_plan(topk_ids, way.placement.num_experts, backend=way.backend), way)
-        rows = by_expert.order.shape[0]
-        held = jnp.clip(rows - by_expert.offsets, 0, by_expert.group_sizes)  # of more choices than the bound, the first
-        counts = lax.all_gather(held, way.axes.expert)
-        places = first_places(counts, way.placement)
+        by_expert = _by_expert(topk_ids, way)
+        counts = lax.all_gather(by_expert.group_sizes, way.axes.expert)
+        places = first_places(counts, way.placement.num_local)
         return Counted(topk_ids, by_expert, counts, places, lax.axis_index(way.axes.expert))
 
     def rounds_of(self, choices: Counted, slab: int, way: Way) -> jax.Array:
@@ -104,7 +137,7 @@ class Exact(BetweenChips):
             departure = _those_of_round(choices, index * room, room)
         return ExactPlan(departure, blocks, room)
 
-    def carry[Kind: Operand](self, x: Kind, plan: ExactPlan, way: Way) -> Kind:
+    def carry[Kind: Operand](self, x: Kind, plan: ExactPlan | RoutedPlan, way: Way) -> Kind:
         """Of tokens [T, H] -> [R, H], where they belong."""
         move = functools.partial(
             all_to_all, blocks=plan.blocks, num_rows=plan.num_rows, axes=way.axes.expert, backend=self.backend
@@ -113,18 +146,20 @@ class Exact(BetweenChips):
             return move(dispatch(x, plan.departure, backend=way.backend))
         return move(x, plan=plan.departure)
 
-    def carry_back(self, rows: jax.Array, plan: ExactPlan, way: Way) -> jax.Array:
+    def carry_back(self, rows: jax.Array, plan: ExactPlan | RoutedPlan, way: Way) -> jax.Array:
         """[R, H] -> [T·K, H], where they were."""
         num_rows = plan.departure.order.shape[0]
         return all_to_all(rows, plan.blocks.back, num_rows, way.axes.expert, backend=self.backend)
 
 
-def first_places(counts: jax.Array, placement: Placement) -> jax.Array:
-    """Counts [ep, E] -> int32 [ep, E]: the place of a chip's first row for an expert among all rows of its chip."""
-    before_sender = jnp.cumsum(counts, 0) - counts
-    by_rank = counts.sum(0).reshape(placement.ep, placement.num_local)
-    before_expert = (jnp.cumsum(by_rank, 1) - by_rank).reshape(-1)
-    return (before_expert + before_sender).astype(jnp.int32)
+def _by_expert(topk_ids: jax.Array, way: Way) -> Plan:
+    """The choices by expert; of more than the bound of a way, the first."""
+    plan = make_plan(topk_ids, way.placement.num_experts, backend=way.backend)
+    if way.counted_choices is None:
+        return plan
+    plan = bounded(plan, way)
+    held = jnp.clip(plan.order.shape[0] - plan.offsets, 0, plan.group_sizes)
+    return dataclasses.replace(plan, group_sizes=held)
 
 
 def blocks_between(

@@ -7,8 +7,9 @@ import jax
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from pallas_kernels.all_to_all import Blocks, all_to_all
-from pallas_kernels.plan import make_plan
+from pallas_kernels.all_to_all import Blocks, all_to_all, make_routes
+from pallas_kernels.plan import make_plan, unsorted_plan
+from pallas_kernels.quantize import dequantize, quantize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +60,36 @@ def moving_tokens(mesh: Mesh, num_rows: int, backend: str):
         rows = all_to_all(x, blocks, num_rows, mesh.axes, plan=plan, backend=backend)
         return jax.tree.map(lambda leaf: leaf[None], rows)
 
+    return jax.jit(jax.shard_map(on_chip, mesh=mesh.make(), in_specs=split, out_specs=split))
+
+
+@functools.cache
+def routes_of(mesh: Mesh, num_rows: int, num_experts: int, backend: str):
+    """Ids [chips, T, K] -> (routes, sizes) of `make_routes`, chips first, on a mesh of one group."""
+
+    def on_chip(ids):
+        made = make_routes(ids[0], make_plan(ids[0], num_experts), num_rows, mesh.axes, backend=backend)
+        return jax.tree.map(lambda leaf: leaf[None], made)
+
+    split = PartitionSpec(mesh.names)
+    return jax.jit(jax.shard_map(on_chip, mesh=mesh.make(), in_specs=split, out_specs=split, check_vma=False))
+
+
+@functools.cache
+def there_and_back(mesh: Mesh, num_rows: int, num_experts: int, scaling: str | None, backend: str):
+    """(x [chips, T, H], ids [chips, T, K]) -> [chips, T·K, H]: what comes back of each choice, by its route."""
+
+    def on_chip(x, ids):
+        x, ids = x[0], ids[0]
+        by_expert = make_plan(ids, num_experts, backend=backend)
+        routes, _ = make_routes(ids, by_expert, num_rows, mesh.axes, backend=backend)
+        sent = x if scaling is None else quantize(x, "float8_e4m3fn", scaling=scaling)
+        move = functools.partial(all_to_all, axes=mesh.axes, backend=backend)
+        rows = move(sent, routes, num_rows, plan=unsorted_plan(ids))
+        rows = rows if scaling is None else dequantize(rows, x.dtype)
+        return move(rows, routes.back, ids.size)[None]
+
+    split = PartitionSpec(mesh.names)
     return jax.jit(jax.shard_map(on_chip, mesh=mesh.make(), in_specs=split, out_specs=split))
 
 

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from pallas_kernels.all_to_all import Blocks, all_to_all
-from pallas_kernels.quantize import QTensor, quantize
+from pallas_kernels.quantize import QTensor, dequantize, quantize
 from tests.helpers import normal, same_bits
 from tests.pallas_kernels.all_to_all.moves import (
     Mesh,
@@ -22,7 +22,9 @@ from tests.pallas_kernels.all_to_all.moves import (
     moving,
     moving_tokens,
     random_sizes,
+    routes_of,
     tables,
+    there_and_back,
     tokens_for,
 )
 from tests.pallas_kernels.backends import every_backend
@@ -78,6 +80,28 @@ def test_the_gradient_of_tokens_sums_their_rows(backend, rng):
         )
         np.add.at(expected, (senders, tokens), np.asarray(direction)[chip, : len(tokens)])
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("scaling", [None, "per_row"])
+def test_by_routes(scaling, rng):
+    ids = rng.integers(-1, 12, (4, 9, 3)).astype(np.int32)
+    x = normal(rng, 4, 9, 16, dtype="bfloat16")
+    back = there_and_back(FOUR, 4 * 27, 12, scaling, "xla")(x, ids).reshape(4, 9, 3, 16)
+    sent = x if scaling is None else dequantize(quantize(x, "float8_e4m3fn", scaling=scaling), "bfloat16")
+    expected = jnp.where((ids >= 0)[..., None], sent[:, :, None], 0)
+    np.testing.assert_array_equal(back.astype(jnp.float32), expected.astype(jnp.float32))
+
+
+def test_routes_on_which_chips_disagree_bring_nothing(rng):
+    ids = rng.integers(0, 12, (4, 9, 3)).astype(np.int32)
+    routes, _ = routes_of(FOUR, 4 * 27, 12, "xla")(ids)
+    x = normal(rng, 4, 27, 8)
+    assert not np.isnan(moving(FOUR, 108, "xla")(x, routes)).any()
+    for name in ("targets", "addresses"):
+        wrong = dataclasses.replace(
+            routes, **{name: getattr(routes, name).at[1, :2].set(getattr(routes, name)[1, :2][::-1])}
+        )
+        assert np.isnan(moving(FOUR, 108, "xla")(x, wrong)).any()
 
 
 @pytest.mark.parametrize("mode", ["eager", "on_wait"])

@@ -9,8 +9,8 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from pallas_kernels.all_to_all import Blocks
-from pallas_kernels.all_to_all.gpu import targets
-from pallas_kernels.quantize import quantize
+from pallas_kernels.all_to_all.gpu.move import targets
+from pallas_kernels.quantize import dequantize, quantize
 from tests.helpers import normal, same_bits
 from tests.pallas_kernels.all_to_all.moves import (
     Mesh,
@@ -20,7 +20,9 @@ from tests.pallas_kernels.all_to_all.moves import (
     loads,
     moving,
     random_sizes,
+    routes_of,
     tables,
+    there_and_back,
     tokens_for,
 )
 from tests.pallas_kernels.kernels_gpu import lower_for_cuda
@@ -73,6 +75,48 @@ def test_tokens_by_a_plan(scaling, num_tokens, mesh, rng):
     if scaling is not None:
         x = jax.vmap(lambda x: quantize(x, "float8_e4m3fn", scaling=scaling))(x)
     check_tokens(mesh, x, ids, sizes, BACKEND)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("num_tokens", "top_k", "experts_each"), [(1, 1, 1), (16, 8, 32), (300, 2, 3), (5000, 8, 128)])
+def test_routes_are_those_of_the_reference(num_tokens, top_k, experts_each, mesh, rng):
+    num_experts = mesh.chips * experts_each
+    loads = {
+        "any": rng.integers(-1, num_experts, (mesh.chips, num_tokens, top_k)),
+        "all to one": np.full((mesh.chips, num_tokens, top_k), num_experts - 1),
+        "none": np.full((mesh.chips, num_tokens, top_k), -1),
+        "one is silent": rng.integers(0, num_experts, (mesh.chips, num_tokens, top_k)),
+    }
+    loads["one is silent"][0] = -1
+    num_rows = mesh.chips * num_tokens * top_k
+    for load, ids in loads.items():
+        found, expected = (
+            jax.tree.map(np.asarray, routes_of(mesh, num_rows, num_experts, backend)(jnp.asarray(ids, jnp.int32)))
+            for backend in (BACKEND, "xla")
+        )
+        (routes, sizes), (known, known_sizes) = found, expected
+        np.testing.assert_array_equal(sizes, known_sizes, load)
+        np.testing.assert_array_equal(routes.targets, known.targets, load)
+        np.testing.assert_array_equal(routes.num_addresses, known.num_addresses, load)
+        for chip, count in enumerate(known.num_addresses):
+            np.testing.assert_array_equal(routes.addresses[chip, :count], known.addresses[chip, :count], load)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scaling", [None, "per_row"])
+def test_tokens_by_their_routes_and_back(scaling, mesh, rng):
+    """What the exchange does with them, one after the other in one program, again and again."""
+    num_tokens, top_k, num_experts = 40, 4, 8 * mesh.chips
+    num_rows = mesh.chips * num_tokens * top_k
+    run = there_and_back(mesh, num_rows, num_experts, scaling, BACKEND)
+    for _ in range(50):
+        ids = jnp.asarray(rng.integers(-1, num_experts, (mesh.chips, num_tokens, top_k)), jnp.int32)
+        x = normal(rng, mesh.chips, num_tokens, 512, dtype="bfloat16")
+        back = np.asarray(run(x, ids).astype(jnp.float32)).reshape(mesh.chips, num_tokens, top_k, 512)
+        sent = x if scaling is None else dequantize(quantize(x, "float8_e4m3fn", scaling=scaling), "bfloat16")
+        expected = np.broadcast_to(np.asarray(sent.astype(jnp.float32))[:, :, None], back.shape)
+        used = np.asarray(ids) >= 0
+        np.testing.assert_allclose(back[used], expected[used], rtol=0.13 if scaling else 0)
 
 
 @pytest.mark.gpu
@@ -133,6 +177,12 @@ def test_targets(mesh, rng):
             count, source, place = table[:, chip, peer, j]
             expected[source : source + count] = 100 * peer + place + np.arange(count)
         np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("scaling", [None, "per_row", "1x128"])
+def test_routes_lower(scaling):
+    x, ids = jnp.zeros((4, 16, 256), jnp.bfloat16), jnp.zeros((4, 16, 8), jnp.int32)
+    lower_for_cuda(there_and_back(FOUR, 512, 40, scaling, BACKEND), x, ids)
 
 
 @pytest.mark.parametrize("mesh", [FOUR, TWO_AXES], ids=str)

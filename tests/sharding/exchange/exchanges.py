@@ -12,7 +12,7 @@ from pallas_kernels.combine import combine
 from sharding.exchange import Transport, Way, Wire, exchange, pick_transport
 from sharding.exchange.between_chips import BetweenChips
 from sharding.exchange.capacity import Scope, count_dropped, limit_to_capacity
-from sharding.exchange.pick import DEFAULT
+from sharding.exchange.pick import FALLBACK
 from sharding.exchange.room import slab_and_rounds
 from sharding.mesh import make_mesh
 from sharding.partition import Partition
@@ -21,11 +21,13 @@ from sharding.tokens import Tokens
 
 IN_ROUNDS = ("dense", "ragged")
 """Those that take as many rounds as the load needs. On CPUs "remote" is the same as "ragged"."""
-ON_ONE_AXIS = (*IN_ROUNDS, "gathered")
-"""Those that take any mesh, the tests' own too. They add a token's rows in the order of its choices."""
+ON_ONE_AXIS = (*IN_ROUNDS, "routed", "gathered")
+"""Those that take any mesh, the tests' own too. They add a token's rows in the order of its choices.
+
+"routed" is what "remote" does on GPUs."""
 CARRIERS = (*ON_ONE_AXIS, "hierarchical")
 """All transports."""
-OTHERS = tuple(name for name in ON_ONE_AXIS if name != DEFAULT)
+OTHERS = tuple(name for name in ON_ONE_AXIS if name != FALLBACK)
 """Those of `ON_ONE_AXIS` that no test runs by itself."""
 
 

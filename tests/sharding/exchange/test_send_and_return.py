@@ -35,7 +35,8 @@ IN_HOPS = [
     Problem(dp=1, ep=8, num_tokens=6, top_k=3, num_experts=16, transport="hierarchical", nodes=4, slab=72),
 ]
 PROBLEMS = [EP2, EP4, EP8, DP2_EP4, *EXACT, *IN_HOPS]
-with_wires = pytest.mark.parametrize("transport", [*IN_ROUNDS, "hierarchical"])
+pytestmark = pytest.mark.usefixtures("gathered_transport")
+with_wires = pytest.mark.parametrize("transport", [*IN_ROUNDS, "routed", "hierarchical"])
 every_problem = pytest.mark.parametrize("problem", PROBLEMS, ids=str)
 
 

@@ -28,6 +28,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.all_to_all.blocks import Blocks
+from pallas_kernels.all_to_all.gpu.device import device, leave
+from pallas_kernels.all_to_all.routes import Routes
 from pallas_kernels.backend import Unsupported
 from pallas_kernels.on_gpu.device import require_hopper
 from pallas_kernels.plan import Plan
@@ -58,7 +60,7 @@ class Config:
 
 def all_to_all(
     x: jax.Array | QTensor,
-    blocks: Blocks,
+    blocks: Blocks | Routes,
     num_rows: int,
     axes: tuple[str, ...],
     plan: Plan | None,
@@ -86,7 +88,10 @@ def all_to_all(
     if slots < 2:
         raise Unsupported(f"all_to_all: a row must have at most {_RING_BYTES // 2} bytes, got {bytes_of_row}")
     num_blocks = max(1, config.blocks // chips) * chips
-    tables = [targets(blocks, num_sources, num_rows), _num_used(blocks)[None]]
+    if isinstance(blocks, Routes):
+        tables = [blocks.targets, blocks.num_targets[None]]
+    else:
+        tables = [targets(blocks, num_sources, num_rows), _num_used(blocks)[None]]
     if plan is not None:
         tables.append(plan.order)
     top_k = None if plan is None else plan.inverse.shape[1]
@@ -197,7 +202,7 @@ def _kernel(work: _Work, num_tables: int, num_sent: int, *refs) -> None:
 
         @pl.when(ticket.target >= 0)
         def _():
-            peer = _device(lax.div(ticket.target, jnp.int32(work.num_rows)), work.axes)
+            peer = device(lax.div(ticket.target, jnp.int32(work.num_rows)), work.axes)
             place = lax.rem(ticket.target, jnp.int32(work.num_rows))
             for result, number in zip(results_of_numbers, ticket.numbers, strict=True):
                 plgpu.remote_ref(result, peer)[place] = number
@@ -230,22 +235,7 @@ def _kernel(work: _Work, num_tables: int, num_sent: int, *refs) -> None:
         lax.fori_loop(0, lax.div(turns + (slots - 1), jnp.int32(slots)), one_round, (tickets, following))
 
     plgpu.wait_smem_to_gmem(0)
-    for peer in range(chips):
-        pl.semaphore_signal(done, 1, device_id=_device(jnp.int32(peer), work.axes))
-
-    @pl.when(block == 0)
-    def _():
-        pl.semaphore_wait(done, chips * work.num_blocks, decrement=False)
-
-
-def _device(peer: jax.Array, axes: tuple[str, ...]) -> dict[str, jax.Array]:
-    """Where the chip of a number along `axes`, the last of which counts fastest, is on them."""
-    place = {}
-    for axis in reversed(axes):
-        size = jnp.int32(lax.axis_size(axis))
-        place[axis] = lax.rem(peer, size)
-        peer = lax.div(peer, size)
-    return place
+    leave(done, block, work.num_blocks, work.axes)
 
 
 def _as_sent(x: jax.Array, *, has_values: bool) -> jax.Array:
