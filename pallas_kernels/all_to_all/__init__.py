@@ -32,8 +32,7 @@ def all_to_all[Rows: jax.Array | QTensor](
         the route of every row, from `make_routes`. TPUs take blocks alone, and XLA carries those best.
       num_rows: R, rows of the result.
       axes: the mesh axes, all of whose chips take part, in the order in which they number the chips.
-      plan: with it x are tokens [T, H], and the N rows that travel are those that `dispatch` makes of them by `plan`;
-        by routes, an `unsorted_plan`, which has a row for each choice.
+      plan: with it x are tokens [T, H], and the N rows that travel are those that `dispatch` makes of them by `plan`.
       backend: "auto", "xla", "pallas_tpu" or "pallas_gpu". "xla" is `jax.lax.ragged_all_to_all`, and on CPUs, which
         lack it, the same made of other collectives.
 

@@ -50,15 +50,11 @@ def make_routes(topk_ids: jax.Array, by_expert: Plan, num_rows: int, axes: tuple
             ints((1,)),
             ints((chips, padded)),
         ],
-        scratch_types=[numbers, numbers, numbers],
+        scratch_types=[numbers, numbers],
         grid=(num_blocks,),
         grid_names=("block",),
         kernel_name="make_routes",
-        compiler_params=plgpu.CompilerParams(
-            lowering_semantics=plgpu.LoweringSemantics.Lane,
-            # Wherever threads read or send what others of the block wrote, `commit_smem` stands between.
-            unsafe_no_auto_barriers=True,
-        ),
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
     )(lax.axis_index(axes)[None], topk_ids.reshape(-1), by_expert.inverse.reshape(-1), *by_expert_padded)
     return Routes(targets, addresses, jnp.int32(num_choices), arriving[0]), sizes
 
@@ -75,7 +71,6 @@ def _kernel(
     arriving,
     counts,
     totals,
-    before_mine,
     firsts,
     *,
     axes,
@@ -84,6 +79,7 @@ def _kernel(
     told, done = pl.get_global(plgpu.SemaphoreType.REGULAR), pl.get_global(plgpu.SemaphoreType.REGULAR)
     chips, block, me = lax.axis_size(axes), lax.axis_index("block"), rank[0]
     num_choices, num_rows, num_local = targets.shape[0], addresses.shape[0], sizes.shape[0]
+
     layout = plgpu.Layout.WG_STRIDED(totals.shape, vec_size=1)
     load = functools.partial(plgpu.load, layout=layout)
 
@@ -91,37 +87,37 @@ def _kernel(
     def _():
         peer = device(block, axes)
         plgpu.remote_ref(counts, peer)[me, :] = load(own_counts)
-        plgpu.commit_smem()
         pl.semaphore_signal(told, 1, device_id=peer)
 
     pl.semaphore_wait(told, chips, decrement=False)
-    total = before = plgpu.layout_cast(jnp.zeros(totals.shape, jnp.int32), layout)
+    total = first = plgpu.layout_cast(jnp.zeros(totals.shape, jnp.int32), layout)
     for sender in range(chips):
         of_sender = load(counts.at[sender])
         total += of_sender
-        before += jnp.where(sender < me, of_sender, 0)
+        first += jnp.where(sender < me, of_sender, 0)
     totals[...] = total
-    before_mine[...] = before - load(offsets)
+    firsts[...] = first - load(offsets)
     plgpu.commit_smem()
 
     for peer in range(chips):
 
-        def add_experts(batch, earlier, peer=peer):
-            """The experts of a chip, some at once: `earlier` are the rows that come before theirs there."""
+        def add_experts(batch, before, peer=peer):
+            """The experts of a chip, some at once: `before` are the rows that come before theirs there."""
             local = [batch * _AT_ONCE + i for i in range(_AT_ONCE)]
             expert = [peer * num_local + jnp.minimum(each, num_local - 1) for each in local]
-            for i, (size, mine) in enumerate([(totals[each], before_mine[each]) for each in expert]):
+            read = [(totals[each], firsts[each]) for each in expert]
+            for i, (size, so_far) in enumerate(read):
 
                 @pl.when(local[i] < num_local)
-                def _(i=i, size=size, mine=mine, earlier=earlier):
-                    firsts[expert[i]] = peer * num_rows + earlier + mine
+                def _(i=i, size=size, so_far=so_far, before=before):
+                    firsts[expert[i]] = so_far + before + peer * num_rows
 
                     @pl.when((block == 0) & (me == peer))
                     def _():
                         sizes[local[i]] = size
 
-                earlier += jnp.where(local[i] < num_local, size, 0)
-            return earlier
+                before += jnp.where(local[i] < num_local, size, 0)
+            return before
 
         arrive = lax.fori_loop(0, pl.cdiv(num_local, _AT_ONCE), add_experts, jnp.int32(0))
 
@@ -138,16 +134,16 @@ def _kernel(
         first = [firsts[jnp.maximum(expert, 0)] for expert, _ in found]
         for i, (_, row) in enumerate(found):
             target = first[i] + row
+            peer = lax.div(target, jnp.int32(num_rows))
 
             @pl.when(choice[i] < num_choices)
-            def _(i=i, row=row, target=target):
+            def _(i=i, row=row, target=target, peer=peer):
                 targets[choice[i]] = jnp.where(row >= 0, target, -1)
 
                 @pl.when(row >= 0)
                 def _():
-                    there = plgpu.remote_ref(addresses, device(lax.div(target, jnp.int32(num_rows)), axes))
+                    there = plgpu.remote_ref(addresses, device(peer, axes))
                     there[lax.rem(target, jnp.int32(num_rows))] = me * num_choices + choice[i]
 
     lax.fori_loop(0, pl.cdiv(num_choices, num_blocks * _AT_ONCE), choose, None)
-    plgpu.commit_smem()
     leave(done, block, num_blocks, axes)

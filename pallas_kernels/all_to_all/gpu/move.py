@@ -88,11 +88,12 @@ def all_to_all(
     if slots < 2:
         raise Unsupported(f"all_to_all: a row must have at most {_RING_BYTES // 2} bytes, got {bytes_of_row}")
     num_blocks = max(1, config.blocks // chips) * chips
-    if isinstance(blocks, Routes):  # of choices, which need no order: those of a token lie together
+    if isinstance(blocks, Routes):
         tables = [blocks.targets, blocks.num_targets[None]]
     else:
         tables = [targets(blocks, num_sources, num_rows), _num_used(blocks)[None]]
-        tables += [] if plan is None else [plan.order]
+    if plan is not None:
+        tables.append(plan.order)
     top_k = None if plan is None else plan.inverse.shape[1]
     work = _Work(axes, chips, num_blocks, num_rows, slots, min(config.lag, slots - 1), top_k)
     results = plgpu.kernel(
@@ -183,8 +184,7 @@ def _kernel(work: _Work, num_tables: int, num_sent: int, *refs) -> None:
         row = lax.rem(block + turn, jnp.int32(chips)) * part_rows + in_part
         is_there = (turn < turns) & (in_part < part_rows) & (row < used)
         row = jnp.where(is_there, row, 0)
-        choice = jnp.maximum(order[0][row], 0) if order else row
-        source = choice if work.top_k is None else lax.div(choice, jnp.int32(work.top_k))
+        source = lax.div(jnp.maximum(order[0][row], 0), jnp.int32(work.top_k)) if order else row
         return _Ticket(jnp.where(is_there, target[row], -1), source, [x[source] for x in numbers])
 
     def fetch(ticket: _Ticket, slot: int) -> None:
