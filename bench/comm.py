@@ -12,12 +12,12 @@ from typing import Any
 import jax
 
 from bench.command.parser import run
-from bench.exchange.exposed import exposed_us
 from bench.exchange.measure import STEPS, Watch, measure
 from bench.exchange.movements import BARE
 from bench.exchange.options import check_ep, layer_of, parse
-from bench.exchange.records import FILE_NAME, Record, step_records, table
+from bench.exchange.records import FILE_NAME, LAYER_FIELDS, Record, step_records, table
 from bench.exchange.tokens import Tokens, check_memory
+from bench.exchange.whole_layer import time_layer
 from bench.expert_parallel.fit import reduce_width
 from bench.measure.devices import Devices, start
 from bench.measure.errors import describe
@@ -120,16 +120,16 @@ def _run(
 def _figures(
     name: str, tokens: Tokens, chip: Chip | None, args: argparse.Namespace, say: Callable[[str], None], watch: Watch
 ) -> Record:
-    """What was measured of a movement, and the layer's exposed time where it is asked for; or what went wrong."""
-    exposed = None
+    """What was measured of a movement, and of the layer where that is asked for; or what went wrong."""
+    layer = dict.fromkeys(LAYER_FIELDS)
     try:
         steps = step_records(measure(name, tokens, length=args.chain, repeats=args.repeats, watch=watch), chip)
         if args.with_layer and name not in BARE:
-            with watch("the whole layer"):
-                exposed = exposed_us(tokens, name, args.seed, say)
+            times = time_layer(tokens, name, length=args.chain, repeats=args.repeats, seed=args.seed, watch=watch)
+            layer = dict(zip(LAYER_FIELDS, (times.over_chips_us, times.one_chip_us, times.exposed_us), strict=True))
     except Exception as error:  # what one transport cannot do says nothing of the others
-        return {**dict.fromkeys(STEPS), "exposed_us": None, "error": describe(error)}
-    return {**steps, "exposed_us": exposed, "error": None}
+        return {**dict.fromkeys((*STEPS, *LAYER_FIELDS)), "error": describe(error)}
+    return {**steps, **layer, "error": None}
 
 
 if __name__ == "__main__":

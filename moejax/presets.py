@@ -18,7 +18,7 @@ from moejax.config import MoEConfig, Precision
 from moejax.routers.base import Router
 from moejax.routers.top_k import Scoring, TopKRouter
 from pallas_kernels.activations import Activation
-from pallas_kernels.quantize import Quantization, Scaling
+from pallas_kernels.quantize import QDtype, Quantization, Scaling
 from sharding.exchange.capacity import Scope
 
 _DEEPSEEK_V3 = MoEConfig(
@@ -126,6 +126,7 @@ class Changes(TypedDict, total=False):
     precision: Precision
     quantization: Quantization
     wire_scaling: Scaling
+    wire_gradient_dtype: QDtype | None
     capacity_factor: float | None
     capacity_of: Scope
     dtype: jax.typing.DTypeLike

@@ -25,6 +25,7 @@ def run_example(name: str, *arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_training_over_a_mesh_learns():
     mesh = "--devices", "8", "--mesh", "fsdp=2,expert=2,tensor=2"
     printed = run_example("train.py", *mesh, "--parts", "2", "--steps", "21")

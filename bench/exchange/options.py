@@ -43,8 +43,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     for option, given, known in (("load", args.load, LOADS), ("transport", args.transport, on_one_axis())):
         if strangers := [name for name in given if name not in known]:
             raise ValueError(f"--{option} must be some of {', '.join(known)}, got {strangers[0]!r}")
-    if args.with_layer and (len(args.tokens) > 1 or len(args.load) > 1):
-        raise ValueError("--with-layer measures the layer of one size: give one --tokens and one --load")
     layer = layer_of(args)
     if args.ep is not None:
         check_ep(args.ep, layer, f"--ep {args.ep}")
@@ -115,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--chain", type=positive_int, metavar="N", help="calls in one program (default 16; 2 on virtual devices)")
     add("--repeats", type=values.whole_number(2), metavar="N", help=f"of each measurement (default {_REPEATS})")
-    add("--with-layer", action="store_true", help="also the layer's time that its gate and experts do not explain")
+    add("--with-layer", action="store_true", help="also the whole layer, and the layer of one chip by itself")
     add(
         "--timeout",
         type=values.positive_float,

@@ -14,7 +14,8 @@ send, give_back, together   null where it failed, or an object for each:
     wire_bytes     what really goes to other chips, over all chips; null where that is not known
     gb_per_s       busiest_bytes by the median
     link_share     gb_per_s over what the links of a device carry; null where that is not known
-exposed_us       the whole layer less its gate and experts (`bench.exchange.exposed`); null where not asked for
+layer_us, one_chip_us, exposed_us   the whole layer, that of one chip by itself, and the difference, see
+    `bench.exchange.whole_layer`; null where not asked for
 error            null, or why there are no figures
 time, command, chip, driver, versions, commit
 """
@@ -32,6 +33,8 @@ from pallas_kernels.chips import Chip
 Record = dict[str, Any]
 
 FILE_NAME = "comm.jsonl"
+
+LAYER_FIELDS = ("layer_us", "one_chip_us", "exposed_us")
 
 _OF_A_STEP: Expected = {"median_us": float, "needed_bytes": int, "gb_per_s": float, "link_share": (float, None)}
 _OF_A_LINE: Expected = {
@@ -82,7 +85,7 @@ def table(records: list[Record]) -> str:
     for name in ("send", "back", "both"):
         headers += [f"{name} µs", "spread"]
     headers += ["needed MB", "wire MB", "GB/s", "link %"]
-    has_exposed = any(record["exposed_us"] is not None for record in records)
+    has_layer = any(record["layer_us"] is not None for record in records)
     rows: list[list[Cell]] = []
     for record in records:
         if record["error"] is not None:
@@ -93,5 +96,6 @@ def table(records: list[Record]) -> str:
         both = record["together"]
         wire, share = both["wire_bytes"], both["link_share"]
         row += [both["needed_bytes"] / 1e6, wire and wire / 1e6, both["gb_per_s"], share and 100 * share]
-        rows.append([*row, record["exposed_us"]] if has_exposed else row)
-    return format_table([*headers, "exposed µs"] if has_exposed else headers, rows)
+        layer, one = record["layer_us"], record["one_chip_us"]
+        rows.append([*row, layer, one, layer and one and layer / one] if has_layer else row)
+    return format_table([*headers, "layer µs", "one chip µs", "ratio"] if has_layer else headers, rows)

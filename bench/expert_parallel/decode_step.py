@@ -86,12 +86,8 @@ def run_decode(
     say("compiling and running the layer")
     y, aux = jax.block_until_ready(step(x, params))
     wall = statistics.median(wall_seconds(step, x, params) for _ in range(_REPEATS))
-    oracle_flops = 6 * config.num_experts * config.hidden_size * config.intermediate_size  # of a token
-    num_checked = max(1, min(x.shape[0], int(ORACLE_FLOPS / oracle_flops)))
-    say(f"checking {num_checked} of {x.shape[0]} tokens against the dense oracle")
-    # Tokens from all over the batch, so that every chip's share is looked at.
-    checked = np.linspace(0, x.shape[0] - 1, num_checked).astype(np.int32)
-    error = float(_relative_error(x, y, params, config, mesh, checked))
+    say("checking against the dense oracle")
+    error, num_checked = error_of_some_tokens(x, y, params, config, mesh)
     say("timing the stages one by one")
     stages = time_stages(x, params, config, mesh, say)
     load, ep = np.asarray(aux.load.tokens_per_expert), mesh.shape[EXPERT_AXIS]
@@ -114,6 +110,17 @@ def _rows_of_chips(topk_ids: jax.Array, replicas: Replicas, ep: int) -> np.ndarr
     spread = jax.jit(lambda ids, chip: replicas.spread(ids, turn=chip))
     slots = np.stack([np.asarray(spread(part, chip)) for chip, part in enumerate(ids)])
     return np.bincount(slots[slots >= 0] // (replicas.num_slots // ep), minlength=ep)
+
+
+def error_of_some_tokens(
+    x: jax.Array, y: jax.Array, params: MoEParams, config: MoEConfig, mesh: Mesh
+) -> tuple[float, int]:
+    """How far y [T, H] is from the dense oracle's, and of how many tokens: as many as take seconds at the most."""
+    oracle_flops = 6 * config.num_experts * config.hidden_size * config.intermediate_size  # of a token
+    num_checked = max(1, min(x.shape[0], int(ORACLE_FLOPS / oracle_flops)))
+    # Tokens from all over the batch, so that every chip's share is looked at.
+    checked = np.linspace(0, x.shape[0] - 1, num_checked).astype(np.int32)
+    return float(_relative_error(x, y, params, config, mesh, checked)), num_checked
 
 
 def _relative_error(

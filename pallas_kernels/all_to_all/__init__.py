@@ -12,7 +12,7 @@ from pallas_kernels.all_to_all.routes import Routes
 from pallas_kernels.moved_rows import combined
 from pallas_kernels.plan import Plan
 from pallas_kernels.primitive import Operands, Operator
-from pallas_kernels.quantize import QTensor, check_row_scales
+from pallas_kernels.quantize import QDtype, QTensor, check_row_scales, dequantize, quantize
 
 
 def all_to_all[Rows: jax.Array | QTensor](
@@ -22,6 +22,7 @@ def all_to_all[Rows: jax.Array | QTensor](
     axes: tuple[str, ...],
     *,
     plan: Plan | None = None,
+    cotangents: QDtype | None = None,
     backend: str = "auto",
 ) -> Rows:
     """Moves blocks of rows between the chips along mesh axes, inside `jax.shard_map`.
@@ -33,6 +34,7 @@ def all_to_all[Rows: jax.Array | QTensor](
       num_rows: R, rows of the result.
       axes: the mesh axes, all of whose chips take part, in the order in which they number the chips.
       plan: with it x are tokens [T, H], and the N rows that travel are those that `dispatch` makes of them by `plan`.
+      cotangents: 8-bit dtype in which cotangents travel, with a scale for each row; None for that in which they come.
       backend: "auto", "xla", "pallas_tpu" or "pallas_gpu". "xla" is `jax.lax.ragged_all_to_all`, and on CPUs, which
         lack it, the same made of other collectives.
 
@@ -51,7 +53,7 @@ def all_to_all[Rows: jax.Array | QTensor](
     if isinstance(x, QTensor):
         check_row_scales("x", x)
         x = jax.lax.stop_gradient(x)
-    return moved(backend, x=x, blocks=blocks, num_rows=num_rows, axes=axes, plan=plan)
+    return moved(backend, x=x, blocks=blocks, num_rows=num_rows, axes=axes, plan=plan, cotangents=cotangents)
 
 
 def make_routes(
@@ -84,16 +86,18 @@ _routes_made = Operator("all_to_all", "make_routes")
 
 
 def _transpose(backend: str, cotangent: jax.Array, operands: Operands) -> Operands:
-    x, blocks, axes, plan = (operands[name] for name in ("x", "blocks", "axes", "plan"))
+    x, blocks, axes, plan, dtype = (operands[name] for name in ("x", "blocks", "axes", "plan", "cotangents"))
     num_rows = x.aval.shape[0] if plan is None else plan.order.shape[0]
-    back = moved(backend, x=cotangent, blocks=blocks.back, num_rows=num_rows, axes=axes, plan=None)
+    travels = cotangent if dtype is None else quantize(cotangent, dtype, scaling="per_row")
+    back = all_to_all(travels, blocks.back, num_rows, axes, cotangents=dtype, backend=backend)
+    back = dequantize(back, cotangent.dtype) if isinstance(back, QTensor) else back
     if plan is not None:
         ones = jnp.ones(plan.inverse.shape, jnp.float32)
         back = combined(backend, rows=back, plan=plan, weights=ones, out_dtype=back.dtype)
     return {"x": back}
 
 
-moved = Operator("all_to_all", "all_to_all", linear_in=("x",), transpose=_transpose)
+moved = Operator("all_to_all", "all_to_all", linear_in=("x",), transpose=_transpose, hidden=frozenset({"cotangents"}))
 """`all_to_all` as a primitive."""
 
 __all__ = ["Blocks", "Routes", "all_to_all", "make_routes"]

@@ -7,10 +7,11 @@ import dataclasses
 
 import jax
 from jax import lax
+from jax.custom_derivatives import linear_call
 
 from pallas_kernels.combine import combine
 from pallas_kernels.dispatch import dispatch
-from pallas_kernels.quantize import Operand
+from pallas_kernels.quantize import Operand, QTensor, dequantize, quantize
 from sharding.collectives import as_bytes
 from sharding.exchange.between_chips import BetweenChips
 from sharding.exchange.slabs import SlabPlan, SortedByRank, plan_arrival, plan_departure, sort_by_rank
@@ -38,13 +39,29 @@ class Dense(BetweenChips):
 
     def carry[Kind: Operand](self, x: Kind, plan: SlabPlan, way: Way) -> Kind:
         """Tokens [T, H] in slabs to every peer -> the rows of every peer's, [ep·S, H], sorted by local expert."""
-        slabs = dispatch(x, plan.departure, backend=way.backend)
-        arrived = jax.tree.map(lambda leaf: _all_to_all(leaf, way.axes.expert), slabs)
-        return dispatch(arrived, plan.arrival, backend=way.backend)
+        return dispatch(
+            _slabs_moved(dispatch(x, plan.departure, backend=way.backend), way), plan.arrival, backend=way.backend
+        )
 
     def carry_back(self, rows: jax.Array, plan: SlabPlan, way: Way) -> jax.Array:
         """[ep·S, H] by local expert -> the slabs that left."""
-        return _all_to_all(combine(rows, plan.arrival, backend=way.backend), way.axes.expert)
+        return _slabs_moved(combine(rows, plan.arrival, backend=way.backend), way)
+
+
+def _slabs_moved[Kind: Operand](slabs: Kind, way: Way) -> Kind:
+    """Rows to every peer; the cotangents of an array travel as the way says."""
+
+    def move(leaf: jax.Array) -> jax.Array:
+        return _all_to_all(leaf, way.axes.expert)
+
+    dtype = way.cotangents
+    if dtype is None or isinstance(slabs, QTensor):
+        return jax.tree.map(move, slabs)
+
+    def transpose(_: tuple[()], cotangent: jax.Array) -> jax.Array:
+        return dequantize(jax.tree.map(move, quantize(cotangent, dtype, scaling="per_row")), cotangent.dtype)
+
+    return linear_call(lambda _, slabs: move(slabs), transpose, (), slabs)
 
 
 def _all_to_all(slots: jax.Array, axis: tuple[str, ...]) -> jax.Array:

@@ -17,7 +17,6 @@ chip knows from the counts. The kernels of `pallas_kernels.all_to_all` carry the
 """
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -139,17 +138,20 @@ class Exact(BetweenChips):
 
     def carry[Kind: Operand](self, x: Kind, plan: ExactPlan | RoutedPlan, way: Way) -> Kind:
         """Of tokens [T, H] -> [R, H], where they belong."""
-        move = functools.partial(
-            all_to_all, blocks=plan.blocks, num_rows=plan.num_rows, axes=way.axes.expert, backend=self.backend
-        )
         if self.backend == "xla":  # whose collective takes rows that are there, whatever kernel has copied them
-            return move(dispatch(x, plan.departure, backend=way.backend))
-        return move(x, plan=plan.departure)
+            return self._move(dispatch(x, plan.departure, backend=way.backend), plan.blocks, plan.num_rows, way)
+        return self._move(x, plan.blocks, plan.num_rows, way, plan.departure)
 
     def carry_back(self, rows: jax.Array, plan: ExactPlan | RoutedPlan, way: Way) -> jax.Array:
         """[R, H] -> [T·K, H], where they were."""
-        num_rows = plan.departure.order.shape[0]
-        return all_to_all(rows, plan.blocks.back, num_rows, way.axes.expert, backend=self.backend)
+        return self._move(rows, plan.blocks.back, plan.departure.order.shape[0], way)
+
+    def _move[Kind: Operand](
+        self, rows: Kind, blocks: Blocks | Routes, num_rows: int, way: Way, departure: Plan | None = None
+    ) -> Kind:
+        """`all_to_all` of the rows, or of tokens by the plan of their departure."""
+        axes, cotangents = way.axes.expert, way.cotangents
+        return all_to_all(rows, blocks, num_rows, axes, plan=departure, cotangents=cotangents, backend=self.backend)
 
 
 def _by_expert(topk_ids: jax.Array, way: Way) -> Plan:

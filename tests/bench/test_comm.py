@@ -96,7 +96,7 @@ def test_a_transport_that_is_wrong_is_no_figure_and_status_1(monkeypatch, capsys
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("virtual")
-def test_exposed_time_of_the_layer(capsys):
+def test_the_layer_beside_that_of_one_chip(capsys):
     args = [
         *TINY,
         "--model=qwen3-30b-a3b",
@@ -108,8 +108,9 @@ def test_exposed_time_of_the_layer(capsys):
     ]
     assert run(main, args) == 0
     dense, *bare = json.loads(capsys.readouterr().out)
-    assert isinstance(dense["exposed_us"], float)
-    assert [record["exposed_us"] for record in bare] == [None, None]
+    assert dense["layer_us"] > 0
+    assert dense["exposed_us"] == dense["layer_us"] - dense["one_chip_us"]
+    assert [record["layer_us"] for record in bare] == [None, None]
 
 
 def start(*args):
@@ -163,7 +164,6 @@ def test_an_exchange_that_is_too_slow_ends_the_command():
         (["--precision", "w4a4"], "precision must be 'w16a16' or 'w8a8', got 'w4a4'"),
         (["--timeout", "0"], "--timeout: must be a positive number, got '0'"),
         (["--repeats", "1"], "--repeats: must be a whole number of at least 2, got '1'"),
-        (["--with-layer", "--tokens", "1", "--tokens", "16"], "--with-layer measures the layer of one size: give one"),
         (["--hidden", "100"], "hidden_size=100"),
         ([*TINY, "--reduce", "3"], "hidden_size=128 is not divisible by the reduction 3"),
         ([*TINY, "--tokens", "100000000"], "100000000 tokens on each of 4 virtual devices need about"),

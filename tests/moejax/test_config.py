@@ -62,6 +62,8 @@ REFUSED = [
     ({"wire_scaling": "rows"}, "unknown scaling 'rows'"),
     ({"wire_scaling": "per_tensor"}, "wire_scaling must be of one row, such as '1x128' or 'per_row'"),
     ({"wire_scaling": "128x128"}, "wire_scaling must be of one row, such as '1x128' or 'per_row'"),
+    ({"wire_gradient_dtype": "bfloat16"}, "wire_gradient_dtype: dtype must be one of float8_e4m3fn"),
+    ({"wire_gradient_dtype": "e5m2"}, "wire_gradient_dtype: data type 'e5m2' not understood"),
     ({"dtype": jnp.int32}, "dtype must be bfloat16, float16 or float32, got 'int32'"),
     ({"dtype": jnp.float8_e4m3fn}, "dtype must be bfloat16, float16 or float32, got 'float8_e4m3fn'"),
     ({"dtype": "float64"}, "dtype must be bfloat16, float16 or float32, got 'float64'"),

@@ -114,8 +114,25 @@ def test_a_layer_over_another_transport(other):
         assert relative_error(a, b) < LIMITS["float32"]
 
 
+@pytest.mark.slow
+def test_gradients_of_rows_travel_in_8_bits():
+    """Of e5m2, with two bits of mantissa; the result is none of them."""
+    config, params, x, direction, expected = problem("float32")
+    config = dataclasses.replace(config, wire_gradient_dtype="float8_e5m2")
+    mesh, _ = mesh_of("data and expert")
+
+    def loss(x, params):
+        y, _ = moe(x, params, config, mesh=mesh)
+        return (y * direction).sum(), y
+
+    got, y = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(x, params)
+    assert relative_error(y, dense_moe(x, params, config)) < LIMITS["float32"]
+    errors = [relative_error(a, b) for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True)]
+    assert 1e-3 < max(errors) < 0.1
+
+
 @pytest.mark.parametrize("name", OVER_NODES)
-@pytest.mark.quick("nodes and tensor")
+@pytest.mark.slow
 def test_a_layer_over_nodes_equals_the_dense_oracle(name):
     """In two hops: values, and gradients for tokens and parameters, those of the router's weights that travel too."""
     config, params, x, direction, expected = problem("float32")
@@ -199,7 +216,7 @@ def test_activations_are_taken_as_they_lie(spec):
 
 @pytest.mark.skipif(libtpu_version() is None, reason="libtpu is not installed (EXTRAS=aot)")
 @pytest.mark.parametrize(("mesh", "hidden_size"), [("fsdp, expert and tensor", 768), ("a stage of one chip", 1024)])
-@pytest.mark.quick("fsdp, expert and tensor-768")
+@pytest.mark.slow
 def test_on_tpus_weights_are_gathered_in_bfloat16_and_their_gradients_scattered(mesh, hidden_size):
     """With 384 and with 256 columns a chip, of which only the latter fill a TPU's registers in pairs."""
     sizes, _ = MESHES[mesh]

@@ -167,7 +167,7 @@ def test_every_partition_equals_one_chip(name, axis_type, rng):
 
 
 @pytest.mark.parametrize("name", ["fsdp", "tensor", "all", "axes of any name"])
-@pytest.mark.quick("tensor")
+@pytest.mark.slow
 def test_in_8_bits_over_every_kind_of_axis(name, rng):
     """Weights that are rounded in every call, and those that are held in 8 bits."""
     sizes, partition = LAYOUTS[name]

@@ -68,7 +68,7 @@ def results(x, params, direction, config, ep, axis_type=AxisType.Auto):
 
 @pytest.mark.parametrize("capacity_factor", [None, 0.75])
 @pytest.mark.parametrize("ep", [1, 2, 4])
-@pytest.mark.quick("4-0.75", "1-None")
+@pytest.mark.quick("4-0.75")
 def test_a_placed_layer_is_the_same_layer(ep, capacity_factor, problem):
     params, x, direction = problem
     config = dataclasses.replace(CONFIG, capacity_factor=capacity_factor)
@@ -185,6 +185,7 @@ def test_numpy_and_stacked_parameters(problem):
         place(stacked, EXPERTS)
 
 
+@pytest.mark.slow
 def test_in_8_bits(rng):
     """Moved after they were rounded, as a server does."""
     config = dataclasses.replace(

@@ -62,6 +62,7 @@ def test_tokens_by_a_plan(backend, rng):
     check_tokens(FOUR, jax.vmap(lambda x: quantize(x, "int8", scaling="per_row"))(x), ids, sizes, backend)
 
 
+@pytest.mark.quick("xla")
 def test_the_gradient_of_tokens_sums_their_rows(backend, rng):
     ids, sizes = tokens_for(rng, FOUR, 7, 3)
     x, table = normal(rng, 4, 7, 8), blocks_of(tables(sizes))

@@ -50,6 +50,7 @@ class Problem:
     transport: str = "auto"
     nodes: int = 2
     slab: int | None = None
+    cotangents: str | None = None
 
     def __str__(self):
         name = f"dp{self.dp}-ep{self.ep}-T{self.num_tokens}"
@@ -96,7 +97,8 @@ class Problem:
     @property
     def way(self) -> Way:
         axes = Partition(expert=self.expert_axes).on(self.mesh)
-        return Way(Placement(self.num_experts, self.ep), axes, self.wire, transport=self.transport, slab=self.slab)
+        how = {name: getattr(self, name) for name in ("wire", "transport", "slab", "cotangents")}
+        return Way(Placement(self.num_experts, self.ep), axes, **how)
 
     def tokens_here(self) -> Tokens:
         """Of the chip that asks."""

@@ -111,6 +111,7 @@ def test_a_token_enters_a_node_once(data, problem):
         assert choices[chip] == (node_of[peers] == node).sum()
 
 
+@pytest.mark.slow
 def test_gradients_equal_those_of_the_plain_sum_in_rounds_of_both(rng):
     _check_gradients(IN_ROUNDS, rng)
 

@@ -51,7 +51,7 @@ def plain(problem: Problem, x, weights, ids, factors):
 
 @pytest.mark.usefixtures("interpreted_transport")
 @pytest.mark.parametrize("problem", [EP4, DP2_EP2, IN_ROUNDS, EP32], ids=str)
-@pytest.mark.quick("eager-dp1-ep4-*")
+@pytest.mark.slow
 def test_every_load(problem, rng):
     for ids in loads(problem, rng):
         x, factors = normal(rng, problem.all_tokens, problem.hidden), jnp.arange(1.0, problem.num_experts + 1)

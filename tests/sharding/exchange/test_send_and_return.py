@@ -196,21 +196,36 @@ def test_a_row_of_nan_stays_with_its_token(transport, rng):
 @with_wires
 @pytest.mark.quick("*float32-fp8")
 def test_gradient_is_the_transpose_and_not_rounded_to_8_bits(transport, dtype, wire, rng):
-    """Which row came from which token is found by sending numbers the same way."""
-    problem = Problem(2, 4, 9, 2, 8, 128, wire=wire, transport=transport)
-    plain = dataclasses.replace(problem, wire=None)
+    gradient, expected = gradient_and_sum(Problem(2, 4, 9, 2, 8, 128, wire=wire, transport=transport), dtype, rng)
+    assert relative_error(gradient, expected) < {"float32": 1e-6, "bfloat16": 5e-3}[dtype]
+
+
+@with_wires
+@pytest.mark.quick("dense", "routed", "hierarchical")
+def test_gradients_travel_in_8_bits_where_that_is_asked_for(transport, rng):
+    """Each row is rounded once on its way, or twice where it goes in two hops."""
+    problem = Problem(2, 4, 9, 2, 8, 128, wire=Wire(), transport=transport, cotangents="float8_e5m2")
+
+    def rounded(rows):
+        return dequantize(quantize(rows, "float8_e5m2", scaling="per_row"), rows.dtype)
+
+    gradient, expected = gradient_and_sum(problem, "float32", rng, rounded)
+    assert relative_error(gradient, expected) < (0.1 if transport == "hierarchical" else 1e-6)
+
+
+def gradient_and_sum(problem: Problem, dtype: str, rng, rounded=lambda rows: rows) -> tuple[np.ndarray, np.ndarray]:
+    """The gradient [tokens, H] of what arrives, and the sum of its rows, as found by sending numbers the same way."""
+    plain = dataclasses.replace(problem, wire=None, cotangents=None)
     ids = random_ids(problem, rng)
-    slots = problem.dp * problem.ep * problem.rows_held
-    direction = normal(rng, slots, 128, dtype=dtype)
+    direction = normal(rng, problem.dp * problem.ep * problem.rows_held, 128, dtype=dtype)
     arrived, _, _ = send_and_return(plain)(tagged(plain), ids)
     tokens = np.asarray(arrived)[:, 0, :, 0].reshape(-1).astype(int) - 1
 
     _, gradient = gradient_of_sending(problem)(normal(rng, problem.all_tokens, 128, dtype=dtype), ids, direction)
     assert gradient.dtype == jnp.dtype(dtype)
     expected = np.zeros((problem.all_tokens, 128))
-    np.add.at(expected, tokens[tokens >= 0], np.asarray(direction).astype(np.float64)[tokens >= 0])
-    limit = {"float32": 1e-6, "bfloat16": 5e-3}[dtype]
-    assert relative_error(np.asarray(gradient).reshape(expected.shape), expected) < limit
+    np.add.at(expected, tokens[tokens >= 0], np.asarray(rounded(direction)).astype(np.float64)[tokens >= 0])
+    return np.asarray(gradient).reshape(expected.shape), expected
 
 
 @every_problem

@@ -1,0 +1,90 @@
+"""The layer that an exchange is part of: over several chips, and on one chip with as many experts and tokens.
+
+The difference is what the exchange costs, less what of it is hidden behind other work.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from bench.exchange.measure import Watch
+from bench.exchange.tokens import Tokens
+from bench.expert_parallel.decode_step import TOLERANCE, error_of_some_tokens
+from bench.inputs.weights import make_params
+from bench.measure.clock import wall_times
+from bench.measure.errors import check
+from moejax import MoEConfig, MoEParams, moe, with_changes
+from moejax.functional import axes_on
+from sharding.mesh import make_mesh
+
+_SHARE = 1e-3
+"""Of a layer's result in the tokens of the next call, which so has to wait for it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerTimes:
+    """Times of a call of the layer, by the wall clock.
+
+    Attributes:
+      over_chips_us: over all chips.
+      one_chip_us: on one, with the experts and tokens of one; None where it has less experts than a token chooses.
+    """
+
+    over_chips_us: float
+    one_chip_us: float | None
+
+    @property
+    def exposed_us(self) -> float | None:
+        """The difference."""
+        return None if self.one_chip_us is None else self.over_chips_us - self.one_chip_us
+
+
+def time_layer(tokens: Tokens, transport: str, *, length: int, repeats: int, seed: int, watch: Watch) -> LayerTimes:
+    """Times chains of `length` layers over the chips of `tokens`, whose router is a plain top-k, and on one.
+
+    Raises:
+      ValueError: the layer differs from the dense oracle.
+    """
+    config, mesh = with_changes(tokens.config, transport=transport), tokens.mesh
+    by_token = NamedSharding(mesh, PartitionSpec(axes_on(mesh, None, config).tokens))
+    x = jax.jit(lambda x: x.reshape(-1, x.shape[-1]), out_shardings=by_token)(tokens.x)
+    params = _with_router(make_params(config, mesh, seed), tokens.router)
+    with watch("the layer's result"):
+        y = jax.block_until_ready(jax.jit(lambda x, params: moe(x, params, config, mesh=mesh)[0])(x, params))
+        check(error_of_some_tokens(x, y, params, config, mesh)[0], TOLERANCE)
+    with watch("the whole layer"):
+        over_chips = wall_times(_chain(config, mesh, length), x, params, repeats=repeats, calls=length)
+    del params
+    num_local = config.num_experts // mesh.size
+    if num_local < config.top_k:
+        return LayerTimes(over_chips.median_us, None)
+    own, one = with_changes(config, num_experts=num_local), make_mesh(1, devices=jax.local_devices()[:1])
+    params = _with_router(make_params(own, one, seed), tokens.router[:, :num_local])
+    x = jax.device_put(tokens.x.addressable_shards[0].data[0], NamedSharding(one, PartitionSpec()))
+    with watch("the layer on one chip"):
+        on_one = wall_times(_chain(own, one, length), x, params, repeats=repeats, calls=length)
+    return LayerTimes(over_chips.median_us, on_one.median_us)
+
+
+def _chain(config: MoEConfig, mesh: Mesh, length: int) -> Callable[[jax.Array, MoEParams], jax.Array]:
+    """`length` layers on end, each of which has to wait for the one before."""
+
+    def chain(x: jax.Array, params: MoEParams) -> jax.Array:
+        def next_layer(_: jax.Array, x: jax.Array) -> jax.Array:
+            return (x + _SHARE * moe(x, params, config, mesh=mesh)[0]).astype(x.dtype)
+
+        return lax.fori_loop(0, length, next_layer, x)
+
+    return jax.jit(chain)
+
+
+def _with_router(params: MoEParams, router: np.ndarray) -> MoEParams:
+    """Parameters whose router makes the choices of `router` [H, E]."""
+    assert isinstance(params.router, dict), params.router
+    kernel = params.router["kernel"]
+    own = jax.make_array_from_callback(kernel.shape, kernel.sharding, lambda index: router[index].astype(kernel.dtype))
+    return dataclasses.replace(params, router={**params.router, "kernel": own})
