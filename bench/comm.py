@@ -6,7 +6,7 @@ import functools
 import itertools
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -108,7 +108,7 @@ def _run(
             progress.show(len(records), f"{name}, {place}")
             watch = functools.partial(watchdog.watching, f"{name}, {place}")
             what = {"movement": name, "tokens": case.tokens // ep, "load": case.load}
-            figures = _figures(name, tokens, chip, args, progress.say, watch)
+            figures = _figures(name, tokens, chip, args, watch)
             records.append({**what, **head, **figures, "time": now(), **origin})
             if args.json not in (None, "-"):
                 write_json(records, args.json)
@@ -117,9 +117,7 @@ def _run(
     return records
 
 
-def _figures(
-    name: str, tokens: Tokens, chip: Chip | None, args: argparse.Namespace, say: Callable[[str], None], watch: Watch
-) -> Record:
+def _figures(name: str, tokens: Tokens, chip: Chip | None, args: argparse.Namespace, watch: Watch) -> Record:
     """What was measured of a movement, and of the layer where that is asked for; or what went wrong."""
     layer = dict.fromkeys(LAYER_FIELDS)
     try:

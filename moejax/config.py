@@ -5,7 +5,7 @@ import math
 import numbers
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from moejax.routers.base import Router
 from moejax.routers.top_k import TopKRouter
 from pallas_kernels.activations import Activation, check_activation
 from pallas_kernels.backend import check_backend
-from pallas_kernels.quantize import QDtype, Quantization, Scaling, check_qdtype, is_of_one_row, scale_shape
+from pallas_kernels.quantize import QDtype, Quantization, Scaling, is_of_one_row, scale_shape
 from sharding.exchange import check_transport
 from sharding.exchange.capacity import Scope
 
@@ -52,8 +52,8 @@ class MoEConfig:
       quantization: dtypes and scalings of "w8a8".
       wire_scaling: scaling of the 8-bit rows that "w8a8" sends between chips, in the dtype of `quantization`, where
         `quantization.lhs_scaling` is not of one row. Where it is, rows travel as they are multiplied.
-      wire_gradient_dtype: 8-bit dtype in which gradients of rows travel between chips, float8_e5m2 say, each row with a
-        scale; None sends them in the dtype that they have.
+      wire_gradient_dtype: 8-bit dtype in which gradients of rows travel between chips, such as float8_e5m2, each row
+        with a scale; None sends them in the dtype that they have.
       capacity_factor: None drops nothing. A number, to a thousandth, bounds what an expert takes of T tokens to
         ⌈capacity_factor · T·K / E⌉; what is dropped is counted and returned.
       capacity_of: which T tokens a capacity refers to: those of the whole "batch", so that the same choices are dropped
@@ -115,11 +115,8 @@ class MoEConfig:
             "of one row, such as '1x128' or 'per_row' (rows travel with their own scales)",
             self.wire_scaling,
         )
-        if self.wire_gradient_dtype is not None:
-            try:
-                check_qdtype(self.wire_gradient_dtype)
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"wire_gradient_dtype: {error}") from error
+        known = (None, *get_args(QDtype))
+        require(self.wire_gradient_dtype in known, "wire_gradient_dtype", f"one of {known}", self.wire_gradient_dtype)
         for name in ("dtype", "param_dtype"):
             try:
                 dtype = jnp.dtype(getattr(self, name)).name

@@ -155,5 +155,5 @@ def way_of(
         config.transport,
         max_choices,
         max_rows,
-        cotangents=config.wire_gradient_dtype,
+        cotangent_dtype=config.wire_gradient_dtype,
     )

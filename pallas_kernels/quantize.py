@@ -15,7 +15,9 @@ that holds a NaN or an infinity gets scale NaN, so that all of it dequantises to
 """
 
 import dataclasses
-from typing import Literal
+import functools
+from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -287,3 +289,21 @@ def _interleave(shape: tuple[int, ...], scales: tuple[int, ...]) -> tuple[int, .
 def takes_gradient(leaf: jax.Array) -> bool:
     """Whether `leaf` is trained: floating point of 16 bits or more, as 8-bit values are constants."""
     return jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.dtype.itemsize >= 2
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def moved_in_8_bits(move: Callable[..., Any], dtype: QDtype, rows: jax.Array, *args: Any) -> jax.Array:
+    """move(rows, *args) of rows [N, H] that travel in 8 bits, each with a scale; the derivatives are those of `move`.
+
+    Args:
+      move: moves rows, an array or a QTensor, and does no more; closes over nothing that is traced.
+      dtype: of 8 bits.
+      rows: floating point.
+      *args: pytrees of arrays that take no gradient.
+    """
+    return dequantize(move(quantize(rows, dtype, scaling="per_row"), *args), rows.dtype)
+
+
+@moved_in_8_bits.defjvp
+def _moved_in_8_bits_jvp(move, dtype, primals, tangents):
+    return moved_in_8_bits(move, dtype, *primals), move(tangents[0], *primals[1:])

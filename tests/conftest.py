@@ -100,7 +100,7 @@ def rng(request) -> np.random.Generator:
 
 
 @pytest.fixture(scope="module")
-def gathered_transport():
+def own_transports():
     """The tests' own transports are among those there are."""
     from sharding.exchange.pick import TRANSPORTS
     from tests.sharding.exchange import gathered

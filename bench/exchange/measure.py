@@ -57,7 +57,8 @@ def measure(name: str, tokens: Tokens, *, length: int, repeats: int, watch: Watc
     """
     config, mesh = tokens.config, tokens.mesh
     axes = axes_on(mesh, None, config)
-    moved = movement(name, config, axes, int(rows_between(tokens.topk_ids, config.num_experts, axes.ep).max()))
+    fullest = int(rows_between(tokens.topk_ids, config.num_experts, axes.ep).max())
+    moved = movement(name, config, axes, tokens.x.shape[1], fullest)
     with watch("plan"):
         rows, plan = jax.block_until_ready(on_every_chip(moved.ready, mesh)(tokens.x, tokens.ids))
     limit, times = never(mesh), {}

@@ -24,14 +24,21 @@ from pallas_kernels.quantize import Operand, QTensor, dequantize
 from sharding.collectives import as_bytes
 from sharding.exchange import Way, pick_transport
 from sharding.exchange.exact import Exact
+from sharding.exchange.room import slab_and_rounds
 from sharding.partition import Axes
 
 BARE = ("lax.all_to_all", "lax.ragged_all_to_all")
 
 
-def movement(name: str, config: MoEConfig, axes: Axes, slab: int) -> "Movement":
-    """The movement that is called `name`: a transport, or one of `BARE`."""
-    way = dataclasses.replace(way_of(config, axes), slab=slab)
+def movement(name: str, config: MoEConfig, axes: Axes, num_tokens: int, slab: int) -> "Movement":
+    """The movement that is called `name`: a transport, or one of `BARE`.
+
+    Chips have the room that the layer gives them for `num_tokens` each, or for slabs of `slab` rows where the layer
+    might need several rounds.
+    """
+    way = way_of(config, axes)
+    own, rounds = slab_and_rounds((num_tokens, config.top_k), way)
+    way = dataclasses.replace(way, slab=own if rounds == 1 else slab)
     if name == "lax.all_to_all":
         return BareDense(way)
     if name == "lax.ragged_all_to_all":
@@ -44,7 +51,7 @@ class Movement(abc.ABC):
     """A way to move the tokens of a case to the chips of their experts and back: a bare collective's, or overridden.
 
     Attributes:
-      way: how rows travel; `way.slab` holds all that one chip has for another.
+      way: how rows travel; `way.slab` holds all that one chip has for another, so that one round does.
     """
 
     way: Way

@@ -15,7 +15,8 @@ send, give_back, together   null where it failed, or an object for each:
     gb_per_s       busiest_bytes by the median
     link_share     gb_per_s over what the links of a device carry; null where that is not known
 layer_us, one_chip_us, exposed_us   the whole layer, that of one chip by itself, and the difference, see
-    `bench.exchange.whole_layer`; null where not asked for
+    `bench.exchange.whole_layer`; null where not asked for or failed; the last two also where a chip has
+    fewer experts than K
 error            null, or why there are no figures
 time, command, chip, driver, versions, commit
 """

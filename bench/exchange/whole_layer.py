@@ -22,7 +22,7 @@ from moejax.functional import axes_on
 from sharding.mesh import make_mesh
 
 _SHARE = 1e-3
-"""Of a layer's result in the tokens of the next call, which so has to wait for it."""
+"""How much of a layer's result is added to the next call's tokens, which therefore has to wait for it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,8 @@ class LayerTimes:
 
     Attributes:
       over_chips_us: over all chips.
-      one_chip_us: on one, with the experts and tokens of one; None where it has less experts than a token chooses.
+      one_chip_us: on one, with the experts and tokens of one; None where one chip's share has fewer
+        experts than a token chooses.
     """
 
     over_chips_us: float
@@ -44,7 +45,15 @@ class LayerTimes:
 
 
 def time_layer(tokens: Tokens, transport: str, *, length: int, repeats: int, seed: int, watch: Watch) -> LayerTimes:
-    """Times chains of `length` layers over the chips of `tokens`, whose router is a plain top-k, and on one.
+    """Times the layer over all chips, and on one.
+
+    Args:
+      tokens: of the case, on the mesh; its router is a plain top-k.
+      transport: name of what carries the rows.
+      length: layers in one program.
+      repeats: measurements of each program.
+      seed: of the weights.
+      watch: limits the time of each step.
 
     Raises:
       ValueError: the layer differs from the dense oracle.

@@ -115,7 +115,7 @@ def _rows_of_chips(topk_ids: jax.Array, replicas: Replicas, ep: int) -> np.ndarr
 def error_of_some_tokens(
     x: jax.Array, y: jax.Array, params: MoEParams, config: MoEConfig, mesh: Mesh
 ) -> tuple[float, int]:
-    """How far y [T, H] is from the dense oracle's, and of how many tokens: as many as take seconds at the most."""
+    """‖y − oracle‖ / ‖oracle‖ of some of y [T, H], and of how many: as many as `ORACLE_FLOPS` allows."""
     oracle_flops = 6 * config.num_experts * config.hidden_size * config.intermediate_size  # of a token
     num_checked = max(1, min(x.shape[0], int(ORACLE_FLOPS / oracle_flops)))
     # Tokens from all over the batch, so that every chip's share is looked at.

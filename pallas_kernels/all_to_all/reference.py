@@ -23,8 +23,8 @@ def all_to_all(
     if plan is not None:
         x = dispatched("xla", x=x, plan=plan)
     if isinstance(blocks, Routes):
-        routes, by_route = blocks, functools.partial(routed, axes=axes)
-        return jax.tree.map(lambda leaf: _as_bytes(by_route, leaf, routes), x)
+        by_route = functools.partial(_as_bytes, functools.partial(routed, axes=axes))
+        return jax.tree.map(lambda leaf: by_route(leaf, blocks), x)
     ragged = functools.partial(_ragged, num_rows=num_rows, axes=axes)
     ways = {
         "tpu": ragged,

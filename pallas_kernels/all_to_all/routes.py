@@ -16,7 +16,7 @@ class Routes:
       targets: int32 [N], for each row of x: chip · R + its row in the result of that chip; negative for none.
       addresses: int32 [R], for each row of the result: chip · N + the row of x on that chip from which it comes;
         negative for none.
-      num_targets: int32 []; there is none from this row of x on, whatever stands in `targets`.
+      num_targets: int32 []; entries of `targets` from this one on are undefined, and mean none.
       num_addresses: int32 []; the same of `addresses`.
     """
 

@@ -25,6 +25,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.all_to_all.blocks import Blocks
+from pallas_kernels.all_to_all.device_id import device_id
 from pallas_kernels.all_to_all.reference import make_routes
 from pallas_kernels.all_to_all.routes import Routes
 from pallas_kernels.backend import Unsupported
@@ -34,7 +35,7 @@ from pallas_kernels.plan import Plan
 from pallas_kernels.quantize import QTensor
 from pallas_kernels.tracing.varying import result_varying_as
 
-__all__ = ["all_to_all", "make_routes"]
+__all__ = ["all_to_all", "make_routes"]  # TPUs move blocks: routes are XLA's to work out
 
 _WORD = 4
 _FIRST_ID = 64
@@ -89,12 +90,7 @@ def _kernel(
     rank, rows_staying, rows_sent, rows_received, *others = (own[i] for i in range(own.shape[0]))
 
     def device(peer) -> dict[str, jax.Array]:
-        place = dict(zip(other_axes, others, strict=True))
-        for axis in reversed(axes):  # the last counts fastest
-            size = jnp.int32(lax.axis_size(axis))
-            place[axis] = lax.rem(peer, size)
-            peer = lax.div(peer, size)
-        return place
+        return dict(zip(other_axes, others, strict=True)) | device_id(peer, axes)
 
     def for_each_block(peer, act) -> None:
         @pl.loop(0, per_peer)

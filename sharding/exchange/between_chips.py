@@ -78,7 +78,7 @@ class BetweenChips(abc.ABC):
 
         Quantising, exchanging and dequantising are one step to autodiff, with faces in the dtype of `x`: an 8-bit
         payload between two differentiated functions would round its gradient to 8 bits. The gradient travels back
-        unquantised.
+        in its own dtype, or as `way.cotangent_dtype` says.
 
         Args:
           x: [T, H], BF16, FP16 or float32; or a QTensor in which every row has scales of its own, without a gradient;
@@ -99,7 +99,8 @@ class BetweenChips(abc.ABC):
 
     def send_beside(self, beside: jax.Array, plan: RoundPlan, way: Way) -> jax.Array:
         """A few numbers of every token, [T, B] -> those of each row that arrives, as they are."""
-        return _sent(self, beside, plan, dataclasses.replace(way, backend="xla"))  # too narrow for a kernel to pay
+        # Too narrow for a kernel to pay; and the gradients of weights are not those of rows.
+        return _sent(self, beside, plan, dataclasses.replace(way, backend="xla", cotangent_dtype=None))
 
     def give_back(self, rows: jax.Array, plan: RoundPlan, way: Way) -> jax.Array:
         """Sends what the experts made of each row back to where the row came from, never below BF16.

@@ -4,6 +4,7 @@ Runs wherever XLA runs. It takes as many rounds as the fullest pair of chips nee
 """
 
 import dataclasses
+import functools
 
 import jax
 from jax import lax
@@ -11,7 +12,7 @@ from jax.custom_derivatives import linear_call
 
 from pallas_kernels.combine import combine
 from pallas_kernels.dispatch import dispatch
-from pallas_kernels.quantize import Operand, QTensor, dequantize, quantize
+from pallas_kernels.quantize import Operand, QTensor, moved_in_8_bits
 from sharding.collectives import as_bytes
 from sharding.exchange.between_chips import BetweenChips
 from sharding.exchange.slabs import SlabPlan, SortedByRank, plan_arrival, plan_departure, sort_by_rank
@@ -39,27 +40,26 @@ class Dense(BetweenChips):
 
     def carry[Kind: Operand](self, x: Kind, plan: SlabPlan, way: Way) -> Kind:
         """Tokens [T, H] in slabs to every peer -> the rows of every peer's, [ep·S, H], sorted by local expert."""
-        return dispatch(
-            _slabs_moved(dispatch(x, plan.departure, backend=way.backend), way), plan.arrival, backend=way.backend
-        )
+        slabs = _exchange_slabs(dispatch(x, plan.departure, backend=way.backend), way)
+        return dispatch(slabs, plan.arrival, backend=way.backend)
 
     def carry_back(self, rows: jax.Array, plan: SlabPlan, way: Way) -> jax.Array:
         """[ep·S, H] by local expert -> the slabs that left."""
-        return _slabs_moved(combine(rows, plan.arrival, backend=way.backend), way)
+        return _exchange_slabs(combine(rows, plan.arrival, backend=way.backend), way)
 
 
-def _slabs_moved[Kind: Operand](slabs: Kind, way: Way) -> Kind:
-    """Rows to every peer; the cotangents of an array travel as the way says."""
+def _exchange_slabs[Kind: Operand](slabs: Kind, way: Way) -> Kind:
+    """Slab d to chip d, and its slab for this one back; gradients travel in `way.cotangent_dtype`."""
 
     def move(leaf: jax.Array) -> jax.Array:
         return _all_to_all(leaf, way.axes.expert)
 
-    dtype = way.cotangents
+    dtype = way.cotangent_dtype
     if dtype is None or isinstance(slabs, QTensor):
         return jax.tree.map(move, slabs)
 
     def transpose(_: tuple[()], cotangent: jax.Array) -> jax.Array:
-        return dequantize(jax.tree.map(move, quantize(cotangent, dtype, scaling="per_row")), cotangent.dtype)
+        return moved_in_8_bits(functools.partial(jax.tree.map, move), dtype, cotangent)
 
     return linear_call(lambda _, slabs: move(slabs), transpose, (), slabs)
 

@@ -10,7 +10,7 @@ then by token. So rows land sorted, nothing is padded, and nothing is copied a s
     chip of e2, e3                 e2 … e2 … e3 e3 …
 
 GPUs store row by row, and know of each where it belongs: where one round carries everything, a single kernel takes the
-place of the message and the sums over it, and rows come back to the choices themselves (see `RoutedPlan`).
+place of the message and the sums over it, and rows come back to the choices themselves (see `Exact.plan_rows`).
 
 A chip has room for R rows. If it is sent more, round i carries those whose places are i·R … (i + 1)·R − 1, which every
 chip knows from the counts. The kernels of `pallas_kernels.all_to_all` carry the blocks.
@@ -61,35 +61,14 @@ class ExactPlan:
     """The plan of one round, as one chip sees it.
 
     Attributes:
-      departure: [T, K] choices -> [T·K] rows by expert; those of other rounds are nobody's.
-      blocks: of rows, L for each peer.
-      num_rows: R.
-    """
-
-    departure: Plan
-    blocks: Blocks
-    num_rows: int = dataclasses.field(metadata={"static": True})
-
-    @property
-    def group_sizes(self) -> jax.Array:
-        """int32 [L], the rows that arrive for each local expert."""
-        return self.blocks.recv_sizes.sum(0, dtype=jnp.int32)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class RoutedPlan:
-    """The plan of the only round, as one chip sees it.
-
-    Attributes:
-      departure: [T, K] choices -> [T·K] rows, one for each.
-      blocks: the routes of these.
+      departure: [T, K] choices -> [T·K] rows, by expert, or one for each choice; those of other rounds are nobody's.
+      blocks: of rows, L for each peer; on GPUs, where one round is all, the routes of single rows.
       group_sizes: int32 [L], the rows that arrive for each local expert.
       num_rows: R.
     """
 
     departure: Plan
-    blocks: Routes
+    blocks: Blocks | Routes
     group_sizes: jax.Array
     num_rows: int = dataclasses.field(metadata={"static": True})
 
@@ -105,7 +84,7 @@ class Exact(BetweenChips):
     backend: str
 
     def plan_rows(self, topk_ids: jax.Array, way: Way) -> RoundPlan:
-        """See `BetweenChips`."""
+        """See `BetweenChips`. For GPUs, one kernel plans the only round; elsewhere such a plan has its reference."""
         slab, max_rounds = slab_and_rounds(topk_ids.shape, way)
         if max_rounds > 1 or self.backend == "xla" or target_platform() != "gpu":
             return super().plan_rows(topk_ids, way)
@@ -113,7 +92,7 @@ class Exact(BetweenChips):
         by_expert, num_rows = _by_expert(topk_ids, way), way.axes.ep * slab
         routes, sizes = make_routes(topk_ids, by_expert, num_rows, way.axes.expert, backend=self.backend)
         has_row = by_expert.inverse >= 0
-        return RoutedPlan(unsorted_plan(jnp.where(has_row, topk_ids, -1)), routes, sizes, num_rows)
+        return ExactPlan(unsorted_plan(jnp.where(has_row, topk_ids, -1)), routes, sizes, num_rows)
 
     def prepare(self, topk_ids: jax.Array, way: Way) -> Counted:
         """The choices by expert, and everyone's counts."""
@@ -134,15 +113,15 @@ class Exact(BetweenChips):
         departure = choices.by_expert
         if room < way.axes.ep * choices.topk_ids.size:
             departure = _those_of_round(choices, index * room, room)
-        return ExactPlan(departure, blocks, room)
+        return ExactPlan(departure, blocks, blocks.recv_sizes.sum(0, dtype=jnp.int32), room)
 
-    def carry[Kind: Operand](self, x: Kind, plan: ExactPlan | RoutedPlan, way: Way) -> Kind:
-        """Of tokens [T, H] -> [R, H], where they belong."""
-        if self.backend == "xla":  # whose collective takes rows that are there, whatever kernel has copied them
+    def carry[Kind: Operand](self, x: Kind, plan: ExactPlan, way: Way) -> Kind:
+        """Tokens [T, H] -> the rows that arrive, [R, H], where they belong."""
+        if self.backend == "xla":  # whose collective needs the rows in memory: copied there by the way's kernel
             return self._move(dispatch(x, plan.departure, backend=way.backend), plan.blocks, plan.num_rows, way)
         return self._move(x, plan.blocks, plan.num_rows, way, plan.departure)
 
-    def carry_back(self, rows: jax.Array, plan: ExactPlan | RoutedPlan, way: Way) -> jax.Array:
+    def carry_back(self, rows: jax.Array, plan: ExactPlan, way: Way) -> jax.Array:
         """[R, H] -> [T·K, H], where they were."""
         return self._move(rows, plan.blocks.back, plan.departure.order.shape[0], way)
 
@@ -150,8 +129,10 @@ class Exact(BetweenChips):
         self, rows: Kind, blocks: Blocks | Routes, num_rows: int, way: Way, departure: Plan | None = None
     ) -> Kind:
         """`all_to_all` of the rows, or of tokens by the plan of their departure."""
-        axes, cotangents = way.axes.expert, way.cotangents
-        return all_to_all(rows, blocks, num_rows, axes, plan=departure, cotangents=cotangents, backend=self.backend)
+        axes, cotangent_dtype = way.axes.expert, way.cotangent_dtype
+        return all_to_all(
+            rows, blocks, num_rows, axes, plan=departure, cotangent_dtype=cotangent_dtype, backend=self.backend
+        )
 
 
 def _by_expert(topk_ids: jax.Array, way: Way) -> Plan:

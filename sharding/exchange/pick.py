@@ -13,7 +13,7 @@ import jax
 
 from pallas_kernels.backend import Unsupported
 from pallas_kernels.on_gpu.device import require_hopper
-from pallas_kernels.tracing.target import target_platform
+from pallas_kernels.tracing.target import target_chip, target_platform
 from sharding.exchange import one_chip
 from sharding.exchange.dense import Dense
 from sharding.exchange.exact import Exact
@@ -34,11 +34,11 @@ In two hops, just the rows that there are travel across nodes, and slabs within 
 lay out a row for every choice of the rows that came, most of which are for other nodes.
 """
 
-FASTEST: Mapping[str, str] = MappingProxyType({"gpu": "remote", "tpu": "dense", "cpu": "dense"})
-"""The one that "auto" takes on a platform, where it can run.
+PREFERRED: Mapping[str, str] = MappingProxyType({"gpu": "remote"})
+"""What "auto" takes on a platform, where it can run; `FALLBACK` elsewhere.
 
-On two H200s, a layer of DeepSeek-V3's sizes takes 1.27 times as long as on one with the same rows by "remote", 1.47 to
-1.76 times by "dense" (128 and 4096 tokens a chip), and several times as long by "ragged". TPUs have not been measured.
+Over two H200s a layer of DeepSeek-V3 takes 1.27 times as long as on one by "remote", with 128 and with 4096 tokens a
+chip, 1.48 and 1.75 times by "dense", and several times by "ragged". On TPUs nothing has been measured.
 """
 
 FALLBACK = "dense"
@@ -59,42 +59,53 @@ def pick_transport(way: Way) -> Transport:
     if way.axes.ep == 1:
         return one_chip
     check_transport(way.transport)
-    transport = TRANSPORTS[_fastest(way.axes) if way.transport == AUTO else way.transport]
+    transport = TRANSPORTS[_automatic(way.axes) if way.transport == AUTO else way.transport]
     if way.transport == "remote" and (reason := _why_not_remote(way.axes)):
-        raise ValueError(f"transport 'remote' {reason}; use transport='auto', or 'dense'")
+        raise ValueError(f"transport 'remote' {reason}; use transport='auto', 'dense' or 'ragged'")
     if isinstance(transport, Hierarchical) and len(way.axes.expert) > 1 and way.axes.size(way.axes.expert[:1]) == 1:
         return transport.inner
     return transport
 
 
-def _fastest(axes: Axes) -> str:
-    """What "auto" stands for."""
-    name, platform = FASTEST[target_platform()], target_platform()
+def _automatic(axes: Axes) -> str:
+    """The name that "auto" stands for."""
+    platform = target_platform()
+    name = PREFERRED.get(platform, FALLBACK)
     reason = _why_not_remote(axes) if name == "remote" else None
-    _say_once(FALLBACK if reason else name, platform, reason)
-    return FALLBACK if reason else name
+    name = FALLBACK if reason else name
+    _report_once(name, platform, reason)
+    return name
 
 
 def _why_not_remote(axes: Axes) -> str | None:
-    """What keeps the GPUs of a mesh from storing into each other's memory, None if nothing does."""
+    """What keeps the GPUs of a mesh from storing into each other's memory, None if nothing does.
+
+    Where `jax.jit` hides the devices of a mesh, it is taken to have all devices in their order if it has as many.
+    """
     if target_platform() != "gpu":
         return None
-    if jax.process_count() > 1:
-        return f"needs GPUs of one process, and {jax.process_count()} take part"
+    if (processes := jax.process_count()) > 1:
+        return f"needs all GPUs in one process, and there are {processes} processes"
     try:
         require_hopper("all_to_all")
     except Unsupported as error:
         return f"cannot run: {error}"
-    if axes.in_order is False:
-        return "needs a mesh of the devices 0, 1, 2, … in this order, its last axis fastest, and this one has another"
+    some_are_left_out = target_chip() is None and axes.in_order is None and _mesh_size() != jax.device_count()
+    if axes.in_order is False or some_are_left_out:
+        return "needs a mesh of the devices 0, 1, 2, … in this order, the last axis counting fastest"
     return None
 
 
+def _mesh_size() -> int:
+    """Chips of the mesh that is traced for."""
+    return jax.sharding.get_abstract_mesh().size
+
+
 @functools.cache
-def _say_once(name: str, platform: str, reason: str | None) -> None:
+def _report_once(name: str, platform: str, reason: str | None) -> None:
     _log.info("exchange: transport %r on %s", name, platform)
     if reason:
-        warnings.warn(f"exchange: transport {name!r}, as 'remote' {reason}", stacklevel=2)
+        warnings.warn(f"exchange: transport {name!r}, as 'remote' {reason}", stacklevel=1)
 
 
 def on_one_axis() -> list[str]:

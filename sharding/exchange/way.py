@@ -26,7 +26,7 @@ class Way:
       max_rows: the most rows that an expert can get from one chip; None for all.
       slab: S, where a chip has room for S rows from each of ep chips in a round; None for what
         `sharding.exchange.room.fit_slab` thinks best. Of transports that go in rounds.
-      cotangents: 8-bit dtype in which cotangents of rows travel, with a scale for each row; None for their own.
+      cotangent_dtype: 8-bit dtype in which cotangents of rows travel, with a scale for each row; None for their own.
     """
 
     placement: Placement
@@ -37,7 +37,7 @@ class Way:
     max_choices: int | None = None
     max_rows: int | None = None
     slab: int | None = None
-    cotangents: QDtype | None = None
+    cotangent_dtype: QDtype | None = None
 
     @property
     def columns_over(self) -> tuple[str, ...]:

@@ -195,7 +195,7 @@ def test_over_an_axis(rng, quantization, check_vma):
     assert relative_error(y, alone) < (LIMIT["float32"] if quantization is None else LIMIT["bfloat16"])
 
 
-@pytest.mark.usefixtures("gathered_transport")
+@pytest.mark.usefixtures("own_transports")
 @pytest.mark.parametrize("other", OTHERS)
 def test_over_another_transport(other, rng):
     arguments = problem(rng, tokens=40)

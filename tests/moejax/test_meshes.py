@@ -90,7 +90,7 @@ def test_gradients_equal_the_dense_oracles_and_lie_as_the_parameters(name, dtype
         assert part.sharding.is_equivalent_to(whole.sharding, whole.ndim)
 
 
-@pytest.mark.usefixtures("gathered_transport")
+@pytest.mark.usefixtures("own_transports")
 @pytest.mark.parametrize("other", [*OTHERS, "hierarchical"])
 @pytest.mark.slow
 def test_a_layer_over_another_transport(other):

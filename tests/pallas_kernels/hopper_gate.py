@@ -1,5 +1,6 @@
 """Compiles kernels for an H200, without one, down to its instructions: the other end of test_hopper_gate.py."""
 
+import functools
 import os
 import re
 import tempfile
@@ -8,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import topologies
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bench.hopper.products import Product, make_inputs
 from bench.measure.errors import describe
@@ -17,10 +19,12 @@ from bench.model.shapes import GemmShape
 from bench.tpu.libtpu import serve
 from moejax import MoEConfig, Quantization, fused_experts, moe, quantize_params
 from moejax.params import param_shapes
+from pallas_kernels.all_to_all import all_to_all, make_routes
 from pallas_kernels.chips import get_chip
 from pallas_kernels.combine import combine
 from pallas_kernels.grouped_matmul import grouped_gate_up, grouped_matmul
-from pallas_kernels.plan import Plan
+from pallas_kernels.plan import Plan, make_plan, unsorted_plan
+from pallas_kernels.quantize import dequantize, quantize
 from pallas_kernels.tracing.target import targeting
 from tests.helpers import gradients
 
@@ -60,6 +64,10 @@ Case = tuple[Callable[..., Any], *tuple[Any, ...]]
 
 def array(dtype: str, *shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def placed(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def product(*shape: int, dtype: Any, **options: Any) -> Case:
@@ -143,14 +151,42 @@ CASES: dict[str, Callable[[], Case]] = {
 }
 
 
+def exchange(mesh: Mesh) -> Case:
+    """Rows in 8 bits to their experts' chips and back, by their routes."""
+
+    def on_chip(x: jax.Array, ids: jax.Array) -> jax.Array:
+        by_expert = make_plan(ids, 64, backend="pallas_gpu")
+        routes, _ = make_routes(ids, by_expert, 2048, mesh.axis_names, backend="pallas_gpu")
+        sent, move = (
+            quantize(x, "float8_e4m3fn", scaling="per_row"),
+            functools.partial(all_to_all, axes=mesh.axis_names, backend="pallas_gpu"),
+        )
+        rows = dequantize(move(sent, routes, 2048, plan=unsorted_plan(ids)), x.dtype)
+        return move(rows, routes.back, ids.size)
+
+    split = PartitionSpec(mesh.axis_names)
+    over_chips = jax.shard_map(on_chip, mesh=mesh, in_specs=split, out_specs=split)
+    return over_chips, array("bfloat16", 256, 7168), array("int32", 256, 8)
+
+
+OVER_TWO_CHIPS: dict[str, Callable[[Mesh], Case]] = {"exchange": exchange}
+
+
 def work(job: dict) -> dict:
     """For each case, the kernels in it and what they spill, or why it does not compile."""
-    topology = topologies.get_topology_desc("h200", platform="cuda", target_config=TARGET, topology="1x1x1")
-    sharding = SingleDeviceSharding(topology.devices[0])
+    one, two = (
+        topologies.get_topology_desc("h200", platform="cuda", target_config=TARGET, topology=f"1x1x{chips}").devices
+        for chips in (1, 2)
+    )
     answers = {}
     for name in job["cases"]:
-        function, *shapes = CASES[name]()
-        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes)
+        if name in OVER_TWO_CHIPS:
+            mesh, split = Mesh(np.array(two), ("expert",)), PartitionSpec("expert")
+            function, *shapes = OVER_TWO_CHIPS[name](mesh)
+        else:
+            mesh, split = Mesh(np.array(one), ("expert",)), PartitionSpec()
+            function, *shapes = CASES[name]()
+        shapes = jax.tree.map(functools.partial(placed, sharding=NamedSharding(mesh, split)), shapes)
         with tempfile.TemporaryDirectory() as folder:
             os.environ["MOSAIC_GPU_DUMP_TO"] = folder
             try:

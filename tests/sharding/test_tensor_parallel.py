@@ -156,7 +156,7 @@ def test_experts_of_which_each_chip_has_a_part(one_sided, sizes, partition, rng)
     np.testing.assert_array_equal(tensor_parallel(sizes, partition, None)(*args), plain_sum(*args))
 
 
-@pytest.mark.usefixtures("gathered_transport")
+@pytest.mark.usefixtures("own_transports")
 @pytest.mark.parametrize("transport", OTHERS)
 @pytest.mark.quick("ragged")
 def test_every_transport_carries_parts_too(transport, rng):

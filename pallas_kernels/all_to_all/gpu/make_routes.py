@@ -2,9 +2,9 @@
 
 One kernel does what would be a small collective and a dozen kernels of sums over what it brings:
 
-    counts of each chip ──► every chip          a row of numbers for each peer
-    counts [ep, E] ──► first [E]                where this chip's first row for an expert lies: a sum over experts
-    each choice: first[expert] + its place among this chip's rows for the expert = its target
+    counts of each chip ──► every chip        a row of numbers for each peer
+    counts [ep, E] ──► bases [E]              sums over experts and chips
+    each choice: bases[expert] + its row in the plan by expert = its target
                  ──► its own address, to the target
 
 Every block waits for the counts and sums them for itself: it takes less time than to tell each other.
@@ -18,7 +18,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.all_to_all.gpu.device import device, leave
+from pallas_kernels.all_to_all import reference
+from pallas_kernels.all_to_all.device_id import device_id
+from pallas_kernels.all_to_all.gpu.wait_for_all import wait_for_all
 from pallas_kernels.all_to_all.routes import Routes
 from pallas_kernels.backend import Unsupported
 from pallas_kernels.on_gpu.device import require_hopper
@@ -34,8 +36,13 @@ def make_routes(topk_ids: jax.Array, by_expert: Plan, num_rows: int, axes: tuple
     """See `pallas_kernels.all_to_all.make_routes`."""
     require_hopper("make_routes")
     chips, num_experts, num_choices = lax.axis_size(axes), by_expert.group_sizes.size, topk_ids.size
-    if chips * num_rows >= 2**31 or num_choices == 0:
-        raise Unsupported(f"make_routes: {chips} chips of {num_rows} rows must have some, and less than 2³¹ in all")
+    if num_choices == 0 or num_rows == 0:
+        return reference.make_routes(topk_ids, by_expert, num_rows, axes)
+    if chips * max(num_rows, num_choices) >= 2**31:
+        raise Unsupported(
+            f"make_routes: the rows and the choices of all {chips} chips must each be fewer than 2³¹, got {num_rows} "
+            f"rows and {num_choices} choices a chip"
+        )
     padded = pl.cdiv(num_experts, WARPGROUP) * WARPGROUP
     num_blocks = max(chips, min(_MOST_BLOCKS, pl.cdiv(num_choices, _AT_ONCE)))
     by_expert_padded = [jnp.pad(x, (0, padded - num_experts)) for x in (by_expert.group_sizes, by_expert.offsets)]
@@ -62,7 +69,7 @@ def make_routes(topk_ids: jax.Array, by_expert: Plan, num_rows: int, axes: tuple
 def _kernel(
     rank,
     ids,
-    rows,
+    inverse,
     own_counts,
     offsets,
     targets,
@@ -71,7 +78,7 @@ def _kernel(
     arriving,
     counts,
     totals,
-    firsts,
+    bases,
     *,
     axes,
     num_blocks,
@@ -79,24 +86,23 @@ def _kernel(
     told, done = pl.get_global(plgpu.SemaphoreType.REGULAR), pl.get_global(plgpu.SemaphoreType.REGULAR)
     chips, block, me = lax.axis_size(axes), lax.axis_index("block"), rank[0]
     num_choices, num_rows, num_local = targets.shape[0], addresses.shape[0], sizes.shape[0]
-
     layout = plgpu.Layout.WG_STRIDED(totals.shape, vec_size=1)
     load = functools.partial(plgpu.load, layout=layout)
 
     @pl.when(block < chips)
     def _():
-        peer = device(block, axes)
+        peer = device_id(block, axes)
         plgpu.remote_ref(counts, peer)[me, :] = load(own_counts)
         pl.semaphore_signal(told, 1, device_id=peer)
 
     pl.semaphore_wait(told, chips, decrement=False)
-    total = first = plgpu.layout_cast(jnp.zeros(totals.shape, jnp.int32), layout)
+    total = earlier = plgpu.layout_cast(jnp.zeros(totals.shape, jnp.int32), layout)
     for sender in range(chips):
         of_sender = load(counts.at[sender])
         total += of_sender
-        first += jnp.where(sender < me, of_sender, 0)
+        earlier += jnp.where(sender < me, of_sender, 0)
     totals[...] = total
-    firsts[...] = first - load(offsets)
+    bases[...] = earlier - load(offsets)  # from which on this chip counts its rows for an expert
     plgpu.commit_smem()
 
     for peer in range(chips):
@@ -105,12 +111,12 @@ def _kernel(
             """The experts of a chip, some at once: `before` are the rows that come before theirs there."""
             local = [batch * _AT_ONCE + i for i in range(_AT_ONCE)]
             expert = [peer * num_local + jnp.minimum(each, num_local - 1) for each in local]
-            read = [(totals[each], firsts[each]) for each in expert]
+            read = [(totals[each], bases[each]) for each in expert]
             for i, (size, so_far) in enumerate(read):
 
                 @pl.when(local[i] < num_local)
                 def _(i=i, size=size, so_far=so_far, before=before):
-                    firsts[expert[i]] = so_far + before + peer * num_rows
+                    bases[expert[i]] = so_far + before + peer * num_rows
 
                     @pl.when((block == 0) & (me == peer))
                     def _():
@@ -129,11 +135,11 @@ def _kernel(
 
     def choose(batch, _):
         choice = [(batch * num_blocks + block) * _AT_ONCE + i for i in range(_AT_ONCE)]
-        known = [jnp.minimum(each, num_choices - 1) for each in choice]
-        found = [(ids[each], rows[each]) for each in known]
-        first = [firsts[jnp.maximum(expert, 0)] for expert, _ in found]
+        clamped = [jnp.minimum(each, num_choices - 1) for each in choice]
+        found = [(ids[each], inverse[each]) for each in clamped]
+        base = [bases[jnp.maximum(expert, 0)] for expert, _ in found]
         for i, (_, row) in enumerate(found):
-            target = first[i] + row
+            target = base[i] + row
             peer = lax.div(target, jnp.int32(num_rows))
 
             @pl.when(choice[i] < num_choices)
@@ -142,8 +148,8 @@ def _kernel(
 
                 @pl.when(row >= 0)
                 def _():
-                    there = plgpu.remote_ref(addresses, device(peer, axes))
+                    there = plgpu.remote_ref(addresses, device_id(peer, axes))
                     there[lax.rem(target, jnp.int32(num_rows))] = me * num_choices + choice[i]
 
     lax.fori_loop(0, pl.cdiv(num_choices, num_blocks * _AT_ONCE), choose, None)
-    leave(done, block, num_blocks, axes)
+    wait_for_all(done, block, num_blocks, axes)

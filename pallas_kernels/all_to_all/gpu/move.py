@@ -8,12 +8,13 @@ the chip that sends them.
 
     x ──copy──► slot 0 … slot S − 1 ──copy──► result of the peer          copies out lag behind copies in
 
-A row's peer and its place there are looked up in a table, so that a block may take rows from all over x. It goes round
-the chips with every row it takes: no chip is written by all others at once, and no link rests while another is full.
+A row's peer and its place there are looked up in a table, so that a block may take rows from all over x. Where x is
+sorted by chip, parts of it go to different chips. A block therefore takes a row of each part in turn, so that no link
+rests while another is full.
 
-XLA lets all chips of the program enter the kernel before any of it runs: then the results are free to be written. Each
-block, once its last row is with the peer, tells all chips so, and block 0 stays until all blocks of all chips have told
-it. A chip that has left the kernel thus holds all of its rows, and no chip will write to it, or signal it, any more.
+XLA starts the kernel on no chip before all have reached it: results are then free to be written. Each block, once its
+last row is with the peer, tells all chips so, and block 0 stays until all blocks of all chips have told it. A chip that
+has left the kernel thus holds all of its rows, and no chip will write to it, or signal it, any more.
 """
 
 import dataclasses
@@ -28,7 +29,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.all_to_all.blocks import Blocks
-from pallas_kernels.all_to_all.gpu.device import device, leave
+from pallas_kernels.all_to_all.device_id import device_id
+from pallas_kernels.all_to_all.gpu.wait_for_all import wait_for_all
 from pallas_kernels.all_to_all.routes import Routes
 from pallas_kernels.backend import Unsupported
 from pallas_kernels.on_gpu.device import require_hopper
@@ -36,11 +38,12 @@ from pallas_kernels.plan import Plan
 from pallas_kernels.quantize import QTensor
 
 _COPY_BYTES = 128
-"""Rows that are copied in bulk are a multiple of it."""
+"""Rows that are copied in bulk are a multiple of it: Mosaic lets each thread of a warpgroup expect an equal part."""
 
 _NUMBER_BYTES = 4
 
 _RING_BYTES = 200 * 1024
+"""Of the 227 KiB of shared memory that a block can have."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +59,10 @@ class Config:
     blocks: int
     slots: int
     lag: int
+
+
+_CONFIG = Config(blocks=132, slots=11, lag=3)
+"""A block for each multiprocessor of an H200; of slots, as many as a block has rows of 128 tokens with 8 choices."""
 
 
 def all_to_all(
@@ -79,11 +86,11 @@ def all_to_all(
         return jax.tree.map(lambda leaf: jnp.zeros((num_rows, *leaf.shape[1:]), leaf.dtype), x)
     chips = lax.axis_size(axes)
     if chips * num_rows >= 2**31:
-        raise Unsupported(f"all_to_all: rows of all {chips} chips must be less than 2³¹, got {num_rows} each")
+        raise Unsupported(f"all_to_all: rows of all {chips} chips must be fewer than 2³¹, got {num_rows} each")
     sent = [_as_sent(leaf, has_values=isinstance(x, QTensor)) for leaf in leaves]
     in_bulk, _ = _rows_and_numbers(sent)
     bytes_of_row = sum(each.shape[1] * each.dtype.itemsize for each in in_bulk)
-    config = config or _config()
+    config = config or _CONFIG
     slots = min(config.slots, _RING_BYTES // bytes_of_row)
     if slots < 2:
         raise Unsupported(f"all_to_all: a row must have at most {_RING_BYTES // 2} bytes, got {bytes_of_row}")
@@ -202,7 +209,7 @@ def _kernel(work: _Work, num_tables: int, num_sent: int, *refs) -> None:
 
         @pl.when(ticket.target >= 0)
         def _():
-            peer = device(lax.div(ticket.target, jnp.int32(work.num_rows)), work.axes)
+            peer = device_id(lax.div(ticket.target, jnp.int32(work.num_rows)), work.axes)
             place = lax.rem(ticket.target, jnp.int32(work.num_rows))
             for result, number in zip(results_of_numbers, ticket.numbers, strict=True):
                 plgpu.remote_ref(result, peer)[place] = number
@@ -228,14 +235,15 @@ def _kernel(work: _Work, num_tables: int, num_sent: int, *refs) -> None:
 
     @pl.when(used > 0)
     def _():
-        tickets = [look_up(jnp.int32(turn)) for turn in range(slots)]
-        for slot in range(ahead):
-            fetch(tickets[slot], slot)
-        following = tickets[ahead] if ahead < slots else look_up(jnp.int32(slots))
+        tickets = [look_up(jnp.int32(turn)) for turn in range(ahead)]
+        for slot, ticket in enumerate(tickets):
+            fetch(ticket, slot)
+        following = look_up(jnp.int32(ahead))
+        tickets += [following] * work.lag  # of empty slots, which are filled before their first turn
         lax.fori_loop(0, lax.div(turns + (slots - 1), jnp.int32(slots)), one_round, (tickets, following))
 
     plgpu.wait_smem_to_gmem(0)
-    leave(done, block, work.num_blocks, work.axes)
+    wait_for_all(done, block, work.num_blocks, work.axes)
 
 
 def _as_sent(x: jax.Array, *, has_values: bool) -> jax.Array:
@@ -253,7 +261,3 @@ def _rows_and_numbers(sent: Sequence[Any]) -> tuple[list[Any], list[Any]]:
 def _as_it_was(x: jax.Array, like: jax.Array) -> jax.Array:
     """What `_as_sent` undoes, for rows like those of `like`."""
     return x[:, None] if x.ndim == 1 else x[:, : like.shape[1]]
-
-
-def _config() -> Config:
-    return Config(blocks=132, slots=11, lag=3)

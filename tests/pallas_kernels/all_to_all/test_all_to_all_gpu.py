@@ -15,6 +15,7 @@ from tests.helpers import normal, same_bits
 from tests.pallas_kernels.all_to_all.moves import (
     Mesh,
     blocks_of,
+    by_routes_and_back,
     check,
     check_tokens,
     loads,
@@ -22,7 +23,6 @@ from tests.pallas_kernels.all_to_all.moves import (
     random_sizes,
     routes_of,
     tables,
-    there_and_back,
     tokens_for,
 )
 from tests.pallas_kernels.kernels_gpu import lower_for_cuda
@@ -108,7 +108,7 @@ def test_tokens_by_their_routes_and_back(scaling, mesh, rng):
     """What the exchange does with them, one after the other in one program, again and again."""
     num_tokens, top_k, num_experts = 40, 4, 8 * mesh.chips
     num_rows = mesh.chips * num_tokens * top_k
-    run = there_and_back(mesh, num_rows, num_experts, scaling, BACKEND)
+    run = by_routes_and_back(mesh, num_rows, num_experts, scaling, BACKEND)
     for _ in range(50):
         ids = jnp.asarray(rng.integers(-1, num_experts, (mesh.chips, num_tokens, top_k)), jnp.int32)
         x = normal(rng, mesh.chips, num_tokens, 512, dtype="bfloat16")
@@ -180,13 +180,15 @@ def test_targets(mesh, rng):
 
 
 @pytest.mark.parametrize("scaling", [None, "per_row", "1x128"])
+@pytest.mark.quick("per_row")
 def test_routes_lower(scaling):
     x, ids = jnp.zeros((4, 16, 256), jnp.bfloat16), jnp.zeros((4, 16, 8), jnp.int32)
-    lower_for_cuda(there_and_back(FOUR, 512, 40, scaling, BACKEND), x, ids)
+    lower_for_cuda(by_routes_and_back(FOUR, 512, 40, scaling, BACKEND), x, ids)
 
 
 @pytest.mark.parametrize("mesh", [FOUR, TWO_AXES], ids=str)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn"])
+@pytest.mark.quick("bfloat16-4-of-8")
 def test_lowers(dtype, mesh):
     blocks = Blocks(*[jnp.zeros((mesh.chips, mesh.chips, 2), jnp.int32)] * 6)
     moving.cache_clear()

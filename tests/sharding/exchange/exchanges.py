@@ -50,7 +50,7 @@ class Problem:
     transport: str = "auto"
     nodes: int = 2
     slab: int | None = None
-    cotangents: str | None = None
+    cotangent_dtype: str | None = None
 
     def __str__(self):
         name = f"dp{self.dp}-ep{self.ep}-T{self.num_tokens}"
@@ -97,7 +97,7 @@ class Problem:
     @property
     def way(self) -> Way:
         axes = Partition(expert=self.expert_axes).on(self.mesh)
-        how = {name: getattr(self, name) for name in ("wire", "transport", "slab", "cotangents")}
+        how = {name: getattr(self, name) for name in ("wire", "transport", "slab", "cotangent_dtype")}
         return Way(Placement(self.num_experts, self.ep), axes, **how)
 
     def tokens_here(self) -> Tokens:

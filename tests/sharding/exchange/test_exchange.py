@@ -35,7 +35,7 @@ DP2_EP8 = dataclasses.replace(EP8, dp=2)
 ONE_CHIP = Problem(dp=1, ep=1, num_tokens=24, top_k=2, num_experts=4)
 EVERY_TRANSPORT = [dataclasses.replace(DP2_EP4, transport=name) for name in CARRIERS]
 every_problem = pytest.mark.parametrize("problem", [EP2, EP8, ONE_CHIP, *EVERY_TRANSPORT], ids=str)
-pytestmark = pytest.mark.usefixtures("gathered_transport")
+pytestmark = pytest.mark.usefixtures("own_transports")
 
 
 def test_a_choice_beyond_full_slabs_takes_one_more_round():

@@ -21,7 +21,7 @@ def way(axes: Axes, transport: str = "auto") -> Way:
 
 @pytest.fixture(autouse=True)
 def _says_it_anew():
-    pick._say_once.cache_clear()
+    pick._report_once.cache_clear()
 
 
 @pytest.mark.parametrize(("chip", "name"), [("h200", "remote"), ("v5e", "dense"), (None, "dense")])
@@ -37,14 +37,16 @@ OTHER_ORDER = dataclasses.replace(expert_axes(4), in_order=False)
 
 @pytest.mark.parametrize(
     ("axes", "processes", "why"),
-    [(OTHER_ORDER, 1, "a mesh of the devices 0, 1, 2"), (expert_axes(4), 2, "2 take part")],
+    [(OTHER_ORDER, 1, "a mesh of the devices 0, 1, 2"), (expert_axes(4), 2, "there are 2 processes")],
 )
 def test_what_cannot_run_is_not_taken_and_an_error_when_named(axes, processes, why, monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: processes)
     with targeting(get_chip("h200")):
         with pytest.warns(UserWarning, match=f"transport 'dense', as 'remote' needs .*{why}"):
             assert pick_transport(way(axes)) is pick.TRANSPORTS["dense"]
-        with pytest.raises(ValueError, match=f"transport 'remote' needs .*{why}.*; use transport='auto', or 'dense'"):
+        with pytest.raises(
+            ValueError, match=f"transport 'remote' needs .*{why}.*; use transport='auto', 'dense' or 'ragged'"
+        ):
             pick_transport(way(axes, "remote"))
         assert pick_transport(way(axes, "ragged")) is pick.TRANSPORTS["ragged"]
     assert pick_transport(way(axes, "remote")) is pick.TRANSPORTS["remote"]

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -35,7 +36,7 @@ IN_HOPS = [
     Problem(dp=1, ep=8, num_tokens=6, top_k=3, num_experts=16, transport="hierarchical", nodes=4, slab=72),
 ]
 PROBLEMS = [EP2, EP4, EP8, DP2_EP4, *EXACT, *IN_HOPS]
-pytestmark = pytest.mark.usefixtures("gathered_transport")
+pytestmark = pytest.mark.usefixtures("own_transports")
 with_wires = pytest.mark.parametrize("transport", [*IN_ROUNDS, "routed", "hierarchical"])
 every_problem = pytest.mark.parametrize("problem", PROBLEMS, ids=str)
 
@@ -204,7 +205,7 @@ def test_gradient_is_the_transpose_and_not_rounded_to_8_bits(transport, dtype, w
 @pytest.mark.quick("dense", "routed", "hierarchical")
 def test_gradients_travel_in_8_bits_where_that_is_asked_for(transport, rng):
     """Each row is rounded once on its way, or twice where it goes in two hops."""
-    problem = Problem(2, 4, 9, 2, 8, 128, wire=Wire(), transport=transport, cotangents="float8_e5m2")
+    problem = Problem(2, 4, 9, 2, 8, 128, wire=Wire(), transport=transport, cotangent_dtype="float8_e5m2")
 
     def rounded(rows):
         return dequantize(quantize(rows, "float8_e5m2", scaling="per_row"), rows.dtype)
@@ -213,9 +214,27 @@ def test_gradients_travel_in_8_bits_where_that_is_asked_for(transport, rng):
     assert relative_error(gradient, expected) < (0.1 if transport == "hierarchical" else 1e-6)
 
 
+@with_wires
+@pytest.mark.slow
+def test_gradients_in_8_bits_have_derivatives(transport, rng):
+    """Those of what moves rows; dense slabs round the tangents of gradients too."""
+    problem = Problem(2, 4, 9, 2, 8, 128, transport=transport, cotangent_dtype="float8_e5m2")
+    plain = dataclasses.replace(problem, cotangent_dtype=None)
+    ids, x, v = random_ids(problem, rng), *(normal(rng, problem.all_tokens, 128) for _ in range(2))
+
+    def curvature(problem):
+        def loss(x):
+            return jnp.square(send_and_return(problem)(x, ids)[2]).sum()
+
+        return jax.jvp(jax.grad(loss), (x,), (v,))[1]
+
+    limit = 0.1 if transport in ("dense", "hierarchical") else 1e-5
+    assert relative_error(curvature(problem), curvature(plain)) < limit
+
+
 def gradient_and_sum(problem: Problem, dtype: str, rng, rounded=lambda rows: rows) -> tuple[np.ndarray, np.ndarray]:
     """The gradient [tokens, H] of what arrives, and the sum of its rows, as found by sending numbers the same way."""
-    plain = dataclasses.replace(problem, wire=None, cotangents=None)
+    plain = dataclasses.replace(problem, wire=None, cotangent_dtype=None)
     ids = random_ids(problem, rng)
     direction = normal(rng, problem.dp * problem.ep * problem.rows_held, 128, dtype=dtype)
     arrived, _, _ = send_and_return(plain)(tagged(plain), ids)
