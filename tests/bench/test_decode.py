@@ -30,13 +30,23 @@ def finish(process: subprocess.Popen) -> tuple[int, str, str]:
 
 
 @pytest.mark.slow
-def test_step_on_virtual_devices(tmp_path):
-    path = tmp_path / "evaluation.json"
-    status, out, err = finish(start(*SMALL, "--precision", "w16a16", "--json", str(path)))
+def test_step_on_virtual_devices_with_spare_slots(tmp_path):
+    path, text = tmp_path / "evaluation.json", tmp_path / "text.txt"
+    text.write_bytes(bytes(range(256)) * 3)
+    options = ["--precision", "w16a16", "--json", str(path), "--input", str(text), "--spare-slots", "8"]
+    status, out, err = finish(start(*SMALL, *options))
     assert status == 0, err
     assert "8 virtual CPU devices" in err
     assert "equals the dense oracle" in out
-    assert json.loads(path.read_text())["measured"]["relative_error"] < 1e-2
+    measured = json.loads(path.read_text())["measured"]
+    assert measured["relative_error"] < 1e-2
+    replicated = measured["replicated"]
+    assert sorted(set(replicated["experts"])) == list(range(8))
+    assert len(replicated["experts"]) == 16
+    assert replicated["difference"] < 1e-2
+    assert 12 <= replicated["busiest_rows"] <= measured["busiest_rows"]  # 12 is the mean of 48 · 2 over 8 chips
+    assert "with 8 spare slots" in out
+    assert "the layer with this text's load and spare slots: " in out
 
 
 def test_two_processes_check_model_and_write_a_step(tmp_path):
@@ -46,7 +56,7 @@ def test_two_processes_check_model_and_write_a_step(tmp_path):
     text = tmp_path / "text.txt"
     text.write_bytes(bytes(range(256)) * 3)
     path = tmp_path / "evaluation.json"
-    common = [*SMALL, "--chip", "tier6", "--input", str(text), "--json", str(path), "--spare-slots", "8"]
+    common = [*SMALL, "--chip", "tier6", "--input", str(text), "--json", str(path)]
     common += ["--coordinator", address, "--num-processes", "2"]
     first, second = (start(*common, "--process-id", str(i)) for i in range(2))
     (status, out, err), (other_status, other_out, other_err) = finish(first), finish(second)
@@ -66,13 +76,6 @@ def test_two_processes_check_model_and_write_a_step(tmp_path):
     assert measured["transport"] == "auto"
     assert measured["stages_us"].keys() == {"gate", "dispatch", "routed_gate_up", "routed_down", "combine"}
     assert min(measured["stages_us"].values()) > 0
-    replicated = measured["replicated"]
-    assert sorted(set(replicated["experts"])) == list(range(8))
-    assert len(replicated["experts"]) == 16
-    assert replicated["difference"] < 1e-2
-    assert 12 <= replicated["busiest_rows"] <= measured["busiest_rows"]  # 12 is the mean of 48 · 2 over 8 chips
-    assert "with 8 spare slots" in out
-    assert "the layer with this text's load and spare slots: " in out
     assert evaluation["config"]["hidden_size"] == 4096  # the model's own; only the run was reduced
     assert "whole step" in out
     assert "step of the whole model, batch 48, kv 8192" in out

@@ -88,6 +88,7 @@ def test_the_command(tmp_path):
     assert (line["operator"], line["layout"], line["dtype"]) == ("layer", "padded", "bf16")
 
 
+@pytest.mark.slow
 def test_disagreement_is_the_exit_status(monkeypatch, capsys):
     monkeypatch.setattr(bench, "relative_error", lambda *args: 0.5)
     assert run(bench.main, [*SMALL, "--no-split"]) == 1

@@ -21,7 +21,7 @@ SMALL = ["--tokens", "64", "--hidden", "32", "--experts", "4", "--repeats", "2"]
 
 
 @pytest.mark.parametrize("load", LOADS)
-@pytest.mark.quick("zipf")
+@pytest.mark.slow
 def test_tokens_come_back_in_every_layout_without_overflow(load):
     case = small("permute", dtype="fp16", load=load, layouts=EVERY, split=EVERY, with_xla=True, capacity_factor=4.0)
     records = run_case(case, StepTimer(), 2)

@@ -282,6 +282,7 @@ def test_tokens_are_rounded_before_they_are_copied(ep, tokens, rows, rng):
 
 
 @pytest.mark.parametrize("transport", ["dense", "ragged"])
+@pytest.mark.quick("dense")
 def test_in_serving_rows_travel_as_they_are_multiplied(transport, rng):
     """Rounded once, whatever training sends: with the scales of the product, so that every ep computes the same."""
     config = dataclasses.replace(config_in_8_bits("fp8-blocks"), transport=transport)

@@ -184,7 +184,7 @@ def test_choices_that_are_not_made(rng):
 
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("quantization", [None, Quantization()], ids=["float", "fp8"])
-@pytest.mark.quick("fp8-True")
+@pytest.mark.slow
 def test_over_an_axis(rng, quantization, check_vma):
     x, w1, w2, weights, ids = problem(rng, tokens=40)
     mesh = make_mesh(4)
@@ -197,6 +197,7 @@ def test_over_an_axis(rng, quantization, check_vma):
 
 @pytest.mark.usefixtures("own_transports")
 @pytest.mark.parametrize("other", OTHERS)
+@pytest.mark.quick("routed")
 def test_over_another_transport(other, rng):
     arguments = problem(rng, tokens=40)
     y, alone = (jax.jit(run)(*arguments) for run in (over_axis(4, transport=other), fused_experts))

@@ -150,7 +150,7 @@ def values_and_gradients(x, mask, params, direction, mesh=None, partition=None):
 @pytest.mark.parametrize(
     ("name", "axis_type"), [*((name, AxisType.Auto) for name in LAYOUTS), ("all", AxisType.Explicit)], ids=str
 )
-@pytest.mark.quick("all-AxisType.Explicit")
+@pytest.mark.quick("axes of any name-*")
 def test_every_partition_equals_one_chip(name, axis_type, rng):
     """Values, losses, load, drops, and the gradients of x and of every parameter."""
     sizes, partition = LAYOUTS[name]

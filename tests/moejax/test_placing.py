@@ -125,7 +125,7 @@ def test_another_arrangement_compiles_nothing_anew(problem):
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
-@pytest.mark.quick("AxisType.Explicit")
+@pytest.mark.slow
 def test_a_module_over_a_mesh(axis_type, problem):
     params, x, _ = problem
     mesh = make_mesh(ep=2, dp=2, axis_type=axis_type)

@@ -16,8 +16,8 @@ KERNELS = {
         "gradients of combine": ["combine_dweights", "dispatch"],
         "gradients": ["grouped_matmul", "grouped_matmul_drhs"],
         "serving in fp8": ["combine", "counting_sort", "dispatch", "grouped_gate_up", "grouped_matmul", "top_k"],
+        "exchange": ["all_to_all", "counting_sort", "make_routes"],
     },
-    "between chips": {"exchange": ["all_to_all", "counting_sort", "make_routes"]},
     "most registers": {
         "decode fp8": ["grouped_matmul"],
         "prefill fp8 blocks": ["grouped_matmul"],
@@ -50,7 +50,7 @@ KERNELS = {
 
 @pytest.mark.skipif(not COMPILER.exists(), reason="the compiler for GPUs is not installed (make cuda)")
 @pytest.mark.parametrize("part", KERNELS)
-@pytest.mark.quick("every kernel", "between chips")
+@pytest.mark.quick("every kernel")
 def test_kernels_compile(part, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(COMPILER), os.environ.get("PYTHONPATH", "")]))
     monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_autotune_level=0")  # which would run candidates

@@ -158,7 +158,7 @@ def test_experts_of_which_each_chip_has_a_part(one_sided, sizes, partition, rng)
 
 @pytest.mark.usefixtures("own_transports")
 @pytest.mark.parametrize("transport", OTHERS)
-@pytest.mark.quick("ragged")
+@pytest.mark.quick("routed")
 def test_every_transport_carries_parts_too(transport, rng):
     args = problem(rng, one_sided=True)
     np.testing.assert_array_equal(tensor_parallel((2, 2, 2), Partition(), None, transport)(*args), plain_sum(*args))

@@ -71,6 +71,7 @@ def all_for_expert_3(**changes):
     return np.flatnonzero(kept).tolist(), aux.load.dropped_per_expert.tolist()
 
 
+@pytest.mark.slow
 def test_a_mesh_drops_what_one_chip_drops():
     """The expert has room for two of the batch's sixteen, ⌈1 · 16 · 1 / 8⌉, wherever they lie."""
     alone = all_for_expert_3()
