@@ -112,6 +112,7 @@ def test_serving_in_8_bits(rng):
     assert relative_error(y, jax.jit(layer.apply)(trained, x)[0]) < LIMIT["float32"]
 
 
+@pytest.mark.slow
 def test_scanned_over_layers_of_a_mesh(x):
     """Parameters of the layers are stacked, and the new dimension gets a name, or none."""
 

@@ -129,6 +129,7 @@ def test_routers_of_whole_sequences_see_real_tokens_alone(name, rng):
     assert relative_error(call(layer, padded_x, mask)[mask], call(layer, x, None).reshape(-1, 32)) < 1e-5
 
 
+@pytest.mark.slow
 def test_masked_slots_of_a_decoding_batch_in_every_face(rng):
     x = normal(rng, 6, 32)
     mask = jnp.array([True, False, True, True, False, False])

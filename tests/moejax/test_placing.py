@@ -146,6 +146,7 @@ def test_a_module_over_a_mesh(axis_type, problem):
     assert same_bits(placed.placed(np.arange(6)).params(), jax.device_get(params))
 
 
+@pytest.mark.slow
 def test_chips_that_only_more_slots_divide(problem):
     """Six experts on four chips, in eight slots."""
     params, x, _ = problem

@@ -150,7 +150,7 @@ def plain_sum(x, weights, ids, parts):
 
 @every_mesh
 @pytest.mark.parametrize("one_sided", [False, True], ids=["", "one-sided"])
-@pytest.mark.quick("-tokens in another order", "one-sided-ep8 tp2")
+@pytest.mark.quick("-tokens in another order")
 def test_experts_of_which_each_chip_has_a_part(one_sided, sizes, partition, rng):
     args = problem(rng, one_sided=one_sided)
     np.testing.assert_array_equal(tensor_parallel(sizes, partition, None)(*args), plain_sum(*args))

@@ -124,7 +124,7 @@ def test_a_sequence_that_is_masked_is_as_none(name):
 
 
 @pytest.mark.parametrize("name", sorted(set(ROUTERS) - {"expert_choice", "soft_moe", "hash"}))
-@pytest.mark.quick("noisy_top_k", "chain_of_experts")
+@pytest.mark.quick("chain_of_experts")
 def test_choices_of_an_earlier_call_can_be_made_again(name):
     """Those of training, noise among them; weights are of the later call."""
     layer = new_layer(name, np.random.default_rng(0))

@@ -75,7 +75,7 @@ def test_random_loads(data, problem):
 
 @every_problem
 @given(seed=st.integers(0, 2**32 - 1), data=st.data())
-@pytest.mark.quick("dp1-ep8-T24-ragged", "dp2-ep4-T9")
+@pytest.mark.quick("dp2-ep4-T9")
 def test_skewed_loads(seed, data, problem):
     used = data.draw(st.lists(st.integers(0, problem.num_experts - 1), max_size=3))
     silent = data.draw(st.lists(st.integers(0, problem.dp * problem.ep - 1), max_size=problem.ep))
@@ -176,7 +176,7 @@ def test_rows_travel_in_8_bits_as_quantised_and_no_other_way(transport, dtype, w
 
 
 @with_wires
-@pytest.mark.quick("dense", "ragged")
+@pytest.mark.quick("routed")
 def test_a_row_of_nan_stays_with_its_token(transport, rng):
     """Neither a scale nor a neighbour's row takes it up, on the wire as off it."""
     for wire in (None, Wire()):
