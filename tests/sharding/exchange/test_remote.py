@@ -64,7 +64,7 @@ def test_every_load(problem, rng):
 @pytest.mark.usefixtures("interpreted_transport")
 @pytest.mark.parametrize("wire", [None, Wire("int8", "per_row")], ids=["", "int8"])
 @pytest.mark.parametrize("problem", [EP4, IN_ROUNDS], ids=str)
-@pytest.mark.quick("on_wait-dp1-ep4-*-int8")
+@pytest.mark.slow
 def test_gradients(problem, wire, rng):
     problem = dataclasses.replace(problem, wire=wire)
     ids = random_ids(problem, rng, used=[0, 1])
