@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pallas_kernels.all_to_all import Blocks, Routes
 from pallas_kernels.quantize import QTensor, dequantize, quantize
 from sharding.exchange import Way, Wire, exchange, one_chip, pick_transport
 from sharding.exchange.between_chips import result_dtype
@@ -202,6 +203,20 @@ def test_two_runs_give_the_same_bits(problem, rng):
     assert same_bits(apply_experts(problem)(x, weights, ids, factors), apply_experts(problem)(x, weights, ids, factors))
 
 
+def test_routes_are_for_what_one_round_holds():
+    """A plan of several rounds is of blocks, whose rows of other rounds stay where they are."""
+    problem = dataclasses.replace(DP2_EP4, transport="routed")
+    kinds = []
+    for slab in (None, 2):
+        narrow = dataclasses.replace(problem, slab=slab)
+        plan = jax.eval_shape(
+            over_chips(narrow, lambda ids, way=narrow.way: pick_transport(way).plan_rows(ids, way)),
+            jax.ShapeDtypeStruct((problem.all_tokens, problem.top_k), jnp.int32),
+        )
+        kinds.append(type(plan.blocks))
+    assert kinds == [Routes, Blocks]
+
+
 def test_without_a_mesh(rng):
     x, weights, ids, factors = inputs(ONE_CHIP, rng)
     y = run_alone(x, weights, ids, factors, Way(Placement(4)))
@@ -293,9 +308,11 @@ def test_buffers_are_for_the_rows_that_there_can_be(changes, rows):
 
 
 @pytest.mark.parametrize("used", [[2], None], ids=["one expert", "all"])
-def test_choices_beyond_a_bound_are_left_out(used, rng):
-    """No more rows leave a chip than it has for them: those of the first experts, in several rounds."""
-    problem, most = dataclasses.replace(EP8, transport="ragged"), 40
+@pytest.mark.parametrize(("chips", "transport", "most"), [(8, "ragged", 40), (4, "routed", 30)])
+@pytest.mark.quick("8-ragged-40-all", "4-routed-30-all")
+def test_choices_beyond_a_bound_are_left_out(used, chips, transport, most, rng):
+    """No more rows leave a chip than it has for them: those of the first experts, in several rounds or in one."""
+    problem = dataclasses.replace(EP8, ep=chips, transport=transport)
     x, weights, ids, factors = inputs(problem, rng, used=used)
     way = dataclasses.replace(problem.way, max_choices=most)
 

@@ -214,6 +214,27 @@ def test_gradients_travel_in_8_bits_where_that_is_asked_for(transport, rng):
     assert relative_error(gradient, expected) < (0.1 if transport == "hierarchical" else 1e-6)
 
 
+@pytest.mark.parametrize("transport", ["dense", "ragged", "routed"])
+@pytest.mark.quick("dense", "routed")
+def test_gradients_of_what_travels_beside_rows_stay_as_they_are(transport, rng):
+    """Those of the router's weights among them, which are no rows."""
+    problem = Problem(2, 4, 9, 2, 8, transport=transport)
+    ids, beside = random_ids(problem, rng), normal(rng, problem.all_tokens, 3)
+    direction = normal(rng, problem.dp * problem.ep * problem.rows_held, 3)
+
+    def gradient(problem):
+        way, carrier = problem.way, problem.carrier
+
+        def on_chip(ids, beside, direction):
+            plan = carrier.plan_rows(ids, way)
+            _, pullback = jax.vjp(lambda beside: carrier.send_beside(beside, plan, way), beside)
+            return pullback(direction)[0]
+
+        return over_chips(problem, on_chip)(ids, beside, direction)
+
+    assert same_bits(gradient(dataclasses.replace(problem, cotangent_dtype="float8_e5m2")), gradient(problem))
+
+
 @with_wires
 @pytest.mark.slow
 def test_gradients_in_8_bits_have_derivatives(transport, rng):
