@@ -90,15 +90,10 @@ def _why_not_remote(axes: Axes) -> str | None:
         require_hopper("all_to_all")
     except Unsupported as error:
         return f"cannot run: {error}"
-    some_are_left_out = target_chip() is None and axes.in_order is None and _mesh_size() != jax.device_count()
-    if axes.in_order is False or some_are_left_out:
+    mesh, is_hidden = jax.sharding.get_abstract_mesh(), target_chip() is None and axes.in_order is None
+    if axes.in_order is False or (is_hidden and not mesh.empty and mesh.size != jax.device_count()):
         return "needs a mesh of the devices 0, 1, 2, … in this order, the last axis counting fastest"
     return None
-
-
-def _mesh_size() -> int:
-    """Chips of the mesh that is traced for."""
-    return jax.sharding.get_abstract_mesh().size
 
 
 @functools.cache

@@ -35,6 +35,10 @@ class Mesh:
         return jax.make_mesh(self.shape, self.names, axis_types=(jax.sharding.AxisType.Auto,) * len(self.names))
 
 
+FOUR = Mesh((4,), ("expert",), ("expert",))
+OTHER_AXES = Mesh((2, 2, 2), ("data", "expert", "more"), ("expert", "more"))
+
+
 def tables(sizes: np.ndarray) -> np.ndarray:
     """Sizes [s, d, n] -> [3, s, d, n]: sizes, first rows at the sender, first rows at the receiver, without gaps."""
     chips = sizes.shape[0]

@@ -14,6 +14,8 @@ from pallas_kernels.all_to_all import Blocks, all_to_all
 from pallas_kernels.quantize import QTensor, dequantize, quantize
 from tests.helpers import normal, same_bits
 from tests.pallas_kernels.all_to_all.moves import (
+    FOUR,
+    OTHER_AXES,
     Mesh,
     blocks_of,
     by_routes_and_back,
@@ -33,8 +35,6 @@ from tests.pallas_kernels.kernels_tpu import interpreted
 backend = every_backend("all_to_all", without=("pallas_gpu",))  # which has as many chips as there are: see its suite
 
 
-FOUR = Mesh((4,), ("expert",), ("expert",))
-OTHER_AXES = Mesh((2, 2, 2), ("data", "expert", "more"), ("expert", "more"))
 OTHER_ORDER = Mesh((2, 3), ("expert", "data"), ("expert",))
 
 

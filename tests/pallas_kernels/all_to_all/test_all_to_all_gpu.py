@@ -13,6 +13,8 @@ from pallas_kernels.all_to_all.gpu.move import targets
 from pallas_kernels.quantize import dequantize, quantize
 from tests.helpers import normal, same_bits
 from tests.pallas_kernels.all_to_all.moves import (
+    FOUR,
+    OTHER_AXES,
     Mesh,
     blocks_of,
     by_routes_and_back,
@@ -27,8 +29,6 @@ from tests.pallas_kernels.all_to_all.moves import (
 )
 from tests.pallas_kernels.kernels_gpu import lower_for_cuda
 
-FOUR = Mesh((4,), ("expert",), ("expert",))
-TWO_AXES = Mesh((2, 2, 2), ("data", "expert", "more"), ("expert", "more"))
 BACKEND = "pallas_gpu"
 
 
@@ -164,7 +164,7 @@ def test_a_thousand_launches_of_two_kinds_in_turn(mesh, rng):
     assert int(total) == 0
 
 
-@pytest.mark.parametrize("mesh", [FOUR, TWO_AXES], ids=str)
+@pytest.mark.parametrize("mesh", [FOUR, OTHER_AXES], ids=str)
 def test_targets(mesh, rng):
     """Each row's chip and place, told by blocks in any order."""
     sizes = random_sizes(rng, mesh, 3, 4)
@@ -186,7 +186,7 @@ def test_routes_lower(scaling):
     lower_for_cuda(by_routes_and_back(FOUR, 512, 40, scaling, BACKEND), x, ids)
 
 
-@pytest.mark.parametrize("mesh", [FOUR, TWO_AXES], ids=str)
+@pytest.mark.parametrize("mesh", [FOUR, OTHER_AXES], ids=str)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn"])
 @pytest.mark.quick("bfloat16-4-of-8")
 def test_lowers(dtype, mesh):

@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import Mesh
 
 from pallas_kernels.chips import get_chip
-from pallas_kernels.tracing.target import targeting
+from pallas_kernels.tracing.target import lowering_for, targeting
 from sharding.exchange import Way, pick, pick_transport
 from sharding.mesh import is_in_order, make_mesh
 from sharding.partition import Axes, Partition, expert_axes
@@ -58,3 +58,16 @@ def test_the_order_of_a_mesh_is_known_where_its_devices_are():
     found = [Partition().on(m).in_order for m in (mesh, turned, mesh.abstract_mesh)]
     assert found == [True, False, None]
     assert is_in_order(make_mesh(2, devices=jax.devices()[1:])) is False
+
+
+def test_a_mesh_whose_devices_are_hidden_has_to_have_all():
+    """Outside of any mesh, as where memory is planned, nothing speaks against it."""
+    with lowering_for("gpu"):
+        assert pick_transport(way(expert_axes(4))) is pick.TRANSPORTS["remote"]
+        with jax.sharding.use_abstract_mesh(make_mesh(jax.device_count()).abstract_mesh):
+            assert pick_transport(way(expert_axes(4))) is pick.TRANSPORTS["remote"]
+        with (
+            jax.sharding.use_abstract_mesh(make_mesh(4).abstract_mesh),
+            pytest.warns(UserWarning, match="needs a mesh of the devices 0, 1, 2"),
+        ):
+            assert pick_transport(way(expert_axes(4))) is pick.TRANSPORTS["dense"]
