@@ -6,7 +6,7 @@ import functools
 import itertools
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from bench.exchange.movements import BARE
 from bench.exchange.options import check_ep, layer_of, parse
 from bench.exchange.records import FILE_NAME, LAYER_FIELDS, Record, step_records, table
 from bench.exchange.tokens import Tokens, check_memory
-from bench.exchange.whole_layer import time_layer
+from bench.exchange.whole_layer import time_on_one_chip, time_over_chips
 from bench.expert_parallel.fit import reduce_width
 from bench.measure.devices import Devices, start
 from bench.measure.errors import describe
@@ -104,11 +104,14 @@ def _run(
         place = f"load {case.load}, ep {ep}, {case.tokens // ep} tokens"
         with watchdog.watching(place, "making the load"):
             tokens = Tokens.of(case, config, mesh)
+        watch = functools.partial(watchdog.watching, place)
+        # No transport changes it, so it is timed once.
+        on_one_chip = functools.cache(functools.partial(time_on_one_chip, tokens, **_of_layers(args), watch=watch))
         for name in (*args.transport, *BARE):
             progress.show(len(records), f"{name}, {place}")
             watch = functools.partial(watchdog.watching, f"{name}, {place}")
             what = {"movement": name, "tokens": case.tokens // ep, "load": case.load}
-            figures = _figures(name, tokens, chip, args, watch)
+            figures = _figures(name, tokens, on_one_chip, chip, args, watch)
             records.append({**what, **head, **figures, "time": now(), **origin})
             if args.json not in (None, "-"):
                 write_json(records, args.json)
@@ -117,17 +120,31 @@ def _run(
     return records
 
 
-def _figures(name: str, tokens: Tokens, chip: Chip | None, args: argparse.Namespace, watch: Watch) -> Record:
+def _figures(
+    name: str,
+    tokens: Tokens,
+    on_one_chip: Callable[[], float | None],
+    chip: Chip | None,
+    args: argparse.Namespace,
+    watch: Watch,
+) -> Record:
     """What was measured of a movement, and of the layer where that is asked for; or what went wrong."""
     layer = dict.fromkeys(LAYER_FIELDS)
     try:
         steps = step_records(measure(name, tokens, length=args.chain, repeats=args.repeats, watch=watch), chip)
         if args.with_layer and name not in BARE:
-            times = time_layer(tokens, name, length=args.chain, repeats=args.repeats, seed=args.seed, watch=watch)
-            layer = dict(zip(LAYER_FIELDS, (times.over_chips_us, times.one_chip_us, times.exposed_us), strict=True))
+            one_chip = on_one_chip()
+            layer_us = time_over_chips(tokens, name, **_of_layers(args), watch=watch)
+            exposed = None if one_chip is None else layer_us - one_chip
+            layer = dict(zip(LAYER_FIELDS, (layer_us, one_chip, exposed), strict=True))
     except Exception as error:  # what one transport cannot do says nothing of the others
         return {**dict.fromkeys((*STEPS, *LAYER_FIELDS)), "error": describe(error)}
     return {**steps, **layer, "error": None}
+
+
+def _of_layers(args: argparse.Namespace) -> dict[str, int]:
+    """How the whole layer is timed."""
+    return {"length": args.chain, "repeats": args.repeats, "seed": args.seed}
 
 
 if __name__ == "__main__":

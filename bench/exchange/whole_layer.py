@@ -25,33 +25,14 @@ _SHARE = 1e-3
 """How much of a layer's result is added to the next call's tokens, which therefore has to wait for it."""
 
 
-@dataclasses.dataclass(frozen=True)
-class LayerTimes:
-    """Times of a call of the layer, by the wall clock.
-
-    Attributes:
-      over_chips_us: over all chips.
-      one_chip_us: on one, with the experts and tokens of one; None where one chip's share has fewer
-        experts than a token chooses.
-    """
-
-    over_chips_us: float
-    one_chip_us: float | None
-
-    @property
-    def exposed_us(self) -> float | None:
-        """The difference."""
-        return None if self.one_chip_us is None else self.over_chips_us - self.one_chip_us
-
-
-def time_layer(tokens: Tokens, transport: str, *, length: int, repeats: int, seed: int, watch: Watch) -> LayerTimes:
-    """Times the layer over all chips, and on one.
+def time_over_chips(tokens: Tokens, transport: str, *, length: int, repeats: int, seed: int, watch: Watch) -> float:
+    """Microseconds of a call of the layer over all chips, by the wall clock.
 
     Args:
       tokens: of the case, on the mesh; its router is a plain top-k.
       transport: name of what carries the rows.
       length: layers in one program.
-      repeats: measurements of each program.
+      repeats: measurements.
       seed: of the weights.
       watch: limits the time of each step.
 
@@ -66,17 +47,23 @@ def time_layer(tokens: Tokens, transport: str, *, length: int, repeats: int, see
         y = jax.block_until_ready(jax.jit(lambda x, params: moe(x, params, config, mesh=mesh)[0])(x, params))
         check(error_of_some_tokens(x, y, params, config, mesh)[0], TOLERANCE)
     with watch("the whole layer"):
-        over_chips = wall_times(_chain(config, mesh, length), x, params, repeats=repeats, calls=length)
-    del params
-    num_local = config.num_experts // mesh.size
+        return wall_times(_chain(config, mesh, length), x, params, repeats=repeats, calls=length).median_us
+
+
+def time_on_one_chip(tokens: Tokens, *, length: int, repeats: int, seed: int, watch: Watch) -> float | None:
+    """The same of the layer on one chip, with the experts and tokens of one.
+
+    None where a chip's share has fewer experts than a token chooses.
+    """
+    config = tokens.config
+    num_local = config.num_experts // tokens.mesh.size
     if num_local < config.top_k:
-        return LayerTimes(over_chips.median_us, None)
-    own, one = with_changes(config, num_experts=num_local), make_mesh(1, devices=jax.local_devices()[:1])
-    params = _with_router(make_params(own, one, seed), tokens.router[:, :num_local])
-    x = jax.device_put(tokens.x.addressable_shards[0].data[0], NamedSharding(one, PartitionSpec()))
+        return None
+    own, mesh = with_changes(config, num_experts=num_local), make_mesh(1, devices=jax.local_devices()[:1])
+    params = _with_router(make_params(own, mesh, seed), tokens.router[:, :num_local])
+    x = jax.device_put(tokens.x.addressable_shards[0].data[0], NamedSharding(mesh, PartitionSpec()))
     with watch("the layer on one chip"):
-        on_one = wall_times(_chain(own, one, length), x, params, repeats=repeats, calls=length)
-    return LayerTimes(over_chips.median_us, on_one.median_us)
+        return wall_times(_chain(own, mesh, length), x, params, repeats=repeats, calls=length).median_us
 
 
 def _chain(config: MoEConfig, mesh: Mesh, length: int) -> Callable[[jax.Array, MoEParams], jax.Array]:

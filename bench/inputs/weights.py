@@ -32,7 +32,7 @@ def make_params(config: MoEConfig, mesh: Mesh, seed: int) -> MoEParams:
     def make(row: Param) -> Operand:
         key = jax.random.fold_in(jax.random.key(seed), next(numbers))
         sharding = NamedSharding(mesh, axes.spec(row.axes))
-        values = jax.jit(functools.partial(_draw, row, config), out_shardings=sharding)(key)
+        values = jax.jit(_draw, static_argnums=(0, 1), out_shardings=sharding)(row, config, key)
         # A program of its own: fused with the drawing, the rounding would draw every number several times.
         return _to_8_bits(values, row, config) if _is_in_8_bits(row, config) else values
 
@@ -54,12 +54,9 @@ def _draw(row: Param, config: MoEConfig, key: jax.Array) -> jax.Array:
     return jax.random.uniform(key, row.shape, jnp.float32, -limit, limit).astype(stored)
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2), donate_argnums=0)
 def _to_8_bits(values: jax.Array, row: Param, config: MoEConfig) -> Operand:
     """One parameter at a time, so that no two of them are there in float32."""
     q = config.quantization
-
-    def rounded(values: jax.Array) -> Operand:
-        matrices = jnp.moveaxis(values, -2, -3) if row.has_halves else values
-        return quantize(matrices, q.dtype, scaling=q.rhs_scaling).mT
-
-    return jax.jit(rounded, donate_argnums=0)(values)
+    matrices = jnp.moveaxis(values, -2, -3) if row.has_halves else values
+    return quantize(matrices, q.dtype, scaling=q.rhs_scaling).mT
