@@ -4,25 +4,21 @@ The difference is what the exchange costs, less what of it is hidden behind othe
 """
 
 import dataclasses
-from collections.abc import Callable
 
 import jax
 import numpy as np
-from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from bench.exchange.measure import Watch
 from bench.exchange.tokens import Tokens
+from bench.expert_parallel.chain import chain_of_layers
 from bench.expert_parallel.decode_step import TOLERANCE, error_of_some_tokens
 from bench.inputs.weights import make_params
 from bench.measure.clock import wall_times
 from bench.measure.errors import check
-from moejax import MoEConfig, MoEParams, moe, with_changes
+from moejax import MoEParams, moe, with_changes
 from moejax.functional import axes_on
 from sharding.mesh import make_mesh
-
-_SHARE = 1e-3
-"""How much of a layer's result is added to the next call's tokens, which therefore has to wait for it."""
 
 
 def time_over_chips(tokens: Tokens, transport: str, *, length: int, repeats: int, seed: int, watch: Watch) -> float:
@@ -47,7 +43,7 @@ def time_over_chips(tokens: Tokens, transport: str, *, length: int, repeats: int
         y = jax.block_until_ready(jax.jit(lambda x, params: moe(x, params, config, mesh=mesh)[0])(x, params))
         check(error_of_some_tokens(x, y, params, config, mesh)[0], TOLERANCE)
     with watch("the whole layer"):
-        return wall_times(_chain(config, mesh, length), x, params, repeats=repeats, calls=length).median_us
+        return wall_times(chain_of_layers(config, mesh, length), x, params, repeats=repeats, calls=length).median_us
 
 
 def time_on_one_chip(tokens: Tokens, *, length: int, repeats: int, seed: int, watch: Watch) -> float | None:
@@ -63,19 +59,7 @@ def time_on_one_chip(tokens: Tokens, *, length: int, repeats: int, seed: int, wa
     params = _with_router(make_params(own, mesh, seed), tokens.router[:, :num_local])
     x = jax.device_put(tokens.x.addressable_shards[0].data[0], NamedSharding(mesh, PartitionSpec()))
     with watch("the layer on one chip"):
-        return wall_times(_chain(own, mesh, length), x, params, repeats=repeats, calls=length).median_us
-
-
-def _chain(config: MoEConfig, mesh: Mesh, length: int) -> Callable[[jax.Array, MoEParams], jax.Array]:
-    """`length` layers on end, each of which has to wait for the one before."""
-
-    def chain(x: jax.Array, params: MoEParams) -> jax.Array:
-        def next_layer(_: jax.Array, x: jax.Array) -> jax.Array:
-            return (x + _SHARE * moe(x, params, config, mesh=mesh)[0]).astype(x.dtype)
-
-        return lax.fori_loop(0, length, next_layer, x)
-
-    return jax.jit(chain)
+        return wall_times(chain_of_layers(own, mesh, length), x, params, repeats=repeats, calls=length).median_us
 
 
 def _with_router(params: MoEParams, router: np.ndarray) -> MoEParams:

@@ -3,15 +3,18 @@
 import dataclasses
 import statistics
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from bench.expert_parallel.chain import chain_of_layers
+from bench.expert_parallel.communication import Communication
 from bench.expert_parallel.layer_stages import StageTimes, time_stages
 from bench.inputs.text import embed, sample_contexts
-from bench.measure.clock import wall_seconds
+from bench.measure.clock import kernel_times, wall_seconds, wall_times
 from bench.measure.errors import norm_error
 from moejax import LoadStats, MoEConfig, MoEParams, balance, dense_moe, moe, param_specs, place
 from moejax.functional import axes_on
@@ -25,6 +28,7 @@ TOLERANCE = 1e-2
 """Of ‖layer − oracle‖ / ‖oracle‖, both on the same (quantised) operands, with BF16 results."""
 
 _REPEATS = 3
+_LAYERS = 16  # on end, so that a program's launch hardly counts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +59,7 @@ class DecodeRun:
       stages: times of each stage run by itself.
       load: how the text fell on the experts.
       busiest_rows: rows of the chip that got the most.
+      communication: what of it a layer shows; None unless there are several NVIDIA GPUs that tell their kernels' times.
       replicated: what spare slots change, where there are some.
     """
 
@@ -64,6 +69,7 @@ class DecodeRun:
     stages: StageTimes
     load: LoadStats
     busiest_rows: int
+    communication: Communication | None = None
     replicated: Replicated | None = None
 
 
@@ -91,7 +97,12 @@ def run_decode(
     say("timing the stages one by one")
     stages = time_stages(x, params, config, mesh, say)
     load, ep = np.asarray(aux.load.tokens_per_expert), mesh.shape[EXPERT_AXIS]
-    run = DecodeRun(error, num_checked, wall, stages, aux.load, int(load.reshape(ep, -1).sum(1).max()))
+    busiest = int(load.reshape(ep, -1).sum(1).max())
+    communication = None
+    if stages.by_kernels and ep > 1:
+        say("timing layers on end, and their kernels")
+        communication = _communication(step, x, params, config, mesh)
+    run = DecodeRun(error, num_checked, wall, stages, aux.load, busiest, communication)
     if not spare_slots:
         return run
     say(f"planning {spare_slots} spare slots for this load, moving weights, and running the layer again")
@@ -102,6 +113,14 @@ def run_decode(
     rows = _rows_of_chips(aux.topk_ids, Replicas.of(experts, config.num_experts), ep)
     replicated = Replicated(experts, float(jax.jit(norm_error)(placed_y, y)), again, int(rows.max()))
     return dataclasses.replace(run, replicated=replicated)
+
+
+def _communication(
+    step: Callable[..., Any], x: jax.Array, params: MoEParams, config: MoEConfig, mesh: Mesh
+) -> Communication:
+    kernels = kernel_times(step, x, params, repeats=_REPEATS, calls=len(mesh.local_devices)).kernels
+    layers = wall_times(chain_of_layers(config, mesh, _LAYERS), x, params, repeats=_REPEATS, calls=_LAYERS)
+    return Communication.of(layers.median_us, kernels)
 
 
 def _rows_of_chips(topk_ids: jax.Array, replicas: Replicas, ep: int) -> np.ndarray:

@@ -18,8 +18,9 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from bench.expert_parallel.communication import link_us
 from bench.expert_parallel.hopper_products import down_kernel, gate_up_kernel, lhs_of_kernel
-from bench.measure.clock import is_nvidia, kernel_times, wall_seconds
+from bench.measure.clock import CallTime, is_nvidia, kernel_times, wall_seconds
 from bench.measure.every_chip import on_every_chip
 from bench.measure.overlap import KERNEL_STAGES, OverlapTimes
 from moejax import MoEConfig, MoEParams, param_specs
@@ -31,7 +32,8 @@ from sharding.mesh import EXPERT_AXIS
 from sharding.tokens import Tokens
 
 _REPEATS = 3
-_ON_DEVICE = ("dispatch", "routed_gate_up", "routed_down", "combine")
+_EXCHANGE = ("dispatch", "combine")
+_ON_DEVICE = (*_EXCHANGE, "routed_gate_up", "routed_down")
 
 
 @dataclasses.dataclass
@@ -41,12 +43,14 @@ class StageTimes:
     Attributes:
       seconds: of each stage, the median of a few runs.
       by_kernels: the stages whose time is device time; the others' is wall time.
+      link_us: of those of dispatch and combine, the kernels between chips.
       overlaps: of the products alone, on operands that are ready; None for one that has no Hopper kernel, and empty
         where there is no NVIDIA GPU.
     """
 
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     by_kernels: set[str] = dataclasses.field(default_factory=set)
+    link_us: dict[str, float] = dataclasses.field(default_factory=dict)
     overlaps: dict[str, OverlapTimes | None] = dataclasses.field(default_factory=dict)
 
 
@@ -110,8 +114,11 @@ class _Clock:
         result = jax.block_until_ready(run())
         if self.has_kernel_times and name in _ON_DEVICE:
             try:
-                self.times.seconds[name] = self._kernel_us(program, args) * 1e-6
+                time = self._kernel_time(program, args)
+                self.times.seconds[name] = time.median_us * 1e-6
                 self.times.by_kernels.add(name)
+                if name in _EXCHANGE:
+                    self.times.link_us[name] = link_us(time.kernels)
                 return result
             except RuntimeError as error:  # the driver may forbid it
                 self.has_kernel_times = False
@@ -133,15 +140,17 @@ class _Clock:
         args = self._program(ready)(self.params, rows), plan
         try:
             programs = [self._program(functools.partial(product, stage=stage)) for stage in KERNEL_STAGES]
-            self.times.overlaps[name] = OverlapTimes(*(self._kernel_us(program, args) for program in programs))
+            self.times.overlaps[name] = OverlapTimes(
+                *(self._kernel_time(program, args).median_us for program in programs)
+            )
         except Unsupported as reason:
             self.times.overlaps[name] = None
             self.say(f"{name}: arithmetic and copies are not measured apart: {reason}")
 
-    def _kernel_us(self, program: Callable[..., Any], args: tuple[Any, ...]) -> float:
+    def _kernel_time(self, program: Callable[..., Any], args: tuple[Any, ...]) -> CallTime:
         """Device time on a chip: the kernels of all chips of this process, divided by their number."""
         chips = len(self.mesh.local_devices)
-        return kernel_times(program, self.params, *args, repeats=_REPEATS, calls=chips).median_us
+        return kernel_times(program, self.params, *args, repeats=_REPEATS, calls=chips)
 
     def _program(self, stage: Callable[..., Any]) -> Callable[..., Any]:
         return on_every_chip(lambda params, *own: stage(*own, params), self.mesh, self.specs)

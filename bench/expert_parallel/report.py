@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+from bench.expert_parallel.communication import Communication
 from bench.expert_parallel.decode_step import DecodeRun
 from bench.expert_parallel.fit import Fit
 from bench.expert_parallel.layer_stages import StageTimes
@@ -29,6 +30,7 @@ def print_report(workload: Workload, modelled: Modelled, result: DecodeRun, fitt
             f"{result.busiest_rows} with this text; uniform routing: "
             f"{workload.busiest_rows:.0f} expected, {workload.token_per_ep_group} mean",
         ],
+        *_communication_rows(result.communication),
         ["dropped", f"{int(load.dropped)} of {workload.batch_size * workload.top_k} assignments"],
     ]
     if (again := result.replicated) is not None:
@@ -54,6 +56,13 @@ def print_report(workload: Workload, modelled: Modelled, result: DecodeRun, fitt
         print("\nThe wall time is that of virtual devices which share this machine's cores; it says nothing of a chip.")
 
 
+def _communication_rows(communication: Communication | None) -> list[list[Cell]]:
+    if communication is None:
+        return []
+    c = communication
+    return [["communication of a layer", f"{c.exposed:.1f} µs exposed of {c.layer:.1f}; {c.link:.1f} in its kernels"]]
+
+
 def _with_this_load(workload: Workload, result: DecodeRun) -> dict[str, Workload]:
     """The layer under the load that was measured, without and with its spare slots; nothing where there are none."""
     if result.replicated is None:
@@ -77,8 +86,8 @@ def stages_table(stages: StageTimes) -> str:
         times: list[Cell] = [None if on_device else time_ms, time_ms if on_device else None]
         apart = stages.overlaps.get(name)
         product = [apart.elapsed, apart.comp_elapsed, apart.dma_elapsed, apart.overlap] if apart else [None] * 4
-        rows.append([name, *times, *product])
-    headers = ["stage, run by itself", "wall ms", "kernels ms", "product µs", "comp µs", "dma µs", "overlap"]
+        rows.append([name, *times, *product, stages.link_us.get(name)])
+    headers = ["stage, run by itself", "wall ms", "kernels ms", "product µs", "comp µs", "dma µs", "overlap", "link µs"]
     return format_table(headers, rows)
 
 
@@ -94,6 +103,7 @@ def measured_record(result: DecodeRun, fitted: Fit, devices: Devices) -> dict[st
         "transport": fitted.config.transport,
         "wall_us": result.wall_seconds * 1e6,
         **stages_record(result.stages),
+        "communication_us": result.communication and result.communication.record(),
         "relative_error": result.relative_error,
         "checked_tokens": result.checked_tokens,
         "busiest_rows": result.busiest_rows,
@@ -116,5 +126,6 @@ def stages_record(stages: StageTimes) -> dict[str, Any]:
     times: dict[str, Any] = {"stages_us": {name: seconds * 1e6 for name, seconds in stages.seconds.items()}}
     if stages.by_kernels:
         times["stages_clock"] = {name: "kernels" if name in stages.by_kernels else "wall" for name in stages.seconds}
+        times["link_us"] = stages.link_us
         times["products_us"] = {name: apart and apart.record() for name, apart in stages.overlaps.items()}
     return times

@@ -8,11 +8,12 @@ divided by the calls. Every input is copied, as XLA would otherwise do work comm
     kernel_times(rotated(grouped_matmul), inputs, calls=len(inputs)).median_us
 """
 
+import collections
 import dataclasses
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -58,19 +59,20 @@ class CallTime:
       median_us: median over the repeats.
       min_us: least of the repeats.
       spread_us: greatest less least.
-      kernels: names of the kernels, each once, in order; empty where the method does not tell them.
+      kernels: by the name of each kernel, in order, the median of what its launches take; empty where the method does
+        not tell them.
     """
 
     median_us: float
     min_us: float
     spread_us: float
-    kernels: tuple[str, ...] = ()
+    kernels: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def of(cls, times_us: Sequence[float], kernels: Sequence[str] = ()) -> "CallTime":
+    def of(cls, times_us: Sequence[float], kernels: Mapping[str, float] | None = None) -> "CallTime":
         """The summary of the times of several repeats."""
         least, most = min(times_us), max(times_us)
-        return cls(statistics.median(times_us), least, most - least, tuple(dict.fromkeys(kernels)))
+        return cls(statistics.median(times_us), least, most - least, kernels or {})
 
 
 def require_nvidia_gpu() -> None:
@@ -124,14 +126,18 @@ def kernel_times(f: Callable[..., Any], *args: Any, repeats: int = 10, calls: in
 
     measured = profiler.Cupti(finalize=detach).measure(f, aggregate=False)
     times: list[float] = []
-    names: list[str] = []
+    by_name: dict[str, list[float]] = collections.defaultdict(list)
     for _ in range(repeats):
         _, kernels = measured(*args)
         if not kernels:
             raise ValueError("the function launches no kernel that could be timed")
-        names = [name for name, _ in kernels]
-        times.append(sum(milliseconds for _, milliseconds in kernels) * 1e3 / calls)
-    return CallTime.of(times, names)
+        of_name: dict[str, float] = collections.defaultdict(float)
+        for name, milliseconds in kernels:
+            of_name[name] += milliseconds * 1e3 / calls
+        times.append(sum(of_name.values()))
+        for name, time_us in of_name.items():
+            by_name[name].append(time_us)
+    return CallTime.of(times, {name: statistics.median(times_us) for name, times_us in by_name.items()})
 
 
 def wall_times(f: Callable[..., Any], *args: Any, repeats: int = 10, calls: int = 1) -> CallTime:

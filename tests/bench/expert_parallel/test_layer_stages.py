@@ -32,7 +32,9 @@ def nvidia(monkeypatch):
     def kernel_times(program, *args, repeats, calls):
         assert calls == 1
         timed.append(program.trace(*args))
-        return CallTime.of([10.0 * len(timed)])
+        return CallTime.of(
+            [10.0 * len(timed)], {"mosaic_gpu_all_to_all": 3.0, "wrapped_add": 2.0, "ncclDevKernel": 1.5}
+        )
 
     monkeypatch.setattr(stages, "is_nvidia", lambda device: True)
     monkeypatch.setattr(stages, "kernel_times", kernel_times)
@@ -78,8 +80,9 @@ def test_what_is_printed_and_written(nvidia):
         "overlap": 1.5,
     }
     rows = {line.split()[0]: line.split()[1:] for line in stages_table(result).splitlines()}
-    assert rows["routed_gate_up"] == ["-", "0.020", "30.000", "40.000", "50.000", "1.500"]
-    assert rows["combine"] == ["-", "0.100", "-", "-", "-", "-"]
+    assert measured["link_us"] == {"dispatch": 4.5, "combine": 4.5}
+    assert rows["routed_gate_up"] == ["-", "0.020", "30.000", "40.000", "50.000", "1.500", "-"]
+    assert rows["combine"] == ["-", "0.100", "-", "-", "-", "-", "4.500"]
 
 
 @pytest.mark.parametrize(
