@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -128,18 +129,35 @@ def test_as_a_command_with_devices_of_its_own():
     assert out.count(" text ") == len(on_one_axis()) + 2
 
 
-@pytest.mark.slow
-def test_two_processes_call_as_often_as_each_other():
-    """Each has a clock of its own, and one that called once more would wait for ever."""
+def start_two(*args):
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         address = f"localhost:{probe.getsockname()[1]}"
-    common = ["--load=zipf", "--transport=dense", "--timeout=120", "--coordinator", address, "--num-processes=2"]
-    processes = [start(*common, f"--process-id={i}") for i in range(2)]
+    common = [*args, "--transport=dense", "--timeout=120", "--coordinator", address, "--num-processes=2"]
+    return [start(*common, f"--process-id={i}") for i in range(2)]
+
+
+@pytest.mark.slow
+def test_two_processes_call_as_often_as_each_other():
+    """Each has a clock of its own, and one that called once more would wait for ever."""
+    processes = start_two("--load=zipf")
     (out, err), (other_out, other_err) = (process.communicate(timeout=300) for process in processes)
     assert [process.returncode for process in processes] == [0, 0], err + other_err
     assert out.count(" zipf ") == 3
     assert "zipf" not in other_out
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_ends_the_other_with_an_error():
+    first, second = start_two("--load=balanced,zipf,text", "--repeats=1000")
+    for line in first.stderr:
+        if "dense, load" in line:
+            break
+    second.kill()
+    err = first.communicate(timeout=150)[1]  # of jax's 100 s without a heartbeat, and the command's own 120
+    second.communicate()
+    assert first.returncode != 0
+    assert re.search("Task 1|task: 1|task_id=1|not done after|Connection closed", err), err[-2000:]
 
 
 @pytest.mark.slow
