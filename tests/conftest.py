@@ -8,6 +8,7 @@ each run unless the environment sets it, and a failing run names it.
 """
 
 import fnmatch
+import gc
 import importlib.util
 import os
 import pathlib
@@ -22,6 +23,13 @@ SEED = "MOEJAX_TEST_SEED"
 PROGRAMS = pathlib.Path(__file__).parent.parent / ".jax_cache"
 MOST_PROGRAMS = 2e9
 """Bytes of programs with which a run begins; more are thrown away."""
+
+MAPS = pathlib.Path("/proc/self/maps")
+MOST_MAPS = 16_000
+"""Maps of a process with which a module of tests may begin."""
+
+# Traces make millions of objects and hardly a cycle that holds much; each collection looks at all of them.
+gc.set_threshold(100_000, 20, 100)
 
 if os.environ.get("JAX_PLATFORMS", "") in ("", "cpu"):
     jax.config.update("jax_num_cpu_devices", 32)
@@ -71,6 +79,10 @@ def pytest_collection_modifyitems(config, items):
     items.sort(key=lambda item: len(item.path.parts))
 
 
+def pytest_collection_finish():
+    gc.freeze()  # modules and tests stay as they are
+
+
 def pytest_report_header(config):
     return f"{SEED}={os.environ[SEED]}"
 
@@ -87,10 +99,14 @@ def pytest_runtest_setup(item):
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _no_programs_left():
-    """Forgets a module's compiled programs: each is mapped into memory, and Linux grants a process 65530 such maps."""
+def _few_programs_left():
+    """Forgets compiled programs when a CPU has many: each is mapped into memory, and Linux grants a process 65530 maps.
+
+    Modules share what is small and common; on a GPU, whose memory programs take too, they share nothing.
+    """
     yield
-    jax.clear_caches()
+    if jax.default_backend() != "cpu" or (MAPS.exists() and MAPS.read_text().count("\n") > MOST_MAPS):
+        jax.clear_caches()
 
 
 @pytest.fixture
