@@ -10,7 +10,7 @@ from moejax import Quantization, fused_experts, make_mesh, pack_experts, quantiz
 from pallas_kernels.chips import get_chip
 from pallas_kernels.tracing.target import targeting
 from tests.helpers import LIMIT, float64, normal, relative_error
-from tests.pallas_kernels.grouped_matmul.grouped import gated, values
+from tests.pallas_kernels.grouped_matmul.grouped import gated, quantized, values
 from tests.sharding.exchange.exchanges import OTHERS
 
 E, T, K, H, WIDTH = 8, 37, 3, 128, 256
@@ -39,7 +39,7 @@ def dense(x, w1, w2, weights, ids, b1=None, b2=None, activation="silu", rounded=
 
 
 def rounded_to_8_bits(h):
-    return values(quantize(jnp.asarray(h, jnp.float32)[None], scaling="1x128"))[0]
+    return values(quantized(np.asarray(h, np.float32)[None], scaling="1x128"))[0]
 
 
 @functools.cache
@@ -103,7 +103,7 @@ def test_weights_in_8_bits_lie_gate_first(rng, order):
 @pytest.mark.slow
 def test_weights_in_8_bits_in_the_other_layout(rng):
     x, w1, w2, weights, ids = problem(rng)
-    w1_8, w2_8 = (quantize(w, scaling="128x128") for w in (w1, w2))
+    w1_8, w2_8 = (quantized(w, scaling="128x128") for w in (w1, w2))
     q = Quantization()
     y = jitted(quantization=q, layout="in_out")(x, w1_8.mT, w2_8.mT, weights, ids)
     assert relative_error(y, jitted(quantization=q)(x, w1_8, w2_8, weights, ids)) < LIMIT["float32"]
@@ -152,10 +152,10 @@ def test_weights_that_cannot_be_packed(arguments, message):
 @pytest.mark.quick("stored")
 def test_in_8_bits(rng, stored):
     x, w1, w2, weights, ids = problem(rng)
-    w1_8, w2_8 = (quantize(w, scaling="128x128") for w in (w1, w2))
+    w1_8, w2_8 = (quantized(w, scaling="128x128") for w in (w1, w2))
     run = jitted(quantization=Quantization())
     y = run(x, w1_8, w2_8, weights, ids) if stored else run(x, w1, w2, weights, ids)
-    expected = dense(quantize(x, scaling="1x128"), w1_8, w2_8, weights, ids, rounded=rounded_to_8_bits)
+    expected = dense(quantized(x, scaling="1x128"), w1_8, w2_8, weights, ids, rounded=rounded_to_8_bits)
     assert relative_error(y, expected) < 3e-3  # a sum that is rounded to 8 bits may fall on the other side
     assert relative_error(y, dense(x, w1, w2, weights, ids)) < 0.1
 
@@ -199,7 +199,7 @@ def test_over_an_axis(rng, quantization, check_vma):
 @pytest.mark.parametrize("other", OTHERS)
 @pytest.mark.quick("routed")
 def test_over_another_transport(other, rng):
-    arguments = problem(rng, tokens=40)
+    arguments = jax.device_get(problem(rng, tokens=40))  # which no program has to slice for the chips
     y, alone = (jax.jit(run)(*arguments) for run in (over_axis(4, transport=other), fused_experts))
     assert relative_error(y, alone) < LIMIT["float32"]
     with pytest.raises(ValueError, match=r"transport must be one of 'auto', .*, got 'post'"):
@@ -210,7 +210,7 @@ def test_over_another_transport(other, rng):
 @pytest.mark.parametrize("ep", [4, 8])  # 8 take rounds
 @pytest.mark.quick("8-True")
 def test_gradients_over_an_axis(rng, ep, check_vma):
-    *arguments, ids = problem(rng, tokens=40)
+    *arguments, ids = jax.device_get(problem(rng, tokens=40))  # which no program has to slice for the chips
     over_chips = gradients(over_axis(ep, check_vma), ids)(*arguments)
     for over, alone in zip(over_chips, gradients(fused_experts, ids)(*arguments), strict=True):
         assert relative_error(over, alone) < LIMIT["float32"]

@@ -124,8 +124,8 @@ def test_sequences_are_balanced_one_by_one():
 def test_padding_counts_for_nothing(rng):
     logits = normal(rng, 10, EXPERTS)
     more = jnp.concatenate([logits, 100 * normal(rng, 10, EXPERTS)])
-    expected = router_losses(routed(logits, CONFIG), whole(10, 5), **WEIGHTS)
-    losses = router_losses(routed(more, CONFIG), padded(20, 10, 5), **WEIGHTS)
+    expected = jax.jit(lambda logits: router_losses(route_logits(logits, CONFIG), whole(10, 5), **WEIGHTS))(logits)
+    losses = jax.jit(lambda logits: router_losses(route_logits(logits, CONFIG), padded(20, 10, 5), **WEIGHTS))(more)
     for name, value in expected.items():
         np.testing.assert_allclose(losses[name], value, rtol=1e-6)
 
@@ -268,7 +268,7 @@ SPREAD = np.full((8, 4), 0.25)
 def test_importance_and_specialization(loss, gates, expected):
     """Padding behind the tokens counts for nothing, and gradients are finite at the borders."""
     more = jnp.asarray(np.concatenate([gates, np.eye(4)[[0, 0, 0]]]), jnp.float32)
-    value, gradient = jax.value_and_grad(loss)(more, padded(11, 8, 11))
+    value, gradient = jax.jit(jax.value_and_grad(lambda gates: loss(gates, padded(11, 8, 11))))(more)
     np.testing.assert_allclose(value, expected, atol=1e-6)
     assert np.isfinite(gradient).all()
     assert not gradient[8:].any()

@@ -84,13 +84,14 @@ def test_sums_are_made_in_float32():
 @pytest.mark.quick("per_row-float8_e5m2", "1x2-float8_e4m3fn")
 def test_rows_in_8_bits_move_with_their_scales(scaling, dtype, rows):
     """A scale of a whole row goes to every chip, those of blocks go with their columns."""
-    loaded = jax.vmap(functools.partial(quantize, dtype=dtype, scaling=scaling))(rows)
-    expected = np.asarray(jax.vmap(dequantize)(loaded))
-    everywhere = jax.vmap(dequantize)(over_chips(lambda x: gather_tokens(x, AXES), loaded))
+    loaded = jax.jit(jax.vmap(functools.partial(quantize, dtype=dtype, scaling=scaling)))(rows)
+    numbers = jax.jit(jax.vmap(dequantize))
+    expected = np.asarray(numbers(loaded))
+    everywhere = numbers(over_chips(lambda x: gather_tokens(x, AXES), loaded))
     np.testing.assert_array_equal(everywhere, np.broadcast_to(expected.reshape(-1, HIDDEN), everywhere.shape))
     columns = over_chips(lambda x: to_columns(x, AXES), loaded)
-    np.testing.assert_array_equal(jax.vmap(dequantize)(columns), columns_of(expected))
-    whole = jax.vmap(dequantize)(over_chips(lambda x: gather_columns(x, AXES), columns))
+    np.testing.assert_array_equal(numbers(columns), columns_of(expected))
+    whole = numbers(over_chips(lambda x: gather_columns(x, AXES), columns))
     np.testing.assert_array_equal(whole, everywhere)
 
 

@@ -84,8 +84,8 @@ def test_a_window(backend, rng, sizes, rows):
 def test_rounded_inside(rng, sizes, rows):
     lhs, rhs, _ = operands(rng, (M, K, N, G))
     options = dict(quantization=Quantization(lhs_scaling="per_tensor", rhs_scaling="per_channel"), backend="xla")
-    out = matmul(**options)(lhs, rhs, jnp.array(sizes, jnp.int32))
-    assert same_bits(out, grouped_matmul(lhs, rhs, jnp.array(rows), **options))
+    run = matmul(**options)
+    assert same_bits(run(lhs, rhs, jnp.array(sizes, jnp.int32)), run(lhs, rhs, jnp.array(rows, jnp.int32)))
 
 
 @sizes_and_rows

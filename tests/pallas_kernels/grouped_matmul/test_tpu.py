@@ -11,10 +11,18 @@ from pallas_kernels.grouped_matmul import grouped_gate_up, grouped_gate_up_in_8_
 from pallas_kernels.grouped_matmul.tpu import drhs, tiling
 from pallas_kernels.grouped_matmul.tpu.memory import Config, chunk_lengths
 from pallas_kernels.on_tpu.device import cores_of_a_device
-from pallas_kernels.quantize import QTensor, quantize
+from pallas_kernels.quantize import QTensor
 from pallas_kernels.tracing.target import targeting
 from tests.helpers import LIMIT, normal, raises_saying, relative_error, same_bits
-from tests.pallas_kernels.grouped_matmul.grouped import dense_drhs, dense_gate_up, dense_matmul, operands, owned, values
+from tests.pallas_kernels.grouped_matmul.grouped import (
+    dense_drhs,
+    dense_gate_up,
+    dense_matmul,
+    operands,
+    owned,
+    quantized,
+    values,
+)
 from tests.pallas_kernels.kernels_tpu import interpreted
 
 TPUS = ("v5e", "v5p", "v6e", "v7x")
@@ -123,7 +131,7 @@ def test_sizes_beyond_the_rows_touch_no_other_memory(rng):
 @pytest.mark.quick("float8_e4m3fn-v7x-k_major")
 def test_native_and_converted_dtypes(rng, dtype, chip, k_major):
     lhs, rhs, _ = operands(rng, (96, 256, 256, 4))
-    lhs, rhs = quantize(lhs, dtype, scaling="1x128"), quantize(rhs, dtype, scaling="128x128")
+    lhs, rhs = quantized(lhs, dtype, scaling="1x128"), quantized(rhs, dtype, scaling="128x128")
     sizes = jnp.asarray([40, 3, 0, 50], jnp.int32)
     out = run(
         grouped_matmul,
@@ -160,7 +168,7 @@ def test_the_dtype_that_the_matrix_unit_takes(chip, lhs, rhs, expected):
 
 def test_a_scale_that_is_nan_reaches_its_block_only(rng):
     lhs, rhs, _ = operands(rng, (32, 256, 256, 2))
-    lhs, rhs = quantize(lhs, scaling="1x128"), quantize(rhs, scaling="128x128")
+    lhs, rhs = quantized(lhs, scaling="1x128"), quantized(rhs, scaling="128x128")
     poisoned = QTensor(rhs.values, rhs.scale.at[0, 1, 0].set(jnp.nan))
     sizes = jnp.asarray([10, 22], jnp.int32)
     out = np.asarray(run(grouped_matmul, lhs, poisoned, sizes, preferred_element_type=jnp.float32))
