@@ -106,6 +106,9 @@ def test_gradients_on_aligned_shapes(backend, rng, rows):
 def test_gradients_of_every_activation(backend, rng, activation, limit):
     lhs, rhs, bias, dout = problem(rng, width=N // 2)
     sizes = random_sizes(rng, G, M - 6)
+    if limit is not None:  # no gradient through what is so near to the clamp's edge that rounding tells the side
+        near_edge = np.abs(np.abs(dense_matmul(lhs, rhs, sizes, bias)) - limit) < 1e-4
+        dout *= ~np.logical_or(*np.split(near_edge, 2, axis=1))
     options = dict(activation=activation, activation_limit=limit)
     _, gradients = value_and_gradients(grouped_gate_up, backend=backend, **options)(lhs, rhs, bias, sizes, dout)
     assert_all_close(gradients, dense_gate_up_gradients(lhs, rhs, bias, sizes, dout, activation, limit), SINGLE)
