@@ -19,6 +19,12 @@ from pallas_kernels.stage import Stage
 VECTOR_START = 4
 VECTOR_SLACK = 32
 
+_SIZES_ALIGNMENT = 32
+"""Sizes of groups are copied into shared memory as a multiple of it: 128 bytes."""
+
+_MOST_SIZES = 256
+"""That are copied; more are read where they are."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
@@ -37,6 +43,7 @@ class Shape:
       block_k: depth of one step.
       steps: steps of one sweep.
       k_major: whether K is the minor dimension of rhs.
+      num_sizes: sizes of groups that are copied into shared memory, 0 where they are read where they are.
       walk: the tiles.
     """
 
@@ -52,6 +59,7 @@ class Shape:
     block_k: int
     steps: int
     k_major: bool
+    num_sizes: int
     walk: Walk
 
     @classmethod
@@ -76,8 +84,14 @@ class Shape:
             block_k=block_k,
             steps=pl.cdiv(depth, block_k),
             k_major=k_major,
+            num_sizes=_copied_sizes(num_sizes) if inputs.rhs.shape[0] >= num_rows else 0,
             walk=Walk(num_sizes, num_rows, config.block_m, pl.cdiv(out_columns, width), config.strip),
         )
+
+
+def _copied_sizes(num_sizes: int) -> int:
+    """Where groups outnumber rows: a tile is then found past many groups without any."""
+    return pl.cdiv(num_sizes, _SIZES_ALIGNMENT) * _SIZES_ALIGNMENT if num_sizes <= _MOST_SIZES else 0
 
 
 class Scratch(NamedTuple):
@@ -96,6 +110,8 @@ class Scratch(NamedTuple):
       bias: of the tile's columns, likewise.
       side_full: barrier, complete when the copies of a tile's row_scale, column_scale and bias have landed.
       side_empty: barrier, complete when every math warpgroup has read them.
+      group_sizes: of all groups, [num_sizes]; None where they are not copied.
+      sizes_full: barrier, complete when they have been copied.
       out_scales: largest magnitudes and scales of the rows of an FP8 result, [warpgroups, 64].
       shared_scales: barrier between the column groups, twice a tile: their largest magnitudes in `out_scales` have been
         written, and have been read.
@@ -112,6 +128,8 @@ class Scratch(NamedTuple):
     bias: Any
     side_full: Any
     side_empty: Any
+    group_sizes: Any
+    sizes_full: Any
     out_scales: Any
     shared_scales: Any
 
@@ -140,6 +158,8 @@ class Scratch(NamedTuple):
             bias=None if inputs.bias is None else plgpu.SMEM((sides,), inputs.bias.dtype),
             side_full=plgpu.Barrier(num_arrivals=side) if side else None,
             side_empty=plgpu.Barrier(num_arrivals=groups) if side else None,
+            group_sizes=plgpu.SMEM((shape.num_sizes,), jnp.int32) if shape.num_sizes else None,
+            sizes_full=plgpu.Barrier() if shape.num_sizes else None,
             out_scales=plgpu.SMEM((groups, WGMMA_ROWS), jnp.float32) if epilogue.requantizes else None,
             shared_scales=plgpu.Barrier(num_arrivals=groups) if epilogue.requantizes else None,
         )

@@ -27,7 +27,6 @@ not depend on one another. Of lhs no more rows are copied than a tile needs, rou
 A remainder of K is filled with zeros by the copy engine, in both operands.
 """
 
-import functools
 from typing import Any
 
 import jax
@@ -60,6 +59,8 @@ def grouped_product(
     """
     shape = Shape.of(inputs, epilogue, config, k_major)
     scratch = Scratch.describe(inputs, epilogue, config, shape)
+    padding = max(0, shape.num_sizes - inputs.group_sizes.shape[0])
+    inputs = inputs._replace(group_sizes=jnp.pad(inputs.group_sizes, (0, padding)))
 
     outs = [jax.ShapeDtypeStruct((shape.num_rows, shape.out_columns), epilogue.out_dtype)]
     if epilogue.requantizes:
@@ -70,7 +71,13 @@ def grouped_product(
         num_inputs = len(Inputs._fields)
         block = Inputs(*refs[:num_inputs]), refs[num_inputs:-1], refs[-1], epilogue, config, shape, stage
         warpgroup, number = lax.axis_index("warpgroup"), lax.axis_index("block")
-        for_each_tile = functools.partial(shape.walk.for_each, block[0].group_sizes, number, num_blocks)
+
+        def for_each_tile(function, carry):
+            sizes = block[0].group_sizes
+            if shape.num_sizes:  # near at hand: a walk past many groups looks at all of their sizes
+                sizes = block[2].group_sizes
+                plgpu.barrier_wait(block[2].sizes_full)
+            return shape.walk.for_each(sizes, number, num_blocks, function, carry)
 
         # The loader only issues copies and waits: it hands most of its registers to those that hold accumulators.
         @pl.when(warpgroup == config.warpgroups)
@@ -78,6 +85,7 @@ def grouped_product(
             if config.warpgroups > 1:
                 plgpu.set_max_registers(40, action="decrease")
             loader = Loader(*block)
+            loader.copy_sizes()
             loader.prefetch(number)
             loader.drain(*for_each_tile(loader.load, (jnp.int32(0), jnp.int32(0))))
 

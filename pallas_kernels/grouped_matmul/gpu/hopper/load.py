@@ -35,6 +35,11 @@ _PREFETCHED_STEPS = 2
 class Loader(Block):
     """Fills the ring."""
 
+    def copy_sizes(self):
+        """Starts the copy of the groups' sizes, where that is asked for; it completes sizes_full."""
+        if self.shape.num_sizes:
+            plgpu.copy_gmem_to_smem(self.inputs.group_sizes, self.scratch.group_sizes, self.scratch.sizes_full)
+
     def prefetch(self, block):
         """Has the cache fetch the weights that a block needs first, while the sizes of the groups are on their way.
 

@@ -84,4 +84,5 @@ def _shared_memory(block_m: int, block_n: int, warpgroups: int, problem: Problem
     stage = (block_m + block_n) * SWIZZLE + problem.block_scales * 4 * (block_m + 32)
     column_groups = warpgroups * WGMMA_ROWS // block_m
     staged_row = SCALE_BLOCK // column_groups if problem.result_in_8_bits else SWIZZLE
-    return stage, warpgroups * 2 * WGMMA_ROWS * staged_row + _RESERVED_BYTES
+    sizes = 1024 if problem.num_rows <= problem.num_groups else 0  # of groups, see `Shape.num_sizes`
+    return stage, warpgroups * 2 * WGMMA_ROWS * staged_row + sizes + _RESERVED_BYTES
