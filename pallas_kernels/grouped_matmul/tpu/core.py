@@ -17,6 +17,8 @@ from pallas_kernels.grouped_matmul.tpu.memory import Config, Inputs, Layout, Scr
 from pallas_kernels.grouped_matmul.tpu.rows import Tile
 from pallas_kernels.stage import Stage
 
+_LANES = 128
+
 
 @dataclasses.dataclass(frozen=True)
 class Core:
@@ -67,26 +69,37 @@ class Core:
         self, group: jax.Array, column_tile: jax.Array, buffer: Any, act: Literal["start", "wait"]
     ) -> None:
         """A tile of rhs, with its scales and bias."""
-        sem = self.scratch.rhs_copied.at[buffer]
+        copies, parts = self.config.weight_copies, self.depths()
 
         def copy(width: int) -> None:
             for half in range(self.arithmetic.halves):
                 columns, narrow = self.columns(column_tile, width, half), pl.ds(0, width)
                 rhs, ring = self.operands.rhs.at[group], self.scratch.rhs.at[buffer, half]
-                if self.arithmetic.k_major:
-                    pairs = [(rhs.at[columns], ring.at[narrow])]
-                else:
-                    pairs = [(rhs.at[:, columns], ring.at[:, narrow])]
+                pairs = []
+                for depths in parts:
+                    if self.arithmetic.k_major:
+                        pairs.append((rhs.at[columns, depths], ring.at[narrow, depths]))
+                    else:
+                        pairs.append((rhs.at[depths, columns], ring.at[depths, narrow]))
                 if self.operands.rhs_scale is not None:
                     scale = self.operands.rhs_scale.at[group, :, columns]
                     pairs.append((scale, self.scratch.rhs_scale.at[buffer, half, :, narrow]))
                 if self.operands.bias is not None:
                     bias = self.operands.bias.at[group, :, columns]
                     pairs.append((bias, self.scratch.bias.at[buffer, half, :, narrow]))
-                for source, target in pairs:
+                for number, (source, target) in enumerate(pairs, half * len(parts)):
+                    sem = self.scratch.rhs_copied.at[buffer, number % copies]
                     getattr(pltpu.make_async_copy(source, target, sem), act)()
 
         self.for_width(column_tile, copy)
+
+    def depths(self) -> list[Any]:
+        """The parts of K in which a matrix of weights is copied: whole lanes, or all of K."""
+        depth, parts = self.layout.depth, max(1, self.config.weight_copies // self.arithmetic.halves)
+        if depth % _LANES:
+            return [pl.ds(0, depth)]
+        part = pl.cdiv(depth // _LANES, parts) * _LANES
+        return [pl.ds(first, min(part, depth - first)) for first in range(0, depth, part)]
 
     def copy_out(self, source: Any, strip: Any, strips: Any, column_tile: jax.Array, sem: Any, act: str) -> None:
         """Strips [strips, s, block_n] of the result, or of zeros."""

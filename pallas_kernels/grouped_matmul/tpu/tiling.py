@@ -31,6 +31,7 @@ _CHUNK_N = 512  # and least columns, of gate and up together; more if they are n
 _CHUNK_WEIGHTS = 1024 * 7168  # each 128x128 elements of it have instructions of their own
 _CHUNK_PARTS = 256 * 512 * 56  # most elements to scale: the same for the products of each block of K, if it has scales
 _STEP_SECONDS = 0.3e-6  # of a row tile: its copies and branches
+_COPIES_AT_ONCE = {"v7x": 8}  # that fill a core's memory, by what the compiler gives to each; elsewhere one does
 
 forced = Override[Config]("forced")
 """Kernels traced inside `with forced(config)` are cut as `config` says."""
@@ -93,7 +94,14 @@ def pick(chip: Chip, problem: Problem) -> Config:
             f"if N is no multiple of {LANES}), and K = {problem.depth}, N = {problem.columns} are too large for the "
             f"{chip.fast_memory_bytes // MIB} MiB of a core of {chip.name}; pad N to a multiple of {LANES}, or split K"
         )
-    return min(options, key=lambda config: modelled_seconds(chip, problem, config))
+    best = min(options, key=lambda config: modelled_seconds(chip, problem, config))
+    return dataclasses.replace(best, weight_copies=weight_copies(chip, problem, best))
+
+
+def weight_copies(chip: Chip, problem: Problem, config: Config) -> int:
+    """Copies of a weight tile that, with those of the other tiles on their way, fill the memory."""
+    at_once = _COPIES_AT_ONCE.get(chip.name, 1)
+    return 1 if at_once == 1 else problem.halves * _cdiv(at_once, problem.halves * (config.weight_buffers - 1))
 
 
 def vmem_limit(chip: Chip) -> int:

@@ -57,6 +57,33 @@ def test_groups_that_share_strips_and_tiles(rng, sizes, fused, buffers, mode):
     assert relative_error(out, oracle(lhs, rhs, sizes, bias)) < LIMIT["bfloat16"]
 
 
+@pytest.mark.parametrize("mode", ["on_wait", "eager"])
+@pytest.mark.parametrize("k_major", [False, True], ids=["", "k_major"])
+@pytest.mark.parametrize("fused", [False, True], ids=["matmul", "gate_up"])
+@pytest.mark.parametrize("depth", [640, 300, 128])
+@pytest.mark.quick("640-gate_up-k_major-on_wait", "300-matmul--eager")
+def test_weights_that_come_in_several_copies(rng, depth, fused, k_major, mode):
+    """Parts of unlike lengths, and fewer than copies; scales and bias come beside them."""
+    lhs, rhs, bias = operands(rng, (64, depth, 512, 4), jnp.bfloat16)
+    rhs = quantized(rhs, "int8", scaling="per_channel")
+    config = Config(32, 128, 3, 16, 128, weight_copies=6 if fused else 3)
+    function, oracle = (grouped_gate_up, dense_gate_up) if fused else (grouped_matmul, dense_matmul)
+    sizes = jnp.asarray([20, 0, 33, 5], jnp.int32)
+    weights = rhs.mT if k_major else rhs
+    out = run(function, lhs, weights, sizes, bias=bias, config=config, mode=mode, transpose_rhs=k_major)
+    assert relative_error(out, oracle(lhs, rhs, sizes, bias)) < 2 * LIMIT["bfloat16"]
+
+
+@pytest.mark.parametrize(
+    ("chip", "halves", "buffers", "copies"),
+    [("v6e", 2, 3, 1), ("v7x", 1, 3, 4), ("v7x", 1, 2, 8), ("v7x", 2, 3, 4), ("v7x", 2, 2, 8)],
+)
+def test_copies_of_a_weight_tile(chip, halves, buffers, copies):
+    """On v7x eight at once fill the memory, over the tiles on their way; gate has as many as up."""
+    problem = tiling.Problem(384, 8, 2048, 2048, halves, 2, 2, 2, jnp.dtype("bfloat16"), 16)
+    assert tiling.weight_copies(get_chip(chip), problem, Config(64, 512, buffers, 64, 512)) == copies
+
+
 @pytest.mark.parametrize("chunk", [64, 128])
 @pytest.mark.quick("64")
 def test_a_last_chunk_of_every_length(rng, chunk):
