@@ -104,9 +104,11 @@ def _run(
         place = f"load {case.load}, ep {ep}, {case.tokens // ep} tokens"
         with watchdog.watching(place, "making the load"):
             tokens = Tokens.of(case, config, mesh)
-        watch = functools.partial(watchdog.watching, place)
+        watch_one = functools.partial(watchdog.watching, place)
         # No transport changes it, so it is timed once.
-        on_one_chip = functools.cache(functools.partial(time_on_one_chip, tokens, **_of_layers(args), watch=watch))
+        on_one_chip = functools.cache(
+            functools.partial(time_on_one_chip, case, config, ep, **_of_layers(args), watch=watch_one)
+        )
         for name in (*args.transport, *BARE):
             progress.show(len(records), f"{name}, {place}")
             watch = functools.partial(watchdog.watching, f"{name}, {place}")

@@ -28,7 +28,7 @@ MAPS = pathlib.Path("/proc/self/maps")
 MOST_MAPS = 16_000
 """Maps of a process with which a module of tests may begin."""
 
-# Traces make millions of objects and hardly a cycle that holds much; each collection looks at all of them.
+# Traces make millions of objects and hardly a cycle that holds much; each full collection looks at all of them.
 gc.set_threshold(100_000, 20, 100)
 
 if os.environ.get("JAX_PLATFORMS", "") in ("", "cpu"):
@@ -107,6 +107,7 @@ def _few_programs_left():
     yield
     if jax.default_backend() != "cpu" or (MAPS.exists() and MAPS.read_text().count("\n") > MOST_MAPS):
         jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture

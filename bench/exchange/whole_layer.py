@@ -16,7 +16,8 @@ from bench.expert_parallel.decode_step import TOLERANCE, error_of_some_tokens
 from bench.inputs.weights import make_params
 from bench.measure.clock import wall_times
 from bench.measure.errors import check
-from moejax import MoEParams, moe, with_changes
+from bench.one_chip.cases import Case
+from moejax import MoEConfig, MoEParams, moe, with_changes
 from moejax.functional import axes_on
 from sharding.mesh import make_mesh
 
@@ -38,7 +39,7 @@ def time_over_chips(tokens: Tokens, transport: str, *, length: int, repeats: int
     config, mesh = with_changes(tokens.config, transport=transport), tokens.mesh
     by_token = NamedSharding(mesh, PartitionSpec(axes_on(mesh, None, config).tokens))
     x = jax.jit(lambda x: x.reshape(-1, x.shape[-1]), out_shardings=by_token)(tokens.x)
-    params = _with_router(make_params(config, mesh, seed), tokens.router)
+    params = _with_router(make_params(tokens.config, mesh, seed), tokens.router)
     with watch("the layer's result"):
         y = jax.block_until_ready(jax.jit(lambda x, params: moe(x, params, config, mesh=mesh)[0])(x, params))
         check(error_of_some_tokens(x, y, params, config, mesh)[0], TOLERANCE)
@@ -46,20 +47,32 @@ def time_over_chips(tokens: Tokens, transport: str, *, length: int, repeats: int
         return wall_times(chain_of_layers(config, mesh, length), x, params, repeats=repeats, calls=length).median_us
 
 
-def time_on_one_chip(tokens: Tokens, *, length: int, repeats: int, seed: int, watch: Watch) -> float | None:
-    """The same of the layer on one chip, with the experts and tokens of one.
+def time_on_one_chip(
+    case: Case, config: MoEConfig, ep: int, *, length: int, repeats: int, seed: int, watch: Watch
+) -> float | None:
+    """Microseconds of a call of the layer on one chip, with as many experts and tokens as each of several has.
 
-    None where a chip's share has fewer experts than a token chooses.
+    Args:
+      case: over all chips; one gets its own tokens, with the same kind of load on its own experts.
+      config: of the layer over all chips.
+      ep: how many these are.
+      length: layers in one program.
+      repeats: measurements.
+      seed: of the weights.
+      watch: limits the time.
+
+    Returns:
+      None where a chip's share has fewer experts than a token chooses.
     """
-    config = tokens.config
-    num_local = config.num_experts // tokens.mesh.size
+    num_local = config.num_experts // ep
     if num_local < config.top_k:
         return None
     own, mesh = with_changes(config, num_experts=num_local), make_mesh(1, devices=jax.local_devices()[:1])
-    params = _with_router(make_params(own, mesh, seed), tokens.router[:, :num_local])
-    x = jax.device_put(tokens.x.addressable_shards[0].data[0], NamedSharding(mesh, PartitionSpec()))
+    tokens = Tokens.of(dataclasses.replace(case, tokens=case.tokens // ep, experts=num_local), own, mesh)
+    params = _with_router(make_params(own, mesh, seed), tokens.router)
     with watch("the layer on one chip"):
-        return wall_times(chain_of_layers(own, mesh, length), x, params, repeats=repeats, calls=length).median_us
+        chain = chain_of_layers(own, mesh, length)
+        return wall_times(chain, tokens.x[0], params, repeats=repeats, calls=length).median_us
 
 
 def _with_router(params: MoEParams, router: np.ndarray) -> MoEParams:

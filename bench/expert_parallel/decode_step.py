@@ -3,7 +3,6 @@
 import dataclasses
 import statistics
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import numpy as np
@@ -28,7 +27,7 @@ TOLERANCE = 1e-2
 """Of ‖layer − oracle‖ / ‖oracle‖, both on the same (quantised) operands, with BF16 results."""
 
 _REPEATS = 3
-_LAYERS = 16  # on end, so that a program's launch hardly counts
+_LAYERS = 16  # on end
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +100,7 @@ def run_decode(
     communication = None
     if stages.by_kernels and ep > 1:
         say("timing layers on end, and their kernels")
-        communication = _communication(step, x, params, config, mesh)
+        communication = _communication(x, params, config, mesh)
     run = DecodeRun(error, num_checked, wall, stages, aux.load, busiest, communication)
     if not spare_slots:
         return run
@@ -115,12 +114,11 @@ def run_decode(
     return dataclasses.replace(run, replicated=replicated)
 
 
-def _communication(
-    step: Callable[..., Any], x: jax.Array, params: MoEParams, config: MoEConfig, mesh: Mesh
-) -> Communication:
-    kernels = kernel_times(step, x, params, repeats=_REPEATS, calls=len(mesh.local_devices)).kernels
-    layers = wall_times(chain_of_layers(config, mesh, _LAYERS), x, params, repeats=_REPEATS, calls=_LAYERS)
-    return Communication.of(layers.median_us, kernels)
+def _communication(x: jax.Array, params: MoEParams, config: MoEConfig, mesh: Mesh) -> Communication:
+    """Of layers on end: their time, and by their kernels, mean over the chips of this process, what it is made of."""
+    layers = chain_of_layers(config, mesh, _LAYERS)
+    kernels = kernel_times(layers, x, params, repeats=_REPEATS, calls=_LAYERS * len(mesh.local_devices)).kernels
+    return Communication.of(wall_times(layers, x, params, repeats=_REPEATS, calls=_LAYERS).median_us, kernels)
 
 
 def _rows_of_chips(topk_ids: jax.Array, replicas: Replicas, ep: int) -> np.ndarray:

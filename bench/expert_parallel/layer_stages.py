@@ -43,7 +43,7 @@ class StageTimes:
     Attributes:
       seconds: of each stage, the median of a few runs.
       by_kernels: the stages whose time is device time; the others' is wall time.
-      link_us: of those of dispatch and combine, the kernels between chips.
+      link_us: microseconds of the kernels between chips, of dispatch and of combine; empty without kernel times.
       overlaps: of the products alone, on operands that are ready; None for one that has no Hopper kernel, and empty
         where there is no NVIDIA GPU.
     """

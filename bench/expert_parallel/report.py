@@ -60,7 +60,8 @@ def _communication_rows(communication: Communication | None) -> list[list[Cell]]
     if communication is None:
         return []
     c = communication
-    return [["communication of a layer", f"{c.exposed:.1f} µs exposed of {c.layer:.1f}; {c.link:.1f} in its kernels"]]
+    note = f"{c.exposed_us:.1f} µs exposed of {c.layer_us:.1f} a layer; its kernels take {c.link_us:.1f}, with waits"
+    return [["communication", note]]
 
 
 def _with_this_load(workload: Workload, result: DecodeRun) -> dict[str, Workload]:
@@ -103,7 +104,7 @@ def measured_record(result: DecodeRun, fitted: Fit, devices: Devices) -> dict[st
         "transport": fitted.config.transport,
         "wall_us": result.wall_seconds * 1e6,
         **stages_record(result.stages),
-        "communication_us": result.communication and result.communication.record(),
+        "communication": result.communication and result.communication.record(),
         "relative_error": result.relative_error,
         "checked_tokens": result.checked_tokens,
         "busiest_rows": result.busiest_rows,

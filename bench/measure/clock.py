@@ -59,8 +59,8 @@ class CallTime:
       median_us: median over the repeats.
       min_us: least of the repeats.
       spread_us: greatest less least.
-      kernels: by the name of each kernel, in order, the median of what its launches take; empty where the method does
-        not tell them.
+      kernels: by the name of each kernel, in order, what its launches take of a call, the median of the repeats that
+        have it; empty where the method does not tell them.
     """
 
     median_us: float

@@ -37,8 +37,8 @@ lay out a row for every choice of the rows that came, most of which are for othe
 PREFERRED: Mapping[str, str] = MappingProxyType({"gpu": "remote"})
 """What "auto" takes on a platform, where it can run; `FALLBACK` elsewhere.
 
-Over two H200s a layer of DeepSeek-V3 takes 1.22 times as long as on one by "remote", with 128 and with 4096 tokens a
-chip, 1.44 and 1.75 times by "dense", and several times by "ragged". On TPUs nothing has been measured.
+Over two H200s a layer of DeepSeek-V3 takes 1.22 and 1.27 times as long as on one by "remote", with 128 and with 4096
+tokens a chip, 1.44 and 1.75 times by "dense", and several times by "ragged". On TPUs nothing has been measured.
 """
 
 FALLBACK = "dense"

@@ -114,6 +114,21 @@ def test_the_layer_beside_that_of_one_chip(capsys):
     assert [record["layer_us"] for record in bare] == [None, None]
 
 
+@pytest.mark.usefixtures("virtual")
+def test_one_chip_is_timed_once_a_case(monkeypatch, capsys):
+    times = iter([100.0, 200.0])
+    over_chips = {"dense": 260.0, "ragged": 310.0}
+    monkeypatch.setattr(bench.comm, "BARE", ())
+    monkeypatch.setattr(bench.comm, "measure", lambda *_, **__: {})
+    monkeypatch.setattr(bench.comm, "step_records", lambda *_: dict.fromkeys(bench.comm.STEPS))
+    monkeypatch.setattr(bench.comm, "time_on_one_chip", lambda *_, **__: next(times))
+    monkeypatch.setattr(bench.comm, "time_over_chips", lambda _, name, **__: over_chips[name])
+    options = ["--tokens=4,8", "--load=balanced", "--transport=dense,ragged", "--with-layer", "--json=-"]
+    assert run(main, [*TINY[:-1], *options]) == 0
+    found = [(r["layer_us"], r["one_chip_us"], r["exposed_us"]) for r in json.loads(capsys.readouterr().out)]
+    assert found == [(260, 100, 160), (310, 100, 210), (260, 200, 60), (310, 200, 110)]
+
+
 def start(*args):
     command = [sys.executable, "-W", "error", "-m", "bench.comm", *TINY, *args]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
@@ -149,15 +164,19 @@ def test_two_processes_call_as_often_as_each_other():
 
 @pytest.mark.slow
 def test_a_process_that_dies_ends_the_other_with_an_error():
+    """At once where a connection breaks; else after jax's 100 s without a heartbeat, or the command's own time-out."""
     first, second = start_two("--load=balanced,zipf,text", "--repeats=1000")
-    for line in first.stderr:
-        if "dense, load" in line:
-            break
-    second.kill()
-    err = first.communicate(timeout=150)[1]  # of jax's 100 s without a heartbeat, and the command's own 120
-    second.communicate()
-    assert first.returncode != 0
-    assert re.search("Task 1|task: 1|task_id=1|not done after|Connection closed", err), err[-2000:]
+    try:
+        for line in first.stderr:
+            if "dense, load" in line:
+                break
+        second.kill()
+        err = first.communicate(timeout=150)[1]
+        assert first.returncode != 0
+        assert re.search("Task 1|task: 1|task_id=1|not done after|Connection closed", err), err[-2000:]
+    finally:
+        first.kill()
+        second.communicate()
 
 
 @pytest.mark.slow

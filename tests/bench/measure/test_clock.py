@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bench.measure import clock
 from bench.measure.clock import CallTime, copies_of, kernel_times, num_copies, require_nvidia_gpu, rotated
 
 
@@ -71,3 +72,14 @@ def test_reading_memory_takes_as_long_as_its_bandwidth_says():
     time = kernel_times(jax.jit(lambda x: x.sum(axis=1)), x, repeats=3)
     assert 0.5e12 < x.nbytes / (time.median_us * 1e-6) < 10e12
     assert time.kernels
+
+
+def test_kernels_are_the_median_repeat_of_the_sum_of_their_launches(monkeypatch):
+    from jax.experimental.mosaic.gpu import profiler
+
+    repeats = iter([[("a", 1.0), ("b", 2.0), ("a", 3.0)], [("a", 9.0), ("b", 4.0)], [("a", 5.0), ("b", 3.0)]])
+    monkeypatch.setattr(clock, "require_nvidia_gpu", lambda: None)
+    monkeypatch.setattr(profiler.Cupti, "measure", lambda *_, **__: lambda *args: (None, next(repeats)))
+    time = clock.kernel_times(jnp.sin, jnp.ones(3), repeats=3, calls=2)
+    assert time == CallTime(4000.0, 3000.0, 3500.0, {"a": 2500.0, "b": 1500.0})
+    assert list(time.kernels) == ["a", "b"]

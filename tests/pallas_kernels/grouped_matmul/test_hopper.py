@@ -73,6 +73,20 @@ def test_on_a_simulated_gpu(monkeypatch, rng, config, fused, k_major, lhs_scalin
     assert not np.asarray(out[sum(SIZES) :]).any()
 
 
+@pytest.mark.parametrize("num_groups", [40, 64, 150, 256, 300])
+@pytest.mark.quick("40", "150")
+def test_fewer_rows_than_groups_on_a_simulated_gpu(monkeypatch, rng, num_groups):
+    """The last groups have rows too: sizes that were not copied would show."""
+    lhs, rhs, _ = operands(rng, (16, 64, 64, num_groups), jnp.bfloat16)
+    sizes = np.zeros(num_groups, np.int32)
+    sizes[[1, num_groups // 2, num_groups - 2, num_groups - 1]] = 3, 4, 2, 5
+    run = functools.partial(grouped_matmul, backend="pallas_gpu")
+    with simulated(monkeypatch, Config(64, 64, 2, 1, 1)):
+        out = jax.jit(run)(lhs, rhs, jnp.array(sizes))
+    assert relative_error(out, dense_matmul(lhs, rhs, sizes)) < LIMIT["bfloat16"]
+    assert not np.asarray(out[14:]).any()
+
+
 @pytest.mark.slow
 def test_relu2_on_a_simulated_gpu(monkeypatch, rng):
     lhs, rhs, bias = operands(rng, (80, 128, 256, len(SIZES)), jnp.bfloat16)

@@ -22,8 +22,8 @@ VECTOR_SLACK = 32
 _SIZES_ALIGNMENT = 32
 """Sizes of groups are copied into shared memory as a multiple of it: 128 bytes."""
 
-_MOST_SIZES = 256
-"""That are copied; more are read where they are."""
+MOST_COPIED_SIZES = 256
+"""As many as the copy engine takes at a time; more are read where they lie."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Shape:
       block_k: depth of one step.
       steps: steps of one sweep.
       k_major: whether K is the minor dimension of rhs.
-      num_sizes: sizes of groups that are copied into shared memory, 0 where they are read where they are.
+      copied_sizes: sizes of groups that are copied into shared memory, rounded up; 0 if they are read where they lie.
       walk: the tiles.
     """
 
@@ -59,7 +59,7 @@ class Shape:
     block_k: int
     steps: int
     k_major: bool
-    num_sizes: int
+    copied_sizes: int
     walk: Walk
 
     @classmethod
@@ -84,14 +84,16 @@ class Shape:
             block_k=block_k,
             steps=pl.cdiv(depth, block_k),
             k_major=k_major,
-            num_sizes=_copied_sizes(num_sizes) if inputs.rhs.shape[0] >= num_rows else 0,
+            copied_sizes=_copied_sizes(num_sizes, num_rows, inputs.rhs.shape[0]),
             walk=Walk(num_sizes, num_rows, config.block_m, pl.cdiv(out_columns, width), config.strip),
         )
 
 
-def _copied_sizes(num_sizes: int) -> int:
-    """Where groups outnumber rows: a tile is then found past many groups without any."""
-    return pl.cdiv(num_sizes, _SIZES_ALIGNMENT) * _SIZES_ALIGNMENT if num_sizes <= _MOST_SIZES else 0
+def _copied_sizes(num_sizes: int, num_rows: int, num_groups: int) -> int:
+    """How many sizes to copy: none where there are more rows than groups. Else a tile is found past many empty ones."""
+    if num_rows > num_groups or num_sizes > MOST_COPIED_SIZES:
+        return 0
+    return pl.cdiv(num_sizes, _SIZES_ALIGNMENT) * _SIZES_ALIGNMENT
 
 
 class Scratch(NamedTuple):
@@ -110,7 +112,7 @@ class Scratch(NamedTuple):
       bias: of the tile's columns, likewise.
       side_full: barrier, complete when the copies of a tile's row_scale, column_scale and bias have landed.
       side_empty: barrier, complete when every math warpgroup has read them.
-      group_sizes: of all groups, [num_sizes]; None where they are not copied.
+      group_sizes: of all groups, [copied_sizes]; None where they are not copied.
       sizes_full: barrier, complete when they have been copied.
       out_scales: largest magnitudes and scales of the rows of an FP8 result, [warpgroups, 64].
       shared_scales: barrier between the column groups, twice a tile: their largest magnitudes in `out_scales` have been
@@ -158,8 +160,8 @@ class Scratch(NamedTuple):
             bias=None if inputs.bias is None else plgpu.SMEM((sides,), inputs.bias.dtype),
             side_full=plgpu.Barrier(num_arrivals=side) if side else None,
             side_empty=plgpu.Barrier(num_arrivals=groups) if side else None,
-            group_sizes=plgpu.SMEM((shape.num_sizes,), jnp.int32) if shape.num_sizes else None,
-            sizes_full=plgpu.Barrier() if shape.num_sizes else None,
+            group_sizes=plgpu.SMEM((shape.copied_sizes,), jnp.int32) if shape.copied_sizes else None,
+            sizes_full=plgpu.Barrier() if shape.copied_sizes else None,
             out_scales=plgpu.SMEM((groups, WGMMA_ROWS), jnp.float32) if epilogue.requantizes else None,
             shared_scales=plgpu.Barrier(num_arrivals=groups) if epilogue.requantizes else None,
         )

@@ -17,7 +17,8 @@ own rows or columns of the tile, and finish the tile in registers: scales, bias,
 
 Step s of a block, counted over all of its tiles, uses slot s mod S, S = config.num_stages. The loader is thus at most S
 steps ahead. Once a tile, the operands that belong to no step (scales of rows and columns, bias) travel the same way
-through one buffer each, with the barriers side_full and side_empty.
+through one buffer each, with the barriers side_full and side_empty. Where groups outnumber rows, the sizes of all
+groups come first, with the barrier sizes_full: a walk past many empty groups then looks at them near at hand.
 
     floor in time = max(bytes of lhs, rhs, out / HBM bandwidth, 2·M·K·N / peak)
 
@@ -59,8 +60,9 @@ def grouped_product(
     """
     shape = Shape.of(inputs, epilogue, config, k_major)
     scratch = Scratch.describe(inputs, epilogue, config, shape)
-    padding = max(0, shape.num_sizes - inputs.group_sizes.shape[0])
-    inputs = inputs._replace(group_sizes=jnp.pad(inputs.group_sizes, (0, padding)))
+    if shape.copied_sizes:
+        padding = (0, shape.copied_sizes - inputs.group_sizes.shape[0])
+        inputs = inputs._replace(group_sizes=jnp.pad(inputs.group_sizes, padding))
 
     outs = [jax.ShapeDtypeStruct((shape.num_rows, shape.out_columns), epilogue.out_dtype)]
     if epilogue.requantizes:
@@ -69,14 +71,15 @@ def grouped_product(
 
     def body(*refs):
         num_inputs = len(Inputs._fields)
-        block = Inputs(*refs[:num_inputs]), refs[num_inputs:-1], refs[-1], epilogue, config, shape, stage
+        operands, outs, memory = Inputs(*refs[:num_inputs]), refs[num_inputs:-1], refs[-1]
+        block = operands, outs, memory, epilogue, config, shape, stage
         warpgroup, number = lax.axis_index("warpgroup"), lax.axis_index("block")
 
         def for_each_tile(function, carry):
-            sizes = block[0].group_sizes
-            if shape.num_sizes:  # near at hand: a walk past many groups looks at all of their sizes
-                sizes = block[2].group_sizes
-                plgpu.barrier_wait(block[2].sizes_full)
+            sizes = operands.group_sizes
+            if shape.copied_sizes:
+                sizes = memory.group_sizes
+                plgpu.barrier_wait(memory.sizes_full)
             return shape.walk.for_each(sizes, number, num_blocks, function, carry)
 
         # The loader only issues copies and waits: it hands most of its registers to those that hold accumulators.

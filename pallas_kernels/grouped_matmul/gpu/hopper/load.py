@@ -37,7 +37,7 @@ class Loader(Block):
 
     def copy_sizes(self):
         """Starts the copy of the groups' sizes, where that is asked for; it completes sizes_full."""
-        if self.shape.num_sizes:
+        if self.shape.copied_sizes:
             plgpu.copy_gmem_to_smem(self.inputs.group_sizes, self.scratch.group_sizes, self.scratch.sizes_full)
 
     def prefetch(self, block):
