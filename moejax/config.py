@@ -1,5 +1,6 @@
 """What a Mixture-of-Experts layer is: sizes, router, precision. Checked once, when it is made."""
 
+import contextlib
 import dataclasses
 import math
 import numbers
@@ -109,12 +110,15 @@ class MoEConfig:
             require(is_fit, "capacity_factor", "positive and finite, or None to drop nothing", self.capacity_factor)
         require(self.capacity_of in ("batch", "chip"), "capacity_of", "'batch' or 'chip'", self.capacity_of)
         require(not self.scale_inputs or self.top_k == 1, "top_k", "1 with scale_inputs=True", self.top_k)
-        require(
-            is_of_one_row(self.wire_scaling),
-            "wire_scaling",
-            "of one row, such as '1x128' or 'per_row' (rows travel with their own scales)",
-            self.wire_scaling,
-        )
+        try:
+            travels = is_of_one_row(self.wire_scaling)
+        except ValueError:
+            travels = False
+        of_one_row = "of one row, such as '1x128' or 'per_row' (rows travel with their own scales)"
+        require(travels, "wire_scaling", of_one_row, self.wire_scaling)
+        with contextlib.suppress(TypeError):
+            if self.wire_gradient_dtype is not None:
+                object.__setattr__(self, "wire_gradient_dtype", jnp.dtype(self.wire_gradient_dtype).name)
         known = (None, *get_args(QDtype))
         require(self.wire_gradient_dtype in known, "wire_gradient_dtype", f"one of {known}", self.wire_gradient_dtype)
         for name in ("dtype", "param_dtype"):

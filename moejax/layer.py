@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Self
 
@@ -71,7 +72,8 @@ class MoE(nnx.Module):
         layer.update(aux)                  # after the step: adjusts what no gradient trains
 
     Created under `jax.set_mesh(mesh)`, or with `mesh=`, its parameters carry their sharding, each chip makes its own
-    share of them, and calls are spread over the mesh; without a mesh everything stays on one chip.
+    share of them, and calls are spread over the mesh, within `jax.set_mesh` or not; without a mesh everything stays on
+    one chip.
 
     Attributes:
       config: the layer's MoEConfig.
@@ -109,7 +111,7 @@ class MoE(nnx.Module):
         Args:
           config: the layer.
           rngs: the stream "params" initialises the parameters, the stream "router" gives a noisy router its noise.
-          mesh: the default is the mesh of `jax.set_mesh`, if any.
+          mesh: the default is the mesh of `jax.set_mesh`, if any: that in force at a call, else that in force here.
           partition: which axes of the mesh split what; default is what flax's logical axis rules say, if any are in
             force, else `Partition()`.
           kernel_init: initialises each matrix [in, out] of each expert, gate and up separately.
@@ -126,6 +128,7 @@ class MoE(nnx.Module):
         self.partition = partition
         self.deterministic = deterministic
         here = mesh_here(mesh)
+        self._made_on = here if mesh is None else None
         if params is not None:
             check_params(params, config)
         num_slots = None if params is None else params.num_slots
@@ -189,7 +192,7 @@ class MoE(nnx.Module):
     def _with(self, params: MoEParams) -> Self:
         settings = {"mesh": self.mesh, "partition": self.partition, "deterministic": self.deterministic}
         layer = type(self).from_params(params, self.config, **settings)
-        layer.noise = self.noise
+        layer.noise, layer._made_on = self.noise, self._made_on
         return layer
 
     def __call__(
@@ -230,9 +233,22 @@ class MoE(nnx.Module):
             token_ids=token_ids,
             topk_ids=topk_ids,
             key=self.noise() if is_noisy and self.noise is not None else None,
-            mesh=self.mesh,
+            mesh=self._mesh_at_call(),
             partition=self.partition,
         )
+
+    def _mesh_at_call(self) -> Mesh | None:
+        """The mesh that was given; else None for the one in force, or where there is none, that of the constructor."""
+        if self.mesh is not None or self._made_on is None or not jax.sharding.get_abstract_mesh().empty:
+            return self.mesh
+        if isinstance(self._made_on, Mesh):
+            return self._made_on
+        warnings.warn(
+            f"a layer that was made under jit over the mesh {dict(self._made_on.shape)} is called without a mesh, so "
+            "its tokens are not spread over chips: call it within jax.set_mesh, or make it with mesh=",
+            stacklevel=3,
+        )
+        return None
 
     def update(self, aux: MoEAux) -> None:
         """Adjusts what no gradient trains, by the aux of a step. Call it after each step, outside of the gradient.

@@ -17,6 +17,8 @@ from bench.measure.clock import kernel_times, wall_seconds, wall_times
 from bench.measure.errors import norm_error
 from moejax import LoadStats, MoEConfig, MoEParams, balance, dense_moe, moe, param_specs, place
 from moejax.functional import axes_on
+from moejax.stages import way_of
+from sharding.exchange import transport_name
 from sharding.mesh import EXPERT_AXIS
 from sharding.replicas import Replicas
 
@@ -58,6 +60,7 @@ class DecodeRun:
       stages: times of each stage run by itself.
       load: how the text fell on the experts.
       busiest_rows: rows of the chip that got the most.
+      transport: what carried the rows; None on one chip.
       communication: what of it a layer shows; None unless there are several NVIDIA GPUs that tell their kernels' times.
       replicated: what spare slots change, where there are some.
     """
@@ -68,6 +71,7 @@ class DecodeRun:
     stages: StageTimes
     load: LoadStats
     busiest_rows: int
+    transport: str | None = None
     communication: Communication | None = None
     replicated: Replicated | None = None
 
@@ -101,7 +105,8 @@ def run_decode(
     if stages.by_kernels and ep > 1:
         say("timing layers on end, and their kernels")
         communication = _communication(x, params, config, mesh)
-    run = DecodeRun(error, num_checked, wall, stages, aux.load, busiest, communication)
+    transport = transport_name(way_of(config, axes_on(mesh, None, config))) if ep > 1 else None
+    run = DecodeRun(error, num_checked, wall, stages, aux.load, busiest, transport, communication)
     if not spare_slots:
         return run
     say(f"planning {spare_slots} spare slots for this load, moving weights, and running the layer again")

@@ -102,6 +102,7 @@ def measured_record(result: DecodeRun, fitted: Fit, devices: Devices) -> dict[st
         "intermediate_size": fitted.config.intermediate_size,
         "width_reduction": fitted.reduction,
         "transport": fitted.config.transport,
+        "carried_by": result.transport,
         "wall_us": result.wall_seconds * 1e6,
         **stages_record(result.stages),
         "communication": result.communication and result.communication.record(),

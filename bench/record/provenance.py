@@ -3,6 +3,7 @@
 import datetime
 import importlib.metadata
 import os
+import pathlib
 import platform
 import shlex
 import subprocess
@@ -59,11 +60,12 @@ def chip_name(device: jax.Device | None = None) -> str:
 
 
 def current_commit() -> str:
-    """The commit that is checked out, "+dirty" after it when files differ from it; "unknown" where git is silent."""
-    commit = _output("git", "rev-parse", "--short", "HEAD")
-    if not commit:
+    """The commit of this code, "+dirty" after it when files differ from it; "unknown" where it is in no checkout."""
+    here = pathlib.Path(__file__)
+    git = "git", "-C", str(here.parent)
+    if not _output(*git, "ls-files", here.name):  # git is silent, or tells of a project that has this one installed
         return "unknown"
-    return commit + ("+dirty" if _output("git", "status", "--porcelain") else "")
+    return _output(*git, "rev-parse", "--short", "HEAD") + ("+dirty" if _output(*git, "status", "--porcelain") else "")
 
 
 def _output(*command: str) -> str:

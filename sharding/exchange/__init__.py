@@ -22,7 +22,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.quantize import Rows
 from sharding.exchange.between_chips import LATER_ROUNDS
-from sharding.exchange.pick import check_transport, pick_transport
+from sharding.exchange.pick import check_transport, pick_transport, transport_name
 from sharding.exchange.transport import DISPATCHED_NAME, PLAN_NAME, RETURNED_NAME, Experts, Transport
 from sharding.exchange.way import Way
 from sharding.exchange.wire import Wire
@@ -73,4 +73,5 @@ __all__ = [
     "check_transport",
     "exchange",
     "pick_transport",
+    "transport_name",
 ]

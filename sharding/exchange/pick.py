@@ -59,12 +59,17 @@ def pick_transport(way: Way) -> Transport:
     if way.axes.ep == 1:
         return one_chip
     check_transport(way.transport)
-    transport = TRANSPORTS[_automatic(way.axes) if way.transport == AUTO else way.transport]
+    transport = TRANSPORTS[transport_name(way)]
     if way.transport == "remote" and (reason := _why_not_remote(way.axes)):
         raise ValueError(f"transport 'remote' {reason}; use transport='auto', 'dense' or 'ragged'")
     if isinstance(transport, Hierarchical) and len(way.axes.expert) > 1 and way.axes.size(way.axes.expert[:1]) == 1:
         return transport.inner
     return transport
+
+
+def transport_name(way: Way) -> str:
+    """`way.transport`, or what "auto" stands for here; between chips, that is, where experts are split."""
+    return _automatic(way.axes) if way.transport == AUTO else way.transport
 
 
 def _automatic(axes: Axes) -> str:

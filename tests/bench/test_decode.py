@@ -73,7 +73,7 @@ def test_two_processes_check_model_and_write_a_step(tmp_path):
     assert measured["dropped"] == 0
     assert sum(measured["tokens_per_expert"]) == 48 * 2
     assert measured["width_reduction"] == 16
-    assert measured["transport"] == "auto"
+    assert (measured["transport"], measured["carried_by"]) == ("auto", "dense")
     assert measured["stages_us"].keys() == {"gate", "dispatch", "routed_gate_up", "routed_down", "combine"}
     assert min(measured["stages_us"].values()) > 0
     assert evaluation["config"]["hidden_size"] == 4096  # the model's own; only the run was reduced

@@ -59,7 +59,7 @@ REFUSED = [
         "shared_activation_limit must be None where shared_activation is not given, got 7.0",
     ),
     ({"scale_inputs": True}, "top_k must be 1 with scale_inputs=True, got 2"),
-    ({"wire_scaling": "rows"}, "unknown scaling 'rows'"),
+    ({"wire_scaling": "rows"}, "wire_scaling must be of one row, such as '1x128' or 'per_row'"),
     ({"wire_scaling": "per_tensor"}, "wire_scaling must be of one row, such as '1x128' or 'per_row'"),
     ({"wire_scaling": "128x128"}, "wire_scaling must be of one row, such as '1x128' or 'per_row'"),
     ({"wire_gradient_dtype": "e5m2"}, "wire_gradient_dtype must be one of (None, 'float8_e4m3fn', 'float8_e5m2'"),

@@ -29,6 +29,7 @@ from moejax import (
 )
 from moejax.functional import axes_on
 from moejax.params import param_shapes
+from pallas_kernels.quantize import Quantization
 from tests.helpers import LIMIT, normal, raises_saying, relative_error, same_bits
 
 CONFIG = MoEConfig(
@@ -167,6 +168,24 @@ def test_parameters_lie_over_every_axis_that_splits_them(layer):
     check_parameters(module, layer, mesh)
     assert {shard.data.shape for shard in module.gate_up[...].addressable_shards} == {(4, 16, 2, 8)}
     assert {shard.data.shape for shard in module.router["kernel"][...].addressable_shards} == {(16, 8)}
+
+
+def test_calls_outside_of_the_mesh_are_spread_over_the_one_that_the_layer_was_made_on(x):
+    by_rows = Quantization(lhs_scaling="per_row", rhs_scaling="per_channel")
+    with jax.set_mesh(mesh_of(AxisType.Auto)):
+        layer = new_layer(dataclasses.replace(CONFIG, quantization=by_rows))
+
+    def collectives(layer):
+        return nnx.jit(lambda layer, x: layer(x)[0]).lower(layer, x).compile().as_text().count("all-to-all(")
+
+    assert collectives(layer) > 0
+    assert collectives(layer.quantized()) > 0
+    y, _ = layer(x)
+    with jax.set_mesh(mesh_of(AxisType.Auto)):
+        inside, _ = layer(x)
+    assert same_bits(y, inside)
+    with pytest.warns(UserWarning, match="made under jit over the mesh .* is called without a mesh"):
+        in_mesh("set_mesh, jit", mesh_of(AxisType.Auto))(x)
 
 
 @pytest.fixture(scope="module")

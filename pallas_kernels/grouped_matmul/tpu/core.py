@@ -54,22 +54,24 @@ class Core:
 
     def copy_rows(self, tile: Tile, buffer: Any, act: Literal["start", "wait"]) -> None:
         """Rows of lhs and their scales."""
-        source = pl.ds(tile.strip, tile.strips)
-        for operand, ring in (
-            (self.operands.lhs, self.scratch.lhs),
-            (self.operands.lhs_scale, self.scratch.lhs_scale),
-        ):
-            if operand is not None:
-                copy = pltpu.make_async_copy(
-                    operand.at[source], ring.at[buffer, pl.ds(0, tile.strips)], self.scratch.lhs_copied.at[buffer]
-                )
-                getattr(copy, act)()
+        source, target, sems = pl.ds(tile.strip, tile.strips), pl.ds(0, tile.strips), self.scratch.lhs_copied.at[buffer]
+        lhs, ring = self.operands.lhs, self.scratch.lhs.at[buffer]
+        triples = [
+            (lhs.at[source, :, part], ring.at[target, :, part], sems.at[number])
+            for number, part in enumerate(_parts(self.layout.depth, self.config.copies))
+        ]
+        if self.operands.lhs_scale is not None:
+            scale = self.operands.lhs_scale.at[source], self.scratch.lhs_scale.at[buffer, target]
+            triples.append((*scale, sems.at[0]))
+        for triple in triples:
+            getattr(pltpu.make_async_copy(*triple), act)()
 
     def copy_weights(
         self, group: jax.Array, column_tile: jax.Array, buffer: Any, act: Literal["start", "wait"]
     ) -> None:
         """A tile of rhs, with its scales and bias."""
-        copies, parts = self.config.weight_copies, self.depths()
+        copies = self.config.copies
+        parts = _parts(self.layout.depth, max(1, copies // self.arithmetic.halves))
 
         def copy(width: int) -> None:
             for half in range(self.arithmetic.halves):
@@ -93,21 +95,17 @@ class Core:
 
         self.for_width(column_tile, copy)
 
-    def depths(self) -> list[Any]:
-        """The parts of K in which a matrix of weights is copied: whole lanes, or all of K."""
-        depth, parts = self.layout.depth, max(1, self.config.weight_copies // self.arithmetic.halves)
-        if depth % _LANES:
-            return [pl.ds(0, depth)]
-        part = pl.cdiv(depth // _LANES, parts) * _LANES
-        return [pl.ds(first, min(part, depth - first)) for first in range(0, depth, part)]
-
-    def copy_out(self, source: Any, strip: Any, strips: Any, column_tile: jax.Array, sem: Any, act: str) -> None:
+    def copy_out(self, source: Any, strip: Any, strips: Any, column_tile: jax.Array, sems: Any, act: str) -> None:
         """Strips [strips, s, block_n] of the result, or of zeros."""
 
         def copy(width: int) -> None:
-            target = self.out.at[pl.ds(strip, strips), :, self.columns(column_tile, width)]
-            narrow = source.at[pl.ds(0, strips), :, pl.ds(0, width)]
-            getattr(pltpu.make_async_copy(narrow, target, sem), act)()
+            first = self.columns(column_tile, width).start
+            for number, part in enumerate(_parts(width, self.config.copies)):
+                start = first + part.start
+                start = start if isinstance(start, int) else pl.multiple_of(start, _LANES)
+                target = self.out.at[pl.ds(strip, strips), :, pl.ds(start, part.size)]
+                narrow = source.at[pl.ds(0, strips), :, part]
+                getattr(pltpu.make_async_copy(narrow, target, sems.at[number]), act)()
 
         self.for_width(column_tile, copy)
 
@@ -179,6 +177,14 @@ class Core:
         @pl.when(tile.whole_strips < tile.strips)
         def _():
             self.scratch.shared[column_tile] = self.scratch.out[buffer, tile.whole_strips]
+
+
+def _parts(size: int, count: int) -> list[Any]:
+    """At most `count` parts of a minor dimension, which are copied by themselves: whole lanes, or all of it."""
+    if size % _LANES:
+        return [pl.ds(0, size)]
+    part = pl.cdiv(size // _LANES, count) * _LANES
+    return [pl.ds(first, min(part, size - first)) for first in range(0, size, part)]
 
 
 def _for_parts(size: int, part: int, function: Any) -> None:

@@ -20,8 +20,8 @@ class Config:
       weight_buffers: weight tiles in VMEM, of which all but one are on their way.
       chunk_m: rows that are multiplied at a time, a multiple of the strip.
       chunk_n: columns that are multiplied at a time.
-      weight_copies: copies that bring a weight tile, each with a semaphore of its own; one semaphore for all if 1. Gate
-        and up have half of them each.
+      copies: in which a tile of weights, rows or the result is copied, each with a semaphore of its own. Gate and up
+        have half of them each, or share the only one.
     """
 
     block_m: int
@@ -29,7 +29,7 @@ class Config:
     weight_buffers: int
     chunk_m: int
     chunk_n: int
-    weight_copies: int = 1
+    copies: int = 1
 
 
 def chunk_lengths(chunk: int, blocks: int) -> list[int]:
@@ -140,9 +140,9 @@ class Scratch(NamedTuple):
                 out=pltpu.VMEM((2, tile, s, n), out_dtype),
                 shared=pltpu.VMEM((layout.column_tiles, s, n), out_dtype),
                 zeros=pltpu.VMEM((tile, s, n), out_dtype),
-                lhs_copied=dma((2,)),
-                rhs_copied=dma((buffers, config.weight_copies)),
-                out_copied=dma((2,)),
-                zeros_copied=dma,
+                lhs_copied=dma((2, config.copies)),
+                rhs_copied=dma((buffers, config.copies)),
+                out_copied=dma((2, config.copies)),
+                zeros_copied=dma((config.copies,)),
             )
         )

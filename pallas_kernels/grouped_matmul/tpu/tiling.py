@@ -95,10 +95,10 @@ def pick(chip: Chip, problem: Problem) -> Config:
             f"{chip.fast_memory_bytes // MIB} MiB of a core of {chip.name}; pad N to a multiple of {LANES}, or split K"
         )
     best = min(options, key=lambda config: modelled_seconds(chip, problem, config))
-    return dataclasses.replace(best, weight_copies=weight_copies(chip, problem, best))
+    return dataclasses.replace(best, copies=copies_of_tile(chip, problem, best))
 
 
-def weight_copies(chip: Chip, problem: Problem, config: Config) -> int:
+def copies_of_tile(chip: Chip, problem: Problem, config: Config) -> int:
     """Copies of a weight tile that, with those of the other tiles on their way, fill the memory."""
     at_once = _COPIES_AT_ONCE.get(chip.name, 1)
     return 1 if at_once == 1 else problem.halves * _cdiv(at_once, problem.halves * (config.weight_buffers - 1))

@@ -1,4 +1,5 @@
 import os
+import subprocess
 
 import jax
 
@@ -6,13 +7,20 @@ from bench.record import provenance
 
 
 def test_commit_says_when_the_tree_is_changed(monkeypatch):
-    answers = {"rev-parse": "abc1234", "status": " M bench/gpu.py"}
-    monkeypatch.setattr(provenance, "_output", lambda *command: answers[command[1]])
+    answers = {"ls-files": "provenance.py", "rev-parse": "abc1234", "status": " M bench/gpu.py"}
+    monkeypatch.setattr(provenance, "_output", lambda *command: answers[command[3]])
     assert provenance.current_commit() == "abc1234+dirty"
     answers["status"] = ""
     assert provenance.current_commit() == "abc1234"
-    answers["rev-parse"] = ""
+    answers["ls-files"] = ""  # in no checkout, or in that of another project
     assert provenance.current_commit() == "unknown"
+
+
+def test_the_commit_is_that_of_the_code_wherever_it_is_called(monkeypatch, tmp_path):
+    here = provenance.current_commit()
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    monkeypatch.chdir(tmp_path)
+    assert provenance.current_commit() == here
 
 
 def test_the_head_of_a_record(monkeypatch):

@@ -66,7 +66,7 @@ def test_weights_that_come_in_several_copies(rng, depth, fused, k_major, mode):
     """Parts of unlike lengths, and fewer than copies; scales and bias come beside them."""
     lhs, rhs, bias = operands(rng, (64, depth, 512, 4), jnp.bfloat16)
     rhs = quantized(rhs, "int8", scaling="per_channel")
-    config = Config(32, 128, 3, 16, 128, weight_copies=6 if fused else 3)
+    config = Config(32, 128, 3, 16, 128, copies=6 if fused else 3)
     function, oracle = (grouped_gate_up, dense_gate_up) if fused else (grouped_matmul, dense_matmul)
     sizes = jnp.asarray([20, 0, 33, 5], jnp.int32)
     weights = rhs.mT if k_major else rhs
@@ -81,7 +81,7 @@ def test_weights_that_come_in_several_copies(rng, depth, fused, k_major, mode):
 def test_copies_of_a_weight_tile(chip, halves, buffers, copies):
     """On v7x eight at once fill the memory, over the tiles on their way; gate has as many as up."""
     problem = tiling.Problem(384, 8, 2048, 2048, halves, 2, 2, 2, jnp.dtype("bfloat16"), 16)
-    assert tiling.weight_copies(get_chip(chip), problem, Config(64, 512, buffers, 64, 512)) == copies
+    assert tiling.copies_of_tile(get_chip(chip), problem, Config(64, 512, buffers, 64, 512)) == copies
 
 
 @pytest.mark.parametrize("chunk", [64, 128])
