@@ -240,6 +240,14 @@ class _Rounds:
         return self.summed(*self.returned(index + 1, choices, args), args)
 
 
+class _DifferentiatedRounds(_Rounds):
+    """The same with the roundings that experts make where they are differentiated, as in the first round then."""
+
+    def later_rows(self, index: jax.Array, choices: Any, args: Any) -> jax.Array:
+        """See `_Rounds`."""
+        return jax.vjp(functools.partial(super().later_rows, index, choices), args)[0]
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _sum_of_rounds(run: _Rounds, rounds: jax.Array, choices: Any, args: Any) -> jax.Array:
     """[T, H] float32: the weighted sum of all choices, in the order of k whatever round each travels in.
@@ -277,4 +285,5 @@ def _sum_of_rounds_jvp(run: _Rounds, primals: Any, tangents: Any) -> tuple[jax.A
     _, dfirst, returned = jax.jvp(first, (args,), (dargs,), has_aux=True)
     with jax.named_scope(LATER_ROUNDS):
         _, dlater = jax.jvp(later, (args,), (dargs,))
-    return _in_order(run, rounds, choices, args, *returned), dfirst + dlater
+    in_order = _DifferentiatedRounds(run.transport, run.experts, run.way, run.slab)
+    return _in_order(in_order, rounds, choices, args, *returned), dfirst + dlater
