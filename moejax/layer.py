@@ -233,11 +233,11 @@ class MoE(nnx.Module):
             token_ids=token_ids,
             topk_ids=topk_ids,
             key=self.noise() if is_noisy and self.noise is not None else None,
-            mesh=self._mesh_at_call(),
+            mesh=self.mesh_at_call(),
             partition=self.partition,
         )
 
-    def _mesh_at_call(self) -> Mesh | None:
+    def mesh_at_call(self) -> Mesh | None:
         """The mesh that was given; else None for the one in force, or where there is none, that of the constructor."""
         if self.mesh is not None or self._made_on is None or not jax.sharding.get_abstract_mesh().empty:
             return self.mesh

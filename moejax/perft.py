@@ -113,7 +113,7 @@ class Perft(nnx.Module):
 
     def _new(self, row: Param, rngs: nnx.Rngs) -> AdapterParam:
         """A parameter at its initial value, whole on every chip."""
-        mesh = mesh_here(self.base.mesh)
+        mesh = mesh_here(self.base.mesh_at_call())
         spec = PartitionSpec(*row.axes)
         value = initial(row, _KERNEL, self.config.param_dtype, rngs.params(), mesh, spec)
         return (
@@ -167,7 +167,7 @@ class Perft(nnx.Module):
         self, x: jax.Array, mask: jax.Array | None
     ) -> tuple[jax.Array, tuple[dict[str, jax.Array], LoadStats]]:
         params = {"gate": self.gate[...], "down": self.down[...], "up": self.up[...]}
-        mesh = mesh_here(self.base.mesh)
+        mesh = mesh_here(self.base.mesh_at_call())
         return per_chip(
             _BODIES[self.activation],
             x,

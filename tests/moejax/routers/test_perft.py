@@ -193,6 +193,21 @@ def test_the_mask_works_on_trees_without_nnx():
 
 
 @pytest.mark.slow
+def test_calls_outside_of_the_mesh_are_spread_as_those_of_the_base(rng):
+    x = normal(rng, 8, CONFIG.hidden_size)
+
+    def compiled():
+        program = nnx.jit(lambda layer, x: layer(x)[0])
+        return program.lower(layer, x).compile().cost_analysis()["flops"], program(layer, x)
+
+    with jax.set_mesh(make_mesh(ep=4)):
+        layer = Perft(MoE(CONFIG, rngs=nnx.Rngs(0)), **ADAPTERS, rngs=nnx.Rngs(3))
+        inside = compiled()
+    outside = compiled()
+    assert outside[0] == inside[0]
+    assert same_bits(outside[1], inside[1])
+
+
 def test_over_a_mesh_equals_one_chip(rng):
     """Ten tokens on four chips; six adapters, which two chips need not divide."""
     x, target = normal(rng, 2, 5, 16), normal(rng, 2, 5, 16)
