@@ -15,9 +15,8 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.grouped_matmul.tpu.math import Arithmetic, activate, product
 from pallas_kernels.grouped_matmul.tpu.memory import Config, Inputs, Layout, Scratch, chunk_lengths
 from pallas_kernels.grouped_matmul.tpu.rows import Tile
+from pallas_kernels.grouped_matmul.tpu.tiling import LANES
 from pallas_kernels.stage import Stage
-
-_LANES = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +101,7 @@ class Core:
             first = self.columns(column_tile, width).start
             for number, part in enumerate(_parts(width, self.config.copies)):
                 start = first + part.start
-                start = start if isinstance(start, int) else pl.multiple_of(start, _LANES)
+                start = start if isinstance(start, int) else pl.multiple_of(start, LANES)
                 target = self.out.at[pl.ds(strip, strips), :, pl.ds(start, part.size)]
                 narrow = source.at[pl.ds(0, strips), :, part]
                 getattr(pltpu.make_async_copy(narrow, target, sems.at[number]), act)()
@@ -181,9 +180,9 @@ class Core:
 
 def _parts(size: int, count: int) -> list[Any]:
     """At most `count` parts of a minor dimension, which are copied by themselves: whole lanes, or all of it."""
-    if size % _LANES:
+    if size % LANES:
         return [pl.ds(0, size)]
-    part = pl.cdiv(size // _LANES, count) * _LANES
+    part = pl.cdiv(size // LANES, count) * LANES
     return [pl.ds(first, min(part, size - first)) for first in range(0, size, part)]
 
 
