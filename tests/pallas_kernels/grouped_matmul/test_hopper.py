@@ -17,7 +17,7 @@ from pallas_kernels.grouped_matmul import grouped_gate_up, grouped_gate_up_in_8_
 from pallas_kernels.grouped_matmul.gpu.hopper import drhs, tiling
 from pallas_kernels.grouped_matmul.gpu.hopper import kernel as hopper
 from pallas_kernels.grouped_matmul.gpu.hopper.problem import Config, Problem
-from pallas_kernels.grouped_matmul.gpu.hopper.smem import single_view
+from pallas_kernels.on_gpu.smem import single_view
 from pallas_kernels.quantize import dequantize
 from tests.helpers import LIMIT, normal, relative_error
 from tests.pallas_kernels.grouped_matmul.grouped import dense_drhs, dense_gate_up, dense_matmul, operands, quantized

@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.grouped_matmul.gpu.hopper.problem import SCALE_BLOCK, WGMMA_ROWS, Config, Epilogue, Inputs
-from pallas_kernels.grouped_matmul.gpu.hopper.smem import SWIZZLE, Views, swizzled
+from pallas_kernels.on_gpu.smem import SWIZZLE, Views, swizzled
 from pallas_kernels.grouped_matmul.gpu.tiles import Tile, Walk
 from pallas_kernels.stage import Stage
 

@@ -4,7 +4,7 @@ import jax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.grouped_matmul.gpu.hopper.smem import Views
+from pallas_kernels.on_gpu.smem import Views
 
 _STORES_AT_ONCE = 8  # whose loads wait for one another no more
 
