@@ -181,6 +181,7 @@ def test_no_rows(backend):
     assert (rounded.shape, rounded.scale.shape) == ((0, 256), (0, 2))
 
 
+@pytest.mark.quick("pallas_tpu")
 def test_same_inputs_same_bits(backend, rng):
     x, residual, weight, dy, dsum = problem(rng, dtype="bfloat16")
 
