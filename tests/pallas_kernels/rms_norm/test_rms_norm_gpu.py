@@ -84,7 +84,7 @@ def test_pullback_interpreted(rng, columns, dtype, has_sum):
     ],
     ids=str,
 )
-@pytest.mark.quick("(16384, 7168)-bfloat16", "(5, 128)-float32")
+@pytest.mark.quick("(64, 2048)-float16", "(5, 128)-float32")
 def test_lowers_for_cuda(shape, dtype):
     x, weight = jax.ShapeDtypeStruct(shape, dtype), jax.ShapeDtypeStruct(shape[1:], "float32")
     lower_for_cuda(functools.partial(rms_norm, **options(dtype, with_sum=True)), x, weight, x)
