@@ -91,3 +91,30 @@ def combine_cost(num_tokens: int, num_rows: int, hidden: int, *, dtype: jax.typi
         flops=2 * num_rows * hidden,
         hbm_bytes=num_rows * (hidden * _size(dtype) + 8) + num_tokens * hidden * _size(dtype),
     )
+
+
+def rms_norm_cost(
+    num_rows: int,
+    hidden: int,
+    *,
+    dtype: jax.typing.DTypeLike = jnp.bfloat16,
+    out_dtype: jax.typing.DTypeLike = jnp.bfloat16,
+    has_residual: bool = False,
+    scales: int = 0,
+) -> Cost:
+    """Each row read and written once, with its `scales`; a residual read too, and the sum written. Weights: float32."""
+    rows = num_rows * hidden * ((3 if has_residual else 1) * _size(dtype) + _size(out_dtype))
+    return Cost(flops=4 * num_rows * hidden, hbm_bytes=rows + 4 * (num_rows * scales + hidden))
+
+
+def rms_norm_pullback_cost(
+    num_rows: int,
+    hidden: int,
+    *,
+    dtype: jax.typing.DTypeLike = jnp.bfloat16,
+    out_dtype: jax.typing.DTypeLike = jnp.bfloat16,
+    has_residual: bool = False,
+) -> Cost:
+    """Rows and their cotangents read, with a residual those of the sum too; gradients of rows and weight written."""
+    rows = num_rows * hidden * ((3 if has_residual else 2) * _size(dtype) + _size(out_dtype))
+    return Cost(flops=10 * num_rows * hidden, hbm_bytes=rows + 8 * hidden)

@@ -85,7 +85,8 @@ class Operator:
         tangents follow from that.
       jvp: (backend, operands, tangents) -> (result, its tangent), where `linear_in` is not given. Tangents have the
         structure of the operands, or are `ad.Zero`.
-      transpose: (backend, cotangent, operands) -> the cotangents of those operands that are asked for, by name.
+      transpose: (backend, cotangent, operands) -> the cotangents of those operands that are asked for, by name. Of
+        several results it gets a tuple of cotangents, some of which may be `ad.Zero`.
       hidden: names of operands that only the rules see.
     """
 
@@ -176,12 +177,11 @@ class Operator:
 
     def _transpose(self, rule, cotangents, *arrays, call: Call, jaxpr: Any):
         del jaxpr
-        (cotangent,) = cotangents
         operands = call.operands(arrays)
-        if isinstance(cotangent, ad.Zero):
+        if all(isinstance(cotangent, ad.Zero) for cotangent in cotangents):
             return [ad.Zero(x.aval) if ad.is_undefined_primal(x) else None for x in arrays]
         with call.overrides.again():
-            found = rule(call.backend, cotangent, operands)
+            found = rule(call.backend, cotangents[0] if len(cotangents) == 1 else tuple(cotangents), operands)
         places = call.operands(range(len(arrays)))
         result = [None] * len(arrays)
         for name, value in found.items():

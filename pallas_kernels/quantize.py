@@ -214,6 +214,11 @@ def _quantize(x: jax.Array, name: str, scales: tuple[int, ...]) -> tuple[jax.Arr
     return _round(scaled, name).astype(name).reshape(x.shape), scale.reshape(scales)
 
 
+def largest(dtype: jax.typing.DTypeLike) -> float:
+    """The largest magnitude that an 8-bit dtype holds, and that values are clipped to."""
+    return _LARGEST[check_qdtype(dtype)]
+
+
 def finite_scale(amax: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
     """The scale of a block whose largest magnitude `amax` is finite, float32; also for use inside kernels."""
     largest = _LARGEST[check_qdtype(dtype)]

@@ -69,7 +69,15 @@ def test_imports_go_down(path):
 def test_every_layer_and_operator_is_looked_at():
     assert {path.parts[0] for path in MODULES} == set(LAYERS)
     assert "dense" in TRANSPORTS
-    assert set(OPERATORS) == {"all_to_all", "combine", "dispatch", "float32_matmul", "grouped_matmul", "top_k"}
+    assert set(OPERATORS) == {
+        "all_to_all",
+        "combine",
+        "dispatch",
+        "float32_matmul",
+        "grouped_matmul",
+        "rms_norm",
+        "top_k",
+    }
 
 
 @pytest.mark.parametrize(

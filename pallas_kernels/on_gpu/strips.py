@@ -3,6 +3,9 @@
 A row is cut into strips of `Strips.width` vectors; thread i of the warpgroup holds the vectors i, i + 128, … of a
 strip, 8 or 16 bytes each where the length of a row allows it. Equal strips need not divide a row: the last one begins
 early enough to end with the row, and what two strips share is computed twice, with the same result.
+
+`Blocks` are strips of another kind: of blocks of 128 elements, each held by neighbouring threads of one warp, for what
+is computed of a block.
 """
 
 import dataclasses
@@ -21,6 +24,11 @@ WARPGROUP = 128
 """Threads of a warpgroup."""
 
 _VECTOR_BYTES = 16
+_BLOCK, _BLOCKS = 128, 8
+"""Elements of a block, and blocks of a strip, of which each warp has two."""
+
+_BLOCK_VECTOR = 8
+"""Elements of a vector of a block: those of 16 lanes are one block."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +78,18 @@ class Strips:
         """A strip of a row, in registers."""
         return plgpu.load(ref.at[row, self._window(strip)], layout=self._layout())
 
+    def once(self, strip: int, value: jax.Array) -> jax.Array:
+        """A strip with zeros for those elements that are in the strip before it too."""
+        shared = (strip + 1) * self.width - self.vectors
+        if shared <= 0:
+            return value
+        vector = plgpu.broadcasted_iota(jnp.int32, self.shape, 0, layout=self._layout())
+        return jnp.where(vector >= shared, value, 0.0)
+
+    def sum(self, value: jax.Array) -> jax.Array:
+        """The sum of a strip, which all threads get."""
+        return jnp.sum(value)
+
     def store(self, ref, row, strip, value: jax.Array) -> None:
         """Writes a strip of a row."""
         ref[row, self._window(strip)] = value
@@ -79,6 +99,49 @@ class Strips:
 
     def _window(self, strip):
         return pl.ds(jnp.minimum(strip * self.width, self.vectors - self.width), self.width)
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks(Strips):
+    """Strips of `BLOCKS` blocks of 128 elements, which are what `vectors` and `vector` stand for."""
+
+    def load(self, ref, row, strip) -> jax.Array:
+        """A strip of a row, in registers."""
+        return plgpu.load(ref.at[row, self._window(strip)], layout=self._layout(), optimized=False)
+
+    def sum(self, value: jax.Array) -> jax.Array:
+        """The sum of a strip, which all threads get."""
+        return jnp.sum(jnp.sum(value, axis=1))
+
+    def of_blocks(self, value: jax.Array) -> jax.Array:
+        """A number of each block, as a strip."""
+        return plgpu.layout_cast(lax.broadcast_in_dim(value, self.shape, (0,)), self._layout())
+
+    def store(self, ref, row, strip, value: jax.Array) -> None:
+        """Writes a strip of a row, or a number of each of its blocks."""
+        to = ref.at[row, self._window(strip)]
+        if hasattr(plgpu, "store"):  # jax 0.11 stores whatever it is given, and has no function of its own for it
+            plgpu.store(to, value, optimized=False)
+        else:
+            to[...] = value
+
+    def _layout(self):
+        tiling = plgpu.Tiling(((_BLOCKS, _BLOCK), (_BLOCKS // 4, _BLOCK), (_BLOCK_VECTOR,)))
+        return plgpu.Layout.TILED(tiling, warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
+
+
+def cut_in_blocks(operator: str, columns: int) -> Blocks:
+    """Cuts rows of `columns` elements into blocks of 128.
+
+    Raises:
+      Unsupported: they are not whole blocks, or fewer than a strip has.
+    """
+    if columns % _BLOCK or columns < _BLOCKS * _BLOCK:
+        least = _BLOCKS * _BLOCK
+        raise Unsupported(
+            f"{operator}: blocks of {_BLOCK} need rows of a multiple of it, from {least} on, got {columns}"
+        )
+    return Blocks(columns // _BLOCK, _BLOCK, _BLOCKS)
 
 
 def cut(operator: str, columns: int, dtype: jax.typing.DTypeLike, most_vectors: int) -> Strips:
@@ -125,8 +188,16 @@ def for_each(first, step: int, count: int, fetch: Callable[[Any], Any], body: Ca
     lax.fori_loop(0, rounds, one_round, (first, fetch(first)))
 
 
-def launch(body: Callable[..., None], out: jax.ShapeDtypeStruct, *inputs: jax.Array, name: str, blocks: int):
-    """Runs `body(*inputs, out)` in `blocks` blocks of one warpgroup, which share no memory that they write."""
+def launch(body: Callable[..., None], out: Any, *inputs: jax.Array, name: str, blocks: int):
+    """Runs `body(*inputs, out)` in `blocks` blocks of one warpgroup, which share no memory that they write.
+
+    Args:
+      body: gets references.
+      out: the shape of the result, or a list of several, each of which `body` gets.
+      *inputs: arrays.
+      name: of the kernel.
+      blocks: how many.
+    """
     return plgpu.kernel(
         body,
         out_type=out,

@@ -19,6 +19,7 @@ from pallas_kernels.dispatch import dispatch
 from pallas_kernels.grouped_matmul import grouped_gate_up, grouped_matmul
 from pallas_kernels.plan import Plan
 from pallas_kernels.quantize import QTensor, dequantize
+from pallas_kernels.rms_norm import rms_norm, rms_norm_in_8_bits
 from pallas_kernels.tracing.target import targeting
 from tests.helpers import gradients
 
@@ -67,7 +68,29 @@ def cases(array, chip, mesh) -> dict:
             groups,
             plan,
         ),
+        **norms(array),
         **products(array, groups, rows, dense),
+    }
+
+
+def norms(array) -> dict[str, tuple[Callable[..., Any], Any, Any]]:
+    """Norms that the chips treat differently."""
+
+    def in_8_bits(dtype, scaling):
+        return lambda x, weight: rms_norm_in_8_bits(
+            x, weight, residual=x, dtype=dtype, scaling=scaling, backend="pallas_tpu"
+        )
+
+    def with_gradients(x, weight):
+        return gradients(lambda *args: sum(rms_norm(*args, residual=x, backend="pallas_tpu")), x, weight)
+
+    x, weight = array((300, 7168), "bfloat16"), array((7168,), "float32")
+    return {
+        "rms_norm gradients": (with_gradients, x, weight),
+        "rms_norm 2880": (with_gradients, array((300, 2880), "float32"), array((2880,), "bfloat16")),
+        "rms_norm e4m3 blocks": (in_8_bits("float8_e4m3fn", "1x128"), x, weight),
+        "rms_norm e5m2": (in_8_bits("float8_e5m2", "per_row"), x, weight),
+        "rms_norm int8": (in_8_bits("int8", "per_row"), array((300, 2880), "bfloat16"), array((2880,), "float32")),
     }
 
 

@@ -26,6 +26,7 @@ from pallas_kernels.combine import combine
 from pallas_kernels.grouped_matmul import grouped_gate_up, grouped_matmul
 from pallas_kernels.plan import Plan, make_plan, unsorted_plan
 from pallas_kernels.quantize import dequantize, quantize
+from pallas_kernels.rms_norm import rms_norm, rms_norm_in_8_bits
 from pallas_kernels.tracing.target import targeting
 from tests.helpers import gradients
 
@@ -138,6 +139,35 @@ CASES: dict[str, Callable[[], Case]] = {
         array("bfloat16", 2048, 1024),
         array("float32", 512, 4),
         Plan(array("int32", 2048), array("int32", 512, 4), array("int32", 8), array("int32", 8), array("int32")),
+    ),
+    "rms_norm gradients": lambda: (
+        lambda x, weight, residual: gradients(
+            lambda *args: sum(rms_norm(*args[:2], residual=args[2], backend="pallas_gpu")), x, weight, residual
+        ),
+        array("bfloat16", 4096, 7168),
+        array("float32", 7168),
+        array("bfloat16", 4096, 7168),
+    ),
+    "rms_norm 8192": lambda: (
+        lambda x, weight: gradients(lambda *args: rms_norm(*args, backend="pallas_gpu"), x, weight),
+        array("float32", 4096, 8192),
+        array("float32", 8192),
+    ),
+    "rms_norm long": lambda: (
+        lambda x, weight: rms_norm_in_8_bits(x, weight, scaling="per_row", backend="pallas_gpu").in_8_bits,
+        array("bfloat16", 4096, 16384),
+        array("float32", 16384),
+    ),
+    "rms_norm 2880": lambda: (
+        lambda x, weight: rms_norm_in_8_bits(x, weight, scaling="per_row", dtype="int8", backend="pallas_gpu"),
+        array("float16", 4096, 2880),
+        array("float32", 2880),
+    ),
+    "rms_norm in blocks": lambda: (
+        lambda x, weight, residual: rms_norm_in_8_bits(x, weight, residual=residual, backend="pallas_gpu"),
+        array("bfloat16", 4096, 7168),
+        array("float32", 7168),
+        array("bfloat16", 4096, 7168),
     ),
     "experts in fp8": lambda: (
         lambda *args: fused_experts(*args, quantization=Quantization()),

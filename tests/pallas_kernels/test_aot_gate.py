@@ -11,8 +11,13 @@ KERNELS = {
         "in shard_map": ["combine", "combine_dweights", "dispatch", "grouped_matmul", "grouped_matmul_drhs"],
         "gate/up fp8 blocks K-major": ["grouped_gate_up"],
         "all_to_all": ["all_to_all"],
+        "rms_norm gradients": ["rms_norm", "rms_norm_pullback"],
     },
     "others": {
+        "rms_norm 2880": ["rms_norm", "rms_norm_pullback"],
+        "rms_norm e4m3 blocks": ["rms_norm"],
+        "rms_norm e5m2": ["rms_norm"],
+        "rms_norm int8": ["rms_norm"],
         "dispatch": ["dispatch"],
         "dispatch float16": ["dispatch"],
         "dispatch 2880": ["dispatch"],

@@ -37,6 +37,12 @@ from pallas_kernels.cost import Cost
             cost.combine_cost(5, 10, 8, dtype=jnp.float32),
             Cost(flops=160, hbm_bytes=10 * 8 * 4 + 10 * 4 + 10 * 4 + 5 * 8 * 4),
         ),
+        (cost.rms_norm_cost(10, 8), Cost(flops=320, hbm_bytes=10 * 8 * 2 + 10 * 8 * 2 + 8 * 4)),
+        (
+            cost.rms_norm_cost(10, 8, out_dtype="int8", has_residual=True, scales=1),
+            Cost(flops=320, hbm_bytes=3 * 10 * 8 * 2 + 10 * 8 + 10 * 4 + 8 * 4),
+        ),
+        (cost.rms_norm_pullback_cost(10, 8), Cost(flops=800, hbm_bytes=3 * 10 * 8 * 2 + 8 * 4 + 8 * 4)),
     ],
 )
 def test_hand_computed(actual, expected):

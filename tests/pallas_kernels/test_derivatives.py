@@ -16,6 +16,7 @@ from pallas_kernels.float32_matmul import float32_matmul
 from pallas_kernels.grouped_matmul import grouped_gate_up, grouped_matmul
 from pallas_kernels.plan import make_plan
 from pallas_kernels.quantize import Quantization, dequantize, quantize
+from pallas_kernels.rms_norm import rms_norm
 from pallas_kernels.top_k import top_k
 from tests.helpers import normal, relative_error
 from tests.pallas_kernels.backends import every_backend
@@ -117,10 +118,23 @@ def float32_matmul_case(rng, backend="auto") -> Case:
     return Case(lambda *both: float32_matmul(*both, backend=backend), plain, (normal(rng, T, H), normal(rng, H, N)))
 
 
+def rms_norm_case(rng, backend="auto", columns=H) -> Case:
+    def plain(x, weight, residual):
+        x = x + residual
+        y = x * jax.lax.rsqrt((x * x).mean(1, keepdims=True) + 1e-6) * weight
+        return jnp.concatenate([y, x])
+
+    def operator(x, weight, residual):
+        return jnp.concatenate(rms_norm(x, weight, residual=residual, backend=backend))
+
+    return Case(operator, plain, (normal(rng, T, columns), normal(rng, columns), normal(rng, T, columns)))
+
+
 CASES: dict[str, Callable[..., Case]] = {
     "dispatch": dispatch_case,
     "combine": combine_case,
     "float32_matmul": float32_matmul_case,
+    "rms_norm": rms_norm_case,
     "top_k": functools.partial(top_k_case, normalize=False),
     "top_k normalised": functools.partial(top_k_case, normalize=True),
     "matmul": product_case,
@@ -182,7 +196,7 @@ def test_forward_mode_is_the_limit_of_differences(rng):
     assert relative_error(jax.jvp(case.operator, case.operands, direction)[1], (ahead - behind) / (2 * step)) < 1e-2
 
 
-@pytest.mark.quick("gate/up", "combine")
+@pytest.mark.quick("gate/up", "combine", "rms_norm")
 def test_forward_mode_for_each_operand_alone(case, rng):
     for i, direction in enumerate(directions(rng, case.operands)):
 
@@ -203,7 +217,7 @@ def test_reverse_mode(case):
     assert_alike(got, expected)
 
 
-@pytest.mark.quick("combine")
+@pytest.mark.quick("combine", "rms_norm")
 def test_hessians_times_a_vector(case, rng):
     direction = directions(rng, case.operands)
     forward, reverse = hvps(case.operator, case.operands, direction)
@@ -212,7 +226,7 @@ def test_hessians_times_a_vector(case, rng):
     assert_alike(reverse, expected, 1e-4)
 
 
-@pytest.mark.parametrize("name", ["dispatch", "combine", "matmul", "gate/up"])
+@pytest.mark.parametrize("name", ["dispatch", "combine", "matmul", "gate/up", "rms_norm"])
 @pytest.mark.slow
 def test_third_derivatives(name, rng):
     case = CASES[name](rng)
@@ -296,10 +310,11 @@ backend = every_backend("grouped_matmul")
     [
         dispatch_case,
         combine_case,
+        functools.partial(rms_norm_case, columns=128),
         functools.partial(product_case, depth=128, columns=128, has_bias=False),
         functools.partial(product_case, function=grouped_gate_up, depth=128, columns=256, has_bias=False),
     ],
-    ids=["dispatch", "combine", "matmul", "gate/up"],
+    ids=["dispatch", "combine", "rms_norm", "matmul", "gate/up"],
 )
 @pytest.mark.quick("*-combine")
 def test_kernels(backend, make, rng):

@@ -17,6 +17,7 @@ KERNELS = {
         "gradients": ["grouped_matmul", "grouped_matmul_drhs"],
         "serving in fp8": ["combine", "counting_sort", "dispatch", "grouped_gate_up", "grouped_matmul", "top_k"],
         "exchange": ["all_to_all", "counting_sort", "make_routes"],
+        "rms_norm gradients": ["rms_norm", "rms_norm_pullback"],
     },
     "most registers": {
         "decode fp8": ["grouped_matmul"],
@@ -32,6 +33,12 @@ KERNELS = {
         "gate/up with bias": ["grouped_gate_up"],
         "gate/up relu2": ["grouped_gate_up"],
         "experts in fp8": ["combine", "counting_sort", "dispatch", "grouped_gate_up", "grouped_matmul"],
+    },
+    "norms": {
+        "rms_norm 8192": ["rms_norm_pullback"],
+        "rms_norm long": ["rms_norm"],
+        "rms_norm 2880": ["rms_norm"],
+        "rms_norm in blocks": ["rms_norm"],
     },
     "a layer's training": {
         "training step": [
