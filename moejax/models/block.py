@@ -66,6 +66,11 @@ class DecoderBlock(nnx.Module):
         else:
             self.feed_forward = MoE(feed_forward, rngs=rngs, mesh=mesh, partition=partition)
 
+    @property
+    def causal(self) -> bool:
+        """Whether the output of a token never depends on later tokens, which is for the experts' router to say."""
+        return isinstance(self.feed_forward, MLP) or self.feed_forward.causal
+
     def __call__(
         self,
         x: jax.Array,
