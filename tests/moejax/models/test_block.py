@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from moejax import MoEConfig, Partition, TopKRouter, dense_moe, make_mesh
 from moejax.models import AttentionConfig, BlockConfig, DecoderBlock, KVCache, MLPConfig
@@ -93,6 +93,23 @@ def test_over_a_mesh_it_is_the_same(rng, config):
         block = new_block(config)
         spread = NamedSharding(mesh, PartitionSpec(("data", "expert")))
         result = steps(block, *jax.device_put((x, cache), spread))
+    for one, other in zip(jax.tree.leaves(result), jax.tree.leaves(expected), strict=True):
+        assert relative_error(one, other) < LIMIT["float32"]
+
+
+@pytest.mark.slow
+def test_over_a_mesh_of_explicit_axes_gradients_are_the_same(rng):
+    x = normal(rng, 4, 6, 32)
+
+    @nnx.jit
+    def gradient(block, x):
+        return nnx.grad(lambda block: (block(x)[0] ** 2).sum())(block)
+
+    expected = gradient(new_block(EXPERTS), x)
+    mesh = make_mesh(ep=2, dp=2, axis_type=AxisType.Explicit)
+    with jax.set_mesh(mesh):
+        spread = jax.device_put(x, NamedSharding(mesh, PartitionSpec(("data", "expert"))))
+        result = gradient(new_block(EXPERTS), spread)
     for one, other in zip(jax.tree.leaves(result), jax.tree.leaves(expected), strict=True):
         assert relative_error(one, other) < LIMIT["float32"]
 
