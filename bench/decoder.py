@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
         "reduced": args.quick,
         "cases": {},
     }
-    settings = {"rounds": _QUICK_ROUNDS, "at_most": 2} if args.quick else {"rounds": _ROUNDS, "at_most": MAX_COPIES}
+    settings = {"rounds": _QUICK_ROUNDS, "at_most": 1} if args.quick else {"rounds": _ROUNDS, "at_most": MAX_COPIES}
     progress = Progress(len(cases))
     for number, (name, case) in enumerate(cases.items(), 1):
         record["cases"][name] = _run(case, **settings)

@@ -32,7 +32,8 @@ def measure_case(case: Case, *, rounds: int, at_most: int) -> dict[str, Any]:
       at_most: blocks in a row.
     """
     inputs = make_inputs(case, at_most=at_most)
-    reference = ours.runner(backends(case, "xla"), inputs.first)()
+    by_xla = _runner(XLA, case, inputs.first)
+    reference = by_xla()
     outcomes: dict[str, dict[str, Any]] = {}
     samplers: dict[str, Callable[[], float]] = {}
     for name in CONTENDERS:
@@ -40,7 +41,10 @@ def measure_case(case: Case, *, rounds: int, at_most: int) -> dict[str, Any]:
             outcomes[name] = {"error": reason}
             continue
         try:
-            samplers[name], error = _prepared(name, case, inputs, reference)
+            first = by_xla if name == XLA else _runner(name, case, inputs.first)
+            error = _error(_as_jax(name, first()), reference, inputs.x)
+            check(error, _TOLERANCE)
+            samplers[name] = _sampler(name, first if len(inputs.states) == 1 else _runner(name, case, inputs), inputs)
             outcomes[name] = {"relative_error": error}
         except Exception as error:  # of memory, say; the other contenders still count
             outcomes[name] = {"error": describe(error)}
@@ -57,24 +61,21 @@ def measure_case(case: Case, *, rounds: int, at_most: int) -> dict[str, Any]:
     return {**sizes, **figures, "note": case.note, "contenders": outcomes}
 
 
-def _prepared(name: str, case: Case, inputs: Inputs, reference: tuple[Any, Any]) -> tuple[Callable[[], float], float]:
-    """What times a contender once, in µs a block, and its error.
+def _runner(name: str, case: Case, inputs: Inputs) -> Run:
+    """A contender on the blocks of `inputs`."""
+    if name in _IN_TORCH:
+        return in_torch.runner(case, inputs, compiled=name == COMPILED)
+    return ours.runner(backends(case, "xla" if name == XLA else "auto"), inputs)
 
-    Raises:
-      ValueError: its result is wrong.
-    """
-    is_torch = name in _IN_TORCH
 
-    def make(inputs: Inputs) -> Run:
-        if is_torch:
-            return in_torch.runner(case, inputs, compiled=name == COMPILED)
-        return ours.runner(backends(case, "xla" if name == XLA else "auto"), inputs)
+def _as_jax(name: str, result: tuple[Any, Any]) -> tuple[Any, Any]:
+    return from_torch(result) if name in _IN_TORCH else result
 
-    result = make(inputs.first)()
-    error = _error(from_torch(result) if is_torch else result, reference, inputs.x)
-    check(error, _TOLERANCE)
-    run, wait = make(inputs), in_torch.wait if is_torch else jax.block_until_ready
-    return lambda: wall_times(run, repeats=1, calls=len(inputs.states), wait=wait).median_us, error
+
+def _sampler(name: str, run: Run, inputs: Inputs) -> Callable[[], float]:
+    """What times a contender once, in µs a block."""
+    wait = in_torch.wait if name in _IN_TORCH else jax.block_until_ready
+    return lambda: wall_times(run, repeats=1, calls=len(inputs.states), wait=wait).median_us
 
 
 def _error(result: tuple[Any, Any], reference: tuple[Any, Any], x: jax.Array) -> float:

@@ -44,6 +44,7 @@ def test_a_wrong_case_is_one_line(capsys):
 
 
 @pytest.mark.parametrize("name", ["tiny", "decode-qwen3-30b-a3b-8"])
+@pytest.mark.quick("decode*")
 def test_a_record(name, monkeypatch, capsys):
     monkeypatch.setattr(in_torch, "why_not", lambda case: "torch is not installed")
     monkeypatch.setattr(decoder.jax, "clear_caches", lambda: None)

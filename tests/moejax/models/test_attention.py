@@ -15,7 +15,6 @@ from tests.helpers import LIMIT, float64, normal, raises_saying, relative_error
 from tests.moejax.models import oracle
 
 CONFIGS = {
-    "a head each": AttentionConfig(16, 4, 4, 8),
     "groups": AttentionConfig(24, 6, 2, 4, rope_theta=1e6, qk_norm=True),
     "one group": AttentionConfig(16, 4, 1, 6, attention_bias=True),
 }
@@ -33,7 +32,7 @@ def random_attention(rng, config: AttentionConfig) -> Attention:
 
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.quick("groups-all", "one group-masked", "a head each-masked")
+@pytest.mark.quick("groups-all", "one group-masked")
 def test_equals_the_oracle(rng, name, masked):
     config = dataclasses.replace(CONFIGS[name], dtype=jnp.float32)
     attention, x = random_attention(rng, config), normal(rng, 2, 7, config.hidden_size)
@@ -48,7 +47,7 @@ def test_equals_the_oracle(rng, name, masked):
 def test_in_bfloat16_it_is_near_the_oracle(rng):
     config = CONFIGS["groups"]
     attention, x = random_attention(rng, config), normal(rng, 2, 7, config.hidden_size, dtype=jnp.bfloat16)
-    y = attention(x)
+    y = jax.jit(attention)(x)
     assert y.dtype == jnp.bfloat16
     expected = oracle.attention(oracle.values(nnx.state(attention)), float64(x), config)
     assert relative_error(y, expected) < 4 * LIMIT["bfloat16"]  # rounded four times on the way

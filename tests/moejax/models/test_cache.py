@@ -44,7 +44,7 @@ def decode(block, x, cache, active):
 
 
 @pytest.mark.parametrize("name", FEED_FORWARDS)
-@pytest.mark.quick("experts")
+@pytest.mark.quick("dense")
 def test_slots_that_come_and_go_give_what_whole_sequences_give(rng, name):
     """Five sequences of any lengths in three slots: prompts start wherever a slot is idle, and end one by one."""
     block, cache = block_of(name), empty()
@@ -91,7 +91,7 @@ def test_a_donated_cache_is_changed_in_place(rng):
 
 
 def test_a_full_slot_shows(rng):
-    block, x = block_of("experts"), normal(rng, SLOTS, 1, 32)
+    block, x = block_of("dense"), normal(rng, SLOTS, 1, 32)
     full = jnp.array([LONGEST, LONGEST, 2], jnp.int32)
     cache = KVCache(*(normal(rng, SLOTS, LONGEST, 2, 8) for _ in range(2)), full)
     active = jnp.array([True, False, True])
