@@ -127,7 +127,8 @@ def from_torch(tensors: Any) -> Any:
     """A tensor, or a tuple of them, as jax arrays."""
     import torch
 
-    torch.cuda.synchronize()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return jax.tree.map(lambda tensor: jnp.from_dlpack(tensor.contiguous()), tensors)
 
 

@@ -44,10 +44,10 @@ class Stopwatch:
         return self._clock() - self._begin
 
 
-def wall_seconds(f: Callable[..., Any], *args: Any) -> float:
-    """From the call of f(*args) until its result is there."""
+def wall_seconds(f: Callable[..., Any], *args: Any, wait: Callable[[Any], Any] = jax.block_until_ready) -> float:
+    """From the call of f(*args) until its result is there, as `wait` tells."""
     watch = Stopwatch()
-    jax.block_until_ready(f(*args))
+    wait(f(*args))
     return watch.seconds
 
 
@@ -140,23 +140,30 @@ def kernel_times(f: Callable[..., Any], *args: Any, repeats: int = 10, calls: in
     return CallTime.of(times, {name: statistics.median(times_us) for name, times_us in by_name.items()})
 
 
-def wall_times(f: Callable[..., Any], *args: Any, repeats: int = 10, calls: int = 1) -> CallTime:
+def wall_times(
+    f: Callable[..., Any],
+    *args: Any,
+    repeats: int = 10,
+    calls: int = 1,
+    wait: Callable[[Any], Any] = jax.block_until_ready,
+) -> CallTime:
     """Time of f(*args) by the wall clock, divided by `calls`: launches and the gaps between kernels count.
 
     A repeat runs `f` several times on end and waits for the last result only, so that the way to the GPU and back
-    hardly counts. How often depends on how long it takes; not so where several processes run `f` together.
+    hardly counts. How often depends on how long it takes; not so where several processes run `f` together. What is not
+    jax's is waited for by `wait`, which is given the result.
     """
-    jax.block_until_ready(f(*args))
+    wait(f(*args))
     at_once = _RUNS_TOGETHER
     if jax.process_count() == 1:
-        at_once = max(2, min(_MOST_RUNS, math.ceil(_WALL_SECONDS / wall_seconds(f, *args))))
+        at_once = max(2, min(_MOST_RUNS, math.ceil(_WALL_SECONDS / wall_seconds(f, *args, wait=wait))))
 
     def runs() -> Any:
         for _ in range(at_once - 1):
             f(*args)
         return f(*args)
 
-    return CallTime.of([wall_seconds(runs) * 1e6 / at_once / calls for _ in range(repeats)])
+    return CallTime.of([wall_seconds(runs, wait=wait) * 1e6 / at_once / calls for _ in range(repeats)])
 
 
 def torch_times(f: Callable[..., Any], inputs: Sequence[Any], *, repeats: int = 10) -> CallTime:

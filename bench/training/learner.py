@@ -138,7 +138,7 @@ class Learner:
         params = optax.apply_updates(state.params, jax.tree.map(lambda leaf: -learning_rate * leaf, updates))
         model = nnx.merge(state.graph, params, rest, copy=True)
         for block, aux in zip(model.blocks, auxes, strict=True):
-            block.experts.update(aux)
+            block.feed_forward.update(aux)
         graph, params, rest = _split(model)
         metrics = dataclasses.replace(metrics, gradient_norm=optax.tree.norm(gradients))
         return State(params, rest, optimiser, graph), metrics

@@ -5,26 +5,16 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from bench.training.transformer import Transformer, rotate
+from bench.training.transformer import Transformer
 from moejax import MoEConfig
 from moejax.routers import ROUTERS
-from tests.helpers import normal, raises_saying
+from tests.helpers import raises_saying
 
 CONFIG = MoEConfig(16, 8, 4, 2, dtype=jnp.float32)
 
 
 def make(router: str) -> Transformer:
     return Transformer(ROUTERS[router](CONFIG), 1, 2, rngs=nnx.Rngs(0))
-
-
-def test_rotated_products_depend_on_the_distance_only(rng):
-    q, k = (jnp.broadcast_to(normal(rng, 8), (1, 12, 1, 8)) for _ in range(2))
-    products = np.asarray(rotate(q)[0, :, 0] @ rotate(k)[0, :, 0].T)
-    for distance in (-3, 0, 5):
-        diagonal = np.diagonal(products, distance)
-        np.testing.assert_allclose(diagonal, diagonal[0], rtol=1e-4, atol=1e-5)
-    assert np.ptp(products[0]) > 1e-2
-    np.testing.assert_allclose(np.diagonal(products), (q[0, 0, 0] * k[0, 0, 0]).sum(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("router", "is_causal"), [("softmax", True), ("soft_moe", False)])

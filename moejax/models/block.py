@@ -1,0 +1,128 @@
+"""A decoder block as a flax.nnx module: attention, and experts or a dense network, behind norms, beside residuals."""
+
+import functools
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+
+from moejax.aux_output import MoEAux
+from moejax.layer import MoE
+from moejax.models.attention import Attention, real_tokens
+from moejax.models.cache import KVCache
+from moejax.models.checks import check_tokens
+from moejax.models.config import BlockConfig, MLPConfig
+from moejax.models.mlp import MLP
+from moejax.models.norm import RMSNorm
+from sharding.partition import Partition
+
+
+class DecoderBlock(nnx.Module):
+    """One block of a decoder.
+
+        x = x + attention(attention_norm(x))
+        x = x + feed_forward(feed_forward_norm(x))
+
+    What is masked, and what is in an idle slot, comes out as it came in. Over a mesh experts are spread as `moejax.MoE`
+    spreads them, and all else is whole on every chip and works on that chip's tokens.
+
+    Attributes:
+      config: the block's BlockConfig.
+      attention: Attention.
+      feed_forward: MoE, or MLP where the configuration is a dense network's. A layer in 8 bits may take its place:
+        `block.feed_forward = block.feed_forward.quantized()`.
+      attention_norm, feed_forward_norm: RMSNorm.
+    """
+
+    feed_forward: MoE | MLP
+
+    def __init__(
+        self,
+        config: BlockConfig,
+        *,
+        rngs: nnx.Rngs,
+        mesh: Mesh | None = None,
+        partition: Partition | None = None,
+    ):
+        """Makes the parameters.
+
+        Args:
+          config: the block.
+          rngs: see `moejax.MoE`.
+          mesh: of the feed-forward network, as is `partition`; see `moejax.MoE`.
+          partition: which axes of the mesh split what.
+        """
+        self.config = config
+        attention, feed_forward = config.attention, config.feed_forward
+        norm = functools.partial(
+            RMSNorm, config.hidden_size, eps=config.rms_norm_eps, param_dtype=attention.param_dtype, rngs=rngs
+        )
+        self.attention_norm = norm()
+        self.attention = Attention(attention, rngs=rngs)
+        self.feed_forward_norm = norm()
+        if isinstance(feed_forward, MLPConfig):
+            self.feed_forward = MLP(feed_forward, rngs=rngs, mesh=mesh, partition=partition)
+        else:
+            self.feed_forward = MoE(feed_forward, rngs=rngs, mesh=mesh, partition=partition)
+
+    @property
+    def causal(self) -> bool:
+        """Whether the output of a token never depends on later tokens, which is for the experts' router to say."""
+        return isinstance(self.feed_forward, MLP) or self.feed_forward.causal
+
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        mask: jax.Array | None = None,
+        token_ids: jax.Array | None = None,
+        topk_ids: jax.Array | None = None,
+        train: bool | None = None,
+    ) -> tuple[jax.Array, MoEAux | None]:
+        """Whole sequences.
+
+        Args:
+          x: [B, L, H], BF16, FP16 or float32.
+          mask: bool [B, L], true for real tokens; None if all are.
+          token_ids: for the experts, as is all that follows; see `moejax.MoE`.
+          topk_ids: choices to repeat.
+          train: whether a noisy router adds its noise.
+
+        Returns:
+          [B, L, H] in the dtype of x, and what the router did, None where there is none.
+
+        Raises:
+          ValueError: shapes or dtypes do not fit.
+        """
+        check_tokens(x, self.config.hidden_size, mask)
+        attended = self.attention(self.attention_norm(x), mask=mask)
+        return self._fed_forward(attended, x, mask, token_ids=token_ids, topk_ids=topk_ids, train=train)
+
+    def prefill(
+        self, x: jax.Array, cache: KVCache, *, slots: jax.Array, lengths: jax.Array | None = None
+    ) -> tuple[jax.Array, MoEAux | None, KVCache]:
+        """Whole sequences, whose keys and values go into slots of the cache; see `Attention.prefill`."""
+        check_tokens(x, self.config.hidden_size)
+        attended, cache = self.attention.prefill(self.attention_norm(x), cache, slots=slots, lengths=lengths)
+        mask = None if lengths is None else real_tokens(lengths, x.shape[1])
+        return *self._fed_forward(attended, x, mask, train=False), cache
+
+    def decode(
+        self, x: jax.Array, cache: KVCache, *, active: jax.Array | None = None
+    ) -> tuple[jax.Array, MoEAux | None, KVCache]:
+        """One more token in every active slot, x [S, 1, H]; see `Attention.decode`."""
+        check_tokens(x, self.config.hidden_size)
+        attended, cache = self.attention.decode(self.attention_norm(x), cache, active=active)
+        mask = None if active is None else active[:, None]
+        return *self._fed_forward(attended, x, mask, train=False), cache
+
+    def _fed_forward(
+        self, attended: jax.Array, x: jax.Array, mask: jax.Array | None, **of_experts: Any
+    ) -> tuple[jax.Array, MoEAux | None]:
+        """The second half of the block."""
+        normed, x = self.feed_forward_norm(attended, residual=x)
+        if isinstance(self.feed_forward, MLP):
+            return x + self.feed_forward(normed, mask=mask), None
+        y, aux = self.feed_forward(normed, mask=mask, **of_experts)
+        return x + y, aux

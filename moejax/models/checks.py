@@ -1,0 +1,58 @@
+"""Checks of what the parts of a block are called with, whose errors say what was expected and what came."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moejax.checks import require, require_arrays
+from pallas_kernels.tracing.concrete import is_known
+
+
+def check_tokens(x: jax.Array, hidden_size: int, mask: jax.Array | None = None) -> None:
+    """Raises ValueError unless `x` are sequences [B, L, H] of activations, and `mask` is bool [B, L] or None."""
+    require_arrays(x=x, mask=mask)
+    is_fit = x.ndim == 3 and x.shape[-1] == hidden_size and 0 not in x.shape
+    require(is_fit, "x", f"[B, L, H] with hidden_size={hidden_size} and at least one token", list(x.shape))
+    is_float = jnp.dtype(x.dtype).name in ("bfloat16", "float16", "float32")
+    require(is_float, "x", "BF16, FP16 or float32 activations", str(x.dtype))
+    if mask is not None:
+        _check_array("mask", mask, "bool", x.shape[:-1])
+
+
+def check_prompts(
+    slots: jax.Array, lengths: jax.Array | None, *, batch: int, length: int, num_slots: int, max_length: int
+) -> None:
+    """Raises ValueError unless sequences [batch, length] can go into slots; of slots and lengths as far as known."""
+    require_arrays(slots=slots, lengths=lengths)
+    require(length <= max_length, "x", f"sequences of at most max_length={max_length} tokens of the cache", length)
+    _check_array("slots", slots, "integer", (batch,))
+    if is_known(slots):
+        taken = np.asarray(slots)
+        taken = taken[(taken >= 0) & (taken < num_slots)]
+        is_once = np.unique(taken).size == taken.size
+        require(is_once, "slots", "another one for each sequence", np.asarray(slots).tolist())
+    if lengths is not None:
+        _check_array("lengths", lengths, "integer", (batch,))
+        if is_known(lengths):
+            known = np.asarray(lengths)
+            is_within = bool(((known >= 0) & (known <= length)).all())
+            require(is_within, "lengths", f"from 0 to {length}, the tokens of a sequence of x", known.tolist())
+
+
+def check_step(x: jax.Array, active: jax.Array | None, *, is_full: jax.Array) -> None:
+    """Raises ValueError unless x [S, 1, H] has a token a slot, `active` is bool [S] or None, and there is room."""
+    require_arrays(active=active)
+    (num_slots,) = is_full.shape
+    wanted = f"[{num_slots}, 1, H], a token for each slot of the cache"
+    require(x.shape[:2] == (num_slots, 1), "x", wanted, list(x.shape))
+    if active is not None:
+        _check_array("active", active, "bool", (num_slots,))
+    if is_known((is_full, active)):
+        full = np.flatnonzero(np.asarray(is_full) & (True if active is None else np.asarray(active)))
+        require(full.size == 0, "active", "false for slots that are full", full.tolist())
+
+
+def _check_array(name: str, array: jax.Array, kind: str, shape: tuple[int, ...]) -> None:
+    is_kind = array.dtype == jnp.bool_ if kind == "bool" else jnp.issubdtype(array.dtype, jnp.integer)
+    got = f"{array.dtype}{list(array.shape)}"
+    require(is_kind and array.shape == shape, name, f"{kind} {list(shape)}", got)

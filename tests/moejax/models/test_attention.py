@@ -1,0 +1,107 @@
+"""Attention over whole sequences against the float64 oracle, and what it refuses."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from moejax.models import Attention, AttentionConfig, RMSNorm
+from moejax.models.dot_product import best_backend
+from moejax.models.rotary import rotate
+from tests.helpers import LIMIT, float64, normal, raises_saying, relative_error
+from tests.moejax.models import oracle
+
+CONFIGS = {
+    "groups": AttentionConfig(24, 6, 2, 4, rope_theta=1e6, qk_norm=True),
+    "one group": AttentionConfig(16, 4, 1, 6, attention_bias=True),
+}
+
+
+def random_attention(rng, config: AttentionConfig) -> Attention:
+    """With norms and biases that are not trivial."""
+
+    def draw(leaf):
+        return jnp.asarray(rng.normal(1.0 if leaf.shape == (config.head_dim,) else 0.0, 0.3, leaf.shape), leaf.dtype)
+
+    graph, state = nnx.split(Attention(config, rngs=nnx.Rngs(0)))
+    return nnx.merge(graph, jax.tree.map(draw, state))
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.quick("groups-all", "one group-masked")
+def test_equals_the_oracle(rng, name, masked):
+    config = dataclasses.replace(CONFIGS[name], dtype=jnp.float32)
+    attention, x = random_attention(rng, config), normal(rng, 2, 7, config.hidden_size)
+    mask = jnp.asarray(rng.random((2, 7)) < 0.7) if masked else None
+    y = jax.jit(lambda x: attention(x, mask=mask))(x)
+    params = oracle.values(nnx.state(attention))
+    assert relative_error(y, oracle.attention(params, float64(x), config, mask)) < LIMIT["float32"]
+    if masked:
+        assert not np.asarray(y)[~np.asarray(mask)].any()
+
+
+def test_in_bfloat16_it_is_near_the_oracle(rng):
+    config = CONFIGS["groups"]
+    attention, x = random_attention(rng, config), normal(rng, 2, 7, config.hidden_size, dtype=jnp.bfloat16)
+    y = jax.jit(attention)(x)
+    assert y.dtype == jnp.bfloat16
+    expected = oracle.attention(oracle.values(nnx.state(attention)), float64(x), config)
+    assert relative_error(y, expected) < 4 * LIMIT["bfloat16"]  # rounded four times on the way
+
+
+def test_rotated_products_depend_on_the_distance_only(rng):
+    q, k = (jnp.broadcast_to(normal(rng, 8), (1, 12, 1, 8)) for _ in range(2))
+    q, k = (rotate(each, jnp.arange(12), 10_000.0)[0, :, 0] for each in (q, k))
+    products = np.asarray(q @ k.T)
+    for distance in (-3, 0, 5):
+        diagonal = np.diagonal(products, distance)
+        np.testing.assert_allclose(diagonal, diagonal[0], rtol=1e-4, atol=1e-5)
+    assert np.ptp(products[0]) > 1e-2
+
+
+def test_the_norm_equals_the_oracle_and_returns_the_sum(rng):
+    x, residual = normal(rng, 3, 8), normal(rng, 3, 8)
+    norm = RMSNorm(8, eps=1e-3, rngs=nnx.Rngs(0), scale_init=nnx.initializers.normal(1.0))
+    y, total = norm(x, residual=residual)
+    np.testing.assert_array_equal(total, x + residual)
+    expected = oracle.rms_norm(float64(total), float64(norm.scale[...]), 1e-3)
+    assert relative_error(y, expected) < LIMIT["float32"]
+    np.testing.assert_array_equal(norm(total), y)
+    with raises_saying(ValueError, "residual must be as x, float32[3, 8]", "bfloat16[3, 8]"):
+        norm(x, residual=residual.astype(jnp.bfloat16))
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="there is a GPU")
+def test_without_a_gpu_xla_does_the_product():
+    assert best_backend(jnp.bfloat16, 128) == "xla"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_attention_heads": 3}, "num_attention_heads must be a multiple of num_key_value_heads=2, got 3"),
+        ({"head_dim": 5}, "head_dim must be even"),
+        ({"rope_theta": 0.0}, "rope_theta must be positive and finite, got 0.0"),
+        ({"qk_norm": 1}, "qk_norm must be True or False, got 1"),
+        ({"dtype": "int8"}, "dtype must be bfloat16, float16 or float32, got 'int8'"),
+        ({"backend": "triton"}, "backend must be one of 'auto', 'cudnn', 'xla', got 'triton'"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(changes, message):
+    with raises_saying(ValueError, message):
+        dataclasses.replace(CONFIGS["groups"], **changes)
+
+
+def test_inputs_that_do_not_fit_are_refused():
+    attention = Attention(CONFIGS["groups"], rngs=nnx.Rngs(0))
+    for x in (jnp.zeros((3, 24)), jnp.zeros((2, 3, 16)), jnp.zeros((2, 0, 24))):
+        with raises_saying(ValueError, "x must be [B, L, H] with hidden_size=24", f"got {list(x.shape)}"):
+            attention(x)
+    with raises_saying(ValueError, "x must be BF16, FP16 or float32 activations, got 'int32'"):
+        attention(jnp.zeros((2, 3, 24), int))
+    with raises_saying(ValueError, "mask must be bool [2, 3], got", "float32[2, 3]"):
+        attention(jnp.zeros((2, 3, 24)), mask=jnp.ones((2, 3)))

@@ -1,0 +1,138 @@
+"""The whole block: values, gradients, masks, meshes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from moejax import MoEConfig, Partition, TopKRouter, dense_moe, make_mesh
+from moejax.models import MLP, AttentionConfig, BlockConfig, DecoderBlock, KVCache, MLPConfig
+from tests.helpers import LIMIT, float64, normal, raises_saying, relative_error
+from tests.moejax.models import oracle
+
+ATTENTION = AttentionConfig(32, 4, 2, 8, dtype=jnp.float32)
+DENSE = BlockConfig(ATTENTION, MLPConfig(32, 16, dtype=jnp.float32))
+EXPERTS = BlockConfig(ATTENTION, MoEConfig(32, 16, 8, 2, router=TopKRouter(load_balance_loss=0.01), dtype=jnp.float32))
+
+
+def new_block(config: BlockConfig, **settings) -> DecoderBlock:
+    return DecoderBlock(config, rngs=nnx.Rngs(0), **settings)
+
+
+@nnx.jit
+def call(block, x, mask=None):
+    return block(x, mask=mask)
+
+
+def test_values_and_gradients_equal_the_oracles(rng):
+    """The gradient along a direction is the oracle's central difference in float64."""
+    block, x = new_block(DENSE), normal(rng, 2, 5, 32)
+    graph, state = nnx.split(block)
+    params, direction = oracle.values(state), normal(rng, 2, 5, 32)
+    y, _ = call(block, x)
+    assert relative_error(y, oracle.dense_block(params, float64(x), DENSE)) < LIMIT["float32"]
+
+    def objective(state, x):
+        return (nnx.merge(graph, state)(x)[0] * direction).sum()
+
+    by_state, by_x = jax.jit(jax.grad(objective, argnums=(0, 1)))(state, x)
+    gradients = {**oracle.values(by_state), "x": float64(by_x)}
+    assert gradients.keys() == {*params, "x"}
+    for name, gradient in gradients.items():
+        toward = rng.standard_normal(gradient.shape)
+        step = 1e-5
+
+        def moved(by, name=name, toward=toward):
+            at = {**params, "x": float64(x)}
+            at[name] = at[name] + by * toward
+            return (oracle.dense_block(at, at["x"], DENSE) * float64(direction)).sum()
+
+        expected = (moved(step) - moved(-step)) / (2 * step)
+        scale = np.linalg.norm(gradient) * np.linalg.norm(toward)
+        assert abs((gradient * toward).sum() - expected) < 1e-5 * scale, name
+
+
+def test_with_experts_it_is_the_layer_after_the_attention(rng):
+    block, x = new_block(EXPERTS), normal(rng, 2, 5, 32)
+    y, aux = call(block, x)
+
+    @nnx.jit
+    def in_parts(block, x):
+        attended = x + block.attention(block.attention_norm(x))
+        normed = block.feed_forward_norm(attended)
+        return attended, dense_moe(normed, block.feed_forward.params(), EXPERTS.feed_forward)
+
+    attended, layer = in_parts(block, x)
+    assert relative_error(y - attended, layer) < LIMIT["float32"]
+    assert aux.load.tokens_per_expert.sum() == 2 * 2 * 5
+    assert aux.loss > 0
+
+
+@pytest.mark.parametrize("config", [DENSE, EXPERTS], ids=["dense", "experts"])
+@pytest.mark.quick("experts")
+def test_masked_positions_come_out_as_they_came_in_and_are_seen_by_none(rng, config):
+    block, x = new_block(config), normal(rng, 2, 6, 32)
+    mask = jnp.array([[0, 1, 1, 0, 1, 1], [1, 1, 1, 1, 0, 0]], bool)
+    y, _ = call(block, x, mask)
+    np.testing.assert_array_equal(y[~mask], x[~mask])
+    others = jnp.where(mask[..., None], x, 100.0)
+    np.testing.assert_array_equal(call(block, others, mask)[0][mask], y[mask])
+
+
+@pytest.mark.parametrize("config", [DENSE, EXPERTS], ids=["dense", "experts"])
+@pytest.mark.quick("dense")
+def test_over_a_mesh_it_is_the_same(rng, config):
+    alone, x = new_block(config), normal(rng, 4, 6, 32)
+    cache = KVCache.empty(ATTENTION, num_slots=4, max_length=8)
+    slots, token = jnp.arange(4)[::-1], normal(rng, 4, 1, 32)
+
+    @nnx.jit
+    def steps(block, x, cache):
+        y, _, cache = block.prefill(x, cache, slots=slots)
+        return y, *block.decode(token, cache)[::2]
+
+    expected = steps(alone, x, cache)
+    mesh = make_mesh(ep=2, dp=2)
+    with jax.set_mesh(mesh):
+        block = new_block(config)
+        spread = NamedSharding(mesh, PartitionSpec(("data", "expert")))
+        result = steps(block, *jax.device_put((x, cache), spread))
+    for one, other in zip(jax.tree.leaves(result), jax.tree.leaves(expected), strict=True):
+        assert relative_error(one, other) < LIMIT["float32"]
+
+
+@pytest.mark.slow
+def test_over_a_mesh_of_explicit_axes_gradients_are_the_same(rng):
+    x = normal(rng, 4, 6, 32)
+
+    @nnx.jit
+    def gradient(block, x):
+        return nnx.grad(lambda block: (block(x)[0] ** 2).sum())(block)
+
+    expected = gradient(new_block(EXPERTS), x)
+    mesh = make_mesh(ep=2, dp=2, axis_type=AxisType.Explicit)
+    with jax.set_mesh(mesh):
+        spread = jax.device_put(x, NamedSharding(mesh, PartitionSpec(("data", "expert"))))
+        result = gradient(new_block(EXPERTS), spread)
+    for one, other in zip(jax.tree.leaves(result), jax.tree.leaves(expected), strict=True):
+        assert relative_error(one, other) < LIMIT["float32"]
+
+
+def test_a_mesh_that_would_repeat_work_is_refused():
+    mesh = jax.make_mesh((2,), ("elsewhere",), devices=jax.devices()[:2])
+    network = MLP(DENSE.feed_forward, rngs=nnx.Rngs(0), mesh=mesh, partition=Partition(expert=None))
+    with raises_saying(ValueError, "'elsewhere'", "same work"):
+        network(jnp.zeros((2, 3, 32)))
+
+
+def test_parts_that_do_not_fit_together_are_refused():
+    with raises_saying(ValueError, "feed_forward.hidden_size must be that of attention, 32, got 64"):
+        BlockConfig(ATTENTION, MLPConfig(64, 16, dtype=jnp.float32))
+    with raises_saying(ValueError, "feed_forward.dtype must be that of attention"):
+        BlockConfig(ATTENTION, MLPConfig(32, 16))
+    with raises_saying(TypeError, "feed_forward must be MoEConfig or MLPConfig, got AttentionConfig"):
+        BlockConfig(ATTENTION, ATTENTION)
+    with raises_saying(ValueError, "unknown activation 'swish'"):
+        MLPConfig(32, 16, activation="swish")

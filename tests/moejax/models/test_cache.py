@@ -1,0 +1,128 @@
+"""Prefill and decoding with a cache: what they give is what whole sequences give at once."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from moejax import MoEConfig
+from moejax.models import AttentionConfig, BlockConfig, DecoderBlock, KVCache, MLPConfig
+from tests.helpers import normal, raises_saying, relative_error
+
+ATTENTION = AttentionConfig(32, 4, 2, 8, qk_norm=True, dtype=jnp.float32)
+FEED_FORWARDS = {
+    "experts": MoEConfig(32, 16, 4, 2, dtype=jnp.float32),
+    "dense": MLPConfig(32, 16, dtype=jnp.float32),
+}
+SLOTS, LONGEST = 3, 9
+
+
+def block_of(name: str) -> DecoderBlock:
+    return DecoderBlock(BlockConfig(ATTENTION, FEED_FORWARDS[name]), rngs=nnx.Rngs(0))
+
+
+def empty() -> KVCache:
+    return KVCache.empty(ATTENTION, num_slots=SLOTS, max_length=LONGEST)
+
+
+@nnx.jit
+def whole(block, x):
+    return block(x)[0]
+
+
+@nnx.jit
+def prefill(block, x, cache, slots, lengths):
+    y, _, cache = block.prefill(x, cache, slots=slots, lengths=lengths)
+    return y, cache
+
+
+@nnx.jit(donate_argnames="cache")
+def decode(block, x, cache, active):
+    y, _, cache = block.decode(x, cache, active=active)
+    return y, cache
+
+
+@pytest.mark.parametrize("name", FEED_FORWARDS)
+@pytest.mark.quick("dense")
+def test_slots_that_come_and_go_give_what_whole_sequences_give(rng, name):
+    """Five sequences of any lengths in three slots: prompts start wherever a slot is idle, and end one by one."""
+    block, cache = block_of(name), empty()
+    ends = [LONGEST, 4, 6, 5, 3]
+    sequences = normal(rng, len(ends), LONGEST, 32)
+    expected = np.asarray(whole(block, sequences))
+    waiting, running, checked = list(range(len(ends))), {}, 0
+    while waiting or running:
+        slots, lengths, prompts = np.full(2, -1, np.int32), np.zeros(2, np.int32), np.zeros((2, 4, 32), np.float32)
+        idle = [slot for slot in range(SLOTS) if slot not in running]
+        for place, slot in enumerate(idle[:2]):
+            if waiting:
+                number = waiting.pop(0)
+                length = int(rng.integers(1, min(4, ends[number])))
+                slots[place], lengths[place], prompts[place, :length] = slot, length, sequences[number, :length]
+                running[slot] = (number, length)
+        y, cache = prefill(block, jnp.asarray(prompts), cache, jnp.asarray(slots), jnp.asarray(lengths))
+        for place, slot in enumerate(slots):
+            if slot >= 0:
+                number, length = running[int(slot)]
+                assert relative_error(y[place, :length], expected[number, :length]) < 1e-5
+        active = np.array([slot in running for slot in range(SLOTS)])
+        x = rng.standard_normal((SLOTS, 1, 32), np.float32)
+        for slot, (number, length) in running.items():
+            x[slot, 0] = sequences[number, length]
+        before = np.asarray(cache.lengths)
+        y, cache = decode(block, jnp.asarray(x), cache, jnp.asarray(active))
+        np.testing.assert_array_equal(cache.lengths, before + active)
+        np.testing.assert_array_equal(y[~active], x[~active])
+        for slot, (number, length) in list(running.items()):
+            assert relative_error(y[slot, 0], expected[number, length]) < 1e-5
+            checked += 1
+            running[slot] = (number, length + 1)
+            if length + 1 == ends[number]:
+                del running[slot]
+    assert checked >= sum(ends) - 3 * len(ends)
+
+
+def test_a_donated_cache_is_changed_in_place(rng):
+    block, cache = block_of("dense"), empty()
+    _, after = decode(block, normal(rng, SLOTS, 1, 32), cache, jnp.ones(SLOTS, bool))
+    assert cache.keys.is_deleted()
+    assert (after.lengths == 1).all()
+
+
+def test_a_full_slot_shows(rng):
+    block, x = block_of("dense"), normal(rng, SLOTS, 1, 32)
+    full = jnp.array([LONGEST, LONGEST, 2], jnp.int32)
+    cache = KVCache(*(normal(rng, SLOTS, LONGEST, 2, 8) for _ in range(2)), full)
+    active = jnp.array([True, False, True])
+    with raises_saying(ValueError, "active must be false for slots that are full, got [0]"):
+        block.decode(x, cache, active=active)
+    before = jax.tree.map(np.asarray, cache)
+    y, after = decode(block, x, cache, active)
+    assert np.isnan(y[0]).all()
+    assert np.isfinite(y[1:]).all()
+    np.testing.assert_array_equal(after.keys[:2], before.keys[:2])
+    np.testing.assert_array_equal(after.lengths, [LONGEST, LONGEST, 3])
+
+
+def test_what_does_not_fit_is_refused():
+    block, cache, x = block_of("dense"), empty(), jnp.zeros((2, 4, 32))
+    with raises_saying(ValueError, "slots must be integer [2], got", "int32[3]"):
+        block.prefill(x, cache, slots=jnp.arange(3))
+    with raises_saying(ValueError, "slots must be another one for each sequence, got [1, 1]"):
+        block.prefill(x, cache, slots=jnp.array([1, 1]))
+    with raises_saying(ValueError, "lengths must be from 0 to 4", "got [5, 1]"):
+        block.prefill(x, cache, slots=jnp.arange(2), lengths=jnp.array([5, 1]))
+    with raises_saying(ValueError, "x must be sequences of at most max_length=9 tokens of the cache, got 10"):
+        block.prefill(jnp.zeros((2, 10, 32)), cache, slots=jnp.arange(2))
+    with raises_saying(ValueError, "x must be [3, 1, H], a token for each slot of the cache, got [2, 4, 32]"):
+        block.decode(x, cache)
+    with raises_saying(ValueError, "active must be bool [3], got", "int32[3]"):
+        block.decode(jnp.zeros((3, 1, 32)), cache, active=jnp.arange(3))
+    other = KVCache.empty(AttentionConfig(32, 4, 4, 8), num_slots=3, max_length=9)
+    with raises_saying(ValueError, "cache.keys must be float32[S, M, 2, 8], got 'bfloat16[3, 9, 4, 8]'"):
+        block.decode(jnp.zeros((3, 1, 32)), other)
+    with raises_saying(TypeError, "cache must be a KVCache"):
+        block.decode(jnp.zeros((3, 1, 32)), None)
+    with raises_saying(ValueError, "num_slots must be a whole number of at least 1, got 0"):
+        KVCache.empty(ATTENTION, num_slots=0, max_length=9)
