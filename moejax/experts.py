@@ -19,6 +19,7 @@ from pallas_kernels.grouped_matmul import (
     result_can_stay,
 )
 from pallas_kernels.quantize import QTensor, Quantization, Rounded, Rows, is_of_one_row
+from pallas_kernels.routed_mlp import pays, routed_mlp
 from pallas_kernels.tracing.unless_differentiated import unless_differentiated
 
 
@@ -170,6 +171,45 @@ def down_projection(
 ) -> jax.Array:
     """Kernel two of `expert_mlp` alone: h [R, I] -> [R, H]."""
     return math.down(h, group_sizes, _in_compute_dtype(down, math), k_major=isinstance(down, QTensor), bias=bias)
+
+
+def few_tokens(
+    x: Rows,
+    topk_weights: jax.Array,
+    topk_ids: jax.Array,
+    params: dict[str, Any],
+    math: ExpertMath,
+    *,
+    dtype: jax.typing.DTypeLike,
+) -> jax.Array | None:
+    """What the chosen experts make of tokens so few that one kernel does it all fastest; None where it does not.
+
+    Args:
+      x: [T, H] as `ExpertMath.rounded` has it.
+      topk_weights: float32 [T, K].
+      topk_ids: int32 [T, K].
+      params: the `EXPERT_FIELDS` of MoEParams by name.
+      math: of the experts.
+      dtype: of the result.
+    """
+    gate_up, bias, down = flat_halves(params["gate_up"]), params["gate_up_bias"], params["down"]
+    if not (isinstance(x, QTensor) and isinstance(gate_up, QTensor) and isinstance(down, QTensor)):
+        return None
+    if math.backend == "xla" or not pays(x, topk_ids, gate_up, down):
+        return None
+    return routed_mlp(
+        x,
+        topk_weights,
+        topk_ids,
+        gate_up,
+        down,
+        gate_up_bias=None if bias is None else bias.reshape(bias.shape[0], -1),
+        down_bias=params["down_bias"],
+        activation=math.activation,
+        activation_limit=math.activation_limit,
+        out_dtype=dtype,
+        backend=math.backend,
+    )
 
 
 def shared_mlp(x: jax.Array, gate_up: Operand, down: Operand, math: ExpertMath, config: MoEConfig) -> jax.Array:

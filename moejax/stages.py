@@ -19,11 +19,11 @@ import jax
 import jax.numpy as jnp
 
 from moejax.config import MoEConfig
-from moejax.experts import ExpertMath, down_projection, expert_mlp, gate_up_projection
+from moejax.experts import ExpertMath, down_projection, expert_mlp, few_tokens, gate_up_projection
 from moejax.params import EXPERT_FIELDS, MoEParams
 from moejax.routers.base import Decision, Given
 from pallas_kernels.quantize import Operand, Rows
-from sharding.exchange import Transport, Way, Wire, exchange, pick_transport
+from sharding.exchange import Transport, Way, Wire, exchange, one_chip, pick_transport
 from sharding.partition import Axes
 from sharding.placement import Placement
 from sharding.tokens import Tokens
@@ -123,6 +123,11 @@ class Stages:
           preferred_element_type: of the sum.
         """
         inputs, topk_weights = self.inputs(x, topk_weights)
+        of_experts = {name: params[name] for name in EXPERT_FIELDS}
+        if self.transport is one_chip and not self.way.columns_over:
+            y = few_tokens(inputs, topk_weights, topk_ids, of_experts, self.math, dtype=preferred_element_type)
+            if y is not None:
+                return y
 
         def experts(params: dict[str, Any], rows: Rows, group_sizes: jax.Array) -> jax.Array:
             return expert_mlp(rows, group_sizes, math=self.math, **params)
@@ -132,7 +137,7 @@ class Stages:
             topk_weights,
             topk_ids,
             experts,
-            {name: params[name] for name in EXPERT_FIELDS},
+            of_experts,
             self.way,
             preferred_element_type=preferred_element_type,
         )

@@ -286,6 +286,12 @@ def check_row_scales(name: str, q: QTensor) -> None:
         )
 
 
+def scaling_of_rows(q: QTensor) -> Scaling:
+    """The scaling of `q` [R, C], whose rows have scales of their own."""
+    blocks = q.scale.shape[1]
+    return "per_row" if blocks == 1 else f"1x{q.shape[1] // blocks}"
+
+
 def _interleave(shape: tuple[int, ...], scales: tuple[int, ...]) -> tuple[int, ...]:
     """(number of blocks, length of a block) for each dimension, in one flat shape."""
     return tuple(size for n, length in zip(scales, shape, strict=True) for size in (n, length // n if n else 1))

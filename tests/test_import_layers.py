@@ -76,6 +76,7 @@ def test_every_layer_and_operator_is_looked_at():
         "float32_matmul",
         "grouped_matmul",
         "rms_norm",
+        "routed_mlp",
         "top_k",
     }
 

@@ -61,7 +61,12 @@ class Attention(nnx.Module):
         self.qkv = linear(config.hidden_size, heads * config.head_dim)
         self.out = linear(config.num_attention_heads * config.head_dim, config.hidden_size)
         norm = functools.partial(
-            RMSNorm, config.head_dim, eps=config.rms_norm_eps, param_dtype=config.param_dtype, rngs=rngs
+            RMSNorm,
+            config.head_dim,
+            eps=config.rms_norm_eps,
+            param_dtype=config.param_dtype,
+            backend="xla",  # which fuses it with the rotation
+            rngs=rngs,
         )
         self.q_norm = norm() if config.qk_norm else None
         self.k_norm = norm() if config.qk_norm else None

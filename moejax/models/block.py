@@ -56,7 +56,12 @@ class DecoderBlock(nnx.Module):
         self.config = config
         attention, feed_forward = config.attention, config.feed_forward
         norm = functools.partial(
-            RMSNorm, config.hidden_size, eps=config.rms_norm_eps, param_dtype=attention.param_dtype, rngs=rngs
+            RMSNorm,
+            config.hidden_size,
+            eps=config.rms_norm_eps,
+            param_dtype=attention.param_dtype,
+            backend=feed_forward.backend,
+            rngs=rngs,
         )
         self.attention_norm = norm()
         self.attention = Attention(attention, rngs=rngs)

@@ -13,7 +13,7 @@ def store_rows(out, staging: Views, warpgroup, value: jax.Array, *, row, rows, c
     """Stores value[:rows] to out[row : row + rows, column : …], cutting off columns past the end of `out`.
 
     A few columns at a time pass through shared memory to the copy engine. It stores boxes of a size fixed in advance,
-    so any number of rows goes out as boxes of powers of two, the largest first.
+    so a number of rows that is known on the device alone goes out as boxes of powers of two, the largest first.
 
     Args:
       out: global memory, [M, N].
@@ -21,7 +21,8 @@ def store_rows(out, staging: Views, warpgroup, value: jax.Array, *, row, rows, c
       warpgroup: index of the calling warpgroup.
       value: registers, [R, columns].
       row: first row of `out`.
-      rows: how many rows to store, 0 … R; None for all, cut off past the end of `out`.
+      rows: how many rows to store, 0 … R, a number on the device or a Python one; None for all, cut off past the end of
+        `out`.
       column: first column of `out`.
     """
     chunk = staging.tiled.shape[-1]
@@ -42,8 +43,9 @@ def store_rows(out, staging: Views, warpgroup, value: jax.Array, *, row, rows, c
 
 def _copy_rows(staging, buffer, out, row, rows, columns) -> None:
     box = staging.shape[2]
-    if rows is None:
-        plgpu.copy_smem_to_gmem(staging.at[*buffer], out.at[pl.ds(row, box), columns], commit_group=False)
+    if rows is None or isinstance(rows, int):
+        box = box if rows is None else rows
+        plgpu.copy_smem_to_gmem(staging.at[*buffer, :box], out.at[pl.ds(row, box), columns], commit_group=False)
         return
     while box:
         begin = rows & ~(2 * box - 1)

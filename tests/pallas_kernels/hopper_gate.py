@@ -25,8 +25,9 @@ from pallas_kernels.chips import get_chip
 from pallas_kernels.combine import combine
 from pallas_kernels.grouped_matmul import grouped_gate_up, grouped_matmul
 from pallas_kernels.plan import Plan, make_plan, unsorted_plan
-from pallas_kernels.quantize import dequantize, quantize
+from pallas_kernels.quantize import QTensor, dequantize, quantize
 from pallas_kernels.rms_norm import rms_norm, rms_norm_in_8_bits
+from pallas_kernels.routed_mlp import routed_mlp
 from pallas_kernels.tracing.target import targeting
 from tests.helpers import gradients
 
@@ -94,9 +95,9 @@ def training_step() -> Case:
     return lambda x, params: gradients(lambda *args: moe(*args, config)[0], x, params), x, params
 
 
-def serving() -> Case:
-    """A whole layer of which no gradient is asked; its 512 rows are no other case's: a kernel is reported once."""
-    config, x, params = layer(64, precision="w8a8")
+def serving(num_tokens: int) -> Case:
+    """A whole layer of which no gradient is asked; its rows are no other case's: a kernel is reported once."""
+    config, x, params = layer(num_tokens, precision="w8a8")
     return lambda x, params: moe(x, params, config)[0], x, jax.eval_shape(lambda p: quantize_params(p, config), params)
 
 
@@ -177,7 +178,16 @@ CASES: dict[str, Callable[[], Case]] = {
         array("float32", 384, 1),
         array("int32", 384, 1),
     ),
-    "serving in fp8": serving,
+    "serving in fp8": lambda: serving(64),
+    "eight tokens in fp8": lambda: serving(8),
+    "experts of one token by row": lambda: (
+        lambda *args: routed_mlp(*args, activation="swigluoai", activation_limit=7.0, backend="pallas_gpu"),
+        QTensor(array("float8_e4m3fn", 1, 2880), array("float32", 1, 1)),
+        array("float32", 1, 4),
+        array("int32", 1, 4),
+        QTensor(array("float8_e4m3fn", 128, 5760, 2880), array("float32", 128, 5760, 1)),
+        QTensor(array("float8_e4m3fn", 128, 2880, 2880), array("float32", 128, 2880, 1)),
+    ),
     "training step": training_step,
 }
 

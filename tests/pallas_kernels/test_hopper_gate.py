@@ -16,6 +16,7 @@ KERNELS = {
         "gradients of combine": ["combine_dweights", "dispatch"],
         "gradients": ["grouped_matmul", "grouped_matmul_drhs"],
         "serving in fp8": ["combine", "counting_sort", "dispatch", "grouped_gate_up", "grouped_matmul", "top_k"],
+        "eight tokens in fp8": ["routed_mlp"],
         "exchange": ["all_to_all", "counting_sort", "make_routes"],
         "rms_norm gradients": ["rms_norm", "rms_norm_pullback"],
     },
@@ -26,6 +27,7 @@ KERNELS = {
         "gate/up fp16 K-major": ["grouped_gate_up"],
     },
     "other products": {
+        "experts of one token by row": ["routed_mlp"],
         "decode": ["grouped_matmul"],
         "decode down fp8": ["grouped_matmul"],
         "prefill fp8": ["grouped_matmul"],

@@ -18,9 +18,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.grouped_matmul.gpu.tiles import place_in_strips
 from pallas_kernels.on_gpu.smem import SWIZZLE, Views, swizzled
 from pallas_kernels.on_gpu.store import store_rows
-from pallas_kernels.grouped_matmul.gpu.tiles import place_in_strips
 
 ROW_ALIGNMENT = 8
 """The number of rows of lhs and dout must be a multiple of this."""

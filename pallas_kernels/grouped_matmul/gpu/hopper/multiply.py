@@ -30,9 +30,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.activations import gated
 from pallas_kernels.grouped_matmul.gpu.hopper.block import Block, vector_shift
 from pallas_kernels.grouped_matmul.gpu.hopper.problem import SCALE_BLOCK, WGMMA_ROWS
+from pallas_kernels.grouped_matmul.gpu.tiles import Tile
 from pallas_kernels.on_gpu.smem import Views
 from pallas_kernels.on_gpu.store import store_rows, store_vector
-from pallas_kernels.grouped_matmul.gpu.tiles import Tile
 from pallas_kernels.quantize import finite_scale
 
 _STEPS_AT_ONCE = 4

@@ -1,0 +1,126 @@
+"""The loading warpgroup: streams the weights of both products through the ring, from one into the next without a pause.
+
+Down's weights depend on nothing that the block waits for: when gate/up's last tiles are multiplied, and while blocks
+wait for each other's rows of h, they are already on their way.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.on_gpu.smem import Views
+from pallas_kernels.routed_mlp.gpu.sizes import BLOCK, MOST_COPIED, TEAMS, Inputs, Scratch, Sizes
+from pallas_kernels.routed_mlp.gpu.walk import Phases, down_hit, share_of, slot_of, turns_of, up_tile
+
+
+class Loader:
+    """The warpgroup."""
+
+    def __init__(self, inputs: Inputs, scratch: Scratch, sizes: Sizes, block: jax.Array):
+        self.inputs, self.scratch, self.sizes, self.block = inputs, scratch, sizes, block
+        self.ring = Views.of(scratch.ring)
+
+    def run(self, phases: Phases) -> None:
+        """Loads everything that the phases multiply, in their order."""
+        if phases.up:
+            self._copy_x()
+        plgpu.barrier_wait(self.scratch.listed)
+        num_hits = self.scratch.num_hits[0]
+        steps = (jnp.int32(0),) * TEAMS
+        if phases.up:
+            steps = self._load_up(num_hits, steps)
+        if phases.down:
+            steps = self._load_down(num_hits, steps)
+        if self.sizes.stage != "comp":
+            # What was loaded has been read, so that no barrier is left half-way.
+            for team, step in enumerate(steps):
+                first = jnp.maximum(step - self.sizes.config.slots // TEAMS, 0)
+                lax.fori_loop(first, step, lambda i, _, team=team: self._wait_read(team, i), None)
+
+    def _copy_x(self) -> None:
+        for begin in range(0, self.sizes.x_rows, MOST_COPIED):
+            rows = slice(begin, min(begin + MOST_COPIED, self.sizes.x_rows))
+            plgpu.copy_gmem_to_smem(self.inputs.x.at[rows], self.scratch.x.at[rows], self.scratch.x_full)
+
+    def _load_up(self, num_hits, steps):
+        sizes, columns = self.sizes, self.sizes.config.columns
+        begin, turns = share_of(self.block, num_hits * sizes.up_tiles, sizes)
+
+        def load_tile(turn, steps):
+            hit, tile = up_tile(begin + turn, sizes)
+            weights = self.inputs.gate_up.at[self.scratch.experts[hit]]
+            team = lax.rem(turn, jnp.int32(TEAMS))
+
+            def load_step(k, step):
+                slot = self._free_slot(team, step)
+                for i in range(sizes.up_depths):
+                    for half in range(2):
+                        rows = pl.ds(half * sizes.width + tile * columns, columns)
+                        source = weights.at[rows, _depth(k * sizes.up_depths + i)]
+                        self._copy(source, slot, (2 * i + half) * columns, step)
+                return step + 1
+
+            return _advanced(team, steps, lambda step: lax.fori_loop(0, sizes.up_steps, load_step, step))
+
+        return lax.fori_loop(0, turns, load_tile, steps)
+
+    def _load_down(self, num_hits, steps):
+        sizes, columns = self.sizes, self.sizes.config.out_columns
+
+        def load_expert(index, steps):
+            turn = lax.div(index, num_hits)
+            tile = self.block + turn * sizes.config.blocks
+            weights = self.inputs.down.at[self.scratch.experts[down_hit(self.block, index, num_hits)]]
+            team = lax.rem(index, jnp.int32(TEAMS))
+
+            def load_step(k, step):
+                slot = self._free_slot(team, step)
+                for i in range(sizes.down_depths):
+                    source = weights.at[pl.ds(tile * columns, columns), _depth(k * sizes.down_depths + i)]
+                    self._copy(source, slot, i * sizes.config.columns, step)
+                return step + 1
+
+            return _advanced(team, steps, lambda step: lax.fori_loop(0, sizes.down_steps, load_step, step))
+
+        turns = turns_of(self.block, jnp.int32(sizes.down_tiles), sizes.config.blocks)
+        return lax.fori_loop(0, turns * num_hits, load_expert, steps)
+
+    def _free_slot(self, team, step):
+        """The slot of a step, once the step that used it before has been read."""
+        if self.sizes.stage != "comp":
+            own = self.sizes.config.slots // TEAMS
+            pl.when(step >= own)(lambda: self._wait_read(team, step))
+        return slot_of(team, step, self.sizes)
+
+    def _wait_read(self, team, step) -> None:
+        plgpu.barrier_wait(self.scratch.empty.at[slot_of(team, step, self.sizes)])
+
+    def _copy(self, source, slot, row: int, step) -> None:
+        """Begins to copy a tile of weights to the rows of a slot from `row` on."""
+
+        def copy():
+            target = self.ring.copied.at[slot, pl.ds(row, source.shape[0])]
+            plgpu.copy_gmem_to_smem(source, target, self.scratch.full.at[slot])
+
+        if self.sizes.stage == "comp":
+            pl.when(step < self.sizes.config.slots // TEAMS)(copy)  # fill the ring once
+        else:
+            copy()
+
+
+def _depth(tile):
+    """The columns of weights that are a tile's."""
+    return pl.ds(pl.multiple_of(tile * BLOCK, BLOCK), BLOCK)
+
+
+def _advanced(team, steps: tuple[jax.Array, ...], advance: Callable[[jax.Array], jax.Array]) -> tuple[jax.Array, ...]:
+    """`steps` with that of a team advanced."""
+    step = steps[-1]
+    for i, each in enumerate(steps[:-1]):
+        step = jnp.where(team == i, each, step)
+    step = advance(step)
+    return tuple(jnp.where(team == i, step, each) for i, each in enumerate(steps))

@@ -1,0 +1,62 @@
+"""The rounding of h to 8 bits: 64 rows at a time, those of 8 tokens and 8 · 128 columns of an expert."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.on_gpu.smem import Views
+from pallas_kernels.on_gpu.store import store_rows
+from pallas_kernels.quantize import finite_scale
+from pallas_kernels.routed_mlp.gpu.multiply import ROWS, Multiplier, along_rows
+from pallas_kernels.routed_mlp.gpu.sizes import BLOCK, TOKENS, WGMMA_ROWS
+
+
+class Rounding(Multiplier):
+    """A team at its rows."""
+
+    def round(self, tile) -> None:
+        """Rounds the rows of a tile, and writes them and their scales."""
+        sizes = self.sizes
+        row = tile * WGMMA_ROWS
+        tiles = sizes.h_rows // WGMMA_ROWS
+        part = lax.rem(tile, jnp.int32(tiles))
+        h = self._h_of(row, part)
+        amax = jnp.max(jnp.abs(h), axis=1)
+        if not sizes.by_block:
+            first = row - part * WGMMA_ROWS
+            for i in range(tiles):
+                other = jnp.max(jnp.abs(self._h_of(first + i * WGMMA_ROWS, i)), axis=1)
+                amax = jnp.maximum(amax, other)
+            amax = self._largest_of_tokens(amax)
+        dtype = self.between.rounded.dtype
+        scale = finite_scale(amax, dtype)
+        largest = float(jnp.finfo(dtype).max)
+        values = jnp.clip(h * along_rows(1 / scale, BLOCK), -largest, largest).astype(dtype)
+        staging = Views.of(self.scratch.rounded_staging)
+        store_rows(self.between.rounded, staging, self.team, values, row=row, rows=None, column=0)
+        self.between.scale[pl.ds(row, WGMMA_ROWS)] = scale
+
+    def _h_of(self, row, part):
+        """64 rows of h, zeros past its width: what lies there nobody has written."""
+        h = plgpu.load(self.between.h.at[pl.ds(row, WGMMA_ROWS)], layout=plgpu.Layout.WGMMA, optimized=False)
+        if self.sizes.h_rows // TOKENS * BLOCK == self.sizes.width:
+            return h
+        depth = part * TOKENS + lax.div(_iota(0), jnp.int32(TOKENS))
+        return jnp.where(depth * BLOCK + _iota(1) < self.sizes.width, h, 0.0)
+
+    def _largest_of_tokens(self, amax):
+        """The largest of the numbers of rows that are 8 apart, those of a token, for each of them."""
+        buffer, first = self.scratch.row_scale, self.team * 2 * WGMMA_ROWS
+        for i in range(2):
+            buffer[pl.ds(first + i * WGMMA_ROWS, WGMMA_ROWS)] = amax
+        plgpu.commit_smem()
+        for i in range(TOKENS, WGMMA_ROWS, TOKENS):
+            amax = jnp.maximum(amax, plgpu.load(buffer.at[pl.ds(first + i, WGMMA_ROWS)], layout=ROWS))
+        plgpu.commit_smem()
+        return amax
+
+
+def _iota(axis: int) -> jax.Array:
+    return plgpu.broadcasted_iota(jnp.int32, (WGMMA_ROWS, BLOCK), axis, layout=plgpu.Layout.WGMMA)

@@ -1,0 +1,44 @@
+"""The experts of a few tokens in plain XLA: choice by choice."""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.activations import Activation, gated_halves
+from pallas_kernels.quantize import QTensor, dequantize, quantize, scaling_of_rows
+
+
+def routed_mlp(
+    x: QTensor,
+    topk_weights: jax.Array,
+    topk_ids: jax.Array,
+    gate_up: QTensor,
+    down: QTensor,
+    *,
+    gate_up_bias: jax.Array | None,
+    down_bias: jax.Array | None,
+    activation: Activation,
+    activation_limit: float | None,
+    out_dtype: jax.typing.DTypeLike,
+) -> jax.Array:
+    """See `pallas_kernels.routed_mlp.routed_mlp`."""
+    rows = dequantize(x)
+
+    def of_expert(tensor: QTensor, expert: jax.Array) -> jax.Array:
+        scale = tensor.scale[expert if tensor.scale.shape[0] > 1 else 0]
+        return dequantize(QTensor(tensor.values[expert], scale))
+
+    def product(row: jax.Array, weights: QTensor, bias: jax.Array | None, expert: jax.Array) -> jax.Array:
+        out = jnp.dot(of_expert(weights, expert), row, precision=jax.lax.Precision.HIGHEST)
+        return out if bias is None else out + bias[expert].astype(jnp.float32)
+
+    def share(choice: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        token, expert, weight = choice
+        known = jnp.maximum(expert, 0)
+        h = gated_halves(product(rows[token], gate_up, gate_up_bias, known), activation, activation_limit)
+        h = dequantize(quantize(h[None], x.dtype, scaling=scaling_of_rows(x)))[0]
+        return jnp.where(expert >= 0, weight * product(h, down, down_bias, known), 0)
+
+    tokens = jnp.broadcast_to(jnp.arange(x.shape[0])[:, None], topk_ids.shape)
+    choices = tokens.reshape(-1), topk_ids.reshape(-1), topk_weights.reshape(-1).astype(jnp.float32)
+    shares = jax.lax.map(share, choices).reshape(*topk_ids.shape, down.shape[1])
+    return shares.sum(axis=1).astype(out_dtype)

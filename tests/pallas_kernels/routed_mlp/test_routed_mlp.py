@@ -1,0 +1,121 @@
+"""The experts of a few tokens, against float64; what fits no tile, what is no choice, and what is NaN."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.activations import gated_halves
+from pallas_kernels.quantize import QTensor, dequantize, quantize
+from pallas_kernels.routed_mlp import routed_mlp
+from tests.helpers import float64, normal, raises_saying, relative_error
+from tests.pallas_kernels.backends import every_backend
+
+backend = every_backend("routed_mlp")
+
+# An activation that lies between two numbers of 8 bits is rounded to the one or the other as sums differ in their last
+# bits, and is then off by its last place.
+TOLERANCE = 1.5e-2
+SCALINGS = {"blocks": ("1x128", "128x128"), "rows": ("per_row", "per_channel")}
+
+
+def make(
+    rng, tokens: int, top_k: int, *, hidden=256, width=256, experts=6, scales="blocks", bias=False
+) -> dict[str, Any]:
+    """Operands of random choices, one in seven of which is none."""
+    of_rows, of_weights = SCALINGS[scales]
+    ids = np.stack([rng.permutation(experts)[:top_k] for _ in range(tokens)])
+    ids[rng.random(ids.shape) < 1 / 7] = -1
+    return {
+        "x": quantize(normal(rng, tokens, hidden), scaling=of_rows),
+        "topk_weights": jnp.asarray(rng.random(ids.shape), jnp.float32),
+        "topk_ids": jnp.asarray(ids, jnp.int32),
+        "gate_up": quantize(normal(rng, experts, hidden, 2 * width) / hidden**0.5, scaling=of_weights).mT,
+        "down": quantize(normal(rng, experts, width, hidden) / width**0.5, scaling=of_weights).mT,
+        "gate_up_bias": normal(rng, experts, 2 * width, dtype="bfloat16") if bias else None,
+        "down_bias": normal(rng, experts, hidden, dtype="bfloat16") if bias else None,
+    }
+
+
+def expected(operands: dict[str, Any], scales: str = "blocks", **activation: Any) -> np.ndarray:
+    """The sums in float64, but for the rounding between the products, which is what it is."""
+    x, gate_up, down = (float64(dequantize(operands[name])) for name in ("x", "gate_up", "down"))
+    y = np.zeros(x.shape)
+    for token, choices in enumerate(np.asarray(operands["topk_ids"])):
+        for choice, expert in enumerate(choices):
+            if expert < 0:
+                continue
+            h = gate_up[expert] @ x[token]
+            if operands["gate_up_bias"] is not None:
+                h = h + float64(operands["gate_up_bias"][expert])
+            h = gated_halves(
+                jnp.asarray(h, jnp.float32), activation.get("activation", "silu"), activation.get("activation_limit")
+            )
+            out = down[expert] @ float64(dequantize(quantize(h[None], scaling=SCALINGS[scales][0])))[0]
+            if operands["down_bias"] is not None:
+                out = out + float64(operands["down_bias"][expert])
+            y[token] += float(operands["topk_weights"][token, choice]) * out
+    return y
+
+
+def run(operands: dict[str, Any], backend: str, **options: Any) -> jax.Array:
+    function = functools.partial(routed_mlp, backend=backend, **options)
+    return jax.jit(lambda operands: function(**operands))(operands)
+
+
+@pytest.mark.parametrize(("tokens", "top_k"), [(1, 1), (1, 4), (3, 2), (8, 5)])
+@pytest.mark.parametrize("scales", SCALINGS)
+def test_equals_float64(tokens, top_k, scales, backend, rng):
+    operands = make(rng, tokens, top_k, scales=scales)
+    y = run(operands, backend, out_dtype=jnp.float32)
+    assert y.dtype == jnp.float32
+    assert relative_error(y, expected(operands, scales)) < TOLERANCE
+
+
+def test_with_biases_and_sizes_that_fit_no_tile(backend, rng):
+    operands = make(rng, 5, 3, hidden=144, width=208, scales="rows", bias=True)
+    activation = {"activation": "swigluoai", "activation_limit": 1.0}
+    y = run(operands, backend, **activation)
+    assert y.dtype == jnp.bfloat16
+    assert relative_error(y, expected(operands, "rows", **activation)) < TOLERANCE
+
+
+def test_without_any_choice(backend, rng):
+    operands = make(rng, 4, 2) | {"topk_ids": jnp.full((4, 2), -1, jnp.int32)}
+    assert not np.asarray(run(operands, backend)).any()
+
+
+def test_an_expert_chosen_twice_counts_twice(backend, rng):
+    operands = make(rng, 2, 3) | {"topk_ids": jnp.asarray([[4, 1, 4], [1, 1, 1]], jnp.int32)}
+    y = run(operands, backend, out_dtype=jnp.float32)
+    assert relative_error(y, expected(operands)) < TOLERANCE
+
+
+def test_a_token_of_nan_leaves_the_others_alone(backend, rng):
+    operands = make(rng, 4, 2)
+    broken = operands["x"].scale.at[1].set(jnp.nan)
+    y = np.asarray(run(operands | {"x": QTensor(operands["x"].values, broken)}, backend, out_dtype=jnp.float32))
+    others = [0, 2, 3]
+    assert relative_error(y[others], expected(operands)[others]) < TOLERANCE
+    assert (np.asarray(operands["topk_ids"][1]) < 0).all() or np.isnan(y[1]).all()
+
+
+def test_same_bits_again(backend, rng):
+    operands = make(rng, 8, 4)
+    first = np.asarray(run(operands, backend))
+    assert all(np.array_equal(first, run(operands, backend)) for _ in range(3))
+
+
+def test_errors(rng):
+    operands = make(rng, 3, 2)
+    with raises_saying(ValueError, "down must be", "[6, 256, 256]"):
+        routed_mlp(**operands | {"down": operands["gate_up"]})
+    with raises_saying(ValueError, "topk_ids must be int32"):
+        routed_mlp(**operands | {"topk_ids": operands["topk_ids"].astype(jnp.float32)})
+    with raises_saying(ValueError, "scale", "rows"):
+        routed_mlp(**operands | {"x": quantize(normal(rng, 3, 256))})
+    with raises_saying(ValueError, "activation"):
+        routed_mlp(**operands, activation="swish")
