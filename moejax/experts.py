@@ -122,6 +122,46 @@ class ExpertMath:
             backend=self.backend,
         )
 
+    def few_tokens(
+        self,
+        x: Rows,
+        topk_weights: jax.Array,
+        topk_ids: jax.Array,
+        gate_up: Operand,
+        down: Operand,
+        *,
+        biases: tuple[jax.Array | None, jax.Array | None],
+        preferred_element_type: jax.typing.DTypeLike,
+    ) -> jax.Array | None:
+        """The weighted sum of the chosen experts in one kernel; None where that does not pay, see `routed_mlp.pays`.
+
+        Args:
+          x: [T, H], as `rounded` has it.
+          topk_weights: float32 [T, K].
+          topk_ids: int32 [T, K], −1 for no choice.
+          gate_up: [E, 2I, H], gate first: of all experts.
+          down: [E, H, I].
+          biases: [E, 2I] and [E, H], or None.
+          preferred_element_type: of the result [T, H].
+        """
+        if not (isinstance(x, QTensor) and isinstance(gate_up, QTensor) and isinstance(down, QTensor)):
+            return None
+        if self.backend == "xla" or not pays(x, topk_ids, gate_up, down):
+            return None
+        return routed_mlp(
+            x,
+            topk_weights,
+            topk_ids,
+            gate_up,
+            down,
+            gate_up_bias=biases[0],
+            down_bias=biases[1],
+            activation=self.activation,
+            activation_limit=self.activation_limit,
+            out_dtype=preferred_element_type,
+            backend=self.backend,
+        )
+
 
 def math_of(config: MoEConfig) -> ExpertMath:
     """The `ExpertMath` of the routed experts of a layer."""
@@ -180,35 +220,18 @@ def few_tokens(
     params: dict[str, Any],
     math: ExpertMath,
     *,
-    dtype: jax.typing.DTypeLike,
+    preferred_element_type: jax.typing.DTypeLike,
 ) -> jax.Array | None:
-    """What the chosen experts make of tokens so few that one kernel does it all fastest; None where it does not.
-
-    Args:
-      x: [T, H] as `ExpertMath.rounded` has it.
-      topk_weights: float32 [T, K].
-      topk_ids: int32 [T, K].
-      params: the `EXPERT_FIELDS` of MoEParams by name.
-      math: of the experts.
-      dtype: of the result.
-    """
-    gate_up, bias, down = flat_halves(params["gate_up"]), params["gate_up_bias"], params["down"]
-    if not (isinstance(x, QTensor) and isinstance(gate_up, QTensor) and isinstance(down, QTensor)):
-        return None
-    if math.backend == "xla" or not pays(x, topk_ids, gate_up, down):
-        return None
-    return routed_mlp(
+    """`ExpertMath.few_tokens` on the `EXPERT_FIELDS` of MoEParams by name."""
+    bias = params["gate_up_bias"]
+    return math.few_tokens(
         x,
         topk_weights,
         topk_ids,
-        gate_up,
-        down,
-        gate_up_bias=None if bias is None else bias.reshape(bias.shape[0], -1),
-        down_bias=params["down_bias"],
-        activation=math.activation,
-        activation_limit=math.activation_limit,
-        out_dtype=dtype,
-        backend=math.backend,
+        flat_halves(params["gate_up"]),
+        params["down"],
+        biases=(None if bias is None else bias.reshape(bias.shape[0], -1), params["down_bias"]),
+        preferred_element_type=preferred_element_type,
     )
 
 

@@ -93,12 +93,25 @@ def _run(
     way: Way,
 ) -> jax.Array:
     """The exchange with `math` as the experts."""
+    rows_of_x, biases = math.rounded(x), (params["b1"], params["b2"])
+    if way.axes.ep == 1 and k_major:
+        y = math.few_tokens(
+            rows_of_x,
+            topk_weights,
+            topk_ids,
+            params["w1"],
+            params["w2"],
+            biases=biases,
+            preferred_element_type=x.dtype,
+        )
+        if y is not None:
+            return y
 
     def experts(params: dict[str, Any], rows: Rows, group_sizes: jax.Array) -> jax.Array:
         w1, w2 = params["w1"], params["w2"]
         return math(rows, group_sizes, w1, w2, k_major=(k_major, k_major), biases=(params["b1"], params["b2"]))
 
-    return exchange(math.rounded(x), topk_weights, topk_ids, experts, params, way, preferred_element_type=x.dtype)
+    return exchange(rows_of_x, topk_weights, topk_ids, experts, params, way, preferred_element_type=x.dtype)
 
 
 def _gate_first(

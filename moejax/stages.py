@@ -125,7 +125,14 @@ class Stages:
         inputs, topk_weights = self.inputs(x, topk_weights)
         of_experts = {name: params[name] for name in EXPERT_FIELDS}
         if self.transport is one_chip and not self.way.columns_over:
-            y = few_tokens(inputs, topk_weights, topk_ids, of_experts, self.math, dtype=preferred_element_type)
+            y = few_tokens(
+                inputs,
+                topk_weights,
+                topk_ids,
+                of_experts,
+                self.math,
+                preferred_element_type=preferred_element_type,
+            )
             if y is not None:
                 return y
 

@@ -141,9 +141,17 @@ def permute(s: GemmShape) -> CaseData:
     return CaseData(inputs, _ours(route_and_restore), (in_xla,), lambda x, logits: x.astype(jnp.float32))
 
 
-def whole_layer(s: GemmShape, in_8_bits: bool, num_layers: int) -> CaseData:
-    """Layers one after the other, router and experts, each with weights of its own and a residual."""
-    config = MoEConfig(hidden_size=s.K, intermediate_size=s.N, num_experts=s.G, top_k=LAYER_TOP_K)
+def whole_layer(
+    s: GemmShape, in_8_bits: bool, num_layers: int, num_tokens: int | None = None, num_experts: int | None = None
+) -> CaseData:
+    """Layers one after the other, router and experts, each with weights of its own and a residual.
+
+    Where tokens are so few that they choose some of the experts only, the groups of the shape are those that they
+    choose, and `num_tokens` and `num_experts` are given.
+    """
+    num_tokens = s.G * s.M // LAYER_TOP_K if num_tokens is None else num_tokens
+    num_experts = s.G if num_experts is None else num_experts
+    config = MoEConfig(hidden_size=s.K, intermediate_size=s.N, num_experts=num_experts, top_k=LAYER_TOP_K)
     quantization = Quantization() if in_8_bits else None
 
     def weights_of(seed: int, *shape: int) -> Operand:
@@ -152,8 +160,9 @@ def whole_layer(s: GemmShape, in_8_bits: bool, num_layers: int) -> CaseData:
 
     def layer_of(seed: int) -> tuple[Any, ...]:
         """The router's kernel in BF16, w1 [E, 2I, H] and w2 [E, H, I]."""
-        router = normal(seed, (s.K, s.G), scale=s.K**-0.5)
-        return router, weights_of(seed + 1, s.G, 2 * s.N, s.K), weights_of(seed + 2, s.G, s.K, s.N)
+        router = normal(seed, (s.K, num_experts), scale=s.K**-0.5)
+        gate_up, down = (num_experts, 2 * s.N, s.K), (num_experts, s.K, s.N)
+        return router, weights_of(seed + 1, *gate_up), weights_of(seed + 2, *down)
 
     @functools.partial(jax.jit, static_argnames="backend")  # lowers one layer for all of them
     def one_layer(x, router, w1, w2, backend):
@@ -166,7 +175,7 @@ def whole_layer(s: GemmShape, in_8_bits: bool, num_layers: int) -> CaseData:
             x = one_layer(x, *layer, backend=backend)
         return x
 
-    x = normal(0, (s.G * s.M // LAYER_TOP_K, s.K))
+    x = normal(0, (num_tokens, s.K))
     weights = [layer_of(1 + 3 * number) for number in range(num_layers)]
     return CaseData(
         (x, weights),

@@ -108,9 +108,13 @@ def _moves(tokens: int, top_k: int, hidden: int) -> tuple[Cost, ...]:
 
 
 def _qwen3(name: str, tokens: int, dtype: Literal["fp8", "bf16"], goal: Goal, note: str, num_layers: int) -> Case:
-    shape = GemmShape(128, tokens * LAYER_TOP_K // 128, 2048, 768)
-    in_8_bits = dtype == "fp8"
+    in_8_bits, choices = dtype == "fp8", tokens * LAYER_TOP_K
     build = functools.partial(whole_layer, in_8_bits=in_8_bits, num_layers=num_layers)
+    shape = GemmShape(128, max(1, choices // 128), 2048, 768)
+    if choices < 2 * 128:
+        chosen = round(128 * (1 - (1 - LAYER_TOP_K / 128) ** tokens))  # of the experts, on average
+        shape = GemmShape(chosen, 1, 2048, 768)
+        build = functools.partial(build, num_tokens=tokens, num_experts=128)
     products = layer_products(shape, "fp8-blocks" if in_8_bits else "bf16", result_in_8_bits=in_8_bits)
     return Case(name, shape, dtype, goal, build, products, _moves(tokens, LAYER_TOP_K, shape.K), note)
 
@@ -142,7 +146,9 @@ _TABLE = (
     Case("layer-fp8", _DECODE, "fp8", Goal("µs", 95, 86), layer_fp8, _FP8_LAYER, note=_GATED, tolerance=5e-2),
     Case("backward-bf16", _PREFILL, "bf16", Goal("TFLOP/s", 550, 650), backward_bf16, _GRADIENTS, note=_BOTH),
     Case("permute-fp16", _PERMUTE, "bf16", Goal("µs", 260, 210), permute, moves=_MOVES, note=_ROUTED),
-    _qwen3("qwen3-fp8-64", 64, "fp8", Goal("µs", 210, 165), "Qwen3-30B-A3B's layer, 64 tokens, wall time", 8),
+    _qwen3("qwen3-fp8-1", 1, "fp8", Goal("µs", 50, 30), "Qwen3-30B-A3B's layer, one token, wall time", 24),
+    _qwen3("qwen3-fp8-8", 8, "fp8", Goal("µs", 120, 100), "the same, 8 tokens", 8),
+    _qwen3("qwen3-fp8-64", 64, "fp8", Goal("µs", 210, 165), "the same, 64 tokens", 8),
     _qwen3("qwen3-bf16-16384", 16384, "bf16", Goal("µs", 2500, 2000), "the same, 16384 tokens", 3),
 )
 

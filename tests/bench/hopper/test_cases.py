@@ -11,7 +11,14 @@ H200 = get_chip("h200")
 
 def test_all_cases_in_the_order_of_the_table():
     assert [case.name for case in select_cases(None)] == list(CASES)
-    assert len(CASES) == 12
+    assert len(CASES) == 14
+
+
+def test_of_few_tokens_only_the_experts_that_are_chosen_are_read():
+    shapes = [CASES[name].shape for name in ("qwen3-fp8-1", "qwen3-fp8-8", "qwen3-fp8-64")]
+    assert [shape.G for shape in shapes] == [8, 52, 128]
+    weights = 8 * 3 * 2048 * 768
+    assert weights < CASES["qwen3-fp8-1"].hbm_bytes < 1.02 * weights
 
 
 def test_cases_by_name():
