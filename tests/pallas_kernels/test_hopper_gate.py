@@ -16,7 +16,7 @@ KERNELS = {
         "gradients of combine": ["combine_dweights", "dispatch"],
         "gradients": ["grouped_matmul", "grouped_matmul_drhs"],
         "serving in fp8": ["combine", "counting_sort", "dispatch", "grouped_gate_up", "grouped_matmul", "top_k"],
-        "eight tokens in fp8": ["routed_mlp"],
+        "eight tokens in fp8": ["routed_mlp", "top_k"],
         "exchange": ["all_to_all", "counting_sort", "make_routes"],
         "rms_norm gradients": ["rms_norm", "rms_norm_pullback"],
     },

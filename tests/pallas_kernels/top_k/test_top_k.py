@@ -4,13 +4,15 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.top_k import top_k, top_k_ids
+from pallas_kernels.on_gpu.smem import single_view
+from pallas_kernels.top_k import gpu, top_k, top_k_ids
 from tests.helpers import LIMIT, normal, relative_error
 from tests.pallas_kernels.backends import every_backend
+from tests.pallas_kernels.kernels_gpu import interpreted
 
 backend = every_backend("top_k")
 
-SHAPES = [(16384, 128, 2), (64, 128, 8), (1, 8, 2), (300, 256, 8), (257, 64, 64), (3, 512, 4), (70, 60, 4)]
+SHAPES = [(16384, 128, 2), (64, 128, 8), (1, 8, 2), (300, 256, 8), (257, 64, 64), (3, 512, 4), (70, 60, 4), (8, 128, 8)]
 
 
 def sorted_ids(scores, k):
@@ -108,3 +110,14 @@ def test_lowers_for_cuda(tokens, experts, k):
     function = jax.jit(lambda scores: top_k(scores, k, normalize=True, backend="pallas_gpu"))
     scores = jax.ShapeDtypeStruct((tokens, experts), jnp.float32)
     assert "mosaic_gpu" in function.trace(scores).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize(("tokens", "experts", "k"), [(1, 128, 8), (5, 64, 10)])
+def test_few_tokens_interpreted(rng, tokens, experts, k):
+    """Whose rows take part of a tile; what is in the rest of it nobody has written."""
+    scores = jax.nn.softmax(normal(rng, tokens, experts))
+    with interpreted(), single_view(True):
+        weights, ids = jax.jit(lambda scores: gpu.top_k(scores, k, normalize=True))(scores)
+    np.testing.assert_array_equal(ids, sorted_ids(scores, k))
+    chosen = np.take_along_axis(np.asarray(scores, np.float64), np.asarray(ids), axis=1)
+    assert relative_error(weights, chosen / chosen.sum(1, keepdims=True)) < LIMIT["float32"]
