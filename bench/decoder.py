@@ -50,6 +50,8 @@ def main(argv: Sequence[str]) -> int:
         write_json(record, "-")
     else:
         print(f"{record['chip']}, driver {record['driver']}, commit {record['commit']}")
+        if args.quick:
+            print("sizes are reduced: times mean nothing")
         print(table(record))
     for line in absences(record):
         progress.say(f"no figures of {line}")
@@ -65,7 +67,8 @@ def _parser() -> argparse.ArgumentParser:
         "Times decoder blocks (attention, and experts or a dense gated network) over whole sequences, and decode steps "
         "with a cache: ours, the same module by XLA alone, and torch's, eager and compiled, where torch is installed. "
         "Every result is checked first. Times are wall times of a block in a row of blocks with weights of their own. "
-        f"The exit status is 1 if one of ours fails. Cases: {', '.join(CASES)}.",
+        "A shape is sequences × tokens × hidden size × heads × width of the network, '·' experts; kv is what a cache "
+        f"holds before a step. The exit status is 1 if one of ours fails. Cases: {', '.join(CASES)}.",
         (
             "--json blocks.json",
             "--cases tiny,bert-base,wide-8x128",
@@ -75,7 +78,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--cases", type=NAMES, metavar="NAME,...", help="measure these only (default: all)")
-    add("--precision", default="w16a16", choices=tuple(PRECISIONS), help="of experts (default: %(default)s)")
+    add(
+        "--precision",
+        default="w16a16",
+        choices=tuple(PRECISIONS),
+        help="of experts; a dense network is in 16 bits (default: %(default)s)",
+    )
     add("--quick", action="store_true", help="small sizes and few rounds, for any machine: shows that everything runs")
     add("--json", type=output_file, metavar="PATH", help="write the record to PATH, - for standard output only")
     add("--commit", help="the commit to record (default: what git says)")

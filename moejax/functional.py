@@ -155,6 +155,7 @@ def _run(
     mesh = mesh_here(mesh)
     leading = per_token.x.shape[:-1]
     if mesh is None:
+        _check_whole(per_token.x)
         return per_chip(body, per_token, Held(params, key), settings, leading=leading, mask=mask)
     axes = axes_on(mesh, partition, config, num_slots=params.num_slots)
     _check_scales(params, config, axes)
@@ -254,6 +255,16 @@ def check_input(x: jax.Array, config: MoEConfig, mask: jax.Array | None = None) 
         raise ValueError(
             f"x holds NaN in {len(bad)} of {math.prod(x.shape[:-1])} tokens (first: token {bad[0]}); look for it in "
             "what comes before this layer"
+        )
+
+
+def _check_whole(x: jax.Array) -> None:
+    """Raises ValueError where the type of x says that it is split over a mesh, and the layer is called without one."""
+    over = jax.typeof(x).sharding
+    if any(axes is not None for axes in over.spec):
+        raise ValueError(
+            f"x is split over the mesh {dict(over.mesh.shape)} as {over.spec}, and the layer is called without a mesh; "
+            "call it within jax.set_mesh(mesh), or give it mesh="
         )
 
 

@@ -115,7 +115,8 @@ def select_cases(names: Iterable[str] | None, precision: Precision, *, reduce: b
     Args:
       names: of cases.
       precision: of experts.
-      reduce: whether to make them small enough for any machine: their shapes say nothing then.
+      reduce: whether to make them small enough for any machine: their shapes say nothing then. Of those that become
+        the same, the first stands for all.
 
     Raises:
       ValueError: a name is unknown.
@@ -124,7 +125,12 @@ def select_cases(names: Iterable[str] | None, precision: Precision, *, reduce: b
     if unknown := [name for name in names if name not in CASES]:
         raise ValueError(f"unknown case {unknown[0]!r} in --cases; expected some of {', '.join(CASES)}")
     cases = {name: _with_precision(CASES[name], precision) for name in names}
-    return {name: _reduced(case) for name, case in cases.items()} if reduce else cases
+    if not reduce:
+        return cases
+    first: dict[Case, str] = {}
+    for name, case in cases.items():
+        first.setdefault(_reduced(case), name)
+    return {name: case for case, name in first.items()}
 
 
 def _with_precision(case: Case, precision: Precision) -> Case:

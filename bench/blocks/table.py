@@ -11,7 +11,14 @@ Record = Mapping[str, Any]
 
 def table(record: Record) -> str:
     """One line a case: our time and rates, and the time of each other contender with its multiple of ours."""
-    headers = ["case", "shape", "ours µs", "tokens/s", "TFLOP/s", *(f"{name} µs" for name in CONTENDERS[1:])]
+    headers = [
+        "case",
+        "shape",
+        "ours µs",
+        "tokens/s",
+        "TFLOP/s",
+        *(f"{name} µs (over ours)" for name in CONTENDERS[1:]),
+    ]
     rows: list[list[Cell]] = []
     for name, case in record["cases"].items():
         if "error" in case:

@@ -8,7 +8,7 @@ from flax import nnx
 
 from moejax.initial import Initializer
 from moejax.models.cache import KVCache, check_cache
-from moejax.models.checks import check_prompts, check_step, check_tokens
+from moejax.models.checks import check_auto_axes, check_prompts, check_step, check_tokens
 from moejax.models.config import AttentionConfig
 from moejax.models.dot_product import attend
 from moejax.models.norm import RMSNorm
@@ -98,17 +98,21 @@ class Attention(nnx.Module):
         Args:
           x: [B, L, H], L at most M.
           cache: of this attention.
-          slots: integer [B], each another one; a sequence whose slot is not in [0, S), such as −1, is not kept.
+          slots: integer [B], each another one of [0, S); a sequence with −1 is not kept. Under jit, where they are not
+            known, one with another number is not kept either, and of two with the same slot the last one is.
           lengths: integer [B], real tokens of each, which come first; None if all are. The rest comes out as zeros.
+            Under jit they are brought into [0, L].
 
         Returns:
           [B, L, H] in the dtype of x, and the cache.
 
         Raises:
-          ValueError: shapes or dtypes do not fit, sequences are longer than M, or a slot is known to stand twice.
+          ValueError: shapes or dtypes do not fit, sequences are longer than M, slots or lengths are known to be wrong,
+            or a mesh of Explicit axes splits x or the cache.
         """
         check_tokens(x, self.config.hidden_size)
         check_cache(cache, self.config)
+        check_auto_axes(x=x, keys=cache.keys)
         batch, length, _ = x.shape
         check_prompts(
             slots, lengths, batch=batch, length=length, num_slots=cache.num_slots, max_length=cache.max_length

@@ -1,6 +1,7 @@
 """A decoder block as a flax.nnx module: attention, and experts or a dense network, behind norms, beside residuals."""
 
 import functools
+import warnings
 from typing import Any
 
 import jax
@@ -53,6 +54,8 @@ class DecoderBlock(nnx.Module):
           mesh: of the feed-forward network, as is `partition`; see `moejax.MoE`.
           partition: which axes of the mesh split what.
         """
+        if not isinstance(config, BlockConfig):
+            raise TypeError(f"config must be BlockConfig(attention, feed_forward), got {type(config).__name__}")
         self.config = config
         attention, feed_forward = config.attention, config.feed_forward
         norm = functools.partial(
@@ -107,8 +110,17 @@ class DecoderBlock(nnx.Module):
     def prefill(
         self, x: jax.Array, cache: KVCache, *, slots: jax.Array, lengths: jax.Array | None = None
     ) -> tuple[jax.Array, MoEAux | None, KVCache]:
-        """Whole sequences, whose keys and values go into slots of the cache; see `Attention.prefill`."""
+        """Whole sequences, whose keys and values go into slots of the cache; see `Attention.prefill`.
+
+        Warns where the block is not `causal`: tokens decoded one by one then differ from those of a whole sequence.
+        """
         check_tokens(x, self.config.hidden_size)
+        if not self.causal:
+            warnings.warn(
+                "what a token's experts make of it depends on later tokens (by the router, or a capacity), so decoding "
+                "differs from whole sequences; see moejax.MoE.causal",
+                stacklevel=2,
+            )
         attended, cache = self.attention.prefill(self.attention_norm(x), cache, slots=slots, lengths=lengths)
         mask = None if lengths is None else real_tokens(lengths, x.shape[1])
         return *self._fed_forward(attended, x, mask, train=False), cache

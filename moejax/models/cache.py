@@ -41,6 +41,8 @@ class KVCache:
         Raises:
           ValueError: a size is not positive.
         """
+        if not isinstance(config, AttentionConfig):
+            raise TypeError(f"config must be the AttentionConfig of the block, got {type(config).__name__}")
         require_integer("num_slots", num_slots, at_least=1)
         require_integer("max_length", max_length, at_least=1)
         shape = (num_slots, max_length, config.num_key_value_heads, config.head_dim)

@@ -27,16 +27,25 @@ def check_prompts(
     require(length <= max_length, "x", f"sequences of at most max_length={max_length} tokens of the cache", length)
     _check_array("slots", slots, "integer", (batch,))
     if is_known(slots):
-        taken = np.asarray(slots)
-        taken = taken[(taken >= 0) & (taken < num_slots)]
-        is_once = np.unique(taken).size == taken.size
-        require(is_once, "slots", "another one for each sequence", np.asarray(slots).tolist())
+        known = np.asarray(slots)
+        wanted = f"from 0 to {num_slots - 1}, or −1 for a sequence that is not kept"
+        require(bool(((known >= -1) & (known < num_slots)).all()), "slots", wanted, known.tolist())
+        taken = known[known >= 0]
+        require(np.unique(taken).size == taken.size, "slots", "another one for each sequence", known.tolist())
     if lengths is not None:
         _check_array("lengths", lengths, "integer", (batch,))
         if is_known(lengths):
             known = np.asarray(lengths)
             is_within = bool(((known >= 0) & (known <= length)).all())
             require(is_within, "lengths", f"from 0 to {length}, the tokens of a sequence of x", known.tolist())
+
+
+def check_auto_axes(**arrays: jax.Array) -> None:
+    """Raises ValueError, naming the argument, for an array whose type says that a mesh of Explicit axes splits it."""
+    for name, array in arrays.items():
+        over = jax.typeof(array).sharding
+        is_whole = all(axes is None for axes in over.spec)
+        require(is_whole, name, "whole, or split over a mesh of Auto axes", f"{over.spec} on {dict(over.mesh.shape)}")
 
 
 def check_step(x: jax.Array, active: jax.Array | None, *, is_full: jax.Array) -> None:

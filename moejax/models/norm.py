@@ -20,7 +20,7 @@ _ONES = nnx.initializers.ones
 
 
 class RMSNorm(nnx.Module):
-    """`pallas_kernels.rms_norm` with a parameter.
+    """`rms_norm` of `pallas_kernels.rms_norm` with a parameter.
 
     Attributes:
       scale: nnx.Param [H].

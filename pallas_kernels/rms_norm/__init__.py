@@ -6,6 +6,8 @@ The statistics and the product are float32 and the result is rounded once (Zhang
 `rms_norm` gives an array, `rms_norm_in_8_bits` what a product in 8 bits takes.
 """
 
+import math
+import numbers
 from typing import overload
 
 import jax
@@ -53,10 +55,10 @@ def rms_norm(x, weight=None, *, residual=None, eps=1e-6, out_dtype=None, backend
       the dtype of x before it is normalised.
 
     Raises:
-      ValueError: shapes do not fit, or a dtype is not one of the above.
+      ValueError: shapes do not fit, a dtype is not one of the above, or eps is not a number or negative.
       Unsupported: a named backend cannot do this.
     """
-    _check(x, weight, residual)
+    _check(x, weight, residual, eps)
     y, total = normalized(
         backend,
         x=_rows(x),
@@ -129,7 +131,7 @@ def rms_norm_in_8_bits(
       ValueError: as `rms_norm`, or H is not divisible by the block of the scaling, or rows share scales.
       Unsupported: a named backend cannot do this.
     """
-    _check(x, weight, residual)
+    _check(x, weight, residual, eps)
     if x.ndim != 2:
         raise ValueError(f"x must have shape [T, H] where the result is in 8 bits, got {list(x.shape)}")
     if not is_of_one_row(scaling):
@@ -158,7 +160,9 @@ def _rows(x: jax.Array) -> jax.Array:
     return x.reshape(-1, x.shape[-1])
 
 
-def _check(x: jax.Array, weight: jax.Array | None, residual: jax.Array | None) -> None:
+def _check(x: jax.Array, weight: jax.Array | None, residual: jax.Array | None, eps: object) -> None:
+    if not isinstance(eps, numbers.Real) or not 0 <= float(eps) < math.inf:
+        raise ValueError(f"eps must be a number from 0 on that is known when this is traced, got {eps!r}")
     for name, array in (("x", x), ("weight", weight), ("residual", residual)):
         if array is not None and (not jnp.issubdtype(array.dtype, jnp.floating) or array.dtype.itemsize < 2):
             raise ValueError(f"{name} must be BF16, FP16 or float32, got {array.dtype}")

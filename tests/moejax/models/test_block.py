@@ -9,6 +9,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from moejax import MoEConfig, Partition, TopKRouter, dense_moe, make_mesh
 from moejax.models import MLP, AttentionConfig, BlockConfig, DecoderBlock, KVCache, MLPConfig
+from moejax.routers import ExpertChoiceRouter
 from tests.helpers import LIMIT, float64, normal, raises_saying, relative_error
 from tests.moejax.models import oracle
 
@@ -136,3 +137,23 @@ def test_parts_that_do_not_fit_together_are_refused():
         BlockConfig(ATTENTION, ATTENTION)
     with raises_saying(ValueError, "unknown activation 'swish'"):
         MLPConfig(32, 16, activation="swish")
+    with raises_saying(TypeError, "config must be BlockConfig(attention, feed_forward), got AttentionConfig"):
+        new_block(ATTENTION)
+
+
+def test_a_router_that_looks_ahead_is_said_where_tokens_come_one_by_one(rng):
+    experts = MoEConfig(32, 16, 8, 2, router=ExpertChoiceRouter(), dtype=jnp.float32)
+    block = new_block(BlockConfig(ATTENTION, experts))
+    cache = KVCache.empty(ATTENTION, num_slots=1, max_length=9)
+    with pytest.warns(UserWarning, match="decoding differs from whole sequences"):
+        block.prefill(normal(rng, 1, 4, 32), cache, slots=jnp.array([0]))
+
+
+def test_arrays_split_over_a_mesh_of_explicit_axes_need_it(rng):
+    mesh = jax.make_mesh((2,), ("expert",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:2])
+    x = jax.device_put(normal(rng, 2, 4, 32), NamedSharding(mesh, PartitionSpec("expert")))
+    block = new_block(EXPERTS)
+    with raises_saying(ValueError, "x is split over the mesh {'expert': 2}", "jax.set_mesh(mesh)"):
+        block.feed_forward(x)
+    with raises_saying(ValueError, "x must be whole, or split over a mesh of Auto axes"):
+        block.attention.prefill(x, KVCache.empty(ATTENTION, num_slots=2, max_length=4), slots=jnp.arange(2))

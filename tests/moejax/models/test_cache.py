@@ -109,6 +109,8 @@ def test_what_does_not_fit_is_refused():
     block, cache, x = block_of("dense"), empty(), jnp.zeros((2, 4, 32))
     with raises_saying(ValueError, "slots must be integer [2], got", "int32[3]"):
         block.prefill(x, cache, slots=jnp.arange(3))
+    with raises_saying(ValueError, "slots must be from 0 to 2, or −1 for a sequence that is not kept, got [0, 3]"):
+        block.prefill(x, cache, slots=jnp.array([0, 3]))
     with raises_saying(ValueError, "slots must be another one for each sequence, got [1, 1]"):
         block.prefill(x, cache, slots=jnp.array([1, 1]))
     with raises_saying(ValueError, "lengths must be from 0 to 4", "got [5, 1]"):
@@ -124,5 +126,7 @@ def test_what_does_not_fit_is_refused():
         block.decode(jnp.zeros((3, 1, 32)), other)
     with raises_saying(TypeError, "cache must be a KVCache"):
         block.decode(jnp.zeros((3, 1, 32)), None)
+    with raises_saying(TypeError, "config must be the AttentionConfig of the block, got str"):
+        KVCache.empty("attention", num_slots=1, max_length=9)
     with raises_saying(ValueError, "num_slots must be a whole number of at least 1, got 0"):
         KVCache.empty(ATTENTION, num_slots=0, max_length=9)

@@ -203,6 +203,7 @@ def test_same_inputs_same_bits(backend, rng):
         (jnp.ones((2, 0)), {}, ["x", "[..., H]", "[2, 0]"]),
         (jnp.ones((2, 8)), {"weight": jnp.ones(4)}, ["weight", "[H] = [8]", "[4]"]),
         (jnp.ones((2, 8)), {"residual": jnp.ones((1, 8))}, ["residual", "[2, 8]", "[1, 8]"]),
+        (jnp.ones((2, 8)), {"eps": -1e-6}, ["eps", "from 0 on", "-1e-06"]),
     ],
 )
 def test_errors_say_what_was_expected_and_what_came(x, options, parts):
