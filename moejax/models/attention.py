@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moejax.initial import Initializer
-from moejax.models.cache import KVCache, check_cache
+from moejax.models.cache import KVCache, check_cache, real_tokens
 from moejax.models.checks import check_auto_axes, check_prompts, check_step, check_tokens
 from moejax.models.config import AttentionConfig
 from moejax.models.dot_product import attend
@@ -86,6 +86,8 @@ class Attention(nnx.Module):
           ValueError: shapes or dtypes do not fit.
         """
         check_tokens(x, self.config.hidden_size, mask)
+        if mask is not None:
+            x = jnp.where(mask[..., None], x, 0)  # a key without weight counts as 0 times its value, which may be NaN
         q, k, v = self._heads(x, jnp.arange(x.shape[1]))
         y = attend(q, k, v, is_causal=True, key_mask=mask, backend=self.config.backend)
         return self._joined(y, x.dtype, mask)
@@ -117,13 +119,16 @@ class Attention(nnx.Module):
         check_prompts(
             slots, lengths, batch=batch, length=length, num_slots=cache.num_slots, max_length=cache.max_length
         )
-        positions = jnp.arange(length)
-        q, k, v = self._heads(x, positions)
-        y = attend(q, k, v, is_causal=True, backend=self.config.backend)  # what lies behind is seen by no real token
+        mask = None
         if lengths is None:
-            return self._joined(y, x.dtype, None), cache.started(k, v, slots, jnp.full(batch, length, jnp.int32))
-        lengths = jnp.clip(lengths, 0, length).astype(jnp.int32)
-        return self._joined(y, x.dtype, real_tokens(lengths, length)), cache.started(k, v, slots, lengths)
+            lengths = jnp.full(batch, length, jnp.int32)
+        else:
+            lengths = jnp.clip(lengths.astype(jnp.int32), 0, length)
+            mask = real_tokens(lengths, length)
+            x = jnp.where(mask[..., None], x, 0)
+        q, k, v = self._heads(x, jnp.arange(length))
+        y = attend(q, k, v, is_causal=True, backend=self.config.backend)  # what lies behind is seen by no real token
+        return self._joined(y, x.dtype, mask), cache.started(k, v, slots, lengths)
 
     def decode(self, x: jax.Array, cache: KVCache, *, active: jax.Array | None = None) -> tuple[jax.Array, KVCache]:
         """One more token in every active slot, which attends to itself and the slot's tokens before it.
@@ -164,8 +169,3 @@ class Attention(nnx.Module):
         """[B, L, N, D] -> [B, L, H], zeros where the mask [B, L] is false."""
         y = self.out(y.reshape(*y.shape[:-2], -1)).astype(dtype)
         return y if mask is None else jnp.where(mask[..., None], y, 0)
-
-
-def real_tokens(lengths: jax.Array, length: int) -> jax.Array:
-    """Bool [B, L]: the first `lengths` [B] of each sequence."""
-    return jnp.arange(length) < lengths[:, None]

@@ -73,10 +73,13 @@ class KVCache:
           slots: int32 [B], each another one; a sequence whose slot is not in [0, S) is left out.
           lengths: int32 [B], tokens of each, at most L.
         """
+        slots = slots.astype(jnp.int32)
         slots = jnp.where(slots >= 0, slots, self.num_slots)  # −1 would be the last one
 
         def put(old: jax.Array, new: jax.Array) -> jax.Array:
-            return old.at[slots, : new.shape[1]].set(new, mode="drop")
+            # All of a slot, lest a fault of its last sequence stays in it.
+            behind = self.max_length - new.shape[1]
+            return old.at[slots].set(jnp.pad(new, ((0, 0), (0, behind), (0, 0), (0, 0))), mode="drop")
 
         return dataclasses.replace(
             self,
@@ -106,6 +109,11 @@ class KVCache:
             values=put(self.values, values, place),
             lengths=self.lengths + grows.astype(jnp.int32),
         )
+
+
+def real_tokens(lengths: jax.Array, length: int) -> jax.Array:
+    """Bool [B, L]: the first `lengths` [B] of each sequence."""
+    return jnp.arange(length) < lengths[:, None]
 
 
 def check_cache(cache: KVCache, config: AttentionConfig) -> None:

@@ -2,13 +2,14 @@
 
     s = x + residual [..., H], weight [H]  ->  y = s / sqrt(mean(s²) + eps) · weight [..., H]
 
-The statistics and the product are float32 and the result is rounded once (Zhang and Sennrich, 2019, arXiv:1910.07467).
+The statistics and the product are float32 and the result is rounded once (Zhang and Sennrich, 2019, arXiv:1910.07467):
+a row whose squares overflow, from 1e19 on, becomes zeros.
 `rms_norm` gives an array, `rms_norm_in_8_bits` what a product in 8 bits takes.
 """
 
 import math
 import numbers
-from typing import overload
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +59,7 @@ def rms_norm(x, weight=None, *, residual=None, eps=1e-6, out_dtype=None, backend
       ValueError: shapes do not fit, a dtype is not one of the above, or eps is not a number or negative.
       Unsupported: a named backend cannot do this.
     """
-    _check(x, weight, residual, eps)
+    _check(x, weight, residual, eps, out_dtype)
     y, total = normalized(
         backend,
         x=_rows(x),
@@ -131,7 +132,7 @@ def rms_norm_in_8_bits(
       ValueError: as `rms_norm`, or H is not divisible by the block of the scaling, or rows share scales.
       Unsupported: a named backend cannot do this.
     """
-    _check(x, weight, residual, eps)
+    _check(x, weight, residual, eps, out_dtype)
     if x.ndim != 2:
         raise ValueError(f"x must have shape [T, H] where the result is in 8 bits, got {list(x.shape)}")
     if not is_of_one_row(scaling):
@@ -160,12 +161,17 @@ def _rows(x: jax.Array) -> jax.Array:
     return x.reshape(-1, x.shape[-1])
 
 
-def _check(x: jax.Array, weight: jax.Array | None, residual: jax.Array | None, eps: object) -> None:
+_DTYPES = ("bfloat16", "float16", "float32")
+
+
+def _check(x: jax.Array, weight: jax.Array | None, residual: jax.Array | None, eps: object, out_dtype: Any) -> None:
     if not isinstance(eps, numbers.Real) or not 0 <= float(eps) < math.inf:
         raise ValueError(f"eps must be a number from 0 on that is known when this is traced, got {eps!r}")
     for name, array in (("x", x), ("weight", weight), ("residual", residual)):
-        if array is not None and (not jnp.issubdtype(array.dtype, jnp.floating) or array.dtype.itemsize < 2):
+        if array is not None and jnp.dtype(array.dtype).name not in _DTYPES:
             raise ValueError(f"{name} must be BF16, FP16 or float32, got {array.dtype}")
+    if out_dtype is not None and jnp.dtype(out_dtype).name not in _DTYPES:
+        raise ValueError(f"out_dtype must be BF16, FP16 or float32, got {jnp.dtype(out_dtype)}")
     if x.ndim == 0 or x.shape[-1] == 0:
         raise ValueError(f"x must have shape [..., H] with H of at least 1, got {list(x.shape)}")
     if weight is not None and weight.shape != x.shape[-1:]:

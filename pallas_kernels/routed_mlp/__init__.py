@@ -36,7 +36,7 @@ def routed_mlp(
     Args:
       x: [T, H], with scales of its rows or of 128 of their columns.
       topk_weights: float32 [T, K].
-      topk_ids: int32 [T, K], below E, −1 for no choice.
+      topk_ids: int32 [T, K], from 0 to E − 1, or −1 for no choice: others are not looked for.
       gate_up: [E, 2I, H], gate first.
       down: [E, H, I].
       gate_up_bias: [E, 2I] or None.
@@ -51,10 +51,10 @@ def routed_mlp(
 
     Raises:
       ValueError: shapes or dtypes do not fit.
-      Unsupported: the named backend cannot do it.
+      Unsupported: the named backend, if it has a kernel, cannot do it.
     """
     check_activation(activation, activation_limit)
-    _check(x, topk_weights, topk_ids, gate_up, down, gate_up_bias, down_bias)
+    _check(x, topk_weights, topk_ids, gate_up, down, gate_up_bias, down_bias, jnp.dtype(out_dtype))
     return _routed_mlp(
         backend,
         x=x,
@@ -89,7 +89,15 @@ def pays(x: QTensor, topk_ids: jax.Array, gate_up: QTensor, down: QTensor) -> bo
 _routed_mlp = Operator("routed_mlp", "routed_mlp")
 
 
-def _check(x, topk_weights, topk_ids, gate_up, down, gate_up_bias, down_bias) -> None:
+def _check(x, topk_weights, topk_ids, gate_up, down, gate_up_bias, down_bias, out_dtype: jnp.dtype) -> None:
+    for name, operand, ndim in (("x", x, 2), ("gate_up", gate_up, 3), ("down", down, 3)):
+        if not isinstance(operand, QTensor) or operand.ndim != ndim:
+            got = f"{operand.dtype}{list(operand.shape)}"
+            raise ValueError(f"{name} must be a QTensor of {ndim} dimensions, got {type(operand).__name__} {got}")
+    if topk_ids.ndim != 2 or topk_ids.dtype != jnp.int32:
+        raise ValueError(f"topk_ids must be int32 [T, K], got {topk_ids.dtype}{list(topk_ids.shape)}")
+    if not jnp.issubdtype(out_dtype, jnp.floating) or out_dtype.itemsize < 2:
+        raise ValueError(f"out_dtype must be BF16, FP16 or float32, got {out_dtype}")
     check_row_scales("x", x)
     check_qtensor("gate_up", gate_up)
     check_qtensor("down", down)
@@ -106,8 +114,6 @@ def _check(x, topk_weights, topk_ids, gate_up, down, gate_up_bias, down_bias) ->
     for name, (array, shape) in expected.items():
         if array is not None and array.shape != shape:
             raise ValueError(f"{name} must be {list(shape)}, got {list(array.shape)}")
-    if topk_ids.ndim != 2 or topk_ids.dtype != jnp.int32:
-        raise ValueError(f"topk_ids must be int32 [T, K], got {topk_ids.dtype}{list(topk_ids.shape)}")
 
 
 __all__ = ["pays", "routed_mlp"]

@@ -21,6 +21,8 @@ def routed_mlp(
     out_dtype: jax.typing.DTypeLike,
 ) -> jax.Array:
     """See `pallas_kernels.routed_mlp.routed_mlp`."""
+    if topk_ids.size == 0:
+        return jnp.zeros((x.shape[0], down.shape[1]), out_dtype)
     rows = dequantize(x)
 
     def of_expert(tensor: QTensor, expert: jax.Array) -> jax.Array:

@@ -40,7 +40,7 @@ def list_hits(inputs: Inputs, scratch: Scratch, sizes: Sizes) -> None:
     plgpu.commit_smem()
 
     # Rows are places of the list now, columns choices.
-    is_there = (_along_columns(plgpu.load(numbers, layout=_COLUMNS)) == choice) & (other_expert >= 0)
+    is_there = _along_columns(plgpu.load(numbers, layout=_COLUMNS)) == choice
     scratch.experts[...] = jnp.sum(jnp.where(is_there & is_first, other_expert, 0), axis=1)
     weight = _along_columns(plgpu.load(scratch.choice_weights, layout=_COLUMNS))
     token = lax.div(other, jnp.int32(sizes.top_k))

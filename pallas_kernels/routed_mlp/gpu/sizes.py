@@ -138,7 +138,7 @@ class Inputs(NamedTuple):
       ids: int32 [T · K].
       weights: float32 [T · K].
       x: [x_rows, BLOCK].
-      x_scale: float32 [x_rows] by block, else [TOKENS].
+      x_scale: float32, of the rows of x by block, else of the tokens; a multiple of WGMMA_ROWS.
       gate_up: [E, 2I, H].
       gate_up_scale: float32 [1 or E, 2I/128, H/128] by block, else [1 or E, 2I].
       down: [E, H, I].
@@ -182,7 +182,7 @@ class Scratch(NamedTuple):
       empty: [slots] barriers, complete when a slot has been read.
       x: all of x, and room for what lies in the tensor cores' way behind its last tile.
       x_scale: of x, likewise.
-      x_full: barrier, complete when both have landed.
+      x_full: barrier, complete when x has landed.
       rows: ring of the rows of h of an expert in 8 bits, [rows_ahead · h_rows, BLOCK] and room behind.
       row_scale: their scales.
       rows_full: [rows_ahead] barriers.
@@ -198,7 +198,7 @@ class Scratch(NamedTuple):
       depth_sums: of each team, where it adds up what tiles of different depth gave, 8 columns at a time.
       y_share: what the second team has of a tile of y, 8 columns at a time.
       scaled: barrier, complete when x_scale has been written.
-      shared: barrier, complete when it is there.
+      shared: barrier, complete when y_share has been written.
       taken: barrier, complete when the first team has read it.
       y_staging: of a tile of y on its way out.
     """

@@ -105,3 +105,9 @@ def test_inputs_that_do_not_fit_are_refused():
         attention(jnp.zeros((2, 3, 24), int))
     with raises_saying(ValueError, "mask must be bool [2, 3], got", "float32[2, 3]"):
         attention(jnp.zeros((2, 3, 24)), mask=jnp.ones((2, 3)))
+
+
+def test_positions_are_float32_in_bfloat16_too(rng):
+    x = normal(rng, 1, 1, 1, 8, dtype=jnp.bfloat16)
+    wide = rotate(x.astype(jnp.float32), jnp.array([1001]), 1e4)
+    assert relative_error(rotate(x, jnp.array([1001]), 1e4), wide) < LIMIT["bfloat16"]

@@ -1,5 +1,7 @@
 """The whole block: values, gradients, masks, meshes."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -157,3 +159,31 @@ def test_arrays_split_over_a_mesh_of_explicit_axes_need_it(rng):
         block.feed_forward(x)
     with raises_saying(ValueError, "x must be whole, or split over a mesh of Auto axes"):
         block.attention.prefill(x, KVCache.empty(ATTENTION, num_slots=2, max_length=4), slots=jnp.arange(2))
+
+
+@pytest.mark.parametrize("fault", [jnp.nan, jnp.inf])
+def test_what_is_masked_does_no_harm_whatever_it_is(rng, fault):
+    block, x, mask = new_block(DENSE), normal(rng, 1, 5, 32), jnp.array([[1, 1, 0, 1, 0]], bool)
+
+    def of_real(x):
+        return jnp.where(mask[..., None], block(x, mask=mask)[0], 0).sum()
+
+    broken = jnp.where(mask[..., None], x, fault)
+    np.testing.assert_array_equal(call(block, broken, mask)[0][mask], call(block, x, mask)[0][mask])
+    np.testing.assert_array_equal(jax.grad(of_real)(broken)[mask], jax.grad(of_real)(x)[mask])
+
+
+def test_the_epsilons_are_those_of_the_configuration():
+    attention = dataclasses.replace(ATTENTION, qk_norm=True, rms_norm_eps=0.5)
+    block = new_block(dataclasses.replace(DENSE, attention=attention, rms_norm_eps=0.25))
+    assert (block.attention.q_norm.eps, block.attention.k_norm.eps) == (0.5, 0.5)
+    assert (block.attention_norm.eps, block.feed_forward_norm.eps) == (0.25, 0.25)
+
+
+def test_mlp_takes_its_activation_and_limit(rng):
+    network = MLP(MLPConfig(32, 16, activation="swigluoai", activation_limit=0.3, dtype=jnp.float32), rngs=nnx.Rngs(0))
+    x = normal(rng, 2, 3, 32)
+    gate, up = (float64(x) @ float64(network.gate_up[...])[:, i] for i in (0, 1))
+    gate, up = np.minimum(gate, 0.3), np.clip(up, -0.3, 0.3)
+    h = gate / (1 + np.exp(-1.702 * gate)) * (up + 1)
+    assert relative_error(network(x), h @ float64(network.down[...])) < LIMIT["float32"]

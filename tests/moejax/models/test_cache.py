@@ -130,3 +130,23 @@ def test_what_does_not_fit_is_refused():
         KVCache.empty("attention", num_slots=1, max_length=9)
     with raises_saying(ValueError, "num_slots must be a whole number of at least 1, got 0"):
         KVCache.empty(ATTENTION, num_slots=0, max_length=9)
+
+
+@pytest.mark.parametrize("name", FEED_FORWARDS)
+def test_padding_behind_a_prompt_comes_out_as_it_came_in(rng, name):
+    x = normal(rng, 2, 4, 32)
+    y, _ = prefill(block_of(name), x, empty(), jnp.arange(2), jnp.array([3, 1]))
+    np.testing.assert_array_equal(y[0, 3:], x[0, 3:])
+    np.testing.assert_array_equal(y[1, 1:], x[1, 1:])
+
+
+def test_lengths_that_are_not_known_are_kept_within_the_prompt(rng):
+    _, cache = prefill(block_of("dense"), normal(rng, 2, 4, 32), empty(), jnp.arange(2), jnp.array([-3, 99]))
+    np.testing.assert_array_equal(cache.lengths[:2], [0, 4])
+
+
+def test_a_slot_forgets_a_fault_of_its_last_sequence(rng):
+    block, x, token, slots = block_of("dense"), normal(rng, 1, 4, 32), normal(rng, 3, 1, 32), jnp.array([0])
+    _, _, broken = block.prefill(x.at[0, 3].set(jnp.nan), empty(), slots=slots)
+    y, expected = (block.decode(token, block.prefill(x[:, :2], c, slots=slots)[2])[0] for c in (broken, empty()))
+    np.testing.assert_array_equal(y[0], expected[0])

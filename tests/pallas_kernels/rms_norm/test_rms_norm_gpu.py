@@ -106,3 +106,18 @@ def test_lowers_for_cuda(shape, dtype):
 def test_what_is_refused(columns, scaling, parts):
     with raises_saying(NotImplementedError, *parts):
         rms_norm(jnp.zeros((3, columns)), None, None, **options("float8_e4m3fn" if scaling else "float32", scaling))
+
+
+def test_rows_of_several_strips_by_row_interpreted(rng):
+    x = normal(rng, 3, 1160, dtype="bfloat16").at[:, 1100].set(50)
+    with interpreted(detect_races=False):
+        got, _ = rms_norm(x, None, None, **options("float8_e4m3fn", "per_row"), config=SMALL)
+    expected, _ = reference.rms_norm(x, None, None, **options("float8_e4m3fn", "per_row"))
+    np.testing.assert_allclose(got.scale, expected.scale, rtol=1e-6)
+
+
+def test_pullback_of_rows_as_small_as_eps_interpreted(rng):
+    args = 1e-3 * normal(rng, 4, 512), None, normal(rng, 4, 512), None
+    with interpreted():
+        dx, _ = rms_norm_pullback(*args, eps=EPS, weight_dtype=None, config=SMALL)
+    assert relative_error(dx, reference.rms_norm_pullback(*args, eps=EPS, weight_dtype=None)[0]) < LIMIT["float32"]

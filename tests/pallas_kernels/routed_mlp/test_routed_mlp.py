@@ -88,6 +88,13 @@ def test_without_any_choice(backend, rng):
     assert not np.asarray(run(operands, backend)).any()
 
 
+def test_without_any_token(backend, rng):
+    operands = make(rng, 1, 2)
+    x = QTensor(operands["x"].values[:0], operands["x"].scale[:0])
+    none = {"x": x, "topk_ids": jnp.zeros((0, 2), jnp.int32), "topk_weights": jnp.zeros((0, 2))}
+    assert run(operands | none, backend).shape == (0, 256)
+
+
 def test_an_expert_chosen_twice_counts_twice(backend, rng):
     operands = make(rng, 2, 3) | {"topk_ids": jnp.asarray([[4, 1, 4], [1, 1, 1]], jnp.int32)}
     y = run(operands, backend, out_dtype=jnp.float32)
@@ -111,6 +118,10 @@ def test_same_bits_again(backend, rng):
 
 def test_errors(rng):
     operands = make(rng, 3, 2)
+    with raises_saying(ValueError, "gate_up must be a QTensor of 3 dimensions", "float32[2]"):
+        routed_mlp(**operands | {"gate_up": jnp.ones(2)})
+    with raises_saying(ValueError, "out_dtype must be BF16, FP16 or float32, got int8"):
+        routed_mlp(**operands, out_dtype="int8")
     with raises_saying(ValueError, "down must be", "[6, 256, 256]"):
         routed_mlp(**operands | {"down": operands["gate_up"]})
     with raises_saying(ValueError, "topk_ids must be int32"):

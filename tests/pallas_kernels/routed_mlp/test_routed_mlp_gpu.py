@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax import MoEConfig, moe, quantize_params
+from moejax import MoEConfig, experts, moe, quantize_params
 from moejax.params import param_shapes
 from pallas_kernels.chips import get_chip
 from pallas_kernels.on_gpu.smem import single_view
+from pallas_kernels.quantize import QTensor
 from pallas_kernels.routed_mlp import gpu, pays
 from pallas_kernels.routed_mlp.gpu.sizes import Config
 from pallas_kernels.tracing.target import targeting
@@ -29,12 +30,74 @@ PLAIN = {"activation": "silu", "activation_limit": None, "out_dtype": jnp.float3
     ],
     ids=["blocks", "rows"],
 )
+@pytest.mark.quick("rows")
 def test_interpreted(tokens, top_k, sizes, config, rng):
     """In three launches: interpret mode has no semaphores, for which the blocks wait in one."""
     operands = make(rng, tokens, top_k, **sizes)
     with interpreted(), single_view(True):
         y = jax.jit(lambda o: gpu.routed_mlp(**o, **PLAIN, config=config, in_one_launch=False))(operands)
     assert relative_error(y, expected(operands, sizes.get("scales", "blocks"))) < TOLERANCE
+
+
+CORNERS = {
+    "blocks of several scales": (
+        [[1, 0, 1], [-1, 0, 2]],
+        {"hidden": 256, "width": 256, "experts": 3},
+        Config(16, 16, 4, 2, 2),
+    ),
+    "rows of several depths": (
+        [[1, 1]],
+        {"hidden": 128, "width": 1152, "experts": 2, "scales": "rows"},
+        Config(64, 64, 4, 2, 2),
+    ),
+    "64 choices": (None, {"hidden": 128, "width": 128, "experts": 2}, Config(64, 64, 4, 2, 1)),
+}
+
+
+@pytest.mark.parametrize("name", CORNERS)
+@pytest.mark.quick("blocks*")
+def test_interpreted_corners(name, rng):
+    """Choices that come twice, scales that no other one can stand in for, and an expert of NaN."""
+    ids, sizes, config = CORNERS[name]
+    ids = rng.integers(-1, 2, (8, 8)) if ids is None else ids
+    operands = make(rng, len(ids), 2, **sizes)
+    operands |= {
+        "topk_ids": jnp.asarray(ids, jnp.int32),
+        "topk_weights": jnp.asarray(0.5 + rng.random(np.shape(ids)), jnp.float32),
+    }
+    for each in ("gate_up", "down"):
+        q = operands[each]
+        factor = jnp.asarray(rng.choice([0.5, 1.0, 2.0], q.scale.shape), jnp.float32)
+        operands[each] = QTensor(q.values, q.scale * factor)
+    whole, fine = expected(operands, sizes.get("scales", "blocks")), jnp.arange(len(ids))
+    if len(ids) == 2:  # which harms those alone who have chosen it
+        q = operands["down"]
+        operands["down"], fine = QTensor(q.values, q.scale.at[1].set(jnp.nan)), jnp.array([1])
+    with interpreted(), single_view(True):
+        y = jax.jit(lambda o: gpu.routed_mlp(**o, **PLAIN, config=config, in_one_launch=False))(operands)
+    assert relative_error(y[fine], whole[np.asarray(fine)]) < TOLERANCE
+
+
+@pytest.mark.parametrize("changes", [{}, {"activation": "swigluoai", "activation_limit": 0.5, "expert_bias": True}])
+def test_a_layer_takes_it_where_it_pays_and_no_gradient_is_asked_for(monkeypatch, rng, changes):
+    config = MoEConfig(256, 128, 8, 4, precision="w8a8", **changes)
+    shapes = param_shapes(config)
+    drawn = jax.tree.map(lambda s: normal(rng, *s) / s[-1] ** 0.5, shapes, is_leaf=lambda leaf: isinstance(leaf, tuple))
+    params = quantize_params(drawn, config)
+    x = normal(rng, 4, 256, dtype="bfloat16")
+
+    def layer(x):
+        return moe(x, params, config)[0]
+
+    plain = np.asarray(jax.jit(layer)(x), np.float64)
+    monkeypatch.setattr(experts, "pays", lambda *_: True)
+    jax.clear_caches()
+    try:
+        assert "routed_mlp" in str(jax.make_jaxpr(layer)(x))
+        assert relative_error(jax.jit(lambda x: layer(x))(x), plain) < TOLERANCE
+        assert "routed_mlp" not in str(jax.make_jaxpr(jax.grad(lambda x: layer(x).astype(jnp.float32).sum()))(x))
+    finally:
+        jax.clear_caches()
 
 
 @pytest.mark.parametrize(
