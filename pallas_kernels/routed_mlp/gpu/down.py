@@ -26,6 +26,11 @@ class Down(Multiplier):
             pl.when(i < count)(functools.partial(self._copy_rows, jnp.int32(i), num_hits))
         lax.fori_loop(0, turns, lambda turn, step: self._down_tile(turn, num_hits, count, step), step)
 
+        # The last share has been taken, so that no barrier is left half-way.
+        @pl.when((self.team != 0) & (turns > 0))
+        def _():
+            plgpu.barrier_wait(self.scratch.taken)
+
     def _down_tile(self, turn, num_hits, count, step):
         """The team's experts of one tile of y, of `count` that it multiplies in all."""
         sizes, scratch = self.sizes, self.scratch

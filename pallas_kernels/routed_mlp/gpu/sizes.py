@@ -43,7 +43,8 @@ class Config:
       out_columns: of a tile of y, a multiple of 8 up to `columns`; they divide H, and with scales by block 128.
       slots: of the ring, even.
       rows_ahead: experts whose rows of h are in shared memory together, even.
-      blocks: of the grid. All have to run at once, as they wait for each other.
+      blocks: of the grid. All have to run at once, as they wait for each other: no more than there are multiprocessors,
+        of which each holds one, and no other kernel beside them that waits likewise. XLA runs a program's one by one.
     """
 
     columns: int
