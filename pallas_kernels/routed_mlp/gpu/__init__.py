@@ -12,17 +12,8 @@ from pallas_kernels.chips import Chip
 from pallas_kernels.on_gpu.device import hopper_chip
 from pallas_kernels.quantize import QTensor
 from pallas_kernels.routed_mlp.gpu.kernel import launch
-from pallas_kernels.routed_mlp.gpu.sizes import (
-    BLOCK,
-    CHOICES,
-    TEAMS,
-    TOKENS,
-    WGMMA_ROWS,
-    Config,
-    Inputs,
-    Sizes,
-    slots_that_fit,
-)
+from pallas_kernels.routed_mlp.gpu.scratch import slots_that_fit
+from pallas_kernels.routed_mlp.gpu.sizes import BLOCK, CHOICES, TEAMS, TOKENS, WGMMA_ROWS, Config, Inputs, Sizes
 from pallas_kernels.routed_mlp.gpu.walk import Phases
 from pallas_kernels.stage import Stage
 

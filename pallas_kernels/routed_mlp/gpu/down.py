@@ -10,7 +10,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.on_gpu.store import store_rows
 from pallas_kernels.routed_mlp.gpu.multiply import ROWS, Multiplier, along_rows, zeros
-from pallas_kernels.routed_mlp.gpu.sizes import BLOCK, MOST_COPIED, TEAMS, TOKENS, WGMMA_ROWS, YStaging
+from pallas_kernels.routed_mlp.gpu.scratch import MOST_COPIED, YStaging
+from pallas_kernels.routed_mlp.gpu.sizes import BLOCK, TEAMS, TOKENS, WGMMA_ROWS
 from pallas_kernels.routed_mlp.gpu.walk import down_hit, turns_of
 
 

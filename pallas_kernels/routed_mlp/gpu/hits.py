@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.routed_mlp.gpu.sizes import CHOICES, Inputs, Scratch, Sizes
+from pallas_kernels.routed_mlp.gpu.scratch import Scratch
+from pallas_kernels.routed_mlp.gpu.sizes import CHOICES, Inputs, Sizes
 
 _ROWS = plgpu.Layout.WGMMA.reduce(1)
 _COLUMNS = plgpu.Layout.WGMMA.reduce(0)

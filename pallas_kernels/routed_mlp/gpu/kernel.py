@@ -36,7 +36,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.routed_mlp.gpu.load import Loader
-from pallas_kernels.routed_mlp.gpu.sizes import BLOCK, TEAMS, Between, Inputs, Scratch, Sizes
+from pallas_kernels.routed_mlp.gpu.scratch import Scratch
+from pallas_kernels.routed_mlp.gpu.sizes import BLOCK, TEAMS, Between, Inputs, Sizes
 from pallas_kernels.routed_mlp.gpu.team import run_team
 from pallas_kernels.routed_mlp.gpu.walk import Phases
 

@@ -13,7 +13,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.on_gpu.smem import Views
-from pallas_kernels.routed_mlp.gpu.sizes import BLOCK, MOST_COPIED, TEAMS, Inputs, Scratch, Sizes
+from pallas_kernels.routed_mlp.gpu.scratch import MOST_COPIED, Scratch
+from pallas_kernels.routed_mlp.gpu.sizes import BLOCK, TEAMS, Inputs, Sizes
 from pallas_kernels.routed_mlp.gpu.walk import Phases, down_hit, share_of, slot_of, turns_of, up_tile
 
 

@@ -12,7 +12,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.on_gpu.smem import Views
-from pallas_kernels.routed_mlp.gpu.sizes import SLOT_ROWS, TEAMS, TOKENS, WGMMA_ROWS, Between, Inputs, Scratch, Sizes
+from pallas_kernels.routed_mlp.gpu.scratch import Scratch
+from pallas_kernels.routed_mlp.gpu.sizes import SLOT_ROWS, TEAMS, TOKENS, WGMMA_ROWS, Between, Inputs, Sizes
 from pallas_kernels.routed_mlp.gpu.walk import slot_of
 
 ROWS = plgpu.Layout.WGMMA.reduce(1)
