@@ -24,7 +24,7 @@ from moejax.params import MoEParams, check_expert_params, check_params, param_sp
 from pallas_kernels.plan import as_ids, in_int32
 from pallas_kernels.quantize import QTensor, scale_shape
 from pallas_kernels.tracing.concrete import is_known, nan_rows
-from sharding.mesh import AnyMesh, current_mesh, mesh_here
+from sharding.mesh import AnyMesh, current_mesh, mesh_here, split_by_type
 from sharding.partition import Axes, Partition, one_or_all
 from sharding.per_chip import per_chip
 from sharding.placement import Placement
@@ -260,8 +260,7 @@ def check_input(x: jax.Array, config: MoEConfig, mask: jax.Array | None = None) 
 
 def _check_whole(x: jax.Array) -> None:
     """Raises ValueError where the type of x says that it is split over a mesh, and the layer is called without one."""
-    over = jax.typeof(x).sharding
-    if any(axes is not None for axes in over.spec):
+    if over := split_by_type(x):
         raise ValueError(
             f"x is split over the mesh {dict(over.mesh.shape)} as {over.spec}, and the layer is called without a mesh; "
             "call it within jax.set_mesh(mesh), or give it mesh="

@@ -23,7 +23,7 @@ from moejax.experts import ExpertMath, down_projection, expert_mlp, few_tokens, 
 from moejax.params import EXPERT_FIELDS, MoEParams
 from moejax.routers.base import Decision, Given
 from pallas_kernels.quantize import Operand, Rows
-from sharding.exchange import Transport, Way, Wire, exchange, one_chip, pick_transport
+from sharding.exchange import Transport, Way, Wire, exchange, pick_transport
 from sharding.partition import Axes
 from sharding.placement import Placement
 from sharding.tokens import Tokens
@@ -124,7 +124,7 @@ class Stages:
         """
         inputs, topk_weights = self.inputs(x, topk_weights)
         of_experts = {name: params[name] for name in EXPERT_FIELDS}
-        if self.transport is one_chip and not self.way.columns_over:
+        if self.way.axes.ep == self.way.axes.tp == 1:
             y = few_tokens(
                 inputs,
                 topk_weights,

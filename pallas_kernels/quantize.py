@@ -209,14 +209,23 @@ def _quantize(x: jax.Array, name: str, scales: tuple[int, ...]) -> tuple[jax.Arr
     bits = jax.lax.bitcast_convert_type(jnp.abs(blocks), jnp.int32)
     amax = jax.lax.bitcast_convert_type(jnp.max(bits, axis=axes, keepdims=True, initial=0), jnp.float32)
     largest = _LARGEST[name]
-    scale = jnp.where(jnp.isfinite(amax), finite_scale(amax, name), jnp.nan)
+    scale = scale_of(amax, name)
     scaled = jnp.clip(blocks * (1 / scale), -largest, largest)
     return _round(scaled, name).astype(name).reshape(x.shape), scale.reshape(scales)
 
 
-def largest(dtype: jax.typing.DTypeLike) -> float:
-    """The largest magnitude that an 8-bit dtype holds, and that values are clipped to."""
-    return _LARGEST[check_qdtype(dtype)]
+def scale_of(amax: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """The scale of a block whose largest magnitude is `amax`, NaN where that is not finite; for kernels too."""
+    return jnp.where(amax < jnp.inf, finite_scale(amax, dtype), jnp.nan)
+
+
+def clipped_to(scaled: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """Values that have been divided by their scale, in an 8-bit dtype: for use inside kernels, where a cast rounds."""
+    largest = _LARGEST[check_qdtype(dtype)]
+    scaled = jnp.clip(scaled, -largest, largest)
+    if jnp.dtype(dtype) == jnp.int8:
+        scaled = jnp.round(jnp.where(scaled == scaled, scaled, 0.0))
+    return scaled.astype(dtype)
 
 
 def finite_scale(amax: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:

@@ -61,6 +61,12 @@ def current_mesh() -> AnyMesh | None:
         return mesh
 
 
+def split_by_type(x: jax.Array) -> NamedSharding | None:
+    """How the type of x says that a mesh of Explicit axes splits it; None where it does not."""
+    over = jax.typeof(x).sharding
+    return over if any(axes is not None for axes in over.spec) else None
+
+
 def mesh_here(mesh: AnyMesh | None) -> AnyMesh | None:
     """`mesh` as it is to be used here: that of `jax.set_mesh` if None, and without what is split already.
 

@@ -17,6 +17,7 @@ values, D the width of a head; H and I as everywhere.
 | `norm.py` | RMSNorm, with the sum of the residual |
 | `rotary.py` | positions |
 | `dot_product.py` | the product of queries, keys and values, and whose kernel does it |
+| `masks.py` | which tokens are real, and what becomes of the others |
 | `cache.py` | keys and values of earlier tokens, in slots |
 | `attention.py` | projections around these |
 | `mlp.py` | the dense feed-forward network |

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moejax.initial import Initializer
-from moejax.models.cache import KVCache, check_cache, real_tokens
+from moejax.models.cache import KVCache, check_cache
 from moejax.models.checks import check_auto_axes, check_prompts, check_step, check_tokens
 from moejax.models.config import AttentionConfig
 from moejax.models.dot_product import attend
+from moejax.models.masks import kept, real_tokens
 from moejax.models.norm import RMSNorm
 from moejax.models.rotary import rotate
 
@@ -86,9 +87,7 @@ class Attention(nnx.Module):
           ValueError: shapes or dtypes do not fit.
         """
         check_tokens(x, self.config.hidden_size, mask)
-        if mask is not None:
-            x = jnp.where(mask[..., None], x, 0)  # a key without weight counts as 0 times its value, which may be NaN
-        q, k, v = self._heads(x, jnp.arange(x.shape[1]))
+        q, k, v = self._heads(kept(x, mask), jnp.arange(x.shape[1]))
         y = attend(q, k, v, is_causal=True, key_mask=mask, backend=self.config.backend)
         return self._joined(y, x.dtype, mask)
 
@@ -125,8 +124,7 @@ class Attention(nnx.Module):
         else:
             lengths = jnp.clip(lengths.astype(jnp.int32), 0, length)
             mask = real_tokens(lengths, length)
-            x = jnp.where(mask[..., None], x, 0)
-        q, k, v = self._heads(x, jnp.arange(length))
+        q, k, v = self._heads(kept(x, mask), jnp.arange(length))
         y = attend(q, k, v, is_causal=True, backend=self.config.backend)  # what lies behind is seen by no real token
         return self._joined(y, x.dtype, mask), cache.started(k, v, slots, lengths)
 
@@ -167,5 +165,4 @@ class Attention(nnx.Module):
 
     def _joined(self, y: jax.Array, dtype: jax.typing.DTypeLike, mask: jax.Array | None) -> jax.Array:
         """[B, L, N, D] -> [B, L, H], zeros where the mask [B, L] is false."""
-        y = self.out(y.reshape(*y.shape[:-2], -1)).astype(dtype)
-        return y if mask is None else jnp.where(mask[..., None], y, 0)
+        return kept(self.out(y.reshape(*y.shape[:-2], -1)).astype(dtype), mask)

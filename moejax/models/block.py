@@ -5,16 +5,16 @@ import warnings
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
 from moejax.aux_output import MoEAux
 from moejax.layer import MoE
 from moejax.models.attention import Attention
-from moejax.models.cache import KVCache, real_tokens
+from moejax.models.cache import KVCache
 from moejax.models.checks import check_tokens
 from moejax.models.config import BlockConfig, MLPConfig
+from moejax.models.masks import kept, real_tokens
 from moejax.models.mlp import MLP
 from moejax.models.norm import RMSNorm
 from sharding.partition import Partition
@@ -105,10 +105,10 @@ class DecoderBlock(nnx.Module):
           ValueError: shapes or dtypes do not fit.
         """
         check_tokens(x, self.config.hidden_size, mask)
-        real = _kept(x, mask)
+        real = kept(x, mask)
         attended = self.attention(self.attention_norm(real), mask=mask)
         y, aux = self._fed_forward(attended, real, mask, token_ids=token_ids, topk_ids=topk_ids, train=train)
-        return _kept(y, mask, x), aux
+        return kept(y, mask, x), aux
 
     def prefill(
         self, x: jax.Array, cache: KVCache, *, slots: jax.Array, lengths: jax.Array | None = None
@@ -125,10 +125,10 @@ class DecoderBlock(nnx.Module):
                 stacklevel=2,
             )
         mask = None if lengths is None else real_tokens(lengths, x.shape[1])
-        real = _kept(x, mask)
+        real = kept(x, mask)
         attended, cache = self.attention.prefill(self.attention_norm(real), cache, slots=slots, lengths=lengths)
         y, aux = self._fed_forward(attended, real, mask, train=False)
-        return _kept(y, mask, x), aux, cache
+        return kept(y, mask, x), aux, cache
 
     def decode(
         self, x: jax.Array, cache: KVCache, *, active: jax.Array | None = None
@@ -136,10 +136,10 @@ class DecoderBlock(nnx.Module):
         """One more token in every active slot, x [S, 1, H]; see `Attention.decode`."""
         check_tokens(x, self.config.hidden_size)
         mask = None if active is None else active[:, None]
-        real = _kept(x, mask)
+        real = kept(x, mask)
         attended, cache = self.attention.decode(self.attention_norm(real), cache, active=active)
         y, aux = self._fed_forward(attended, real, mask, train=False)
-        return _kept(y, mask, x), aux, cache
+        return kept(y, mask, x), aux, cache
 
     def _fed_forward(
         self, attended: jax.Array, x: jax.Array, mask: jax.Array | None, **of_experts: Any
@@ -150,8 +150,3 @@ class DecoderBlock(nnx.Module):
             return x + self.feed_forward(normed, mask=mask), None
         y, aux = self.feed_forward(normed, mask=mask, **of_experts)
         return x + y, aux
-
-
-def _kept(x: jax.Array, mask: jax.Array | None, other: jax.Array | int = 0) -> jax.Array:
-    """What is real of x, and elsewhere `other`: NaN in padding would reach real tokens as 0 · NaN."""
-    return x if mask is None else jnp.where(mask[..., None], x, other)

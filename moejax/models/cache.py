@@ -111,11 +111,6 @@ class KVCache:
         )
 
 
-def real_tokens(lengths: jax.Array, length: int) -> jax.Array:
-    """Bool [B, L]: the first `lengths` [B] of each sequence."""
-    return jnp.arange(length) < lengths[:, None]
-
-
 def check_cache(cache: KVCache, config: AttentionConfig) -> None:
     """Raises ValueError unless `cache` is one of this attention."""
     if not isinstance(cache, KVCache):

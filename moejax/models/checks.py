@@ -6,6 +6,7 @@ import numpy as np
 
 from moejax.checks import require, require_arrays
 from pallas_kernels.tracing.concrete import is_known
+from sharding.mesh import split_by_type
 
 
 def check_tokens(x: jax.Array, hidden_size: int, mask: jax.Array | None = None) -> None:
@@ -43,9 +44,9 @@ def check_prompts(
 def check_auto_axes(**arrays: jax.Array) -> None:
     """Raises ValueError, naming the argument, for an array whose type says that a mesh of Explicit axes splits it."""
     for name, array in arrays.items():
-        over = jax.typeof(array).sharding
-        is_whole = all(axes is None for axes in over.spec)
-        require(is_whole, name, "whole, or split over a mesh of Auto axes", f"{over.spec} on {dict(over.mesh.shape)}")
+        over = split_by_type(array)
+        got = over and f"{over.spec} on {dict(over.mesh.shape)}"
+        require(over is None, name, "whole, or split over a mesh of Auto axes", got)
 
 
 def check_step(x: jax.Array, active: jax.Array | None, *, is_full: jax.Array) -> None:

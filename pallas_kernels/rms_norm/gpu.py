@@ -20,7 +20,7 @@ from pallas_kernels.backend import Unsupported
 from pallas_kernels.chips import Chip
 from pallas_kernels.on_gpu.device import hopper_chip
 from pallas_kernels.on_gpu.strips import Blocks, Strips, cut, cut_in_blocks, for_each, launch
-from pallas_kernels.quantize import QTensor, Scaling, finite_scale, largest
+from pallas_kernels.quantize import QTensor, Scaling, clipped_to, scale_of
 from pallas_kernels.rms_norm import reference
 
 rms_norm_tangent = reference.rms_norm_tangent
@@ -149,28 +149,17 @@ def _finish(strips: Strips, ref, row, normalized) -> None:
     if isinstance(strips, Blocks):
         for i in range(strips.count):
             y = normalized(i)
-            scale = _scale(jnp.max(jnp.abs(y), axis=1), dtype)
+            scale = scale_of(jnp.max(jnp.abs(y), axis=1), dtype)
             strips.store(ref["scale"], row, i, scale)
-            strips.store(ref["y"], row, i, _rounded(y * strips.of_blocks(1 / scale), dtype))
+            strips.store(ref["y"], row, i, clipped_to(y * strips.of_blocks(1 / scale), dtype))
         return
     amax = jnp.abs(normalized(0))
     for i in range(1, strips.count):
         amax = jnp.maximum(amax, jnp.abs(normalized(i)))
-    scale = _scale(jnp.max(amax), dtype)
+    scale = scale_of(jnp.max(amax), dtype)
     ref["scale"][row, 0] = scale
     for i in range(strips.count):
-        strips.store(ref["y"], row, i, _rounded(normalized(i) * (1 / scale), dtype))
-
-
-def _scale(amax: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    return jnp.where(amax < jnp.inf, finite_scale(amax, dtype), jnp.nan)
-
-
-def _rounded(scaled: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    scaled = jnp.clip(scaled, -largest(dtype), largest(dtype))
-    if dtype == jnp.int8:
-        scaled = jnp.round(jnp.where(scaled == scaled, scaled, 0.0))
-    return scaled.astype(dtype)
+        strips.store(ref["y"], row, i, clipped_to(normalized(i) * (1 / scale), dtype))
 
 
 def rms_norm_pullback(

@@ -24,7 +24,7 @@ from pallas_kernels.backend import Unsupported
 from pallas_kernels.cost import Cost, rms_norm_cost, rms_norm_pullback_cost
 from pallas_kernels.on_tpu.device import tpu_chip
 from pallas_kernels.on_tpu.row_copies import LANES, SUBLANES
-from pallas_kernels.quantize import QTensor, Scaling, finite_scale, largest
+from pallas_kernels.quantize import QTensor, Scaling, clipped_to, scale_of
 from pallas_kernels.rms_norm import reference
 from pallas_kernels.stage import Stage
 from pallas_kernels.tracing.varying import result_varying_as
@@ -140,13 +140,13 @@ def _normalize(refs: dict[str, Any], *, eps: float) -> None:
             scale = _scale(functools.reduce(jnp.maximum, amax), y.dtype)
             refs["scale"][tile, :] = scale
             for strip in _strips(x.shape[1]):
-                y[tile, strip] = _rounded(normalized(strip) * (1 / scale), y.dtype)
+                y[tile, strip] = clipped_to(normalized(strip) * (1 / scale), y.dtype)
         else:
             for i in range(refs["scale"].shape[1]):
                 strip = pl.ds(LANES * i, LANES)
                 scale = _scale(_amax(normalized(strip)), y.dtype)
                 refs["scale"][tile, pl.ds(i, 1)] = scale
-                y[tile, strip] = _rounded(normalized(strip) * (1 / scale), y.dtype)
+                y[tile, strip] = clipped_to(normalized(strip) * (1 / scale), y.dtype)
 
 
 def _amax(y: jax.Array) -> jax.Array:
@@ -155,15 +155,7 @@ def _amax(y: jax.Array) -> jax.Array:
 
 
 def _scale(bits: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    amax = lax.bitcast_convert_type(bits, jnp.float32)
-    return jnp.where(amax < jnp.inf, finite_scale(amax, dtype), jnp.nan)
-
-
-def _rounded(scaled: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    scaled = jnp.clip(scaled, -largest(dtype), largest(dtype))
-    if dtype == jnp.int8:
-        scaled = jnp.where(scaled == scaled, jnp.round(scaled), 0)
-    return scaled.astype(dtype)
+    return scale_of(lax.bitcast_convert_type(bits, jnp.float32), dtype)
 
 
 def rms_norm_pullback(

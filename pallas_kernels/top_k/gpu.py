@@ -49,7 +49,7 @@ def top_k_ids(scores: jax.Array, k: int) -> jax.Array:
 
 def _require(scores: jax.Array) -> None:
     require_hopper("top_k")
-    _tokens, experts = scores.shape
+    experts = scores.shape[1]
     if scores.dtype != jnp.float32 or experts % 8 or experts > _MOST_EXPERTS:
         raise Unsupported(
             f"top_k: the kernel takes float32 scores of up to {_MOST_EXPERTS} experts, a multiple of 8, got "

@@ -8,7 +8,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.on_gpu.smem import Views
 from pallas_kernels.on_gpu.store import store_rows
-from pallas_kernels.quantize import finite_scale
+from pallas_kernels.quantize import clipped_to, finite_scale
 from pallas_kernels.routed_mlp.gpu.multiply import ROWS, Multiplier, along_rows
 from pallas_kernels.routed_mlp.gpu.sizes import BLOCK, TOKENS, WGMMA_ROWS
 
@@ -32,8 +32,7 @@ class Rounding(Multiplier):
             amax = self._largest_of_tokens(amax)
         dtype = self.between.rounded.dtype
         scale = finite_scale(amax, dtype)
-        largest = float(jnp.finfo(dtype).max)
-        values = jnp.clip(h * along_rows(1 / scale, BLOCK), -largest, largest).astype(dtype)
+        values = clipped_to(h * along_rows(1 / scale, BLOCK), dtype)
         staging = Views.of(self.scratch.rounded_staging)
         store_rows(self.between.rounded, staging, self.team, values, row=row, rows=None, column=0)
         self.between.scale[pl.ds(row, WGMMA_ROWS)] = scale

@@ -33,7 +33,7 @@ from pallas_kernels.grouped_matmul.gpu.hopper.problem import SCALE_BLOCK, WGMMA_
 from pallas_kernels.grouped_matmul.gpu.tiles import Tile
 from pallas_kernels.on_gpu.smem import Views
 from pallas_kernels.on_gpu.store import store_rows, store_vector
-from pallas_kernels.quantize import finite_scale
+from pallas_kernels.quantize import clipped_to, finite_scale
 
 _STEPS_AT_ONCE = 4
 """Steps with block scales between which the tensor cores do not wait."""
@@ -270,7 +270,6 @@ class Multiplier(Block):
     def _to_fp8(self, value):
         """A result [64, wg_width] as FP8, and the scales of its rows: what `quantize` does with scaling "1x128"."""
         dtype, buffer = self.epilogue.out_dtype, self.scratch.out_scales
-        largest = float(jnp.finfo(dtype).max)
         amax = jnp.max(jnp.abs(value), axis=1)
         if self.config.column_groups > 1:
             buffer[self.warpgroup] = amax
@@ -282,8 +281,7 @@ class Multiplier(Block):
             plgpu.barrier_arrive(self.scratch.shared_scales)
             plgpu.barrier_wait(self.scratch.shared_scales)
         scale = finite_scale(amax, dtype)
-        scaled = value * _along_rows(1 / scale, value.shape)
-        return jnp.clip(scaled, -largest, largest).astype(dtype), scale
+        return clipped_to(value * _along_rows(1 / scale, value.shape), dtype), scale
 
     # ---- the ring and its scales -------------------------------------------------------------------------------------
 
