@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 from jax.interpreters import ad, batching, mlir, xla
+from jax.interpreters import partial_eval as pe
 
 from pallas_kernels.backend import check_backend, run
 from pallas_kernels.on_tpu.device import as_on_a_tpu
@@ -88,6 +89,8 @@ class Operator:
       transpose: (backend, cotangent, operands) -> the cotangents of those operands that are asked for, by name. Of
         several results it gets a tuple of cotangents, some of which may be `ad.Zero`.
       hidden: names of operands that only the rules see.
+      fewer: (operands, which leaves of the result are used) -> operands with which no more is computed than is needed,
+        and which leaves there are still. JAX asks where it removes what nobody uses.
     """
 
     def __init__(
@@ -99,6 +102,7 @@ class Operator:
         jvp: Callable[[str, Operands, Operands], tuple[Any, Any]] | None = None,
         transpose: Callable[[str, Any, Operands], Operands] | None = None,
         hidden: frozenset[str] = frozenset(),
+        fewer: Callable[[Operands, list[bool]], tuple[Operands, list[bool]]] | None = None,
     ):
         self._operator, self._function, self._hidden = operator, function, hidden
         self._traced = jax.jit(self._run, static_argnums=0)
@@ -119,6 +123,8 @@ class Operator:
             ad.primitive_jvps[self._primitive] = functools.partial(self._jvp, jvp)
         if transpose is not None:
             ad.primitive_transposes[self._primitive] = functools.partial(self._transpose, transpose)
+        if fewer is not None:
+            pe.dce_rules[self._primitive] = functools.partial(_without_unused, fewer)
 
     def __call__(self, backend: str, **operands: Any) -> Any:
         """Calls the operator.
@@ -220,6 +226,23 @@ def zero_tangent(of: jax.Array) -> ad.Zero:
 
 def _instantiated(tangent: Any, result: jax.Array) -> Any:
     return zero_tangent(result) if is_zero(tangent) else tangent
+
+
+def _without_unused(rule: Any, used: list[bool], *rest: Any) -> tuple[list[bool], Any]:
+    """Whether each operand of a call is needed, and the call without what is not used of its result."""
+    equation = rest[-1]  # jax 0.12 says before it which operands are live
+    every = [True] * len(equation.invars)
+    if equation.effects or all(used):
+        return every, equation
+    if not any(used):
+        return [not needed for needed in every], None
+    call, jaxpr = equation.params["call"], equation.params["jaxpr"]
+    operands, kept = rule(call.operands([_ARRAY] * len(equation.invars)), list(used))
+    # Not settled, so that what was traced of an implementation, which is less now, is traced anew where it has kernels.
+    smaller = dataclasses.replace(call, leaves=tuple(jax.tree.leaves(operands)), is_settled=False)
+    params = {"call": smaller, "jaxpr": pe.dce_jaxpr(jaxpr, kept, instantiate=True)[0]}
+    results = [x for x, is_kept in zip(equation.outvars, kept, strict=True) if is_kept]
+    return every, equation.replace(params=params, outvars=results)
 
 
 def _evaluate(*arrays: jax.Array, call: Call, jaxpr: Any) -> list[jax.Array]:

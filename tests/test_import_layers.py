@@ -1,4 +1,7 @@
-"""Imports go down only: bench → moejax → sharding → pallas_kernels, and no operator imports another but the plan."""
+"""Imports go down only: bench → moejax → sharding → pallas_kernels, and no operator imports another.
+
+But for what they share: the plan, and the rounding of weights, which is `quantize` with a kernel.
+"""
 
 import ast
 import pathlib
@@ -10,7 +13,8 @@ from sharding.exchange.pick import TRANSPORTS as PICKED
 
 ROOT = pathlib.Path(__file__).parent.parent
 LAYERS = ["pallas_kernels", "sharding", "moejax", "bench"]
-OPERATORS = sorted({p.parent.name for p in ROOT.glob("pallas_kernels/*/reference.py")} - {"plan"})
+SHARED = {"plan", "quantize_transpose"}
+OPERATORS = sorted({p.parent.name for p in ROOT.glob("pallas_kernels/*/reference.py")} - SHARED)
 TRANSPORTS = ("one_chip", *sorted({type(transport).__module__.rpartition(".")[2] for transport in PICKED.values()}))
 FAMILIES = {"gpu": ("gpu", "on_gpu"), "tpu": ("tpu", "on_tpu")}
 MODULES = sorted(p.relative_to(ROOT) for layer in LAYERS for p in (ROOT / layer).rglob("*.py"))

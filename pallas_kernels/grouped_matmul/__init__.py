@@ -72,7 +72,7 @@ def grouped_matmul(
     check_operands(_multiplied(lhs), rhs, group_sizes, bias, group_offset, transpose_rhs)
     group_sizes = as_group_sizes(group_sizes, lhs.shape[0])
     offset = jnp.asarray(group_offset, jnp.int32)
-    operands = factors(lhs, rhs, group_sizes, offset, transpose_rhs=transpose_rhs, quantization=quantization)
+    operands = factors(backend, lhs, rhs, group_sizes, offset, transpose_rhs=transpose_rhs, quantization=quantization)
     return multiplied(backend, **operands, bias=bias, out_dtype=_result_dtype(lhs, preferred_element_type))
 
 
@@ -117,7 +117,7 @@ def grouped_gate_up(
     check_gate_up(_multiplied(lhs), rhs, group_sizes, bias, group_offset, transpose_rhs, activation, activation_limit)
     group_sizes = as_group_sizes(group_sizes, lhs.shape[0])
     offset = jnp.asarray(group_offset, jnp.int32)
-    operands = factors(lhs, rhs, group_sizes, offset, transpose_rhs=transpose_rhs, quantization=quantization)
+    operands = factors(backend, lhs, rhs, group_sizes, offset, transpose_rhs=transpose_rhs, quantization=quantization)
     return activated(
         backend,
         **operands,
@@ -169,7 +169,7 @@ def grouped_gate_up_in_8_bits(
     scale_shape((lhs.shape[0], rhs.shape[1 if transpose_rhs else 2] // 2), _RESULT_SCALING)
     lhs, rhs, bias = jax.lax.stop_gradient((lhs, rhs, bias))
     offset = jnp.asarray(group_offset, jnp.int32)
-    operands = factors(lhs, rhs, group_sizes, offset, transpose_rhs=transpose_rhs, quantization=quantization)
+    operands = factors(backend, lhs, rhs, group_sizes, offset, transpose_rhs=transpose_rhs, quantization=quantization)
     return activated(
         backend,
         **operands,

@@ -18,6 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.activations import Activation, gated_halves
 from pallas_kernels.grouped_matmul.group_sizes import bounds
+from pallas_kernels.grouped_matmul.weights import in_one_pass, rounded, rounded_both_ways
 from pallas_kernels.primitive import Operands, Operator, is_asked_for, is_zero, zero_tangent
 from pallas_kernels.quantize import Operand, QTensor, Quantization, Rounded, Rows, is_of_one_row, quantize
 
@@ -35,16 +36,32 @@ def _tangent_of(name: str, operands: Operands, tangents: Operands) -> Any:
 
 
 def _multiply_jvp(backend: str, operands: Operands, tangents: Operands) -> tuple[Any, Any]:
+    operands, of_dlhs = _in_both_layouts(backend, operands, tangents)
     result = multiplied(backend, **operands)
-    tangent = _product_tangent(backend, operands, tangents)
+    tangent = _product_tangent(backend, operands, of_dlhs, tangents)
     return result, zero_tangent(result) if tangent is None else tangent
 
 
-def _product_tangent(backend: str, operands: Operands, tangents: Operands) -> jax.Array | None:
+def _in_both_layouts(backend: str, operands: Operands, tangents: Operands) -> tuple[Operands, Operands]:
+    """The operands, and what changes of them for the term of the tangent that is linear in that of lhs.
+
+    A product in 8 bits for the gradient of lhs takes rhs as [G, K, N]. What rounds the weights in one pass writes both
+    layouts then, in place of the one that `factors` had it write, of which nobody takes anything now.
+    """
+    face, quantization = operands["rhs_face"], operands["quantization"]
+    if face is None or quantization is None or quantization.gradient_dtype is None:
+        return operands, {}
+    if _tangent_of("lhs", operands, tangents) is None or not in_one_pass(face, quantization):
+        return operands, {}
+    k_major, n_last = rounded_both_ways(backend, face, quantization, transposed=operands["face_transposed"])
+    return operands | {"rhs": k_major, "transpose_rhs": True}, {"rhs": n_last, "transpose_rhs": False}
+
+
+def _product_tangent(backend: str, operands: Operands, of_dlhs: Operands, tangents: Operands) -> jax.Array | None:
     """The tangent of `multiplied`, None if it is zero. The bias goes along with another term, which costs nothing."""
     terms: list[Operands] = []
     if (dlhs := _tangent_of("lhs", operands, tangents)) is not None:
-        terms.append({"lhs": dlhs, "lhs_face": None})
+        terms.append(of_dlhs | {"lhs": dlhs, "lhs_face": None})
     if (drhs := _tangent_of("rhs", operands, tangents)) is not None:
         transposed = operands["face_transposed" if operands["rhs_face"] is not None else "transpose_rhs"]
         terms.append({"rhs": drhs, "rhs_face": None, "transpose_rhs": transposed})
@@ -95,8 +112,8 @@ def _for_dlhs(dout: jax.Array, operands: Operands) -> Operands:
     if quantization is None or quantization.gradient_dtype is None:
         return face | {"lhs": dout, "lhs_face": None, "rhs": rhs, "transpose_rhs": not k_major}
     group = operands["group_sizes"], operands["group_offset"], rhs.shape[0]
-    rounded = rounded_rows(dout, quantization.gradient_dtype, quantization.lhs_scaling, *group)
-    return face | {"lhs": rounded, "lhs_face": dout, "rhs": rhs.mT if k_major else rhs, "transpose_rhs": True}
+    rows = rounded_rows(dout, quantization.gradient_dtype, quantization.lhs_scaling, *group)
+    return face | {"lhs": rows, "lhs_face": dout, "rhs": rhs.mT if k_major else rhs, "transpose_rhs": True}
 
 
 def rounded_rows(
@@ -148,7 +165,8 @@ def _activate_jvp(backend: str, operands: Operands, tangents: Operands) -> tuple
     def product(values: Operands) -> Operands:
         return {name: x for name, x in values.items() if name not in ("activation", "activation_limit")}
 
-    dh = _product_tangent(backend, product(operands), product(tangents))
+    operands, of_dlhs = _in_both_layouts(backend, operands, tangents)
+    dh = _product_tangent(backend, product(operands), of_dlhs, product(tangents))
     if dh is None:
         result = activated(backend, **operands)
         return result, zero_tangent(result)
@@ -187,6 +205,7 @@ correlated = Operator(
 
 
 def factors(
+    backend: str,
     lhs: Rows,
     rhs: Operand,
     group_sizes: jax.Array,
@@ -208,8 +227,7 @@ def factors(
         lhs_face = lhs
         lhs = rounded_rows(lhs, quantization.dtype, quantization.lhs_scaling, group_sizes, group_offset, rhs.shape[0])
     if quantization is not None and not isinstance(rhs, QTensor):
-        rhs_face, last = rhs, jax.lax.stop_gradient(rhs.mT if transpose_rhs else rhs)
-        rhs = quantize(last, quantization.dtype, scaling=quantization.rhs_scaling).mT
+        rhs_face, rhs = rhs, rounded(backend, rhs, quantization, transposed=transpose_rhs)
         transpose_rhs = True
     return {
         "lhs": lhs,
