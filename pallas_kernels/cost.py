@@ -118,3 +118,12 @@ def rms_norm_pullback_cost(
     """Rows and their cotangents read, with a residual those of the sum too; gradients of rows and weight written."""
     rows = num_rows * hidden * ((3 if has_residual else 2) * _size(dtype) + _size(out_dtype))
     return Cost(flops=10 * num_rows * hidden, hbm_bytes=rows + 8 * hidden)
+
+
+def quantize_transpose_cost(
+    num_groups: int, k: int, n: int, *, dtype: jax.typing.DTypeLike = jnp.bfloat16, layouts: int = 2
+) -> Cost:
+    """Weights read once, their 8-bit values written in one layout or both, a scale for each 128x128."""
+    elements = num_groups * k * n
+    scales = 4 * num_groups * (k // 128) * (n // 128)
+    return Cost(flops=2 * elements, hbm_bytes=elements * (_size(dtype) + layouts) + scales)

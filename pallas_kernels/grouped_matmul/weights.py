@@ -39,5 +39,6 @@ def rounded_both_ways(
     """Weights that are rounded in one pass, see `rounded`, as [G, N, K] and as [G, K, N]."""
     layouts = quantize_transpose(jax.lax.stop_gradient(weights), quantization.dtype, backend=backend)
     k_major, n_last = reversed(layouts) if transposed else layouts
-    assert k_major is not None and n_last is not None, "both were asked for"
+    assert k_major is not None, "it was asked for"
+    assert n_last is not None, "it was asked for"
     return k_major, n_last

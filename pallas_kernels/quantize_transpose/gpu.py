@@ -5,8 +5,8 @@
 A block takes a tile of 128 rows and columns, which has one scale, at a time. The copy engine brings the even and the
 odd rows of the tile as two tiles of 64 rows, which the threads take into registers whole: as soon as they have them,
 the next tile is on its way. There they find the scale, round, and put the two rounded rows of a pair side by side, as
-numbers of 16 bits. These are what the matrix-transposing stores of the GPU move, and a pair of rows of them, transposed,
-is two neighbours of a column: no byte is moved alone. The copy engine takes the results away.
+numbers of 16 bits. The GPU's matrix stores transpose these, and what were neighbours in a column are neighbours in a
+row then: no byte moves alone. The copy engine takes the results away.
 
 Several blocks on a core see to it that copies go on while others round.
 """

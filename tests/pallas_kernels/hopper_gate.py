@@ -26,6 +26,7 @@ from pallas_kernels.combine import combine
 from pallas_kernels.grouped_matmul import grouped_gate_up, grouped_matmul
 from pallas_kernels.plan import Plan, make_plan, unsorted_plan
 from pallas_kernels.quantize import QTensor, dequantize, quantize
+from pallas_kernels.quantize_transpose import quantize_transpose
 from pallas_kernels.rms_norm import rms_norm, rms_norm_in_8_bits
 from pallas_kernels.routed_mlp import routed_mlp
 from pallas_kernels.tracing.target import targeting
@@ -169,6 +170,18 @@ CASES: dict[str, Callable[[], Case]] = {
         array("bfloat16", 4096, 7168),
         array("float32", 7168),
         array("bfloat16", 4096, 7168),
+    ),
+    "weights in both layouts": lambda: (
+        lambda weights: quantize_transpose(weights, backend="pallas_gpu"),
+        array("bfloat16", 128, 2048, 1536),
+    ),
+    "weights in float32": lambda: (
+        lambda weights: quantize_transpose(weights, "float8_e5m2", backend="pallas_gpu"),
+        array("float32", 32, 7168, 4096),
+    ),
+    "weights K-major": lambda: (
+        lambda weights: quantize_transpose(weights, n_last=False, backend="pallas_gpu")[0],
+        array("float16", 128, 768, 2048),
     ),
     "experts in fp8": lambda: (
         lambda *args: fused_experts(*args, quantization=Quantization()),

@@ -43,6 +43,11 @@ from pallas_kernels.cost import Cost
             Cost(flops=320, hbm_bytes=3 * 10 * 8 * 2 + 10 * 8 + 10 * 4 + 8 * 4),
         ),
         (cost.rms_norm_pullback_cost(10, 8), Cost(flops=800, hbm_bytes=3 * 10 * 8 * 2 + 8 * 4 + 8 * 4)),
+        (cost.quantize_transpose_cost(3, 128, 256), Cost(flops=196608, hbm_bytes=98304 * 4 + 3 * 2 * 4)),
+        (
+            cost.quantize_transpose_cost(3, 128, 256, dtype="float32", layouts=1),
+            Cost(flops=196608, hbm_bytes=98304 * 5 + 3 * 2 * 4),
+        ),
     ],
 )
 def test_hand_computed(actual, expected):

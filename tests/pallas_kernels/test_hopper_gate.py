@@ -19,6 +19,7 @@ KERNELS = {
         "eight tokens in fp8": ["routed_mlp", "top_k"],
         "exchange": ["all_to_all", "counting_sort", "make_routes"],
         "rms_norm gradients": ["rms_norm", "rms_norm_pullback"],
+        "weights in both layouts": ["quantize_transpose"],
     },
     "most registers": {
         "decode fp8": ["grouped_matmul"],
@@ -36,7 +37,9 @@ KERNELS = {
         "gate/up relu2": ["grouped_gate_up"],
         "experts in fp8": ["combine", "counting_sort", "dispatch", "grouped_gate_up", "grouped_matmul"],
     },
-    "norms": {
+    "norms and weights": {
+        "weights in float32": ["quantize_transpose"],
+        "weights K-major": ["quantize_transpose"],
         "rms_norm 8192": ["rms_norm_pullback"],
         "rms_norm long": ["rms_norm"],
         "rms_norm 2880": ["rms_norm"],
