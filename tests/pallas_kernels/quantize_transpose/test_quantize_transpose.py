@@ -38,7 +38,7 @@ def test_values(backend, rng, shape, of, dtype):
 @pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
 @pytest.mark.parametrize("of", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("case", CRUEL)
-@pytest.mark.quick("xla-*-float32-float8_e5m2", "xla-nan-bfloat16-*")
+@pytest.mark.quick("xla-nan-bfloat16-*", "xla-zeros-float16-*m3fn", "xla-subnormal-float32-*m2")
 def test_cruel_values(backend, rng, case, of, dtype):
     weights = cruel(rng, case, of)
     got, reference = run(backend, weights, dtype), expected(weights, dtype)
@@ -47,8 +47,8 @@ def test_cruel_values(backend, rng, case, of, dtype):
     rest = np.ones((2, 3), bool)
     rest[0, 1] = case not in ("nan", "infinity", "minus infinity")
     np.testing.assert_array_equal(np.isfinite(got[1].scale[1]), rest)
-    if case in ("zeros", "subnormal"):
-        assert got[1].scale[1, 0, 1] == 1 or of == "float16"
+    if case.endswith("zeros") or (case == "subnormal" and of != "float16"):
+        assert got[1].scale[1, 0, 1] == 1
 
 
 @pytest.mark.parametrize(("k_major", "n_last"), [(True, False), (False, True)])

@@ -45,7 +45,9 @@ def test_several_tiles_on_their_way_interpreted(rng, monkeypatch, shape, config)
 
 @pytest.mark.parametrize("of", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("case", CRUEL)
-@pytest.mark.quick("nan-float32", "*infinity-bfloat16", "*zeros-float16", "subnormal-*", "huge-float*", "ties-bfloat16")
+@pytest.mark.quick(
+    "nan-float32", "infin*-bfloat16", "minus z*-float16", "subn*-float32", "huge-float16", "ties-bfloat16"
+)
 def test_cruel_values_interpreted(rng, case, of):
     got, expected = both(cruel(rng, case, of))
     for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
