@@ -1,4 +1,4 @@
-"""Decoder blocks, whole sequences and decode steps: ours, the same by XLA alone, and torch's, in one run."""
+"""Decoder blocks, whole sequences and decode steps: ours, the same in plain JAX, and torch's, in one run."""
 
 import argparse
 import gc
@@ -27,7 +27,7 @@ _PACKAGES = ("jax", "jaxlib", "flax", "torch")
 
 
 def main(argv: Sequence[str]) -> int:
-    """Measures, prints, and returns 1 when one of ours fails or differs from XLA's result."""
+    """Measures, prints, and returns 1 when one of ours fails or is wrong."""
     args = _parser().parse_args(argv)
     cases = select_cases(args.cases, args.precision, reduce=args.quick)
     # Torch needs a share of the memory; jax reads this when it first looks for devices.
@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = make_parser(
         "bench.decoder",
         "Times decoder blocks (attention, and experts or a dense gated network) over whole sequences, and decode steps "
-        "with a cache: ours, the same module by XLA alone, and torch's, eager and compiled, where torch is installed. "
+        "with a cache: ours, the same in plain JAX, and torch's, eager and compiled, where torch is installed. "
         "Every result is checked first. Times are wall times of a block in a row of blocks with weights of their own. "
         "A shape is sequences × tokens × hidden size × heads × width of the network, '·' experts; kv is what a cache "
         f"holds before a step. The exit status is 1 if one of ours fails. Cases: {', '.join(CASES)}.",

@@ -1,1 +1,1 @@
-"""Decoder blocks beside each other: ours, the same by XLA alone, and torch's."""
+"""Decoder blocks beside each other: ours, the same in plain JAX, and torch's."""

@@ -1,4 +1,4 @@
-"""Measures a case: every contender is checked against the block by XLA, and those that are right are timed in turns."""
+"""Measures a case: every contender is checked against our block by XLA; those that are right are timed in turns."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,16 +6,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bench.blocks import in_torch, ours
+from bench.blocks import in_jax, in_torch, ours
 from bench.blocks.cases import Case, backends, table_sizes
 from bench.blocks.ours import Inputs, Run, make_inputs
 from bench.hopper.peers import from_torch
 from bench.measure.clock import CallTime, wall_times
 from bench.measure.errors import check, describe, relative_error
 
-OURS, XLA = "ours", "xla only"
+OURS, JAX = "ours", "plain jax"
 EAGER, COMPILED = "torch eager", "torch.compile"
-CONTENDERS = OURS, XLA, EAGER, COMPILED
+CONTENDERS = OURS, JAX, EAGER, COMPILED
 
 _IN_TORCH = EAGER, COMPILED
 
@@ -32,16 +32,15 @@ def measure_case(case: Case, *, rounds: int, at_most: int) -> dict[str, Any]:
       at_most: blocks in a row.
     """
     inputs = make_inputs(case, at_most=at_most)
-    by_xla = _runner(XLA, case, inputs.first)
-    reference = by_xla()
+    reference = ours.runner(backends(case, "xla"), inputs.first)()
     outcomes: dict[str, dict[str, Any]] = {}
     samplers: dict[str, Callable[[], float]] = {}
     for name in CONTENDERS:
-        if name in _IN_TORCH and (reason := in_torch.why_not(case)) is not None:
+        if (reason := _why_not(name, case)) is not None:
             outcomes[name] = {"error": reason}
             continue
         try:
-            first = by_xla if name == XLA else _runner(name, case, inputs.first)
+            first = _runner(name, case, inputs.first)
             error = _error(_as_jax(name, first()), reference, inputs.x)
             check(error, _TOLERANCE)
             samplers[name] = _sampler(name, first if len(inputs.states) == 1 else _runner(name, case, inputs), inputs)
@@ -61,11 +60,18 @@ def measure_case(case: Case, *, rounds: int, at_most: int) -> dict[str, Any]:
     return {**sizes, **figures, "note": case.note, "contenders": outcomes}
 
 
+def _why_not(name: str, case: Case) -> str | None:
+    """Why a contender cannot run a case, or None."""
+    if name in _IN_TORCH:
+        return in_torch.why_not(case)
+    return in_jax.why_not(case) if name == JAX else None
+
+
 def _runner(name: str, case: Case, inputs: Inputs) -> Run:
     """A contender on the blocks of `inputs`."""
     if name in _IN_TORCH:
         return in_torch.runner(case, inputs, compiled=name == COMPILED)
-    return ours.runner(backends(case, "xla" if name == XLA else "auto"), inputs)
+    return in_jax.runner(case, inputs) if name == JAX else ours.runner(case, inputs)
 
 
 def _as_jax(name: str, result: tuple[Any, Any]) -> tuple[Any, Any]:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from bench.blocks.measure import COMPILED, CONTENDERS, EAGER, OURS, XLA
+from bench.blocks.measure import CONTENDERS, OURS
 from bench.record.tables import Cell, format_table
 
 Record = Mapping[str, Any]
@@ -39,8 +39,8 @@ def failures(record: Record) -> list[str]:
         if "error" in case:
             lines.append(f"{name}: {case['error']}")
         else:
-            wrong = {each: case["contenders"][each] for each in (OURS, XLA)}
-            lines += [f"{name}, {each}: {outcome['error']}" for each, outcome in wrong.items() if "error" in outcome]
+            of_ours = case["contenders"][OURS]
+            lines += [f"{name}, {OURS}: {of_ours['error']}"] if "error" in of_ours else []
     return lines
 
 
@@ -48,7 +48,7 @@ def absences(record: Record) -> list[str]:
     """A line for each other contender and reason why it has no figures, with the cases that it concerns."""
     cases_of: dict[tuple[str, str], list[str]] = {}
     for name, case in record["cases"].items():
-        for contender in (EAGER, COMPILED):
+        for contender in CONTENDERS[1:]:
             outcome = case.get("contenders", {}).get(contender, {})
             if "error" in outcome:
                 cases_of.setdefault((contender, outcome["error"]), []).append(name)

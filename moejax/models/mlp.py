@@ -1,4 +1,10 @@
-"""The dense feed-forward network as a flax.nnx module, by the kernels of the experts: they are a group of one."""
+"""The dense feed-forward network as a flax.nnx module, by the kernels of the experts, of which it is a group of one.
+
+For few tokens it is two dots of XLA's, which cut K in parts: of 64 tokens and 2048 columns, a GPU's kernel would have a
+tile for every fourth multiprocessor.
+"""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +17,18 @@ from moejax.initial import Initializer, initial
 from moejax.models.checks import check_tokens
 from moejax.models.config import MLPConfig
 from moejax.param import Param
+from pallas_kernels.activations import gated_halves
+from pallas_kernels.tracing.concrete import is_less
+from pallas_kernels.tracing.target import target_platform
 from sharding.mesh import mesh_here
 from sharding.partition import Axes, Partition
 from sharding.per_chip import per_chip
 from sharding.tokens import Tokens
 
 _LECUN = nnx.initializers.lecun_normal()
+
+_FEW_TOKENS = 64
+"""As many as XLA's dots are as fast for on GPUs, or faster (H200, 2048 by 4096: 7.5 µs in place of 14.8 for down)."""
 
 
 class MLP(nnx.Module):
@@ -94,9 +106,26 @@ def _on_chip(
 ) -> tuple[jax.Array, None]:
     """The network on the tokens [T, H] of this chip, which holds all of it."""
     del axes  # nothing is split
-    x, config = per_token, static
+    x, config = per_token.astype(static.dtype), static
+    run = _dots if _takes_dots(config.backend, x.shape[0]) else _kernels
+    return tokens.keep(run(x, params["gate_up"], params["down"], config).astype(per_token.dtype)), None
+
+
+def _takes_dots(backend: str, num_tokens: int) -> bool:
+    if backend != "auto":
+        return backend == "xla"
+    platform = target_platform()
+    return platform == "cpu" or (platform == "gpu" and is_less(num_tokens, _FEW_TOKENS + 1))
+
+
+def _dots(x: jax.Array, gate_up: jax.Array, down: jax.Array, config: MLPConfig) -> jax.Array:
+    precision = "highest" if x.dtype == jnp.float32 else None
+    dot = functools.partial(jnp.dot, precision=precision, preferred_element_type=jnp.float32)
+    h = dot(x, gate_up.reshape(gate_up.shape[0], -1).astype(x.dtype))
+    h = gated_halves(h, config.activation, config.activation_limit).astype(x.dtype)
+    return dot(h, down.astype(x.dtype))
+
+
+def _kernels(x: jax.Array, gate_up: jax.Array, down: jax.Array, config: MLPConfig) -> jax.Array:
     math = ExpertMath(config.activation, config.activation_limit, None, config.dtype, config.backend)
-    group_sizes = jnp.array([x.shape[0]], jnp.int32)
-    gate_up, down = params["gate_up"][None], params["down"][None]
-    y = expert_mlp(x.astype(config.dtype), group_sizes, gate_up, down, math)
-    return tokens.keep(y.astype(x.dtype)), None
+    return expert_mlp(x, jnp.array([x.shape[0]], jnp.int32), gate_up[None], down[None], math)

@@ -15,8 +15,12 @@ from jax.sharding import AxisType
 from moejax.checks import require
 from moejax.initial import Initializer
 from pallas_kernels.rms_norm import rms_norm
+from pallas_kernels.tracing.concrete import is_less
 
 _ONES = nnx.initializers.ones
+
+_FEW_NUMBERS = 1 << 14
+"""Of so few, XLA makes a part of what comes before or after; a kernel of their own would be mostly launch."""
 
 
 class RMSNorm(nnx.Module):
@@ -61,13 +65,15 @@ class RMSNorm(nnx.Module):
         width = self.scale.shape[0]
         require(x.shape[-1:] == (width,), "x", f"[..., {width}]", list(x.shape))
         if residual is None:
-            return rms_norm(x, self.scale[...], eps=self.eps, backend=self._backend_here())
+            return rms_norm(x, self.scale[...], eps=self.eps, backend=self._backend_here(x.size))
         is_alike = (residual.shape, residual.dtype) == (x.shape, x.dtype)
         wanted = f"as x, {x.dtype}{list(x.shape)}"
         require(is_alike, "residual", wanted, f"{residual.dtype}{list(residual.shape)}")
-        return rms_norm(x, self.scale[...], residual=residual, eps=self.eps, backend=self._backend_here())
+        return rms_norm(x, self.scale[...], residual=residual, eps=self.eps, backend=self._backend_here(x.size))
 
-    def _backend_here(self) -> str:
-        """XLA's for arrays that a mesh splits: a kernel would have them gathered."""
+    def _backend_here(self, size: int) -> str:
+        """XLA's for arrays that a mesh splits, which a kernel would have gathered, and where a launch costs more."""
+        if self.backend == "auto" and is_less(size, _FEW_NUMBERS + 1):
+            return "xla"
         types = jax.sharding.get_abstract_mesh().axis_types
         return self.backend if all(each == AxisType.Manual for each in types) else "xla"

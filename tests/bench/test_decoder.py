@@ -56,7 +56,7 @@ def test_a_record(name, monkeypatch, capsys):
     case = record["cases"][name]
     assert case["hidden_size"] == 128
     assert set(case["contenders"]) == set(measure.CONTENDERS)
-    for contender in (measure.OURS, measure.XLA):
+    for contender in (measure.OURS, measure.JAX):
         figures = case["contenders"][contender]
         assert 0 <= figures["relative_error"] < 3e-2
         assert figures["tokens_per_s"] == pytest.approx(case["tokens"] / figures["us"] * 1e6)
@@ -66,7 +66,7 @@ def test_a_record(name, monkeypatch, capsys):
 
 def test_failures_are_listed_and_the_rest_goes_on(made_up, tmp_path, capsys):
     absent = {"error": "torch is not installed"}
-    whole = {"ours": outcome(20.0), "xla only": outcome(30.0), "torch eager": absent, "torch.compile": outcome(50.0)}
+    whole = {"ours": outcome(20.0), "plain jax": outcome(30.0), "torch eager": absent, "torch.compile": outcome(50.0)}
     made_up += [whole, {**whole, "ours": {"error": "ValueError: wrong result"}}, MemoryError("out of\nmemory")]
     path = tmp_path / "blocks.json"
     assert run(decoder.main, ["--cases", "tiny,bert-base,bert-large", "--json", str(path)]) == 1

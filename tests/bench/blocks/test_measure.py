@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bench.blocks import in_torch, measure, ours
+from bench.blocks import in_jax, in_torch, measure, ours
 from bench.blocks.cases import select_cases
 from tests.helpers import normal
 
@@ -48,3 +48,18 @@ def test_the_block_in_torch_is_ours(name):
     inputs = ours.make_inputs(case, at_most=1)
     result = measure.from_torch(in_torch.runner(case, inputs, compiled=False)())
     assert measure._error(result, ours.runner(case, inputs)(), inputs.x) < measure._TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["wide-4x64", "decode-qwen3-30b-a3b-8", "decode-deepseek-v3-8"])
+@pytest.mark.quick("decode-deepseek*")
+def test_the_block_in_plain_jax_is_ours(name):
+    (case,) = select_cases([name], "w16a16", reduce=True).values()
+    inputs = ours.make_inputs(case, at_most=2)
+    result = in_jax.runner(case, inputs)()
+    assert measure._error(result, ours.runner(case, inputs)(), inputs.x) < measure._TOLERANCE
+
+
+def test_who_cannot_run_experts_in_8_bits_says_so():
+    (case,) = select_cases(["decode-qwen3-30b-a3b-8"], "w8a8", reduce=True).values()
+    assert measure._why_not(measure.OURS, case) is None
+    assert "no experts in 8 bits" in str(measure._why_not(measure.JAX, case))

@@ -77,7 +77,14 @@ def test_the_norm_equals_the_oracle_and_returns_the_sum(rng):
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="there is a GPU")
 def test_without_a_gpu_xla_does_the_product():
-    assert best_backend(jnp.bfloat16, 128) == "xla"
+    assert best_backend(jnp.bfloat16, 128, 4096) == "xla"
+
+
+def test_cudnn_is_for_16_bits_and_more_than_a_few_keys(monkeypatch):
+    monkeypatch.setattr("moejax.models.dot_product._nvidia_capability", lambda: 9.0)
+    assert best_backend(jnp.bfloat16, 128, 128) == "cudnn"
+    for dtype, head_dim, num_keys in ((jnp.float32, 128, 128), (jnp.bfloat16, 264, 128), (jnp.bfloat16, 128, 64)):
+        assert best_backend(dtype, head_dim, num_keys) == "xla"
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,10 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from moejax import MoEConfig, Partition, TopKRouter, dense_moe, make_mesh
 from moejax.models import MLP, AttentionConfig, BlockConfig, DecoderBlock, KVCache, MLPConfig
+from moejax.models import mlp as dense
 from moejax.routers import ExpertChoiceRouter
+from pallas_kernels.chips import get_chip
+from pallas_kernels.tracing.target import targeting
 from tests.helpers import LIMIT, float64, normal, raises_saying, relative_error
 from tests.moejax.models import oracle
 
@@ -187,3 +190,16 @@ def test_mlp_takes_its_activation_and_limit(rng):
     gate, up = np.minimum(gate, 0.3), np.clip(up, -0.3, 0.3)
     h = gate / (1 + np.exp(-1.702 * gate)) * (up + 1)
     assert relative_error(network(x), h @ float64(network.down[...])) < LIMIT["float32"]
+
+
+def test_a_dense_network_takes_dots_for_few_tokens_and_kernels_for_many(rng):
+    config = MLPConfig(32, 16, activation="swigluoai", activation_limit=0.3, dtype=jnp.float32)
+    weights = normal(rng, 32, 2, 16), normal(rng, 16, 32)
+    x = normal(rng, 70, 32)
+    assert relative_error(dense._dots(x, *weights, config), dense._kernels(x, *weights, config)) < LIMIT["float32"]
+    asked = ("xla", 900), ("pallas_gpu", 1), ("auto", 900)
+    assert [dense._takes_dots(*each) for each in asked] == [True, False, jax.default_backend() == "cpu"]
+    with targeting(get_chip("h200")):
+        assert [dense._takes_dots("auto", tokens) for tokens in (64, 65)] == [True, False]
+    with targeting(get_chip("v6e")):
+        assert not dense._takes_dots("auto", 1)

@@ -1,0 +1,145 @@
+"""The same block in plain JAX, as its users write it: dots, `jax.nn.dot_product_attention`, and `jax.lax.ragged_dot`.
+
+It takes our parameters. Attention is XLA's, not cuDNN's: what is compared with is what JAX does by itself.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from bench.blocks.cases import Case
+from bench.blocks.ours import Inputs, Run
+from moejax import MoEConfig, TopKRouter
+from moejax.models.config import AttentionConfig
+
+Weights = Mapping[str, jax.Array]
+Cache = tuple[jax.Array, jax.Array, jax.Array]
+"""Keys and values [S, M, G, D], and the tokens that each slot holds, int32 [S]."""
+
+
+def why_not(case: Case) -> str | None:
+    """Why plain JAX cannot run the case, or None."""
+    experts = case.block.feed_forward
+    if isinstance(experts, MoEConfig) and experts.precision != "w16a16":
+        return "the block in plain JAX has no experts in 8 bits"
+    return None
+
+
+def runner(case: Case, inputs: Inputs) -> Run:
+    """The block in plain JAX."""
+    blocks = [_weights(state) for state in inputs.states]
+    caches: list[Cache | None] = [None] * len(blocks)
+    if (held := inputs.cache) is not None:
+        caches = [(jnp.copy(held.keys), jnp.copy(held.values), jnp.copy(held.lengths)) for _ in blocks]
+    one = jax.jit(functools.partial(_block, case))
+
+    @functools.partial(jax.jit, donate_argnums=2)
+    def all_of(blocks: list[Weights], x: jax.Array, caches: list[Cache | None]) -> Any:
+        ids, after = None, []
+        for weights, cache in zip(blocks, caches, strict=True):
+            x, ids, changed = one(weights, x, cache)
+            after.append(changed)
+        return x, ids, after
+
+    def run() -> tuple[Any, Any]:
+        nonlocal caches
+        y, ids, caches = all_of(blocks, inputs.x, caches)
+        return y, ids
+
+    return run
+
+
+def _weights(state: nnx.State) -> Weights:
+    """Our parameters by their dotted names."""
+    return {".".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(state)}
+
+
+def _block(case: Case, w: Weights, x: jax.Array, cache: Cache | None) -> tuple[Any, Any, Cache | None]:
+    eps, feed_forward = case.block.rms_norm_eps, case.block.feed_forward
+    attended, cache = _attention(case.block.attention, w, _norm(x, w["attention_norm.scale"], eps), cache)
+    x = x + attended
+    h = _norm(x, w["feed_forward_norm.scale"], eps)
+    if not isinstance(feed_forward, MoEConfig):
+        return x + _mlp(h, w["feed_forward.gate_up"], w["feed_forward.down"]), None, cache
+    y, ids = _experts(feed_forward, w, h.reshape(-1, h.shape[-1]))
+    return x + y.reshape(x.shape), ids.reshape(*x.shape[:-1], -1), cache
+
+
+def _norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    wide = x.astype(jnp.float32)
+    mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)
+    return (wide * jax.lax.rsqrt(mean_square + eps) * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+def _attention(a: AttentionConfig, w: Weights, x: jax.Array, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
+    batch, length, _ = x.shape
+    qkv = (x @ w["attention.qkv.kernel"]).reshape(batch, length, -1, a.head_dim)
+    ends = a.num_attention_heads, a.num_attention_heads + a.num_key_value_heads
+    q, k, v = jnp.split(qkv, ends, axis=2)
+    if a.qk_norm:
+        q = _norm(q, w["attention.q_norm.scale"], a.rms_norm_eps)
+        k = _norm(k, w["attention.k_norm.scale"], a.rms_norm_eps)
+    positions, mask = jnp.arange(length), None
+    if cache is not None:
+        positions = cache[2][:, None]
+    q, k = (_rotate(each, positions, a.rope_theta) for each in (q, k))
+    if cache is not None:
+        slots, (keys, values, lengths) = jnp.arange(batch), cache
+        k, v = keys.at[slots, lengths].set(k[:, 0]), values.at[slots, lengths].set(v[:, 0])
+        mask = (jnp.arange(keys.shape[1]) <= lengths[:, None])[:, None, None]
+        cache = k, v, lengths
+    y = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=cache is None, implementation="xla")
+    return y.reshape(batch, length, -1) @ w["attention.out.kernel"], cache
+
+
+def _rotate(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
+    half = x.shape[-1] // 2
+    angle = positions[..., None, None] * theta ** (-jnp.arange(half) / half)
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], -1).astype(x.dtype)
+
+
+def _mlp(x: jax.Array, gate_up: jax.Array, down: jax.Array) -> jax.Array:
+    gate, up = jnp.split(x @ gate_up.reshape(gate_up.shape[0], -1), 2, axis=-1)
+    return (jax.nn.silu(gate) * up) @ down
+
+
+def _experts(config: MoEConfig, w: Weights, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The experts of x [T, H], and their numbers [T, K]."""
+    router = w["feed_forward.router.kernel"].astype(jnp.float32)
+    weights, ids = _route(config, jnp.dot(x.astype(jnp.float32), router, precision="highest"))
+    order = jnp.argsort(ids.ravel())
+    sizes = jnp.bincount(ids.ravel(), length=config.num_experts).astype(jnp.int32)
+    gate_up, down = w["feed_forward.gate_up"], w["feed_forward.down"]
+    h = jax.lax.ragged_dot(x[order // config.top_k], gate_up.reshape(*gate_up.shape[:2], -1), sizes)
+    gate, up = jnp.split(h, 2, axis=-1)
+    rows = jax.lax.ragged_dot(jax.nn.silu(gate) * up, down, sizes)
+    of_tokens = rows[jnp.argsort(order)].reshape(*ids.shape, -1)
+    y = jnp.einsum("tkh,tk->th", of_tokens.astype(jnp.float32), weights)
+    if config.shared_intermediate_size:
+        y += _mlp(x, w["feed_forward.shared_gate_up"], w["feed_forward.shared_down"])
+    return y.astype(x.dtype), ids
+
+
+def _route(config: MoEConfig, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Weights and numbers of the experts of logits [T, E], by top-k, if need be within the best groups."""
+    router = config.router
+    assert isinstance(router, TopKRouter)
+    scores = jax.nn.sigmoid(logits) if router.scoring == "sigmoid" else jax.nn.softmax(logits)
+    ranked = scores
+    if router.num_groups > 1:
+        groups = scores.reshape(scores.shape[0], router.num_groups, -1)
+        of_group = jax.lax.top_k(groups, router.group_score_k)[0].sum(-1)
+        _, best = jax.lax.top_k(of_group, router.topk_groups)
+        is_in = (best[:, None] == jnp.arange(router.num_groups)[:, None]).any(-1)
+        ranked = jnp.where(is_in[..., None], groups, -1.0).reshape(scores.shape)
+    _, ids = jax.lax.top_k(ranked, config.top_k)
+    weights = jnp.take_along_axis(scores, ids, axis=1)
+    if router.normalize_topk:
+        weights /= weights.sum(-1, keepdims=True)
+    return weights * router.routed_scaling_factor, ids
