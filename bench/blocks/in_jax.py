@@ -13,7 +13,8 @@ from flax import nnx
 
 from bench.blocks.cases import Case
 from bench.blocks.ours import Inputs, Run
-from moejax import MoEConfig, TopKRouter
+from bench.plain.layer_in_jax import experts, mlp
+from moejax import MoEConfig
 from moejax.models.config import AttentionConfig
 
 Weights = Mapping[str, jax.Array]
@@ -63,9 +64,10 @@ def _block(case: Case, w: Weights, x: jax.Array, cache: Cache | None) -> tuple[A
     attended, cache = _attention(case.block.attention, w, _norm(x, w["attention_norm.scale"], eps), cache)
     x = x + attended
     h = _norm(x, w["feed_forward_norm.scale"], eps)
+    own = {name.removeprefix("feed_forward."): leaf for name, leaf in w.items() if name.startswith("feed_forward.")}
     if not isinstance(feed_forward, MoEConfig):
-        return x + _mlp(h, w["feed_forward.gate_up"], w["feed_forward.down"]), None, cache
-    y, ids = _experts(feed_forward, w, h.reshape(-1, h.shape[-1]))
+        return x + mlp(h, own["gate_up"], own["down"]), None, cache
+    y, ids = experts(feed_forward, own, h.reshape(-1, h.shape[-1]))
     return x + y.reshape(x.shape), ids.reshape(*x.shape[:-1], -1), cache
 
 
@@ -102,44 +104,3 @@ def _rotate(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], -1).astype(x.dtype)
-
-
-def _mlp(x: jax.Array, gate_up: jax.Array, down: jax.Array) -> jax.Array:
-    gate, up = jnp.split(x @ gate_up.reshape(gate_up.shape[0], -1), 2, axis=-1)
-    return (jax.nn.silu(gate) * up) @ down
-
-
-def _experts(config: MoEConfig, w: Weights, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The experts of x [T, H], and their numbers [T, K]."""
-    router = w["feed_forward.router.kernel"].astype(jnp.float32)
-    weights, ids = _route(config, jnp.dot(x.astype(jnp.float32), router, precision="highest"))
-    order = jnp.argsort(ids.ravel())
-    sizes = jnp.bincount(ids.ravel(), length=config.num_experts).astype(jnp.int32)
-    gate_up, down = w["feed_forward.gate_up"], w["feed_forward.down"]
-    h = jax.lax.ragged_dot(x[order // config.top_k], gate_up.reshape(*gate_up.shape[:2], -1), sizes)
-    gate, up = jnp.split(h, 2, axis=-1)
-    rows = jax.lax.ragged_dot(jax.nn.silu(gate) * up, down, sizes)
-    of_tokens = rows[jnp.argsort(order)].reshape(*ids.shape, -1)
-    y = jnp.einsum("tkh,tk->th", of_tokens.astype(jnp.float32), weights)
-    if config.shared_intermediate_size:
-        y += _mlp(x, w["feed_forward.shared_gate_up"], w["feed_forward.shared_down"])
-    return y.astype(x.dtype), ids
-
-
-def _route(config: MoEConfig, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Weights and numbers of the experts of logits [T, E], by top-k, if need be within the best groups."""
-    router = config.router
-    assert isinstance(router, TopKRouter)
-    scores = jax.nn.sigmoid(logits) if router.scoring == "sigmoid" else jax.nn.softmax(logits)
-    ranked = scores
-    if router.num_groups > 1:
-        groups = scores.reshape(scores.shape[0], router.num_groups, -1)
-        of_group = jax.lax.top_k(groups, router.group_score_k)[0].sum(-1)
-        _, best = jax.lax.top_k(of_group, router.topk_groups)
-        is_in = (best[:, None] == jnp.arange(router.num_groups)[:, None]).any(-1)
-        ranked = jnp.where(is_in[..., None], groups, -1.0).reshape(scores.shape)
-    _, ids = jax.lax.top_k(ranked, config.top_k)
-    weights = jnp.take_along_axis(scores, ids, axis=1)
-    if router.normalize_topk:
-        weights /= weights.sum(-1, keepdims=True)
-    return weights * router.routed_scaling_factor, ids

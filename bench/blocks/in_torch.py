@@ -12,7 +12,8 @@ from flax import nnx
 from bench.blocks.cases import Case
 from bench.blocks.ours import Inputs, Run
 from bench.hopper.peers import to_torch
-from moejax import MoEConfig, TopKRouter
+from bench.plain.layer_in_torch import experts, mlp
+from moejax import MoEConfig
 from moejax.models.config import AttentionConfig
 
 
@@ -60,22 +61,15 @@ def _weights(state: nnx.State) -> dict[str, Any]:
     return {".".join(map(str, path)): to_torch(leaf[...]) for path, leaf in nnx.to_flat_state(state)}
 
 
-def wait(_: Any) -> None:
-    """Until all that was begun is done."""
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
 def _block(case: Case, w: dict[str, Any], x: Any, turns: tuple[Any, Any], cache: Any) -> tuple[Any, Any]:
     eps = case.block.rms_norm_eps
     x = x + _attention(case.block.attention, w, _norm(x, w["attention_norm.scale"], eps), turns, cache)
     h = _norm(x, w["feed_forward_norm.scale"], eps)
-    experts = case.block.feed_forward
-    if not isinstance(experts, MoEConfig):
-        return x + _mlp(h, w["feed_forward.gate_up"], w["feed_forward.down"]), None
-    y, ids = _experts(experts, w, h.flatten(0, 1))
+    own = {name.removeprefix("feed_forward."): leaf for name, leaf in w.items() if name.startswith("feed_forward.")}
+    config = case.block.feed_forward
+    if not isinstance(config, MoEConfig):
+        return x + mlp(h, own["gate_up"], own["down"]), None
+    y, ids = experts(config, own, h.flatten(0, 1))
     return x + y.view_as(x), ids.view(*x.shape[:-1], -1)
 
 
@@ -118,48 +112,3 @@ def _rotate(x, cos, sin):
 
     a, b = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-b, a], -1) * sin
-
-
-def _mlp(x, gate_up, down):
-    import torch
-
-    gate, up = (x @ gate_up.flatten(1)).chunk(2, dim=-1)
-    return (torch.nn.functional.silu(gate) * up) @ down
-
-
-def _experts(config: MoEConfig, w, x) -> tuple[Any, Any]:
-    """The experts of x [T, H], and their numbers [T, K]."""
-    import torch
-
-    weights, ids = _route(config, x.float() @ w["feed_forward.router.kernel"].float())
-    order = ids.flatten().argsort(stable=True)
-    sizes = (ids.flatten()[:, None] == torch.arange(config.num_experts, device=x.device)).sum(0)
-    ends = sizes.cumsum(0).int()
-    gate_up, down = w["feed_forward.gate_up"], w["feed_forward.down"]
-    h = torch._grouped_mm(x[order // config.top_k], gate_up.flatten(2), offs=ends)
-    gate, up = h.chunk(2, dim=-1)
-    rows = torch._grouped_mm(torch.nn.functional.silu(gate) * up, down, offs=ends)
-    y = (rows[order.argsort()].view(*ids.shape, -1) * weights[..., None]).sum(1)
-    if config.shared_intermediate_size:
-        y = y + _mlp(x, w["feed_forward.shared_gate_up"], w["feed_forward.shared_down"])
-    return y.to(x.dtype), ids.int()
-
-
-def _route(config: MoEConfig, logits) -> tuple[Any, Any]:
-    """Weights and numbers of the experts of logits [T, E], by top-k, if need be within the best groups."""
-    import torch
-
-    router = config.router
-    assert isinstance(router, TopKRouter)
-    scores = logits.sigmoid() if router.scoring == "sigmoid" else logits.softmax(-1)
-    ranked = scores
-    if router.num_groups > 1:
-        groups = scores.view(scores.shape[0], router.num_groups, -1)
-        best = groups.topk(router.group_score_k, -1).values.sum(-1).topk(router.topk_groups, -1).indices
-        is_in = torch.zeros_like(groups[..., 0], dtype=torch.bool).scatter(1, best, True)
-        ranked = groups.masked_fill(~is_in[..., None], -1.0).flatten(1)
-    ids = ranked.topk(config.top_k, -1).indices
-    weights = scores.gather(1, ids)
-    if router.normalize_topk:
-        weights = weights / weights.sum(-1, keepdim=True)
-    return weights * router.routed_scaling_factor, ids

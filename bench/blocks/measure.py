@@ -10,7 +10,7 @@ from bench.blocks import in_jax, in_torch, ours
 from bench.blocks.cases import Case, backends, table_sizes
 from bench.blocks.ours import Inputs, Run, make_inputs
 from bench.hopper.peers import from_torch
-from bench.measure.clock import CallTime, wall_times
+from bench.measure.clock import CallTime, torch_wait, wall_times
 from bench.measure.errors import check, describe, relative_error
 
 OURS, JAX = "ours", "plain jax"
@@ -80,7 +80,7 @@ def _as_jax(name: str, result: tuple[Any, Any]) -> tuple[Any, Any]:
 
 def _sampler(name: str, run: Run, inputs: Inputs) -> Callable[[], float]:
     """What times a contender once, in µs a block."""
-    wait = in_torch.wait if name in _IN_TORCH else jax.block_until_ready
+    wait = torch_wait if name in _IN_TORCH else jax.block_until_ready
     return lambda: wall_times(run, repeats=1, calls=len(inputs.states), wait=wait).median_us
 
 

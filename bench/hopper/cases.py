@@ -23,6 +23,7 @@ from bench.hopper.case_data import (
     whole_layer,
 )
 from bench.hopper.products import Product, layer_products
+from bench.hopper.training import training
 from bench.model.shapes import OPERAND_DTYPES, GemmShape
 from pallas_kernels.chips import Chip
 from pallas_kernels.cost import Cost, combine_cost, dispatch_cost
@@ -119,9 +120,18 @@ def _qwen3(name: str, tokens: int, dtype: Literal["fp8", "bf16"], goal: Goal, no
     return Case(name, shape, dtype, goal, build, products, _moves(tokens, LAYER_TOP_K, shape.K), note)
 
 
+def _training(name: str, shape: GemmShape, in_8_bits: bool, goal: Goal, note: str) -> Case:
+    """Each product has two gradients of its own cost, and rows go both ways twice."""
+    products = layer_products(shape, "bf16") * 3
+    moves = _moves(shape.G * shape.M // LAYER_TOP_K, LAYER_TOP_K, shape.K) * 2
+    build = functools.partial(training, in_8_bits=in_8_bits)
+    return Case(name, shape, "fp8" if in_8_bits else "bf16", goal, build, products, moves, note, 8e-2)
+
+
 _DECODE, _DOWN = GemmShape(8, 48, 7168, 2048), GemmShape(8, 48, 2048, 7168)
 _PREFILL, _PREFILL_BACK = GemmShape(8, 4096, 7168, 4096), GemmShape(8, 4096, 4096, 7168)
 _MANY = GemmShape(64, 64, 2048, 1536)
+_QWEN3_TRAINING, _DEEPSEEK_TRAINING = GemmShape(128, 2048, 2048, 768), GemmShape(32, 1024, 7168, 2048)
 _PERMUTE = GemmShape(PERMUTE_EXPERTS, 16384, 4096, 4096)
 
 _BLOCKS = (Product(_PREFILL, "fp8-blocks"),)
@@ -150,6 +160,10 @@ _TABLE = (
     _qwen3("qwen3-fp8-8", 8, "fp8", Goal("µs", 120, 100), "the same, 8 tokens", 8),
     _qwen3("qwen3-fp8-64", 64, "fp8", Goal("µs", 210, 165), "the same, 64 tokens", 8),
     _qwen3("qwen3-bf16-16384", 16384, "bf16", Goal("µs", 2500, 2000), "the same, 16384 tokens", 3),
+    _training("qwen3-train-bf16", _QWEN3_TRAINING, False, Goal("TFLOP/s", 500, 560), "32768 tokens, both ways"),
+    _training("qwen3-train-fp8", _QWEN3_TRAINING, True, Goal("TFLOP/s", 550, 625), "from BF16 parameters"),
+    _training("deepseek-train-bf16", _DEEPSEEK_TRAINING, False, Goal("TFLOP/s", 560, 640), "4096 tokens, both ways"),
+    _training("deepseek-train-fp8", _DEEPSEEK_TRAINING, True, Goal("TFLOP/s", 672, 784), "from BF16 parameters"),
 )
 
 CASES: Mapping[str, Case] = MappingProxyType({case.name: case for case in _TABLE})

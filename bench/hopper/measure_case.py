@@ -11,7 +11,7 @@ import numpy as np
 from bench.hopper.cases import Case
 from bench.hopper.ceilings import Ceilings
 from bench.hopper.peers import Implementation, from_torch
-from bench.measure.clock import copies_of, kernel_times, rotated, torch_times, wall_times
+from bench.measure.clock import copies_of, kernel_times, rotated, torch_times, torch_wait, wall_times
 from bench.measure.errors import check, describe, relative_error
 from pallas_kernels.chips import Chip
 
@@ -64,11 +64,14 @@ def attempt(
 
     def measure(name: str) -> Outcome:
         function = implementation.functions[name]
+        in_torch = implementation.package == "torch"
         if calls is not None:
-            program = jax.jit(function)
-            error = worst([program(*(checked or args[0]))])
-            time = wall_times(program, *args[0], repeats=repeats, calls=calls)
-        elif implementation.package == "torch":
+            program = function if in_torch else jax.jit(function)
+            result = program(*(implementation.prepare(*checked) if checked else args[0]))
+            error = worst([from_torch(result) if in_torch else result])
+            wait = torch_wait if in_torch else jax.block_until_ready
+            time = wall_times(program, *args[0], repeats=repeats, calls=calls, wait=wait)
+        elif in_torch:
             error = worst(from_torch(function(*one)) for one in args)
             time = torch_times(function, args, repeats=repeats)
         else:

@@ -166,6 +166,14 @@ def wall_times(
     return CallTime.of([wall_seconds(runs, wait=wait) * 1e6 / at_once / calls for _ in range(repeats)])
 
 
+def torch_wait(_: Any) -> None:
+    """Until all that torch has begun is done."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def torch_times(f: Callable[..., Any], inputs: Sequence[Any], *, repeats: int = 10) -> CallTime:
     """Time of f(*args) in torch, the mean over the tuples of arguments in `inputs`.
 

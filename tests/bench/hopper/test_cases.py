@@ -11,7 +11,7 @@ H200 = get_chip("h200")
 
 def test_all_cases_in_the_order_of_the_table():
     assert [case.name for case in select_cases(None)] == list(CASES)
-    assert len(CASES) == 14
+    assert len(CASES) == 18
 
 
 def test_of_few_tokens_only_the_experts_that_are_chosen_are_read():
@@ -48,6 +48,13 @@ def test_the_backward_pass_is_two_products():
     forward, backward = CASES["prefill-bf16"], CASES["backward-bf16"]
     assert backward.flops == 2 * forward.flops
     assert backward.floor_us(H200) == pytest.approx(2 * forward.floor_us(H200))
+
+
+def test_a_training_step_is_three_times_the_forward_pass():
+    case = CASES["qwen3-train-bf16"]
+    assert case.flops == pytest.approx(3 * 2 * 32768 * 8 * 3 * 2048 * 768, rel=1e-3)  # and the sum of combine
+    assert CASES["qwen3-train-fp8"].flops == case.flops
+    assert CASES["deepseek-train-bf16"].flops == pytest.approx(3 * 2 * 4096 * 8 * 3 * 7168 * 2048, rel=1e-3)
 
 
 def test_every_bar_can_be_reached_and_its_aim_lies_beyond_it():

@@ -1,0 +1,86 @@
+"""A layer forward and backward on one GPU: router, experts, and the gradients of all that it is given."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from bench.hopper.case_data import LAYER_TOP_K, CaseData
+from bench.hopper.peers import Implementation, to_torch
+from bench.inputs.weights import normal
+from bench.model.shapes import GemmShape
+from bench.plain import layer_in_jax, layer_in_torch
+from moejax import MoEConfig, MoEParams, moe, with_changes
+
+Weights = Mapping[str, Any]
+"""Parameters by their dotted names: "router.kernel" [H, E], "gate_up" [E, H, 2, I] and "down" [E, I, H]."""
+
+_CHECKED_TOKENS = 512
+
+
+def training(s: GemmShape, *, in_8_bits: bool) -> CaseData:
+    """y, and the gradients of x and of each parameter, for tokens x in BF16 and parameters in BF16.
+
+    In 8 bits weights and rows are rounded in each step, and the peer is our own layer in BF16. Peers in BF16 are the
+    layer in plain JAX and in torch.
+    """
+    config = MoEConfig(s.K, s.N, s.G, LAYER_TOP_K, precision="w8a8" if in_8_bits else "w16a16")
+    tokens = s.G * s.M // LAYER_TOP_K
+    weights = {
+        "router.kernel": normal(1, (s.K, s.G), scale=s.K**-0.5),
+        "gate_up": normal(2, (s.G, s.K, 2, s.N), scale=s.K**-0.5),
+        "down": normal(3, (s.G, s.N, s.K), scale=s.N**-0.5),
+    }
+    x, dy = (normal(seed, (tokens, s.K)) for seed in (0, 4))
+    ours = Implementation("moejax", "moejax", {"": _step_of(functools.partial(_ours, config=config))})
+    in_bf16 = functools.partial(_ours, config=with_changes(config, precision="w16a16"))
+    in_jax = functools.partial(_in_jax, config=config)
+    peers = (
+        (Implementation("moejax, BF16", "moejax", {"": _step_of(in_bf16)}),)
+        if in_8_bits
+        else (
+            Implementation("jax.lax.ragged_dot", "jax", {"": _step_of(in_jax)}),
+            Implementation(
+                "torch._grouped_mm", "torch", {"": functools.partial(_step_in_torch, config=config)}, _to_torch
+            ),
+        )
+    )
+    in_float32 = with_changes(config, precision="w16a16", dtype=jnp.float32, backend="xla")
+    reference = _step_of(functools.partial(_ours, config=in_float32))
+    return CaseData(
+        (x, weights, dy), ours, peers, reference, calls=1, checked=(x[:_CHECKED_TOKENS], weights, dy[:_CHECKED_TOKENS])
+    )
+
+
+def _step_of(layer: Callable[..., jax.Array]) -> Callable[..., Any]:
+    """Forward and backward of layer(x, weights)."""
+
+    def step(x: jax.Array, weights: Weights, dy: jax.Array) -> tuple[Any, ...]:
+        y, pullback = jax.vjp(layer, x, weights)
+        return y, *pullback(dy.astype(y.dtype))
+
+    return step
+
+
+def _ours(x: jax.Array, weights: Weights, *, config: MoEConfig) -> jax.Array:
+    router = {"kernel": weights["router.kernel"]}
+    return moe(x, MoEParams(router=router, gate_up=weights["gate_up"], down=weights["down"]), config)[0]
+
+
+def _in_jax(x: jax.Array, weights: Weights, *, config: MoEConfig) -> jax.Array:
+    return layer_in_jax.experts(config, weights, x)[0]
+
+
+def _to_torch(x: jax.Array, weights: Weights, dy: jax.Array) -> tuple[Any, ...]:
+    return jax.tree.map(to_torch, (x, weights, dy))
+
+
+def _step_in_torch(x: Any, weights: Weights, dy: Any, *, config: MoEConfig) -> tuple[Any, ...]:
+    import torch
+
+    x, weights = jax.tree.map(lambda leaf: leaf.detach().requires_grad_(), (x, dict(weights)))
+    y, _ = layer_in_torch.experts(config, weights, x)
+    dx, *of_weights = torch.autograd.grad(y, (x, *weights.values()), dy)
+    return y.detach(), dx, dict(zip(weights, of_weights, strict=True))
