@@ -35,6 +35,8 @@ class ExpertMath:
       backend: of the kernels.
       stays_in_8_bits: has kernel one round its rows to 8 bits itself, where the scales allow that. No gradient passes
         then.
+      weighs_rows: has rows of h multiplied by the weights of their choices, before down, where experts are not split
+        over chips: the gradient of a weight needs no row [H] then.
     """
 
     activation: Activation
@@ -43,6 +45,7 @@ class ExpertMath:
     dtype: jax.typing.DTypeLike
     backend: str
     stays_in_8_bits: bool = False
+    weighs_rows: bool = False
 
     def __call__(
         self,
@@ -53,6 +56,7 @@ class ExpertMath:
         *,
         k_major: tuple[bool, bool],
         biases: tuple[jax.Array | None, jax.Array | None] = (None, None),
+        row_weights: jax.Array | None = None,
     ) -> jax.Array:
         """Both kernels.
 
@@ -63,11 +67,12 @@ class ExpertMath:
           down: [L, I, H] or [L, H, I].
           k_major: whether gate_up, and down, are the second of these.
           biases: [L, 2I] and [L, H], or None.
+          row_weights: float32 [R], for `weighs_rows`; there is no bias of down then.
 
         Returns:
           [R, H] in `dtype`; zeros past the sum of group_sizes.
         """
-        h = self.gate_up(rows, group_sizes, gate_up, k_major=k_major[0], bias=biases[0])
+        h = self.gate_up(rows, group_sizes, gate_up, k_major=k_major[0], bias=biases[0], row_weights=row_weights)
         return self.down(h, group_sizes, down, k_major=k_major[1], bias=biases[1])
 
     def rounded(self, x: jax.Array) -> Rows:
@@ -79,19 +84,28 @@ class ExpertMath:
         return rounded.in_8_bits if self.stays_in_8_bits else rounded
 
     def serve_or_train[Result](self, run: Callable[..., Result], *operands: Any) -> Result:
-        """run(math, *operands): with rows that stay in 8 bits where no gradient is asked for, by this math elsewhere.
+        """run(math, *operands): rows stay in 8 bits where no gradient is asked for, and are weighed where one is.
 
         `run` must not close over traced values.
         """
-        if self.quantization is None:
-            return run(self, *operands)
-        serve = functools.partial(run, dataclasses.replace(self, stays_in_8_bits=True))
-        return unless_differentiated(serve, functools.partial(run, self), *operands)
+        serve = dataclasses.replace(self, stays_in_8_bits=self.quantization is not None)
+        train = dataclasses.replace(self, weighs_rows=True)
+        return unless_differentiated(functools.partial(run, serve), functools.partial(run, train), *operands)
 
     def gate_up(
-        self, rows: Rows, group_sizes: jax.Array, weights: Operand, *, k_major: bool, bias: jax.Array | None = None
+        self,
+        rows: Rows,
+        group_sizes: jax.Array,
+        weights: Operand,
+        *,
+        k_major: bool,
+        bias: jax.Array | None = None,
+        row_weights: jax.Array | None = None,
     ) -> Operand:
-        """Kernel one: rows [R, H] -> [R, I], in 8 bits if it can stay so, in float32 if kernel two will round it."""
+        """Kernel one: rows [R, H] -> [R, I], in 8 bits if it can stay so, in float32 if kernel two will round it.
+
+        With weights of rows, float32 [R], it is a product and an activation in XLA, as where a gradient is asked for.
+        """
         quantization, width = self.quantization, weights.shape[1 if k_major else 2] // 2
         settings: dict[str, Any] = {
             "bias": bias,
@@ -105,7 +119,9 @@ class ExpertMath:
             return grouped_gate_up_in_8_bits(rows, weights, group_sizes, dtype=quantization.dtype, **settings)
         # Rounding to BF16 first and then to 8 bits would give another value in one case out of thirty.
         dtype = self.dtype if quantization is None else jnp.dtype(jnp.float32)
-        return grouped_gate_up(rows, weights, group_sizes, preferred_element_type=dtype, **settings)
+        return grouped_gate_up(
+            rows, weights, group_sizes, preferred_element_type=dtype, row_weights=row_weights, **settings
+        )
 
     def down(
         self, h: Operand, group_sizes: jax.Array, weights: Operand, *, k_major: bool, bias: jax.Array | None = None
@@ -178,6 +194,7 @@ def expert_mlp(
     *,
     gate_up_bias: jax.Array | None = None,
     down_bias: jax.Array | None = None,
+    row_weights: jax.Array | None = None,
 ) -> jax.Array:
     """`math` on parameters as `MoEParams` holds them.
 
@@ -189,21 +206,29 @@ def expert_mlp(
       math: of the experts.
       gate_up_bias: [L, 2, I] or None.
       down_bias: [L, H] or None.
+      row_weights: float32 [R] or None; see `ExpertMath`.
 
     Returns:
       [R, H] in math.dtype; zeros past the sum of group_sizes.
     """
-    h = gate_up_projection(rows, group_sizes, gate_up, math, bias=gate_up_bias)
+    h = gate_up_projection(rows, group_sizes, gate_up, math, bias=gate_up_bias, row_weights=row_weights)
     return down_projection(h, group_sizes, down, math, bias=down_bias)
 
 
 def gate_up_projection(
-    rows: Rows, group_sizes: jax.Array, gate_up: Operand, math: ExpertMath, *, bias: jax.Array | None = None
+    rows: Rows,
+    group_sizes: jax.Array,
+    gate_up: Operand,
+    math: ExpertMath,
+    *,
+    bias: jax.Array | None = None,
+    row_weights: jax.Array | None = None,
 ) -> Operand:
     """Kernel one of `expert_mlp` alone: rows [R, H] -> [R, I]."""
     weights = flat_halves(_in_compute_dtype(gate_up, math))
     bias = None if bias is None else bias.reshape(bias.shape[0], -1)
-    return math.gate_up(rows, group_sizes, weights, k_major=isinstance(gate_up, QTensor), bias=bias)
+    k_major = isinstance(gate_up, QTensor)
+    return math.gate_up(rows, group_sizes, weights, k_major=k_major, bias=bias, row_weights=row_weights)
 
 
 def down_projection(

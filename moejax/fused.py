@@ -107,11 +107,22 @@ def _run(
         if y is not None:
             return y
 
-    def experts(params: dict[str, Any], rows: Rows, group_sizes: jax.Array) -> jax.Array:
-        w1, w2 = params["w1"], params["w2"]
-        return math(rows, group_sizes, w1, w2, k_major=(k_major, k_major), biases=(params["b1"], params["b2"]))
+    def experts(
+        params: dict[str, Any], rows: Rows, group_sizes: jax.Array, row_weights: jax.Array | None = None
+    ) -> jax.Array:
+        weights, biases = (params["w1"], params["w2"]), (params["b1"], params["b2"])
+        return math(rows, group_sizes, *weights, k_major=(k_major,) * 2, biases=biases, row_weights=row_weights)
 
-    return exchange(rows_of_x, topk_weights, topk_ids, experts, params, way, preferred_element_type=x.dtype)
+    return exchange(
+        rows_of_x,
+        topk_weights,
+        topk_ids,
+        experts,
+        params,
+        way,
+        preferred_element_type=x.dtype,
+        weighing_experts=experts if math.weighs_rows and params["b2"] is None else None,
+    )
 
 
 def _gate_first(

@@ -136,8 +136,10 @@ class Stages:
             if y is not None:
                 return y
 
-        def experts(params: dict[str, Any], rows: Rows, group_sizes: jax.Array) -> jax.Array:
-            return expert_mlp(rows, group_sizes, math=self.math, **params)
+        def experts(
+            params: dict[str, Any], rows: Rows, group_sizes: jax.Array, row_weights: jax.Array | None = None
+        ) -> jax.Array:
+            return expert_mlp(rows, group_sizes, math=self.math, row_weights=row_weights, **params)
 
         return exchange(
             inputs,
@@ -147,6 +149,7 @@ class Stages:
             of_experts,
             self.way,
             preferred_element_type=preferred_element_type,
+            weighing_experts=experts if self.math.weighs_rows and params["down_bias"] is None else None,
         )
 
 

@@ -14,10 +14,11 @@ tokens, are a `Rounded`, for which the same holds.
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.activations import Activation
-from pallas_kernels.grouped_matmul.checks import check_gate_up, check_operands
-from pallas_kernels.grouped_matmul.gradients import GATE_UP_NAME, activated, factors, multiplied
+from pallas_kernels.grouped_matmul.checks import check_gate_up, check_operands, require_row_weights
+from pallas_kernels.grouped_matmul.gradients import GATE_UP_NAME, activated, factors, multiplied, weighed_activation
 from pallas_kernels.grouped_matmul.group_sizes import as_group_sizes
 from pallas_kernels.quantize import (
     Operand,
@@ -87,6 +88,7 @@ def grouped_gate_up(
     group_offset: jax.Array | int = 0,
     transpose_rhs: bool = False,
     quantization: Quantization | None = None,
+    row_weights: jax.Array | None = None,
     preferred_element_type: jax.typing.DTypeLike | None = None,
     backend: str = "auto",
 ) -> jax.Array:
@@ -103,6 +105,8 @@ def grouped_gate_up(
       group_offset: the first group that `rhs` holds.
       transpose_rhs: whether rhs lies as [G, 2I, H] (the layout FP8 needs on Hopper).
       quantization: round array operands to 8 bits inside, keeping gradients; None multiplies them as they are.
+      row_weights: float32 [M], which the rows of the result are multiplied by before they are rounded, or None. It is a
+        product and an activation in XLA then, whether a gradient is asked for or not.
       preferred_element_type: dtype of the result; default is that of lhs (bfloat16 when lhs is a QTensor).
       backend: "auto", "xla", "pallas_tpu" or "pallas_gpu".
 
@@ -118,13 +122,18 @@ def grouped_gate_up(
     group_sizes = as_group_sizes(group_sizes, lhs.shape[0])
     offset = jnp.asarray(group_offset, jnp.int32)
     operands = factors(backend, lhs, rhs, group_sizes, offset, transpose_rhs=transpose_rhs, quantization=quantization)
+    out_dtype = _result_dtype(lhs, preferred_element_type)
+    if row_weights is not None:
+        require_row_weights(row_weights, lhs.shape[0])
+        h = checkpoint_name(multiplied(backend, **operands, bias=bias, out_dtype=out_dtype), GATE_UP_NAME)
+        return weighed_activation(h, row_weights, activation=activation, limit=activation_limit, out_dtype=out_dtype)
     return activated(
         backend,
         **operands,
         bias=bias,
         activation=activation,
         activation_limit=activation_limit,
-        out_dtype=_result_dtype(lhs, preferred_element_type),
+        out_dtype=out_dtype,
     )
 
 

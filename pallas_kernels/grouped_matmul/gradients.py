@@ -184,6 +184,17 @@ def _activation(h: jax.Array, *, activation: Activation, limit: float | None, ou
     return gated_halves(h.astype(jnp.float32), activation, limit).astype(out_dtype)
 
 
+def weighed_activation(
+    h: jax.Array, row_weights: jax.Array, *, activation: Activation, limit: float | None, out_dtype: jnp.dtype
+) -> jax.Array:
+    """Pre-activations [M, 2I], and weights float32 [M] -> [M, I]; nothing but these is kept for a gradient."""
+
+    def activate(h: jax.Array, row_weights: jax.Array) -> jax.Array:
+        return (gated_halves(h.astype(jnp.float32), activation, limit) * row_weights[:, None]).astype(out_dtype)
+
+    return jax.checkpoint(activate, prevent_cse=False)(h, row_weights)
+
+
 _HIDDEN = frozenset({"lhs_face", "rhs_face", "face_transposed", "quantization"})
 
 multiplied = Operator(

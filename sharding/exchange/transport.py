@@ -23,6 +23,13 @@ class Experts(Protocol):
         """
 
 
+class WeighingExperts(Protocol):
+    """The same, of which each row is multiplied by a weight."""
+
+    def __call__(self, params: Any, rows: Any, group_sizes: jax.Array, row_weights: jax.Array) -> jax.Array:
+        """As `Experts`, with row_weights float32 [R], zeros for rows that hold no token."""
+
+
 class Exchange(Protocol):
     """A function with the signature of `sharding.exchange.exchange`."""
 
@@ -111,12 +118,12 @@ def there_and_back(
     way: Way,
 ) -> jax.Array:
     """One round up to its sum: x [T, H] -> the slots in which the experts' rows come back, each step named."""
-    plan = _named(plan, PLAN_NAME)
-    rows = _named(send(x, plan, way), DISPATCHED_NAME)
+    plan = named(plan, PLAN_NAME)
+    rows = named(send(x, plan, way), DISPATCHED_NAME)
     made = experts(params, rows, plan.group_sizes)
-    return _named(give_back(made, plan, way), RETURNED_NAME)
+    return named(give_back(made, plan, way), RETURNED_NAME)
 
 
-def _named(tree: Any, name: str) -> Any:
+def named(tree: Any, name: str) -> Any:
     """`tree`, every leaf with a name for the policies of `jax.checkpoint`."""
     return jax.tree.map(lambda leaf: checkpoint_name(leaf, name), tree)
