@@ -20,7 +20,7 @@ from moejax.losses import router_losses
 from moejax.param import Param
 from moejax.router import Routing, check_logits, forced, lowest, poison, without
 from moejax.routers.base import Decision, Given, Params, Router, gate_logits, gate_table
-from pallas_kernels.top_k import top_k, top_k_ids, weights_at
+from pallas_kernels.top_k import softmax_top_k, softmax_weights_at, top_k, top_k_ids, weights_at
 from sharding.tokens import Tokens
 
 if TYPE_CHECKING:
@@ -106,17 +106,19 @@ class TopKRouter(Router):
         """The choice from float32 logits [T, E]; `topk_ids` [T, K] are forced where they are not −1."""
         check_logits(logits)
         k, backend = config.top_k, config.backend
-        scores = _SCORES[self.scoring](logits)
+        scores, is_softmax = _SCORES[self.scoring](logits), self.scoring == "softmax"
         if correction_bias is None and self.num_groups == 1 and topk_ids is None:
-            weights, ids = top_k(scores, k, normalize=self.normalize_topk, backend=backend)
+            choose, ranking = (softmax_top_k, logits) if is_softmax else (top_k, scores)
+            weights, ids = choose(ranking, k, normalize=self.normalize_topk, backend=backend)
         else:
             ranking = self._ranking(scores, correction_bias)
             if topk_ids is None:
                 ids = top_k_ids(ranking, k, backend=backend)
             else:
                 ids = forced(top_k_ids(without(ranking, topk_ids), k, backend=backend), topk_ids)
-            weights = weights_at(scores, ids, normalize=self.normalize_topk)
-        if self.scoring != "softmax":
+            weigh, weighed = (softmax_weights_at, logits) if is_softmax else (weights_at, scores)
+            weights = weigh(weighed, ids, normalize=self.normalize_topk)
+        if not is_softmax:
             weights *= poison(logits)  # softmax spreads a NaN itself
         return Routing(ids, weights * self.routed_scaling_factor, scores, logits)
 

@@ -1,6 +1,7 @@
 """Top-k: which K of E scores are the largest, for each token, and what they weigh.
 
 scores [T, E] -> ids [T, K], best first, and weights [T, K]; among equal scores the lower number wins.
+logits [T, E] -> the same, of their softmax.
 """
 
 from typing import Any, NamedTuple
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.primitive import Operands, Operator, zero_tangent
-from pallas_kernels.top_k.reference import weights_at
+from pallas_kernels.top_k.reference import softmax_weights_at, weights_at
 from pallas_kernels.tracing.concrete import is_less
 
 
@@ -44,6 +45,26 @@ def top_k(scores: jax.Array, k: int, *, normalize: bool = False, backend: str = 
     return TopK(*_top_k(backend, scores=scores, k=k, normalize=normalize))
 
 
+def softmax_top_k(logits: jax.Array, k: int, *, normalize: bool = False, backend: str = "auto") -> TopK:
+    """The `k` largest logits of each row, where they are, and their softmax.
+
+    Args:
+      logits: float32 [T, E].
+      k: 1 … E.
+      normalize: whether the softmax is over the chosen logits, so that the weights of a row sum to 1, or over all.
+      backend: "auto", "xla", "pallas_tpu" or "pallas_gpu".
+
+    Returns:
+      TopK. The gradient passes through the weights; where they are normalised, it keeps nothing of [T, E]. A row that
+      holds NaN gets valid places, which ones is not said, and NaN.
+
+    Raises:
+      ValueError: `logits` is not a floating-point matrix, or `k` is out of range.
+    """
+    _check(logits, k)
+    return TopK(*_softmax_top_k(backend, logits=logits, k=k, normalize=normalize))
+
+
 def top_k_ids(scores: jax.Array, k: int, *, backend: str = "auto") -> jax.Array:
     """The places of the `k` largest scores of each row. Takes no gradient.
 
@@ -72,7 +93,18 @@ def _top_k_jvp(backend: str, operands: Operands, tangents: Operands) -> tuple[An
     return (weights, ids), (dweights, zero_tangent(ids))
 
 
+def _softmax_top_k_jvp(backend: str, operands: Operands, tangents: Operands) -> tuple[Any, Any]:
+    weights, ids = _softmax_top_k(backend, **operands)
+
+    def chosen(logits: jax.Array) -> jax.Array:
+        return softmax_weights_at(logits, ids, normalize=operands["normalize"])
+
+    _, dweights = jax.jvp(chosen, (operands["logits"],), (tangents["logits"],))
+    return (weights, ids), (dweights, zero_tangent(ids))
+
+
 _top_k = Operator("top_k", "top_k", jvp=_top_k_jvp)
+_softmax_top_k = Operator("top_k", "softmax_top_k", jvp=_softmax_top_k_jvp)
 _top_k_ids = Operator("top_k", "top_k_ids")
 
 
@@ -83,4 +115,4 @@ def _check(scores: jax.Array, k: int) -> None:
         raise ValueError(f"k must be 1 to E = {scores.shape[1]}, got {k}")
 
 
-__all__ = ["TopK", "top_k", "top_k_ids", "weights_at"]
+__all__ = ["TopK", "softmax_top_k", "softmax_weights_at", "top_k", "top_k_ids", "weights_at"]

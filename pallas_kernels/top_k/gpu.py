@@ -24,6 +24,7 @@ from pallas_kernels.top_k import reference
 _TOKENS = 64
 _MOST_EXPERTS = 256  # two registers a thread for each, of 255
 _COLUMNS = 8  # of the choices that are stored together
+_SMALLEST = float(jnp.finfo(jnp.float32).tiny)
 _COPIED_BYTES = 128  # in multiples of which the copy engine fills shared memory
 
 _Rounds = Callable[[jax.Array], tuple[list[jax.Array], list[jax.Array]]]
@@ -35,6 +36,15 @@ def top_k(scores: jax.Array, k: int, *, normalize: bool) -> tuple[jax.Array, jax
     if _is_left_to_xla(scores):
         return reference.top_k(scores, k, normalize=normalize)
     ids, weights = _choose(scores, k, with_weights=True, normalize=normalize)
+    return weights, ids
+
+
+def softmax_top_k(logits: jax.Array, k: int, *, normalize: bool) -> tuple[jax.Array, jax.Array]:
+    """See `pallas_kernels.top_k.softmax_top_k`."""
+    _require(logits)
+    if _is_left_to_xla(logits):
+        return reference.softmax_top_k(logits, k, normalize=normalize)
+    ids, weights = _choose(logits, k, with_weights=True, normalize=normalize, softmax=True)
     return weights, ids
 
 
@@ -63,11 +73,14 @@ def _is_left_to_xla(scores: jax.Array) -> bool:
     return tokens == 0 or (tokens < _TOKENS and scores.nbytes % _COPIED_BYTES != 0)
 
 
-def _choose(scores: jax.Array, k: int, *, with_weights: bool, normalize: bool) -> list[jax.Array]:
+def _choose(
+    scores: jax.Array, k: int, *, with_weights: bool, normalize: bool, softmax: bool = False
+) -> list[jax.Array]:
     """The kernel for the number of tokens: ids [T, K], and their weights [T, K] if wanted."""
     launch = _of_few_tokens if scores.shape[0] < _TOKENS else _of_many_tokens
     dtypes = (jnp.int32, jnp.float32) if with_weights else (jnp.int32,)
-    return launch(scores, functools.partial(_rounds, k=k, normalize=normalize), pl.cdiv(k, _COLUMNS), dtypes, k)
+    rounds = functools.partial(_rounds, k=k, normalize=normalize, softmax=softmax)
+    return launch(scores, rounds, pl.cdiv(k, _COLUMNS), dtypes, k)
 
 
 def _of_many_tokens(scores: jax.Array, rounds: _Rounds, parts: int, dtypes: Sequence[Any], k: int) -> list[jax.Array]:
@@ -112,28 +125,37 @@ def _of_few_tokens(scores: jax.Array, rounds: _Rounds, parts: int, dtypes: Seque
     return [x[:, :k] for x in _launch(body, outs, 1, scratch)(scores)]
 
 
-def _rounds(remaining: jax.Array, *, k: int, normalize: bool) -> tuple[list[jax.Array], list[jax.Array]]:
+def _rounds(remaining: jax.Array, *, k: int, normalize: bool, softmax: bool) -> tuple[list[jax.Array], list[jax.Array]]:
     """Ids and weights of the K largest of 64 rows of scores, 8 columns of them at a time."""
     num_experts = remaining.shape[1]
     expert = plgpu.broadcasted_iota(jnp.int32, remaining.shape, 1, layout=plgpu.Layout.WGMMA)
     column = plgpu.broadcasted_iota(jnp.int32, (_TOKENS, _COLUMNS), 1, layout=plgpu.Layout.WGMMA)
     ids: list[jax.Array] = []
     weights: list[jax.Array] = []
-    total: Any = 0.0
+    first = jnp.max(remaining, axis=1)
+    of_chosen: Any = 0.0
+    of_all: Any = None
+    if softmax and normalize:  # a NaN, which a maximum passes over, or nothing
+        of_chosen = jnp.sum(jnp.where(remaining == remaining, 0.0, jnp.nan), axis=1)
+    elif softmax:
+        of_all = jnp.sum(jnp.exp(remaining - lax.broadcast_in_dim(first, remaining.shape, (0,))), axis=1)
     for i in range(k):
-        best = jnp.max(remaining, axis=1)
+        best = jnp.max(remaining, axis=1) if i else first
         is_best = remaining == lax.broadcast_in_dim(best, remaining.shape, (0,))
         place = jnp.min(jnp.where(is_best, expert, num_experts - 1), axis=1)
         remaining = jnp.where(expert == lax.broadcast_in_dim(place, expert.shape, (0,)), -jnp.inf, remaining)
-        total = total + best
-        for chosen, value in ((ids, place), (weights, best)):
+        weight = jnp.exp(best - first) if softmax else best
+        of_chosen = of_chosen + weight
+        for chosen, value in ((ids, place), (weights, weight)):
             value = lax.broadcast_in_dim(value, column.shape, (0,))
             if i % _COLUMNS:
                 chosen[-1] = jnp.where(column == i % _COLUMNS, value, chosen[-1])
             else:
                 chosen.append(value)
-    if normalize:
-        total = lax.broadcast_in_dim(jnp.maximum(total, jnp.finfo(jnp.float32).tiny), column.shape, (0,))
+    if normalize or softmax:
+        # Those of a softmax are at least 1; of other scores, all that are chosen may underflow.
+        total = of_all if not normalize else of_chosen if softmax else jnp.maximum(of_chosen, _SMALLEST)
+        total = lax.broadcast_in_dim(total, column.shape, (0,))
         weights = [weight / total for weight in weights]
     return ids, weights
 

@@ -10,6 +10,12 @@ def top_k(scores: jax.Array, k: int, *, normalize: bool) -> tuple[jax.Array, jax
     return weights_at(scores, ids, normalize=normalize), ids
 
 
+def softmax_top_k(logits: jax.Array, k: int, *, normalize: bool) -> tuple[jax.Array, jax.Array]:
+    """See `pallas_kernels.top_k.softmax_top_k`."""
+    ids = top_k_ids(logits, k)
+    return softmax_weights_at(logits, ids, normalize=normalize), ids
+
+
 def top_k_ids(scores: jax.Array, k: int) -> jax.Array:
     """See `pallas_kernels.top_k.top_k_ids`."""
     return jax.lax.top_k(scores, k)[1].astype(jnp.int32)
@@ -22,3 +28,15 @@ def weights_at(scores: jax.Array, ids: jax.Array, *, normalize: bool) -> jax.Arr
         # The smallest normal number keeps 0/0 out when all chosen scores underflow.
         weights = weights / jnp.maximum(weights.sum(1, keepdims=True), jnp.finfo(jnp.float32).tiny)
     return weights
+
+
+def softmax_weights_at(logits: jax.Array, ids: jax.Array, *, normalize: bool) -> jax.Array:
+    """The softmax of logits [T, E] at ids [T, K]; over those alone if they are to be normalised: float32 [T, K].
+
+    NaN where any logit of the token is, even one not chosen.
+    """
+    logits, ids = logits.astype(jnp.float32), ids.astype(jnp.int32)
+    if not normalize:
+        return jnp.take_along_axis(jax.nn.softmax(logits), ids, axis=1)
+    weights = jax.nn.softmax(jnp.take_along_axis(logits, ids, axis=1))
+    return weights * jnp.where(jnp.isnan(logits).any(1, keepdims=True), jnp.nan, 1.0)

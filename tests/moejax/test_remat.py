@@ -1,10 +1,13 @@
 """What the layer keeps under `jax.checkpoint`: gradients stay what they are, and no row travels twice."""
 
+import functools
+import math
+
 import jax
 import jax.numpy as jnp
 import pytest
 
-from moejax import REMAT_NAMES, MoEConfig, make_mesh, moe, remat_policy
+from moejax import REMAT_NAMES, MoEConfig, MoEParams, make_mesh, moe, remat_policy
 from tests.helpers import normal, relative_error
 from tests.moejax.layers import random_params
 from tests.moejax.test_meshes import equations
@@ -45,8 +48,35 @@ def test_nothing_travels_or_is_multiplied_again(ep, tokens, exchanges, rng):
     # Of each layer: what rows are for, rows out and rows back; and, backwards, the gradients of the last two.
     assert plain["all_to_all"] == 2 * exchanges
     assert kept["all_to_all"] == 2 * exchanges
+    if ep == 1:  # which sends rows again, unless a policy keeps them
+        assert plain.pop("dispatch") == 2 * kept.pop("dispatch")
+        assert again["grouped_matmul"] > plain["grouped_matmul"]
+    else:
+        assert all(again[name] > plain[name] for name in COUNTED)
     assert kept == plain
-    assert all(again[name] > plain[name] for name in COUNTED if ep > 1 or name in ("dispatch", "grouped_matmul"))
+
+
+@pytest.mark.parametrize(("precision", "factor"), [("w16a16", 1), ("w8a8", 2)])
+def test_one_chip_keeps_no_rows_of_hidden_size(precision, factor):
+    """But tokens and the product of gate and up: 2·H + 4·K·I + 64·K bytes in BF16; with 8 bits it is in float32."""
+    tokens, hidden, width, experts, k = 128, 384, 128, 16, 4
+    config = MoEConfig(hidden, width, experts, k, precision=precision)
+    bf16 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+    params = MoEParams(
+        router={"kernel": bf16((hidden, experts))},
+        gate_up=bf16((experts, hidden, 2, width)),
+        down=bf16((experts, width, hidden)),
+    )
+
+    def pullback(x, params):
+        return jax.vjp(lambda x, params: moe(x, params, config)[0], x, params)[1]
+
+    kept = jax.tree.leaves(jax.eval_shape(pullback, bf16((tokens, hidden)), params))
+    assert all(leaf.shape != (tokens * k, hidden) for leaf in kept)
+    of_tokens = [leaf for leaf in kept if leaf.shape and leaf.shape[0] in (tokens, tokens * k)]
+    num_bytes = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in of_tokens)
+    in_8_bits = hidden + 4 * (hidden // 128) if precision == "w8a8" else 0
+    assert num_bytes <= tokens * (2 * hidden + factor * 4 * k * width + 64 * k + in_8_bits)
 
 
 @pytest.mark.slow

@@ -46,15 +46,7 @@ KERNELS = {
         "rms_norm in blocks": ["rms_norm"],
     },
     "a layer's training": {
-        "training step": [
-            "combine",
-            "combine_dweights",
-            "counting_sort",
-            "dispatch",
-            "grouped_matmul",
-            "grouped_matmul_drhs",
-            "top_k",
-        ],
+        "training step": ["combine", "counting_sort", "dispatch", "grouped_matmul", "grouped_matmul_drhs", "top_k"],
     },
 }
 """The kernels that each case of the gate has."""

@@ -5,7 +5,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.on_gpu.smem import single_view
-from pallas_kernels.top_k import gpu, top_k, top_k_ids
+from pallas_kernels.top_k import gpu, softmax_top_k, top_k, top_k_ids
 from tests.helpers import LIMIT, normal, relative_error
 from tests.pallas_kernels.backends import every_backend
 from tests.pallas_kernels.kernels_gpu import interpreted
@@ -121,3 +121,51 @@ def test_few_tokens_interpreted(rng, tokens, experts, k):
     np.testing.assert_array_equal(ids, sorted_ids(scores, k))
     chosen = np.take_along_axis(np.asarray(scores, np.float64), np.asarray(ids), axis=1)
     assert relative_error(weights, chosen / chosen.sum(1, keepdims=True)) < LIMIT["float32"]
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize(("tokens", "experts", "k"), SHAPES)
+@pytest.mark.quick("xla-300-256-8-False", "xla-64-128-8-True", "xla-70-60-4-True", "pallas_gpu*")
+def test_softmax_of_the_largest(backend, rng, tokens, experts, k, normalize):
+    logits, cotangent = 4 * normal(rng, tokens, experts), normal(rng, tokens, k)
+    choose = jax.jit(lambda logits: softmax_top_k(logits, k, normalize=normalize, backend=backend))
+    weights, ids = choose(logits)
+    np.testing.assert_array_equal(ids, sorted_ids(logits, k))
+
+    def expected(logits):
+        chosen = jnp.take_along_axis(jax.nn.softmax(logits), ids, axis=1)
+        return chosen / chosen.sum(1, keepdims=True) if normalize else chosen
+
+    right, right_pullback = jax.vjp(expected, logits)
+    assert relative_error(weights, right) < LIMIT["float32"]
+    (gradient,) = jax.vjp(lambda logits: choose(logits).weights, logits)[1](cotangent)
+    assert relative_error(gradient, right_pullback(cotangent)[0]) < LIMIT["float32"]
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_a_nan_that_is_not_chosen_is_seen_in_the_softmax(backend, rng, normalize):
+    logits = normal(rng, 100, 16).at[:, 3:9].set(-jnp.inf).at[7, 5].set(jnp.nan)
+    weights = np.asarray(softmax_top_k(logits, 3, normalize=normalize, backend=backend).weights)
+    assert np.isnan(weights[7]).all()
+    assert np.isfinite(np.delete(weights, 7, axis=0)).all()
+
+
+def test_a_gradient_of_normalised_weights_keeps_nothing_of_all_logits(rng):
+    logits = normal(rng, 32, 64)
+    _, pullback = jax.vjp(lambda logits: softmax_top_k(logits, 4, normalize=True).weights, logits)
+    assert all(leaf.shape != logits.shape for leaf in jax.tree.leaves(pullback))
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize(("tokens", "experts", "k"), [(70, 24, 3), (2, 64, 10)])
+@pytest.mark.quick("70-24-3-False", "2-64-10-True")
+def test_the_softmax_interpreted(rng, tokens, experts, k, normalize):
+    logits = normal(rng, tokens, experts).at[1, 5].set(jnp.nan).at[0, :8].set(-jnp.inf)
+    # Of many tokens two blocks write some rows, both the same.
+    with interpreted(detect_races=tokens < 64), single_view(True):
+        weights, ids = jax.jit(lambda logits: gpu.softmax_top_k(logits, k, normalize=normalize))(logits)
+    right = softmax_top_k(logits, k, normalize=normalize, backend="xla")
+    sound = np.arange(tokens) != 1
+    np.testing.assert_array_equal(ids[sound], right.ids[sound])
+    assert relative_error(weights[sound], right.weights[sound]) < LIMIT["float32"]
+    assert np.isnan(weights[1]).all()
