@@ -16,6 +16,7 @@ from pallas_kernels.grouped_matmul import (
     grouped_gate_up,
     grouped_gate_up_in_8_bits,
     grouped_matmul,
+    named_weights,
     result_can_stay,
 )
 from pallas_kernels.quantize import QTensor, Quantization, Rounded, Rows, is_of_one_row
@@ -276,4 +277,6 @@ def _in_compute_dtype(weights: Operand, math: ExpertMath) -> Operand:
 
     Over an FSDP axis they were cast earlier, before they were gathered.
     """
-    return weights if math.quantization is not None or isinstance(weights, QTensor) else weights.astype(math.dtype)
+    if math.quantization is not None or isinstance(weights, QTensor) or weights.dtype == math.dtype:
+        return weights
+    return named_weights(weights.astype(math.dtype))

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.combine import combine
 from pallas_kernels.dispatch import dispatch
-from pallas_kernels.grouped_matmul import GATE_UP_NAME
+from pallas_kernels.grouped_matmul import GATE_UP_NAME, WEIGHTS_NAME
 from pallas_kernels.plan import Plan, make_plan
 from pallas_kernels.quantize import Rows
 from sharding.exchange.room import bounded
@@ -26,6 +26,8 @@ from sharding.exchange.transport import (
 )
 from sharding.exchange.way import Way
 from sharding.tensor_parallel import gather_tokens, sum_tokens
+
+_KEPT = jax.checkpoint_policies.save_only_these_names(GATE_UP_NAME, WEIGHTS_NAME)
 
 
 def plan_rows(topk_ids: jax.Array, way: Way) -> Plan:
@@ -70,15 +72,15 @@ def exchange_of_weighed_rows(
 ) -> jax.Array:
     """`exchange` by experts that weigh the rows themselves: for a gradient it keeps nothing of [R, H].
 
-    That is x, the plan, and kernel one's product. The gradient of a weight needs no row that came back, as it is the
-    experts' now, and rows are sent again.
+    That is x, the plan, kernel one's product, and parameters as they were multiplied. The gradient of a weight needs no
+    row that came back, as it is the experts' now, and rows are sent again.
     """
     plan = named(plan_rows(topk_ids, way), PLAN_NAME)
     weights = gather_tokens(topk_weights, way.columns_over)
     choices = jnp.where(plan.order < 0, weights.size, plan.order)
     row_weights = weights.reshape(-1).at[choices].get(mode="fill", fill_value=0, unique_indices=True)
 
-    @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(GATE_UP_NAME))
+    @functools.partial(jax.checkpoint, policy=_KEPT)
     def run(x: Rows, row_weights: jax.Array, params: Any) -> jax.Array:
         rows = named(send(x, plan, way), DISPATCHED_NAME)
         made = experts(params, rows, plan.group_sizes, row_weights)

@@ -87,6 +87,18 @@ def test_gradients_stay_what_they_are(rng):
         assert relative_error(a, b) < 1e-6
 
 
+@pytest.mark.parametrize("precision", ["w16a16", "w8a8"])
+def test_one_chip_casts_or_rounds_weights_once(precision, rng):
+    config = MoEConfig(128, 128, 8, 2, precision=precision)
+    params, x = random_params(config, rng), normal(rng, 32, 128, dtype=jnp.bfloat16)
+    jaxpr = jax.make_jaxpr(jax.grad(lambda x, params: moe(x, params, config)[0].sum(), argnums=(0, 1)))(x, params).jaxpr
+    casts = [
+        (each.outvars[0].aval.shape, each.outvars[0].aval.dtype) for each in equations(jaxpr, "convert_element_type")
+    ]
+    assert casts.count((params.gate_up.shape, jnp.bfloat16)) == (precision == "w16a16")
+    assert len(equations(jaxpr, "quantize_transpose")) == 2 * (precision == "w8a8")
+
+
 def test_every_name_is_one_of_a_layer(rng):
     gradient, args = gradient_of_two_layers(rng, make_mesh(4))
     names = {equation.params["name"] for equation in equations(jax.make_jaxpr(gradient)(*args).jaxpr, "name")}
