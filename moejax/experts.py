@@ -12,15 +12,16 @@ from moejax.config import MoEConfig
 from moejax.params import flat_halves
 from pallas_kernels.activations import Activation
 from pallas_kernels.grouped_matmul import (
+    WEIGHTS_NAME,
     Operand,
     grouped_gate_up,
     grouped_gate_up_in_8_bits,
     grouped_matmul,
-    named_weights,
     result_can_stay,
 )
-from pallas_kernels.quantize import QTensor, Quantization, Rounded, Rows, is_of_one_row
+from pallas_kernels.quantize import QTensor, Quantization, Rounded, Rows, is_of_one_row, quantize
 from pallas_kernels.routed_mlp import pays, routed_mlp
+from pallas_kernels.tracing.named import named
 from pallas_kernels.tracing.unless_differentiated import unless_differentiated
 
 
@@ -76,6 +77,11 @@ class ExpertMath:
         h = self.gate_up(rows, group_sizes, gate_up, k_major=k_major[0], bias=biases[0], row_weights=row_weights)
         return self.down(h, group_sizes, down, k_major=k_major[1], bias=biases[1])
 
+    @property
+    def can_weigh_rows(self) -> bool:
+        """Whether rows are multiplied by their weights: it may, and each row that is rounded has scales of its own."""
+        return self.weighs_rows and (self.quantization is None or is_of_one_row(self.quantization.lhs_scaling))
+
     def rounded(self, x: jax.Array) -> Rows:
         """Tokens x [T, H] as they are copied to experts: rounded before that, if each row has scales of its own."""
         quantization = self.quantization
@@ -102,10 +108,10 @@ class ExpertMath:
         k_major: bool,
         bias: jax.Array | None = None,
         row_weights: jax.Array | None = None,
-    ) -> Operand:
+    ) -> Rows:
         """Kernel one: rows [R, H] -> [R, I], in 8 bits if it can stay so, in float32 if kernel two will round it.
 
-        With weights of rows, float32 [R], it is a product and an activation in XLA, as where a gradient is asked for.
+        With weights of rows, float32 [R], these go into the scales of what is in 8 bits: it is rounded as without them.
         """
         quantization, width = self.quantization, weights.shape[1 if k_major else 2] // 2
         settings: dict[str, Any] = {
@@ -119,13 +125,22 @@ class ExpertMath:
         if self.stays_in_8_bits and quantization is not None and result_can_stay(quantization, width):
             return grouped_gate_up_in_8_bits(rows, weights, group_sizes, dtype=quantization.dtype, **settings)
         # Rounding to BF16 first and then to 8 bits would give another value in one case out of thirty.
-        dtype = self.dtype if quantization is None else jnp.dtype(jnp.float32)
+        if quantization is not None:
+            h = grouped_gate_up(rows, weights, group_sizes, preferred_element_type=jnp.float32, **settings)
+            return h if row_weights is None else self._weighed(h, row_weights, quantization)
         return grouped_gate_up(
-            rows, weights, group_sizes, preferred_element_type=dtype, row_weights=row_weights, **settings
+            rows, weights, group_sizes, preferred_element_type=self.dtype, row_weights=row_weights, **settings
         )
 
+    def _weighed(self, h: jax.Array, row_weights: jax.Array, quantization: Quantization) -> Rounded:
+        """H [R, I] rounded and then multiplied by weights [R]."""
+        rounded = quantize(jax.lax.stop_gradient(h), quantization.dtype, scaling=quantization.lhs_scaling)
+        factors = row_weights[:, None]
+        scale = rounded.scale * jax.lax.stop_gradient(factors)
+        return Rounded(h * factors, QTensor(rounded.values, scale))
+
     def down(
-        self, h: Operand, group_sizes: jax.Array, weights: Operand, *, k_major: bool, bias: jax.Array | None = None
+        self, h: Rows, group_sizes: jax.Array, weights: Operand, *, k_major: bool, bias: jax.Array | None = None
     ) -> jax.Array:
         """Kernel two: h [R, I] -> [R, H] in `dtype`."""
         return grouped_matmul(
@@ -224,7 +239,7 @@ def gate_up_projection(
     *,
     bias: jax.Array | None = None,
     row_weights: jax.Array | None = None,
-) -> Operand:
+) -> Rows:
     """Kernel one of `expert_mlp` alone: rows [R, H] -> [R, I]."""
     weights = flat_halves(_in_compute_dtype(gate_up, math))
     bias = None if bias is None else bias.reshape(bias.shape[0], -1)
@@ -233,7 +248,7 @@ def gate_up_projection(
 
 
 def down_projection(
-    h: Operand, group_sizes: jax.Array, down: Operand, math: ExpertMath, *, bias: jax.Array | None = None
+    h: Rows, group_sizes: jax.Array, down: Operand, math: ExpertMath, *, bias: jax.Array | None = None
 ) -> jax.Array:
     """Kernel two of `expert_mlp` alone: h [R, I] -> [R, H]."""
     return math.down(h, group_sizes, _in_compute_dtype(down, math), k_major=isinstance(down, QTensor), bias=bias)
@@ -279,4 +294,4 @@ def _in_compute_dtype(weights: Operand, math: ExpertMath) -> Operand:
     """
     if math.quantization is not None or isinstance(weights, QTensor) or weights.dtype == math.dtype:
         return weights
-    return named_weights(weights.astype(math.dtype))
+    return named(weights.astype(math.dtype), WEIGHTS_NAME)

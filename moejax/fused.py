@@ -8,10 +8,11 @@ import jax.numpy as jnp
 
 from moejax.experts import ExpertMath
 from moejax.packing import GateUpOrder, Layout, split_gate_up
+from moejax.weighing import exchange_weighed
 from pallas_kernels.activations import Activation
 from pallas_kernels.plan import in_int32
 from pallas_kernels.quantize import Operand, QTensor, Quantization, Rows
-from sharding.exchange import Way, check_transport, exchange
+from sharding.exchange import Way, check_transport
 from sharding.partition import Axes
 from sharding.placement import Placement
 
@@ -113,15 +114,16 @@ def _run(
         weights, biases = (params["w1"], params["w2"]), (params["b1"], params["b2"])
         return math(rows, group_sizes, *weights, k_major=(k_major,) * 2, biases=biases, row_weights=row_weights)
 
-    return exchange(
+    return exchange_weighed(
+        math,
         rows_of_x,
         topk_weights,
         topk_ids,
         experts,
         params,
         way,
+        down_bias="b2",
         preferred_element_type=x.dtype,
-        weighing_experts=experts if math.weighs_rows and params["b2"] is None else None,
     )
 
 

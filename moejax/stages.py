@@ -22,8 +22,9 @@ from moejax.config import MoEConfig
 from moejax.experts import ExpertMath, down_projection, expert_mlp, few_tokens, gate_up_projection
 from moejax.params import EXPERT_FIELDS, MoEParams
 from moejax.routers.base import Decision, Given
-from pallas_kernels.quantize import Operand, Rows
-from sharding.exchange import Transport, Way, Wire, exchange, pick_transport
+from moejax.weighing import exchange_weighed
+from pallas_kernels.quantize import Rows
+from sharding.exchange import Transport, Way, Wire, pick_transport
 from sharding.partition import Axes
 from sharding.placement import Placement
 from sharding.tokens import Tokens
@@ -73,11 +74,11 @@ class Stages:
         """Stage 3: x [T, H], as `inputs` has it -> rows [C, H]."""
         return self.transport.send(x, plan, self.way)
 
-    def gate_up(self, rows: Rows, plan: Any, params: MoEParams) -> Operand:
+    def gate_up(self, rows: Rows, plan: Any, params: MoEParams) -> Rows:
         """Stage 4, kernel one: rows [C, H] -> h [C, I]."""
         return gate_up_projection(rows, plan.group_sizes, params.gate_up, self.math, bias=params.gate_up_bias)
 
-    def down(self, h: Operand, plan: Any, params: MoEParams) -> jax.Array:
+    def down(self, h: Rows, plan: Any, params: MoEParams) -> jax.Array:
         """Stage 5, kernel two: h [C, I] -> rows [C, H].
 
         Raises:
@@ -141,15 +142,16 @@ class Stages:
         ) -> jax.Array:
             return expert_mlp(rows, group_sizes, math=self.math, row_weights=row_weights, **params)
 
-        return exchange(
+        return exchange_weighed(
+            self.math,
             inputs,
             topk_weights,
             topk_ids,
             experts,
             of_experts,
             self.way,
+            down_bias="down_bias",
             preferred_element_type=preferred_element_type,
-            weighing_experts=experts if self.math.weighs_rows and params["down_bias"] is None else None,
         )
 
 

@@ -20,7 +20,7 @@ from moejax import MoEConfig
 from moejax.experts import down_projection, gate_up_projection, math_of
 from pallas_kernels.activations import gated_halves
 from pallas_kernels.plan import Plan, make_plan
-from pallas_kernels.quantize import Operand
+from pallas_kernels.quantize import Rows
 
 LAYOUTS = ("compact", "padded", "block_sparse")
 OUTSIDE_LAYOUTS = ("top_k", "router")
@@ -61,7 +61,7 @@ class Variant:
             return block_plan(topk_ids, self.num_experts, self.block, backend=self.backend)
         return make_plan(topk_ids, self.num_experts, capacity=self.capacity, backend=self.backend)
 
-    def gate_up(self, rows: jax.Array, plan: Plan, weights: jax.Array, config: MoEConfig) -> Operand:
+    def gate_up(self, rows: jax.Array, plan: Plan, weights: jax.Array, config: MoEConfig) -> Rows:
         """Rows [R, H], weights [E, H, 2, I] -> [R, I]."""
         if self.layout != "padded":
             return gate_up_projection(rows, plan.group_sizes, weights, math_of(config))

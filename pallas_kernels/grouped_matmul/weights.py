@@ -1,19 +1,14 @@
 """Weights of a product, rounded to 8 bits as its products and those of its gradients take them."""
 
 import jax
-from jax.ad_checkpoint import checkpoint_name
 
-from pallas_kernels.quantize import Operand, QTensor, Quantization, quantize
+from pallas_kernels.quantize import QTensor, Quantization, quantize
 from pallas_kernels.quantize_transpose import SCALING, quantize_transpose
 from pallas_kernels.tracing.concrete import is_symbolic
+from pallas_kernels.tracing.named import named
 
 WEIGHTS_NAME = "moe_weights"
 """What `jax.checkpoint` knows weights as that were cast or rounded for a product from parameters of another kind."""
-
-
-def named_weights[Kind: Operand](weights: Kind) -> Kind:
-    """`weights` with that name."""
-    return jax.tree.map(lambda leaf: checkpoint_name(leaf, WEIGHTS_NAME), weights)
 
 
 def in_one_pass(weights: jax.Array, quantization: Quantization) -> bool:
@@ -33,13 +28,13 @@ def rounded(backend: str, weights: jax.Array, quantization: Quantization, *, tra
     weights = jax.lax.stop_gradient(weights)
     if not in_one_pass(weights, quantization):
         last = weights.mT if transposed else weights
-        return named_weights(quantize(last, quantization.dtype, scaling=quantization.rhs_scaling).mT)
+        return named(quantize(last, quantization.dtype, scaling=quantization.rhs_scaling).mT, WEIGHTS_NAME)
     layouts = quantize_transpose(
         weights, quantization.dtype, k_major=not transposed, n_last=transposed, backend=backend
     )
     found = layouts[transposed]
     assert found is not None, "it was asked for"
-    return named_weights(found)
+    return named(found, WEIGHTS_NAME)
 
 
 def rounded_both_ways(
@@ -50,4 +45,4 @@ def rounded_both_ways(
     k_major, n_last = reversed(layouts) if transposed else layouts
     assert k_major is not None, "it was asked for"
     assert n_last is not None, "it was asked for"
-    return named_weights(k_major), named_weights(n_last)
+    return named((k_major, n_last), WEIGHTS_NAME)

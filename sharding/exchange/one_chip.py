@@ -15,6 +15,7 @@ from pallas_kernels.dispatch import dispatch
 from pallas_kernels.grouped_matmul import GATE_UP_NAME, WEIGHTS_NAME
 from pallas_kernels.plan import Plan, make_plan
 from pallas_kernels.quantize import Rows
+from pallas_kernels.tracing.named import named
 from sharding.exchange.room import bounded
 from sharding.exchange.transport import (
     DISPATCHED_NAME,
@@ -22,7 +23,6 @@ from sharding.exchange.transport import (
     RETURNED_NAME,
     WeighingExperts,
     in_one_round,
-    named,
 )
 from sharding.exchange.way import Way
 from sharding.tensor_parallel import gather_tokens, sum_tokens

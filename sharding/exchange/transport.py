@@ -4,9 +4,9 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
-from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.quantize import Rows
+from pallas_kernels.tracing.named import named
 from sharding.exchange.way import Way
 
 PLAN_NAME, DISPATCHED_NAME, RETURNED_NAME = "moe_plan", "moe_dispatched", "moe_returned"
@@ -24,9 +24,11 @@ class Experts(Protocol):
 
 
 class WeighingExperts(Protocol):
-    """The same, of which each row is multiplied by a weight."""
+    """The same, of which each row is multiplied by a weight, if they are given."""
 
-    def __call__(self, params: Any, rows: Any, group_sizes: jax.Array, row_weights: jax.Array) -> jax.Array:
+    def __call__(
+        self, params: Any, rows: Any, group_sizes: jax.Array, row_weights: jax.Array | None = None
+    ) -> jax.Array:
         """As `Experts`, with row_weights float32 [R], zeros for rows that hold no token."""
 
 
@@ -122,8 +124,3 @@ def there_and_back(
     rows = named(send(x, plan, way), DISPATCHED_NAME)
     made = experts(params, rows, plan.group_sizes)
     return named(give_back(made, plan, way), RETURNED_NAME)
-
-
-def named(tree: Any, name: str) -> Any:
-    """`tree`, every leaf with a name for the policies of `jax.checkpoint`."""
-    return jax.tree.map(lambda leaf: checkpoint_name(leaf, name), tree)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from moejax import REMAT_NAMES, MoEConfig, MoEParams, make_mesh, moe, remat_policy
+from moejax import REMAT_NAMES, MoEConfig, MoEParams, Quantization, make_mesh, moe, remat_policy
 from tests.helpers import normal, relative_error
 from tests.moejax.layers import random_params
 from tests.moejax.test_meshes import equations
@@ -54,6 +54,26 @@ def test_nothing_travels_or_is_multiplied_again(ep, tokens, exchanges, rng):
     else:
         assert all(again[name] > plain[name] for name in COUNTED)
     assert kept == plain
+
+
+@pytest.mark.parametrize("gradient_dtype", [None, "float8_e4m3fn"])
+@pytest.mark.parametrize("policy", [remat_policy, jax.checkpoint_policies.nothing_saveable], ids=["names", "nothing"])
+@pytest.mark.parametrize("ep", [1, 4])
+@pytest.mark.quick("1-names-None", "4-names-None")
+def test_in_8_bits_too(ep, policy, gradient_dtype, rng):
+    """What `jax.checkpoint` keeps it rounds, which numbers in e4m3 do not survive as such."""
+    config = MoEConfig(128, 128, 8, 2, precision="w8a8", quantization=Quantization(gradient_dtype=gradient_dtype))
+    params, x, mesh = random_params(config, rng), normal(rng, 4, 8, 128), make_mesh(ep)
+
+    def layer(x, params):
+        return moe(x, params, config, mesh=mesh)[0]
+
+    def gradient(layer):
+        return jax.jit(jax.value_and_grad(lambda *args: jnp.square(layer(*args)).sum(), argnums=(0, 1)))
+
+    plain, again = gradient(layer)(x, params), gradient(jax.checkpoint(layer, policy=policy))(x, params)
+    for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(plain), strict=True):
+        assert relative_error(a, b) < 1e-3
 
 
 @pytest.mark.parametrize(("precision", "factor"), [("w16a16", 1), ("w8a8", 2)])
