@@ -19,7 +19,7 @@ from pallas_kernels.grouped_matmul import (
     grouped_matmul,
     result_can_stay,
 )
-from pallas_kernels.quantize import QTensor, Quantization, Rounded, Rows, is_of_one_row, quantize
+from pallas_kernels.quantize import QTensor, Quantization, Rounded, Rows, dequantize, is_of_one_row, quantize
 from pallas_kernels.routed_mlp import pays, routed_mlp
 from pallas_kernels.tracing.named import named
 from pallas_kernels.tracing.unless_differentiated import unless_differentiated
@@ -133,8 +133,12 @@ class ExpertMath:
         )
 
     def _weighed(self, h: jax.Array, row_weights: jax.Array, quantization: Quantization) -> Rounded:
-        """H [R, I] rounded and then multiplied by weights [R]."""
+        """H [R, I] rounded and then multiplied by weights [R].
+
+        The gradient of a weight is of the rounded h; that of h passes straight through the rounding.
+        """
         rounded = quantize(jax.lax.stop_gradient(h), quantization.dtype, scaling=quantization.lhs_scaling)
+        h += jax.lax.stop_gradient(dequantize(rounded) - h)
         factors = row_weights[:, None]
         scale = rounded.scale * jax.lax.stop_gradient(factors)
         return Rounded(h * factors, QTensor(rounded.values, scale))
