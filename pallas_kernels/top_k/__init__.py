@@ -61,7 +61,7 @@ def softmax_top_k(logits: jax.Array, k: int, *, normalize: bool = False, backend
     Raises:
       ValueError: `logits` is not a floating-point matrix, or `k` is out of range.
     """
-    _check(logits, k)
+    _check(logits, k, name="logits")
     return TopK(*_softmax_top_k(backend, logits=logits, k=k, normalize=normalize))
 
 
@@ -108,9 +108,9 @@ _softmax_top_k = Operator("top_k", "softmax_top_k", jvp=_softmax_top_k_jvp)
 _top_k_ids = Operator("top_k", "top_k_ids")
 
 
-def _check(scores: jax.Array, k: int) -> None:
+def _check(scores: jax.Array, k: int, *, name: str = "scores") -> None:
     if scores.ndim != 2 or not jnp.issubdtype(scores.dtype, jnp.floating):
-        raise ValueError(f"scores must be a floating-point matrix [T, E], got {scores.dtype}{list(scores.shape)}")
+        raise ValueError(f"{name} must be a floating-point matrix [T, E], got {scores.dtype}{list(scores.shape)}")
     if k < 1 or is_less(scores.shape[1], k):
         raise ValueError(f"k must be 1 to E = {scores.shape[1]}, got {k}")
 

@@ -25,6 +25,7 @@ _TOKENS = 64
 _MOST_EXPERTS = 256  # two registers a thread for each, of 255
 _COLUMNS = 8  # of the choices that are stored together
 _SMALLEST = float(jnp.finfo(jnp.float32).tiny)
+_LOWEST = float(jnp.finfo(jnp.float32).min)
 _COPIED_BYTES = 128  # in multiples of which the copy engine fills shared memory
 
 _Rounds = Callable[[jax.Array], tuple[list[jax.Array], list[jax.Array]]]
@@ -139,6 +140,8 @@ def _rounds(remaining: jax.Array, *, k: int, normalize: bool, softmax: bool) -> 
         of_chosen = jnp.sum(jnp.where(remaining == remaining, 0.0, jnp.nan), axis=1)
     elif softmax:
         of_all = jnp.sum(jnp.exp(remaining - lax.broadcast_in_dim(first, remaining.shape, (0,))), axis=1)
+    if softmax:  # logits of -inf rank before those that were chosen
+        remaining = jnp.maximum(remaining, _LOWEST)
     for i in range(k):
         best = jnp.max(remaining, axis=1) if i else first
         is_best = remaining == lax.broadcast_in_dim(best, remaining.shape, (0,))

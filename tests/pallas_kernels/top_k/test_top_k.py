@@ -169,3 +169,13 @@ def test_the_softmax_interpreted(rng, tokens, experts, k, normalize):
     np.testing.assert_array_equal(ids[sound], right.ids[sound])
     assert relative_error(weights[sound], right.weights[sound]) < LIMIT["float32"]
     assert np.isnan(weights[1]).all()
+
+
+@pytest.mark.parametrize(("tokens", "normalize"), [(70, False), (2, True)])
+def test_no_expert_is_chosen_twice_where_few_logits_are_finite_interpreted(rng, tokens, normalize):
+    logits = normal(rng, tokens, 64).at[:, 2:].set(-jnp.inf)
+    with interpreted(detect_races=tokens < 64), single_view(True):
+        weights, ids = jax.jit(lambda logits: gpu.softmax_top_k(logits, 4, normalize=normalize))(logits)
+    right = softmax_top_k(logits, 4, normalize=normalize, backend="xla")
+    np.testing.assert_array_equal(ids, right.ids)
+    assert relative_error(weights, right.weights) < LIMIT["float32"]
