@@ -111,7 +111,7 @@ class TopKRouter(Router):
             choose, ranking = (softmax_top_k, logits) if is_softmax else (top_k, scores)
             weights, ids = choose(ranking, k, normalize=self.normalize_topk, backend=backend)
         else:
-            ranking = self._ranking(scores, correction_bias)
+            ranking = self._ranking(logits, scores, correction_bias)
             if topk_ids is None:
                 ids = top_k_ids(ranking, k, backend=backend)
             else:
@@ -140,8 +140,11 @@ class TopKRouter(Router):
         direction = jnp.sign(load.mean(-1, keepdims=True) - load)
         return {"correction_bias": params["correction_bias"] + self.update_rate * direction}
 
-    def _ranking(self, scores: jax.Array, correction_bias: jax.Array | None) -> jax.Array:
-        """What the choice goes by, where it is not the scores alone; takes no gradient."""
+    def _ranking(self, logits: jax.Array, scores: jax.Array, correction_bias: jax.Array | None) -> jax.Array:
+        """What the choice goes by, where it is not the scores alone, or in part given; takes no gradient."""
+        if self.scoring == "softmax" and correction_bias is None and self.num_groups == 1:
+            # As `softmax_top_k` ranks: many a softmax is 0. What is `without` choice ranks below even −inf.
+            return jax.lax.stop_gradient(jnp.maximum(logits, lowest(logits.dtype) / 2))
         ranking = jax.lax.stop_gradient(scores)
         if correction_bias is not None:
             ranking += jax.lax.stop_gradient(correction_bias.astype(jnp.float32))

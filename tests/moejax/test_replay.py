@@ -87,6 +87,18 @@ def test_minus_one_leaves_the_choice_to_the_router(rng):
     assert same_bits(all_free.topk_ids, free.topk_ids)
 
 
+def test_minus_one_leaves_the_choice_to_the_router_however_far_apart_logits_are(rng):
+    """The softmax of most of them is 0."""
+    config = MoEConfig(16, 8, 16, 4)
+    logits = (200 * normal(rng, 64, 16)).at[:, 5].set(-jnp.inf)
+    free = config.router.choose(logits, config)
+    given = free.topk_ids.at[:, ::2].set(-1)
+    again = config.router.choose(logits, config, topk_ids=given)
+    np.testing.assert_array_equal(jnp.sort(again.topk_ids), jnp.sort(free.topk_ids))
+    with_lowest = config.router.choose(logits, config, topk_ids=jnp.full_like(given, -1).at[:, 0].set(5))
+    np.testing.assert_array_equal(with_lowest.topk_ids[:, 1:], free.topk_ids[:, :3])
+
+
 @pytest.mark.parametrize("name", ["softmax", "noisy_top_k"])
 @pytest.mark.quick("softmax")
 def test_a_choice_that_is_forced_is_not_made_twice(name, rng):
