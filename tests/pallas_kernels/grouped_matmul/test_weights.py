@@ -43,7 +43,7 @@ def as_large_as_weights(text, operation):
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed"])
 @pytest.mark.parametrize("function", [grouped_matmul, grouped_gate_up])
-@pytest.mark.quick("grouped_gate_up-")
+@pytest.mark.quick("grouped_gate_up-", "grouped_matmul-transposed")
 def test_gradients_in_8_bits_neither_widen_nor_transpose_weights(rng, function, transposed):
     operands = problem(rng, transposed=transposed)
     gradient = jax.grad(functools.partial(loss, function=function, transpose_rhs=transposed), argnums=(0, 1))
@@ -54,9 +54,14 @@ def test_gradients_in_8_bits_neither_widen_nor_transpose_weights(rng, function, 
     assert not [line for line in as_large_as_weights(text, "convert") if "f8E4M3FN" in line]
 
 
-def test_serving_rounds_to_one_layout(rng):
+@pytest.mark.parametrize(
+    "function",
+    [loss, jax.grad(functools.partial(loss, quantization=Quantization()), argnums=(0, 1))],
+    ids=["serving", "gradients as they come"],
+)
+def test_one_layout_is_written_where_one_is_taken(rng, function):
     operands = problem(rng)
-    [call] = re.findall(r"custom_call @.*quantize_transpose.*", lowered_for_cuda(loss, *operands))
+    [call] = re.findall(r"custom_call @.*quantize_transpose.*", lowered_for_cuda(function, *operands))
     results = call.rpartition("->")[2]
     assert f"tensor<{G * N}x{K}xf8E4M3FN>" in results
     assert f"tensor<{G * K // 2}x{2 * N}xf8E4M3FN>" not in results

@@ -79,6 +79,7 @@ def test_nobody_writes_a_layout_that_nobody_uses():
         assert all(layout in writes(of) for layout in (k_major, n_last))
         assert n_last not in writes(lambda w, of=of: of(w)[0])
         assert k_major not in writes(lambda w, of=of: of(w)[1].values)
+        assert k_major in writes(lambda w, of=of: of(w)[0].scale)  # a layout goes with its scales
 
 
 def test_under_transformations(backend, rng):

@@ -5,7 +5,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.on_gpu.smem import single_view
-from pallas_kernels.top_k import gpu, softmax_top_k, top_k, top_k_ids
+from pallas_kernels.top_k import gpu, softmax_top_k, softmax_weights_at, top_k, top_k_ids
 from tests.helpers import LIMIT, normal, relative_error
 from tests.pallas_kernels.backends import every_backend
 from tests.pallas_kernels.kernels_gpu import interpreted
@@ -148,6 +148,13 @@ def test_a_nan_that_is_not_chosen_is_seen_in_the_softmax(backend, rng, normalize
     weights = np.asarray(softmax_top_k(logits, 3, normalize=normalize, backend=backend).weights)
     assert np.isnan(weights[7]).all()
     assert np.isfinite(np.delete(weights, 7, axis=0)).all()
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_given_choices_see_a_nan_that_is_not_among_them(rng, normalize):
+    logits = normal(rng, 2, 16).at[1, 5].set(jnp.nan)
+    weights = softmax_weights_at(logits, jnp.array([[0, 5], [0, 6]], jnp.int32), normalize=normalize)
+    np.testing.assert_array_equal(jnp.isnan(weights), [[False, False], [True, True]])
 
 
 def test_a_gradient_of_normalised_weights_keeps_nothing_of_all_logits(rng):
