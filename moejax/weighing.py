@@ -58,8 +58,9 @@ def exchange_weighed(
     return (y + _weighed_bias(topk_weights, topk_ids, bias)).astype(preferred_element_type)
 
 
+@jax.checkpoint
 def _weighed_bias(topk_weights: jax.Array, topk_ids: jax.Array, bias: jax.Array) -> jax.Array:
-    """Σ_k topk_weights[t, k] · bias[topk_ids[t, k]], float32 [T, H]."""
+    """Σ_k topk_weights[t, k] · bias[topk_ids[t, k]], float32 [T, H]; nothing of [T, K, E] is kept for a gradient."""
     is_chosen = topk_ids[:, :, None] == jnp.arange(bias.shape[0])
     of_experts = jnp.where(is_chosen, topk_weights[:, :, None], 0).sum(1)
     return jnp.dot(of_experts, bias.astype(jnp.float32), precision="highest")

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from moejax import REMAT_NAMES, MoEConfig, MoEParams, Quantization, make_mesh, moe, remat_policy
+from moejax import REMAT_NAMES, MoEConfig, Quantization, make_mesh, moe, remat_policy
+from moejax.params import map_table
 from tests.helpers import normal, relative_error
 from tests.moejax.layers import random_params
 from tests.moejax.test_meshes import equations
@@ -76,17 +77,15 @@ def test_in_8_bits_too(ep, policy, gradient_dtype, rng):
         assert relative_error(a, b) < 1e-3
 
 
-@pytest.mark.parametrize(("precision", "factor"), [("w16a16", 1), ("w8a8", 2)])
-def test_one_chip_keeps_no_rows_of_hidden_size(precision, factor):
+@pytest.mark.parametrize(
+    ("precision", "factor", "expert_bias"), [("w16a16", 1, False), ("w8a8", 2, False), ("w16a16", 1, True)]
+)
+def test_one_chip_keeps_no_rows_of_hidden_size(precision, factor, expert_bias):
     """But tokens and the product of gate and up: 2·H + 4·K·I + 64·K bytes in BF16; with 8 bits it is in float32."""
     tokens, hidden, width, experts, k = 128, 384, 128, 16, 4
-    config = MoEConfig(hidden, width, experts, k, precision=precision)
+    config = MoEConfig(hidden, width, experts, k, precision=precision, expert_bias=expert_bias)
     bf16 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
-    params = MoEParams(
-        router={"kernel": bf16((hidden, experts))},
-        gate_up=bf16((experts, hidden, 2, width)),
-        down=bf16((experts, width, hidden)),
-    )
+    params = map_table(lambda row: bf16(row.shape), config)
 
     def pullback(x, params):
         return jax.vjp(lambda x, params: moe(x, params, config)[0], x, params)[1]
