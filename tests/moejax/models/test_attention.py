@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moejax.models import Attention, AttentionConfig, RMSNorm
+from moejax.models import Attention, AttentionConfig, RMSNorm, dot_product
 from moejax.models.dot_product import best_backend
 from moejax.models.rotary import rotate
 from tests.helpers import LIMIT, float64, normal, raises_saying, relative_error
@@ -85,6 +85,19 @@ def test_cudnn_is_for_16_bits_and_more_than_a_few_keys(monkeypatch):
     assert best_backend(jnp.bfloat16, 128, 128) == "cudnn"
     for dtype, head_dim, num_keys in ((jnp.float32, 128, 128), (jnp.bfloat16, 264, 128), (jnp.bfloat16, 128, 64)):
         assert best_backend(dtype, head_dim, num_keys) == "xla"
+
+
+def test_the_keys_are_counted_not_the_queries(rng, monkeypatch):
+    counted = []
+    monkeypatch.setattr(dot_product, "best_backend", lambda *args: counted.append(args) or "xla")
+    dot_product.attend(normal(rng, 1, 1, 2, 8), normal(rng, 1, 9, 2, 8), normal(rng, 1, 9, 2, 8), backend="auto")
+    assert counted == [(jnp.float32, 8, 9)]
+
+
+def test_a_norm_of_few_numbers_is_xlas_unless_a_backend_is_named():
+    for asked, few, many in (("auto", "xla", "auto"), ("pallas_gpu", "pallas_gpu", "pallas_gpu")):
+        norm = RMSNorm(8, backend=asked, rngs=nnx.Rngs(0))
+        assert (norm._backend_here(1 << 14), norm._backend_here((1 << 14) + 1)) == (few, many)
 
 
 @pytest.mark.parametrize(

@@ -197,6 +197,8 @@ def test_a_dense_network_takes_dots_for_few_tokens_and_kernels_for_many(rng):
     weights = normal(rng, 32, 2, 16), normal(rng, 16, 32)
     x = normal(rng, 70, 32)
     assert relative_error(dense._dots(x, *weights, config), dense._kernels(x, *weights, config)) < LIMIT["float32"]
+    dots = str(jax.make_jaxpr(lambda *args: dense._dots(*args, config))(x, *weights))
+    assert dots.count("dot_general") == dots.count("precision=(Precision.HIGHEST, Precision.HIGHEST)") == 2
     asked = ("xla", 900), ("pallas_gpu", 1), ("auto", 900)
     assert [dense._takes_dots(*each) for each in asked] == [True, False, jax.default_backend() == "cpu"]
     with targeting(get_chip("h200")):
