@@ -106,9 +106,12 @@ def test_gradients_stay_what_they_are(rng):
         assert relative_error(a, b) < 1e-6
 
 
-@pytest.mark.parametrize("precision", ["w16a16", "w8a8"])
-def test_one_chip_casts_or_rounds_weights_once(precision, rng):
-    config = MoEConfig(128, 128, 8, 2, precision=precision)
+@pytest.mark.parametrize(
+    ("precision", "gradient_dtype"), [("w16a16", None), ("w8a8", None), ("w8a8", "float8_e4m3fn")]
+)
+def test_one_chip_casts_or_rounds_weights_once(precision, gradient_dtype, rng):
+    quantization = Quantization(gradient_dtype=gradient_dtype)
+    config = MoEConfig(128, 128, 8, 2, precision=precision, quantization=quantization)
     params, x = random_params(config, rng), normal(rng, 32, 128, dtype=jnp.bfloat16)
     jaxpr = jax.make_jaxpr(jax.grad(lambda x, params: moe(x, params, config)[0].sum(), argnums=(0, 1)))(x, params).jaxpr
     casts = [
