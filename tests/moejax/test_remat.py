@@ -106,9 +106,7 @@ def test_gradients_stay_what_they_are(rng):
         assert relative_error(a, b) < 1e-6
 
 
-@pytest.mark.parametrize(
-    ("precision", "gradient_dtype"), [("w16a16", None), ("w8a8", None), ("w8a8", "float8_e4m3fn")]
-)
+@pytest.mark.parametrize(("precision", "gradient_dtype"), [("w16a16", None), ("w8a8", None), ("w8a8", "float8_e4m3fn")])
 def test_one_chip_casts_or_rounds_weights_once(precision, gradient_dtype, rng):
     quantization = Quantization(gradient_dtype=gradient_dtype)
     config = MoEConfig(128, 128, 8, 2, precision=precision, quantization=quantization)
