@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from moejax.experts import ExpertMath
 from pallas_kernels.quantize import Rows
-from sharding.exchange import Way, WeighingExperts, exchange
+from sharding.exchange import Way, WeighingExperts, exchange, exchange_of_weighed_rows
 
 
 def exchange_weighed(
@@ -43,7 +43,7 @@ def exchange_weighed(
     bias = params[down_bias]
     if not math.can_weigh_rows or way.axes.ep > 1 or (bias is not None and way.axes.tp > 1):
         return exchange(x, topk_weights, topk_ids, experts, params, way, preferred_element_type=preferred_element_type)
-    y = exchange(
+    y = exchange_of_weighed_rows(
         x,
         topk_weights,
         topk_ids,
@@ -51,7 +51,6 @@ def exchange_weighed(
         params | {down_bias: None},
         way,
         preferred_element_type=preferred_element_type if bias is None else jnp.float32,
-        weighing_experts=experts,
     )
     if bias is None:
         return y

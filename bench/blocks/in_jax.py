@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from bench.blocks.cases import Case
-from bench.blocks.ours import Inputs, Run
+from bench.blocks.ours import Inputs, Run, in_a_row
 from bench.plain.layer_in_jax import experts, mlp
 from moejax import MoEConfig
 from moejax.models.config import AttentionConfig
@@ -36,22 +36,7 @@ def runner(case: Case, inputs: Inputs) -> Run:
     caches: list[Cache | None] = [None] * len(blocks)
     if (held := inputs.cache) is not None:
         caches = [(jnp.copy(held.keys), jnp.copy(held.values), jnp.copy(held.lengths)) for _ in blocks]
-    one = jax.jit(functools.partial(_block, case))
-
-    @functools.partial(jax.jit, donate_argnums=2)
-    def all_of(blocks: list[Weights], x: jax.Array, caches: list[Cache | None]) -> Any:
-        ids, after = None, []
-        for weights, cache in zip(blocks, caches, strict=True):
-            x, ids, changed = one(weights, x, cache)
-            after.append(changed)
-        return x, ids, after
-
-    def run() -> tuple[Any, Any]:
-        nonlocal caches
-        y, ids, caches = all_of(blocks, inputs.x, caches)
-        return y, ids
-
-    return run
+    return in_a_row(jax.jit(functools.partial(_block, case)), blocks, inputs.x, caches)
 
 
 def _weights(state: nnx.State) -> Weights:

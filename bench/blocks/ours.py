@@ -73,17 +73,26 @@ def runner(case: Case, inputs: Inputs) -> Run:
             after = dataclasses.replace(after, lengths=cache.lengths)
         return y, None if aux is None else aux.topk_ids, after
 
+    return in_a_row(one, inputs.states, inputs.x, caches)
+
+
+def in_a_row(one: Callable[..., tuple[jax.Array, Any, Any]], blocks: list[Any], x: jax.Array, caches: list[Any]) -> Run:
+    """A pass through blocks one after the other, each one(block, x, cache) -> (x, topk_ids, cache), in one program.
+
+    The caches are given away: each pass writes into those of the one before.
+    """
+
     @functools.partial(jax.jit, donate_argnums=2)
-    def all_of(states: list[nnx.State], x: jax.Array, caches: list[KVCache | None]) -> Any:
+    def all_of(blocks: list[Any], x: jax.Array, caches: list[Any]) -> Any:
         ids, after = None, []
-        for state, cache in zip(states, caches, strict=True):
-            x, ids, changed = one(state, x, cache)
+        for block, cache in zip(blocks, caches, strict=True):
+            x, ids, changed = one(block, x, cache)
             after.append(changed)
         return x, ids, after
 
     def run() -> tuple[Any, Any]:
         nonlocal caches
-        y, ids, caches = all_of(inputs.states, inputs.x, caches)
+        y, ids, caches = all_of(blocks, x, caches)
         return y, ids
 
     return run

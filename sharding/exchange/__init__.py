@@ -21,8 +21,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.quantize import Rows
-from sharding.exchange import one_chip
 from sharding.exchange.between_chips import LATER_ROUNDS
+from sharding.exchange.one_chip import exchange_of_weighed_rows
 from sharding.exchange.pick import check_transport, pick_transport, transport_name
 from sharding.exchange.transport import DISPATCHED_NAME, PLAN_NAME, RETURNED_NAME, Experts, Transport, WeighingExperts
 from sharding.exchange.way import Way
@@ -38,7 +38,6 @@ def exchange(
     way: Way,
     *,
     preferred_element_type: jax.typing.DTypeLike = jnp.float32,
-    weighing_experts: WeighingExperts | None = None,
 ) -> jax.Array:
     """Σ_k topk_weights[t, k] · expert[topk_ids[t, k]](x[t]) for this chip's tokens.
 
@@ -51,8 +50,6 @@ def exchange(
       params: their parameters, a pytree that `experts` understands.
       way: how rows travel.
       preferred_element_type: dtype of the sum, which is made in float32 all the same.
-      weighing_experts: `experts` that multiply rows by their weights themselves, for a gradient; taken where experts
-        are not split over chips, as less is kept for the gradient then.
 
     Returns:
       [T, H].
@@ -60,10 +57,6 @@ def exchange(
     Raises:
       ValueError: `way.transport` is unknown.
     """
-    if weighing_experts is not None and way.axes.ep == 1:
-        return one_chip.exchange_of_weighed_rows(
-            x, topk_weights, topk_ids, weighing_experts, params, way, preferred_element_type=preferred_element_type
-        )
     return pick_transport(way).exchange(
         x, topk_weights, topk_ids, experts, params, way, preferred_element_type=preferred_element_type
     )
@@ -81,6 +74,7 @@ __all__ = [
     "Wire",
     "check_transport",
     "exchange",
+    "exchange_of_weighed_rows",
     "pick_transport",
     "transport_name",
 ]

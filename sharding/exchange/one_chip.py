@@ -70,7 +70,7 @@ def exchange_of_weighed_rows(
     *,
     preferred_element_type: jax.typing.DTypeLike,
 ) -> jax.Array:
-    """`exchange` by experts that weigh the rows themselves: for a gradient it keeps nothing of [R, H].
+    """`exchange` by experts that weigh the rows themselves, where ep is 1: for a gradient it keeps nothing of [R, H].
 
     That is x, the plan, kernel one's product, and parameters as they were multiplied. The gradient of a weight needs no
     row that came back, as it is the experts' now, and rows are sent again.

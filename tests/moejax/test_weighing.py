@@ -10,7 +10,7 @@ from jax.sharding import AxisType
 
 from moejax import MoEConfig, Partition, moe_experts
 from pallas_kernels.activations import gated
-from sharding.exchange import Way, exchange
+from sharding.exchange import Way, exchange_of_weighed_rows
 from sharding.partition import Axes
 from sharding.placement import Placement
 from tests.helpers import normal, relative_error
@@ -68,5 +68,6 @@ def test_rows_that_hold_no_token_weigh_nothing(rng):
 
     way = Way(Placement(4, 1), Axes(), backend="xla")
     topk_ids = jnp.array([[3, 0], [-1, 1], [0, -1]], jnp.int32)
-    exchange(normal(rng, 3, 8), weights, topk_ids, experts, {}, way, weighing_experts=experts)
+    x = normal(rng, 3, 8)
+    exchange_of_weighed_rows(x, weights, topk_ids, experts, {}, way, preferred_element_type=jnp.float32)
     np.testing.assert_array_equal(seen[0], [2, 5, 4, 1, 0, 0])
