@@ -19,12 +19,12 @@ import jax.numpy as jnp
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "swigluoai", "relu2"]
 
-_OAI_ALPHA = 1.702
+OAI_ALPHA = 1.702
 _SQRT_HALF = 0.5**0.5
 
 
 def _swigluoai(gate: jax.Array, up: jax.Array) -> jax.Array:
-    return gate * jax.nn.sigmoid(_OAI_ALPHA * gate) * (up + 1)
+    return gate * jax.nn.sigmoid(OAI_ALPHA * gate) * (up + 1)
 
 
 def _gelu(gate: jax.Array) -> jax.Array:

@@ -120,6 +120,39 @@ def rms_norm_pullback_cost(
     return Cost(flops=10 * num_rows * hidden, hbm_bytes=rows + 8 * hidden)
 
 
+def gated_activation_cost(
+    num_rows: int,
+    width: int,
+    *,
+    dtype: jax.typing.DTypeLike = jnp.bfloat16,
+    out_dtype: jax.typing.DTypeLike | None = jnp.bfloat16,
+    in_8_bits: bool = False,
+) -> Cost:
+    """Pre-activations read, [R, 2I]; [R, I] written in `out_dtype`, in 8 bits with scales of 1x128, or both."""
+    elements = num_rows * width
+    written = (0 if out_dtype is None else _size(out_dtype) * elements) + _in_8_bits(elements, in_8_bits)
+    return Cost(flops=10 * elements, hbm_bytes=2 * elements * _size(dtype) + written)
+
+
+def gated_activation_pullback_cost(
+    num_rows: int,
+    width: int,
+    *,
+    dtype: jax.typing.DTypeLike = jnp.bfloat16,
+    in_8_bits: bool = False,
+    with_array: bool = True,
+) -> Cost:
+    """Pre-activations and the cotangent read; [R, 2I] written in `dtype`, in 8 bits with scales of 1x128, or both."""
+    elements = num_rows * width
+    written = (2 * elements * _size(dtype) if with_array else 0) + _in_8_bits(2 * elements, in_8_bits)
+    return Cost(flops=20 * elements, hbm_bytes=3 * elements * _size(dtype) + written)
+
+
+def _in_8_bits(elements: int, are_asked_for: bool) -> int:
+    """Bytes of elements and their scales."""
+    return elements + 4 * (elements // 128) if are_asked_for else 0
+
+
 def quantize_transpose_cost(
     num_groups: int, k: int, n: int, *, dtype: jax.typing.DTypeLike = jnp.bfloat16, layouts: int = 2
 ) -> Cost:

@@ -86,8 +86,9 @@ class Operator:
         tangents follow from that.
       jvp: (backend, operands, tangents) -> (result, its tangent), where `linear_in` is not given. Tangents have the
         structure of the operands, or are `ad.Zero`.
-      transpose: (backend, cotangent, operands) -> the cotangents of those operands that are asked for, by name. Of
-        several results it gets a tuple of cotangents, some of which may be `ad.Zero`.
+      transpose: (backend, cotangent, operands) -> the cotangents of those operands that are asked for, by name, within
+        dictionaries and lists as the operands are. Of several results it gets a tuple of cotangents, some of which may
+        be `ad.Zero`.
       hidden: names of operands that only the rules see.
       fewer: (operands, which leaves of the result are used) -> operands with which no more is computed than is needed,
         and which leaves there are still. JAX asks where it removes what nobody uses.
@@ -188,10 +189,8 @@ class Operator:
             return [ad.Zero(x.aval) if ad.is_undefined_primal(x) else None for x in arrays]
         with call.overrides.again():
             found = rule(call.backend, cotangents[0] if len(cotangents) == 1 else tuple(cotangents), operands)
-        places = call.operands(range(len(arrays)))
         result = [None] * len(arrays)
-        for name, value in found.items():
-            result[places[name]] = value
+        _put(found, call.operands(range(len(arrays))), result)
         return result
 
     def _batch(self, arrays, dims, *, call: Call, jaxpr: Any):
@@ -224,6 +223,15 @@ def zero_tangent(of: jax.Array) -> ad.Zero:
     return ad.Zero(jax.typeof(of).to_tangent_aval())
 
 
+def _put(found: Any, places: Any, result: list[Any]) -> None:
+    """Puts what was found of operands where `places` says, in dictionaries and lists that lack what was not."""
+    if isinstance(places, int):
+        result[places] = found
+        return
+    for key, value in found.items() if isinstance(found, dict) else enumerate(found):
+        _put(value, places[key], result)
+
+
 def _instantiated(tangent: Any, result: jax.Array) -> Any:
     return zero_tangent(result) if is_zero(tangent) else tangent
 
@@ -239,7 +247,8 @@ def _without_unused(rule: Any, used: list[bool], *rest: Any) -> tuple[list[bool]
     call, jaxpr = equation.params["call"], equation.params["jaxpr"]
     operands, kept = rule(call.operands([_ARRAY] * len(equation.invars)), list(used))
     # Not settled, so that what was traced of an implementation, which is less now, is traced anew where it has kernels.
-    smaller = dataclasses.replace(call, leaves=tuple(jax.tree.leaves(operands)), is_settled=False)
+    leaves, structure = jax.tree.flatten(operands)
+    smaller = dataclasses.replace(call, structure=structure, leaves=tuple(leaves), is_settled=False)
     params = {"call": smaller, "jaxpr": pe.dce_jaxpr(jaxpr, kept, instantiate=True)[0]}
     results = [x for x, is_kept in zip(equation.outvars, kept, strict=True) if is_kept]
     return every, equation.replace(params=params, outvars=results)

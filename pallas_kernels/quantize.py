@@ -72,10 +72,17 @@ class Rounded:
     """An array with what it is in 8 bits: products take the 8 bits, and gradients pass the rounding to the array.
 
     Of the array, nothing is computed but what someone takes of it.
+
+    Attributes:
+      array: floating point.
+      in_8_bits: the same, rounded.
+      is_widened: whether the array holds what the 8 bits say; products that need those in 16 bits, for gradients of
+        weights, take it then.
     """
 
     array: jax.Array
     in_8_bits: QTensor
+    is_widened: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @classmethod
     def of(cls, array: jax.Array, dtype: QDtype, *, scaling: Scaling) -> "Rounded":

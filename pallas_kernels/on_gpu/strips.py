@@ -119,15 +119,33 @@ class Blocks(Strips):
 
     def store(self, ref, row, strip, value: jax.Array) -> None:
         """Writes a strip of a row, or a number of each of its blocks."""
-        to = ref.at[row, self._window(strip)]
-        if hasattr(plgpu, "store"):  # jax 0.11 stores whatever it is given, and has no function of its own for it
-            plgpu.store(to, value, optimized=False)
-        else:
-            to[...] = value
+        store(ref.at[row, self._window(strip)], value)
 
     def _layout(self):
-        tiling = plgpu.Tiling(((_BLOCKS, _BLOCK), (_BLOCKS // 4, _BLOCK), (_BLOCK_VECTOR,)))
-        return plgpu.Layout.TILED(tiling, warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
+        return in_blocks(_BLOCK)
+
+
+def in_blocks(width: int):
+    """The layout of tiles of rows of `width` elements, a power of two, each held by neighbouring threads of a warp.
+
+    It takes multiples of `rows_in_blocks(width)` rows.
+    """
+    rows = rows_in_blocks(width)
+    tiling = plgpu.Tiling(((rows, width), (rows // 4, width), (_BLOCK_VECTOR,)))
+    return plgpu.Layout.TILED(tiling, warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
+
+
+def rows_in_blocks(width: int) -> int:
+    """Rows of which each thread of a warpgroup holds one vector."""
+    return WARPGROUP * _BLOCK_VECTOR // width
+
+
+def store(to, value: jax.Array) -> None:
+    """Writes what has the layout `in_blocks`, or a number of each of its rows."""
+    if hasattr(plgpu, "store"):  # jax 0.11 stores whatever it is given, and has no function of its own for it
+        plgpu.store(to, value, optimized=False)
+    else:
+        to[...] = value
 
 
 def cut_in_blocks(operator: str, columns: int) -> Blocks:

@@ -43,6 +43,15 @@ from pallas_kernels.cost import Cost
             Cost(flops=320, hbm_bytes=3 * 10 * 8 * 2 + 10 * 8 + 10 * 4 + 8 * 4),
         ),
         (cost.rms_norm_pullback_cost(10, 8), Cost(flops=800, hbm_bytes=3 * 10 * 8 * 2 + 8 * 4 + 8 * 4)),
+        (cost.gated_activation_cost(10, 256), Cost(flops=25600, hbm_bytes=10 * 256 * (2 * 2 + 2))),
+        (
+            cost.gated_activation_cost(10, 256, dtype="float32", out_dtype=None, in_8_bits=True),
+            Cost(flops=25600, hbm_bytes=10 * 256 * (2 * 4 + 1) + 10 * 2 * 4),
+        ),
+        (
+            cost.gated_activation_pullback_cost(10, 256, in_8_bits=True),
+            Cost(flops=51200, hbm_bytes=10 * 256 * (3 * 2 + 2 * 2 + 2) + 10 * 4 * 4),
+        ),
         (cost.quantize_transpose_cost(3, 128, 256), Cost(flops=196608, hbm_bytes=98304 * 4 + 3 * 2 * 4)),
         (
             cost.quantize_transpose_cost(3, 128, 256, dtype="float32", layouts=1),

@@ -1,0 +1,109 @@
+"""Gated activations in plain XLA, their tangent and their pullback, in float32 and rounded once."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.activations import Activation, gated_halves
+from pallas_kernels.quantize import QTensor, dequantize, quantize
+
+SCALING = "1x128"
+"""How results in 8 bits are scaled."""
+
+
+def gated_activation(
+    h: jax.Array,
+    row_weights: jax.Array | None,
+    *,
+    activation: Activation,
+    limit: float | None,
+    out_dtype: jnp.dtype | None,
+    in_8_bits: jnp.dtype | None,
+    with_8_bits: bool,
+) -> tuple[jax.Array | None, QTensor | None]:
+    """act(gate) · up · the row's weight.
+
+    Args:
+      h: pre-activations [R, 2I], gate first.
+      row_weights: float32 [R], or None for ones.
+      activation: see `pallas_kernels.activations`.
+      limit: its clamp, or None.
+      out_dtype: of the array; None if it is not asked for.
+      in_8_bits: dtype to which the result is rounded: the array is what it says then. None for no rounding.
+      with_8_bits: whether the QTensor is asked for.
+
+    Returns:
+      An array [R, I] and a QTensor [R, I], None for what is not asked for.
+    """
+    value = _weighed(h.astype(jnp.float32), row_weights, activation=activation, limit=limit)
+    if in_8_bits is None:
+        assert out_dtype is not None, "nothing is asked for"
+        return value.astype(out_dtype), None
+    rounded = quantize(value, in_8_bits, scaling=SCALING)
+    return None if out_dtype is None else dequantize(rounded, out_dtype), rounded if with_8_bits else None
+
+
+def gated_activation_tangent(
+    h: jax.Array,
+    dh: jax.Array | None,
+    row_weights: jax.Array | None,
+    drow_weights: jax.Array | None,
+    *,
+    activation: Activation,
+    limit: float | None,
+    out_dtype: jnp.dtype,
+) -> jax.Array:
+    """The tangent [R, I] of `gated_activation`, past any rounding; None stands for a tangent of zero."""
+    wide = h.astype(jnp.float32)
+    function = functools.partial(_weighed, activation=activation, limit=limit)
+    if drow_weights is None:
+        assert dh is not None, "nothing moves"
+        tangent = jax.jvp(lambda h: function(h, row_weights), (wide,), (dh.astype(jnp.float32),))[1]
+    elif dh is None:
+        tangent = function(wide, drow_weights)
+    else:
+        tangent = jax.jvp(function, (wide, row_weights), (dh.astype(jnp.float32), drow_weights))[1]
+    return tangent.astype(out_dtype)
+
+
+def gated_activation_pullback(
+    h: jax.Array,
+    dout: jax.Array,
+    row_weights: jax.Array | None,
+    *,
+    activation: Activation,
+    limit: float | None,
+    with_array: bool,
+    in_8_bits: jnp.dtype | None,
+    with_weights: bool,
+) -> tuple[jax.Array | None, QTensor | None, jax.Array | None]:
+    """The cotangents of h [R, 2I] and of the weights for that of the result, dout [R, I].
+
+    Args:
+      h: see `gated_activation`, as for all that is not listed here.
+      dout: floating point of any width.
+      row_weights: likewise.
+      activation: likewise.
+      limit: likewise.
+      with_array: whether the array is asked for.
+      in_8_bits: dtype of the QTensor; None if it is not asked for.
+      with_weights: whether the cotangent of the weights is asked for.
+
+    Returns:
+      Of h an array in its dtype and a QTensor, each of the float32 values, and of the weights float32 [R]; None for
+      what is not asked for.
+    """
+    wide, dout = h.astype(jnp.float32), dout.astype(jnp.float32)
+    value, pull = jax.vjp(functools.partial(gated_halves, activation=activation, limit=limit), wide)
+    dh = rounded = None
+    if with_array or in_8_bits is not None:
+        (found,) = pull(dout if row_weights is None else dout * row_weights[:, None])
+        dh = found.astype(h.dtype) if with_array else None
+        rounded = None if in_8_bits is None else quantize(found, in_8_bits, scaling=SCALING)
+    return dh, rounded, jnp.sum(dout * value, axis=1) if with_weights else None
+
+
+def _weighed(h: jax.Array, row_weights: jax.Array | None, *, activation: Activation, limit: float | None) -> jax.Array:
+    value = gated_halves(h, activation, limit)
+    return value if row_weights is None else value * row_weights[:, None]
