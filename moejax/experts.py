@@ -16,6 +16,7 @@ from pallas_kernels.grouped_matmul import (
     Operand,
     grouped_gate_up,
     grouped_gate_up_in_8_bits,
+    grouped_gate_up_rounded,
     grouped_matmul,
     result_can_stay,
 )
@@ -35,8 +36,7 @@ class ExpertMath:
       quantization: how operands that are not QTensors are rounded to 8 bits; None multiplies them as they are.
       dtype: of the result.
       backend: of the kernels.
-      stays_in_8_bits: has kernel one round its rows to 8 bits itself, where the scales allow that. No gradient passes
-        then.
+      stays_in_8_bits: has rows that are rounded to 8 bits be nothing else. No gradient passes then.
       weighs_rows: has rows of h multiplied by the weights of their choices, before down, where experts are not split
         over chips: the gradient of a weight needs no row [H] then.
     """
@@ -109,7 +109,7 @@ class ExpertMath:
         bias: jax.Array | None = None,
         row_weights: jax.Array | None = None,
     ) -> Rows:
-        """Kernel one: rows [R, H] -> [R, I], in 8 bits if it can stay so, in float32 if kernel two will round it.
+        """Kernel one: rows [R, H] -> [R, I], in 8 bits as kernel two takes it, or in float32 if that will round it.
 
         With weights of rows, float32 [R], these go into the scales of what is in 8 bits: it is rounded as without them.
         """
@@ -124,13 +124,14 @@ class ExpertMath:
         }
         if self.stays_in_8_bits and quantization is not None and result_can_stay(quantization, width):
             return grouped_gate_up_in_8_bits(rows, weights, group_sizes, dtype=quantization.dtype, **settings)
-        # Rounding to BF16 first and then to 8 bits would give another value in one case out of thirty.
-        if quantization is not None:
+        if quantization is not None and not result_can_stay(quantization, width):
+            # Rounding to BF16 first and then to 8 bits would give another value in one case out of thirty.
             h = grouped_gate_up(rows, weights, group_sizes, preferred_element_type=jnp.float32, **settings)
             return h if row_weights is None else self._weighed(h, row_weights, quantization)
-        return grouped_gate_up(
-            rows, weights, group_sizes, preferred_element_type=self.dtype, row_weights=row_weights, **settings
-        )
+        settings |= {"preferred_element_type": self.dtype, "row_weights": row_weights}
+        if quantization is not None:
+            return grouped_gate_up_rounded(rows, weights, group_sizes, dtype=quantization.dtype, **settings)
+        return grouped_gate_up(rows, weights, group_sizes, **settings)
 
     def _weighed(self, h: jax.Array, row_weights: jax.Array, quantization: Quantization) -> Rounded:
         """H [R, I] rounded and then multiplied by weights [R].

@@ -68,6 +68,8 @@ def gated_activation_in_8_bits(
 ) -> Rounded:
     """`gated_activation` for a product in 8 bits: the float32 result rounded as `quantize` does with scaling "1x128".
 
+    It is rounded as it is without weights, which go into the scales.
+
     Args:
       h: see `gated_activation`, as for all that is not listed here.
       row_weights: likewise.

@@ -128,10 +128,11 @@ def gated_activation(
 
     def finish(ref, row, block, weights, gate, up):
         value = value_of(gate.astype(jnp.float32), up.astype(jnp.float32), activation, limit)
-        if weights is not None:
-            value = value * tiles.of_rows(weights)
-        if in_8_bits is not None:
+        if in_8_bits is None:
+            value = value if weights is None else value * tiles.of_rows(weights)
+        else:
             rounded, scale = _rounded(tiles, value, in_8_bits)
+            scale = scale if weights is None else scale * weights
             _store_rounded(tiles, ref, row, block, rounded, scale)
             value = rounded.astype(jnp.float32) * tiles.of_rows(scale)
         if "array" in ref:

@@ -30,17 +30,20 @@ def gated_activation(
       activation: see `pallas_kernels.activations`.
       limit: its clamp, or None.
       out_dtype: of the array; None if it is not asked for.
-      in_8_bits: dtype to which the result is rounded: the array is what it says then. None for no rounding.
+      in_8_bits: dtype to which the result is rounded: the array is what it says then. It is rounded as without weights,
+        which go into the scales. None for no rounding.
       with_8_bits: whether the QTensor is asked for.
 
     Returns:
       An array [R, I] and a QTensor [R, I], None for what is not asked for.
     """
-    value = _weighed(h.astype(jnp.float32), row_weights, activation=activation, limit=limit)
+    wide = h.astype(jnp.float32)
     if in_8_bits is None:
         assert out_dtype is not None, "nothing is asked for"
-        return value.astype(out_dtype), None
-    rounded = quantize(value, in_8_bits, scaling=SCALING)
+        return _weighed(wide, row_weights, activation=activation, limit=limit).astype(out_dtype), None
+    rounded = quantize(gated_halves(wide, activation, limit), in_8_bits, scaling=SCALING)
+    if row_weights is not None:
+        rounded = QTensor(rounded.values, rounded.scale * row_weights[:, None])
     return None if out_dtype is None else dequantize(rounded, out_dtype), rounded if with_8_bits else None
 
 

@@ -14,11 +14,16 @@ tokens, are a `Rounded`, for which the same holds.
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.activations import Activation
 from pallas_kernels.grouped_matmul.checks import check_gate_up, check_operands, require_row_weights
-from pallas_kernels.grouped_matmul.gradients import GATE_UP_NAME, activated, factors, multiplied, weighed_activation
+from pallas_kernels.grouped_matmul.gradients import (
+    GATE_UP_NAME,
+    activated,
+    activated_in_training,
+    factors,
+    multiplied,
+)
 from pallas_kernels.grouped_matmul.group_sizes import as_group_sizes
 from pallas_kernels.grouped_matmul.weights import WEIGHTS_NAME
 from pallas_kernels.quantize import (
@@ -107,7 +112,7 @@ def grouped_gate_up(
       transpose_rhs: whether rhs lies as [G, 2I, H] (the layout FP8 needs on Hopper).
       quantization: round array operands to 8 bits inside, keeping gradients; None multiplies them as they are.
       row_weights: float32 [M], which the rows of the result are multiplied by before they are rounded, or None. It is a
-        product and an activation in XLA then, whether a gradient is asked for or not.
+        product and an activation then, whether a gradient is asked for or not.
       preferred_element_type: dtype of the result; default is that of lhs (bfloat16 when lhs is a QTensor).
       backend: "auto", "xla", "pallas_tpu" or "pallas_gpu".
 
@@ -124,18 +129,12 @@ def grouped_gate_up(
     offset = jnp.asarray(group_offset, jnp.int32)
     operands = factors(backend, lhs, rhs, group_sizes, offset, transpose_rhs=transpose_rhs, quantization=quantization)
     out_dtype = _result_dtype(lhs, preferred_element_type)
-    if row_weights is not None:
-        require_row_weights(row_weights, lhs.shape[0])
-        h = checkpoint_name(multiplied(backend, **operands, bias=bias, out_dtype=out_dtype), GATE_UP_NAME)
-        return weighed_activation(h, row_weights, activation=activation, limit=activation_limit, out_dtype=out_dtype)
-    return activated(
-        backend,
-        **operands,
-        bias=bias,
-        activation=activation,
-        activation_limit=activation_limit,
-        out_dtype=out_dtype,
-    )
+    operands |= {"bias": bias, "activation": activation, "activation_limit": activation_limit, "out_dtype": out_dtype}
+    if row_weights is None:
+        return activated(backend, **operands)
+    require_row_weights(row_weights, lhs.shape[0])
+    array, _ = activated_in_training(backend, **operands, row_weights=row_weights, in_8_bits=None)
+    return array
 
 
 def grouped_gate_up_in_8_bits(
@@ -190,8 +189,69 @@ def grouped_gate_up_in_8_bits(
     )
 
 
+def grouped_gate_up_rounded(
+    lhs: Rows,
+    rhs: Operand,
+    group_sizes: jax.Array,
+    *,
+    dtype: QDtype = "float8_e4m3fn",
+    bias: jax.Array | None = None,
+    activation: Activation = "silu",
+    activation_limit: float | None = None,
+    group_offset: jax.Array | int = 0,
+    transpose_rhs: bool = False,
+    quantization: Quantization | None = None,
+    row_weights: jax.Array | None = None,
+    preferred_element_type: jax.typing.DTypeLike | None = None,
+    backend: str = "auto",
+) -> Rounded:
+    """`grouped_gate_up_in_8_bits` for training: gradients pass the rounding as if it were not there.
+
+    Args:
+      lhs: see `grouped_gate_up`, as for all that is not listed here.
+      rhs: likewise.
+      group_sizes: likewise.
+      dtype: of 8 bits.
+      bias: see `grouped_gate_up`.
+      activation: likewise.
+      activation_limit: likewise.
+      group_offset: likewise.
+      transpose_rhs: likewise.
+      quantization: likewise.
+      row_weights: likewise; they go into the scales.
+      preferred_element_type: dtype of the result's `array`; default is that of lhs (bfloat16 when lhs is a QTensor).
+        Pre-activations are stored in it where a gradient is asked for, and rounded from it to 8 bits.
+      backend: likewise.
+
+    Returns:
+      A `Rounded` [M, I] with scales "1x128", whose `array` is what its 8 bits say.
+
+    Raises:
+      ValueError: as `grouped_gate_up`, or I is not divisible by 128.
+      Unsupported: a named backend cannot do this.
+    """
+    check_gate_up(_multiplied(lhs), rhs, group_sizes, bias, group_offset, transpose_rhs, activation, activation_limit)
+    group_sizes = as_group_sizes(group_sizes, lhs.shape[0])
+    scale_shape((lhs.shape[0], rhs.shape[1 if transpose_rhs else 2] // 2), _RESULT_SCALING)
+    offset = jnp.asarray(group_offset, jnp.int32)
+    operands = factors(backend, lhs, rhs, group_sizes, offset, transpose_rhs=transpose_rhs, quantization=quantization)
+    if row_weights is not None:
+        require_row_weights(row_weights, lhs.shape[0])
+    array, rounded = activated_in_training(
+        backend,
+        **operands,
+        bias=bias,
+        activation=activation,
+        activation_limit=activation_limit,
+        out_dtype=_result_dtype(lhs, preferred_element_type),
+        row_weights=row_weights,
+        in_8_bits=jnp.dtype(check_qdtype(dtype)),
+    )
+    return Rounded(array, rounded, is_widened=True)
+
+
 def result_can_stay(quantization: Quantization, width: int) -> bool:
-    """Whether a result [M, width] of `grouped_gate_up_in_8_bits` is what `quantization` would round it to."""
+    """Whether what `grouped_gate_up_in_8_bits` gives, [M, width], is what `quantization` would round it to."""
     return quantization.lhs_scaling == _RESULT_SCALING and width % 128 == 0
 
 
@@ -211,6 +271,7 @@ __all__ = [
     "Operand",
     "grouped_gate_up",
     "grouped_gate_up_in_8_bits",
+    "grouped_gate_up_rounded",
     "grouped_matmul",
     "result_can_stay",
 ]

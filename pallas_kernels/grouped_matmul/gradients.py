@@ -2,25 +2,34 @@
 
     multiplied(lhs, rhs, bias)   [M, N]      transposed: lhs: multiplied by rhs the other way round, rhs: `correlated`
     correlated(lhs, dout)        [G, K, N]   transposed: both: multiplied
-    activated(lhs, rhs, bias)    [M, I]      where a gradient is asked for: multiplied, and the activation in XLA
+    activated(lhs, rhs, bias)    [M, I]      where a gradient is asked for: multiplied, and the activation after it
+    pushed(h, terms)             [M, I]      the tangent of that; transposed: the activation's pullback, then the terms'
+
+`pushed` is the activation and the sum of products before it in one, as the pullback of the activation gives in one pass
+what the transposes of the products take: an array, and the same in 8 bits.
 
 A factor that was rounded to 8 bits enters all derivatives with its rounded values. Its `_face`, which no implementation
 sees, is the array that it was rounded from: tangents and cotangents go to and from the face, past the rounding
-(straight-through). A QTensor without a face is a constant.
+(straight-through). A QTensor without a face is a constant. Where the face of lhs holds what the 8 bits say
+(`lhs_is_widened`), gradients of rhs, which need that, take the face.
 """
 
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from pallas_kernels.activations import Activation, gated_halves
+from pallas_kernels.gated_activation import SCALING
+from pallas_kernels.gated_activation import gradients as activation
 from pallas_kernels.grouped_matmul.group_sizes import bounds
 from pallas_kernels.grouped_matmul.weights import in_one_pass, rounded, rounded_both_ways
 from pallas_kernels.primitive import Operands, Operator, is_asked_for, is_zero, zero_tangent
 from pallas_kernels.quantize import Operand, QTensor, Quantization, Rounded, Rows, is_of_one_row, quantize
+
+_OF_ACTIVATION = ("activation", "activation_limit", "row_weights", "in_8_bits")
+
+_NO_FACES = {"lhs_face": None, "lhs_is_widened": False, "rhs_face": None}
 
 GATE_UP_NAME = "moe_gate_up"
 """What `jax.checkpoint` knows the product of gate and up as, before the activation, where a gradient is asked for."""
@@ -58,29 +67,45 @@ def _in_both_layouts(backend: str, operands: Operands, tangents: Operands) -> tu
 
 
 def _product_tangent(backend: str, operands: Operands, of_dlhs: Operands, tangents: Operands) -> jax.Array | None:
-    """The tangent of `multiplied`, None if it is zero. The bias goes along with another term, which costs nothing."""
-    terms: list[Operands] = []
-    if (dlhs := _tangent_of("lhs", operands, tangents)) is not None:
-        terms.append(of_dlhs | {"lhs": dlhs, "lhs_face": None})
-    if (drhs := _tangent_of("rhs", operands, tangents)) is not None:
-        transposed = operands["face_transposed" if operands["rhs_face"] is not None else "transpose_rhs"]
-        terms.append({"rhs": drhs, "rhs_face": None, "transpose_rhs": transposed})
-    dbias = None if is_zero(tangents["bias"]) else tangents["bias"]
-    if dbias is not None and not terms:
-        ones = jnp.ones((operands["lhs"].shape[0], 1), dbias.dtype)
-        rest = {"lhs_face": None, "rhs_face": None, "transpose_rhs": False, "bias": None}
-        return multiplied(backend, **operands | rest | {"lhs": ones, "rhs": dbias[:, None]})
-    found = [multiplied(backend, **operands | {"bias": None if i else dbias} | term) for i, term in enumerate(terms)]
+    """The tangent of `multiplied`, None if it is zero."""
+    found = [multiplied(backend, **term) for term in _terms(operands, of_dlhs, tangents)]
     return sum(found[1:], start=found[0]) if found else None
 
 
-def _multiply_transpose(backend: str, dout: jax.Array, operands: Operands) -> Operands:
+def _terms(operands: Operands, of_dlhs: Operands, tangents: Operands) -> list[Operands]:
+    """The products whose sum is the tangent of `multiplied`. The bias goes along with another, which costs nothing."""
+    terms: list[Operands] = []
+    if (dlhs := _tangent_of("lhs", operands, tangents)) is not None:
+        terms.append(of_dlhs | {"lhs": dlhs, "lhs_face": None, "lhs_is_widened": False})
+    if (drhs := _tangent_of("rhs", operands, tangents)) is not None:
+        transposed = operands["face_transposed" if operands["rhs_face"] is not None else "transpose_rhs"]
+        widened: Operands = {}
+        if operands["lhs_is_widened"]:
+            widened = {"lhs": operands["lhs_face"], "lhs_face": None, "lhs_is_widened": False}
+        terms.append(widened | {"rhs": drhs, "rhs_face": None, "transpose_rhs": transposed})
+    dbias = None if is_zero(tangents["bias"]) else tangents["bias"]
+    if dbias is not None and not terms:
+        ones = jnp.ones((operands["lhs"].shape[0], 1), dbias.dtype)
+        terms.append({"lhs": ones, "rhs": dbias[:, None], "transpose_rhs": False, "bias": None} | _NO_FACES)
+        dbias = None
+    return [operands | {"bias": None if i else dbias} | term for i, term in enumerate(terms)]
+
+
+def _multiply_transpose(
+    backend: str, dout: jax.Array, operands: Operands, dout_in_8_bits: QTensor | None = None
+) -> Operands:
+    """`dout_in_8_bits` is what `_for_dlhs` would make of dout, where someone has made it."""
     lhs, rhs, bias = (operands[name] for name in ("lhs", "rhs", "bias"))
     groups = {name: operands[name] for name in ("group_sizes", "group_offset")}
     found = {}
     if is_asked_for(lhs):
         found["lhs"] = multiplied(
-            backend, **_for_dlhs(dout, operands), **groups, bias=None, quantization=None, out_dtype=lhs.aval.dtype
+            backend,
+            **_for_dlhs(dout, dout_in_8_bits, operands),
+            **groups,
+            bias=None,
+            quantization=None,
+            out_dtype=lhs.aval.dtype,
         )
     if is_asked_for(rhs):
         left, right = (dout, None), (lhs, operands["lhs_face"])
@@ -104,16 +129,21 @@ def _multiply_transpose(backend: str, dout: jax.Array, operands: Operands) -> Op
     return found
 
 
-def _for_dlhs(dout: jax.Array, operands: Operands) -> Operands:
+def _for_dlhs(dout: jax.Array, dout_in_8_bits: QTensor | None, operands: Operands) -> Operands:
     """The factors of the gradient of lhs. In 8 bits, both have N last, as Hopper needs it."""
     rhs, k_major = operands["rhs"], operands["transpose_rhs"]
-    face = {"rhs_face": operands["rhs_face"], "face_transposed": not operands["face_transposed"]}
+    face = {
+        "rhs_face": operands["rhs_face"],
+        "face_transposed": not operands["face_transposed"],
+        "lhs_is_widened": False,
+    }
     quantization = operands["quantization"]
     if quantization is None or quantization.gradient_dtype is None:
         return face | {"lhs": dout, "lhs_face": None, "rhs": rhs, "transpose_rhs": not k_major}
-    group = operands["group_sizes"], operands["group_offset"], rhs.shape[0]
-    rows = rounded_rows(dout, quantization.gradient_dtype, quantization.lhs_scaling, *group)
-    return face | {"lhs": rows, "lhs_face": dout, "rhs": rhs.mT if k_major else rhs, "transpose_rhs": True}
+    if dout_in_8_bits is None:
+        group = operands["group_sizes"], operands["group_offset"], rhs.shape[0]
+        dout_in_8_bits = rounded_rows(dout, quantization.gradient_dtype, quantization.lhs_scaling, *group)
+    return face | {"lhs": dout_in_8_bits, "lhs_face": dout, "rhs": rhs.mT if k_major else rhs, "transpose_rhs": True}
 
 
 def rounded_rows(
@@ -148,6 +178,7 @@ def _correlate_transpose(backend: str, drhs: jax.Array, operands: Operands) -> O
             lhs_face=operands[f"{other}_face"],
             rhs=drhs,
             rhs_face=None,
+            lhs_is_widened=False,
             group_sizes=operands["group_sizes"],
             group_offset=operands["group_offset"],
             bias=None,
@@ -161,41 +192,90 @@ def _correlate_transpose(backend: str, drhs: jax.Array, operands: Operands) -> O
 
 def _activate_jvp(backend: str, operands: Operands, tangents: Operands) -> tuple[Any, Any]:
     """Keeps the pre-activations, in the dtype of the result, and nothing else of them."""
-
-    def product(values: Operands) -> Operands:
-        return {name: x for name, x in values.items() if name not in ("activation", "activation_limit")}
-
-    operands, of_dlhs = _in_both_layouts(backend, operands, tangents)
-    dh = _product_tangent(backend, product(operands), of_dlhs, product(tangents))
-    if dh is None:
+    result, tangent = _activate_in_training_jvp(
+        backend,
+        operands | {"row_weights": None, "in_8_bits": None},
+        tangents | {"row_weights": None, "in_8_bits": None},
+    )
+    if is_zero(tangent[0]):  # the product and the activation in one then
         result = activated(backend, **operands)
         return result, zero_tangent(result)
-    h = checkpoint_name(multiplied(backend, **product(operands)), GATE_UP_NAME)
-    activate = functools.partial(
-        _activation,
-        activation=operands["activation"],
-        limit=operands["activation_limit"],
-        out_dtype=operands["out_dtype"],
+    return result[0], tangent[0]
+
+
+def _activate_in_training_jvp(backend: str, operands: Operands, tangents: Operands) -> tuple[Any, Any]:
+    in_8_bits, row_weights = operands["in_8_bits"], operands["row_weights"]
+    drow_weights = None if is_zero(tangents["row_weights"]) else tangents["row_weights"]
+    operands, of_dlhs = _in_both_layouts(backend, operands, tangents)
+    terms = _terms(_of_product(operands), _of_product(of_dlhs), _of_product(tangents))
+    if not terms and drow_weights is None:
+        result = activated_in_training(backend, **operands)
+        return result, jax.tree.map(zero_tangent, result)
+    h = checkpoint_name(multiplied(backend, **_of_product(operands)), GATE_UP_NAME)
+    options = {
+        "activation": operands["activation"],
+        "limit": operands["activation_limit"],
+        "out_dtype": operands["out_dtype"],
+    }
+    options |= {"h": h, "row_weights": row_weights}
+    array, rounded = activation.gated(backend, **options, in_8_bits=in_8_bits, with_8_bits=in_8_bits is not None)
+    tangent = pushed(backend, **options, terms=terms, drow_weights=drow_weights)
+    return (array, rounded), (tangent, jax.tree.map(zero_tangent, rounded))
+
+
+def _of_product(values: Operands) -> Operands:
+    return {name: x for name, x in values.items() if name not in _OF_ACTIVATION}
+
+
+def _push_jvp(backend: str, operands: Operands, tangents: Operands) -> tuple[Any, Any]:
+    """The tangent is that of the products and the activation one after the other."""
+    leaves = jax.tree.leaves(operands)
+    structure: Any = jax.tree.structure(operands)
+    directions = structure.flatten_up_to(tangents)
+    moving = [
+        i
+        for i, (leaf, direction) in enumerate(zip(leaves, directions, strict=True))
+        if isinstance(leaf, jax.Array) and isinstance(direction, jax.Array)
+    ]
+
+    def apart(moved: list[jax.Array]) -> jax.Array:
+        merged = list(leaves)
+        for i, leaf in zip(moving, moved, strict=True):
+            merged[i] = leaf
+        found = jax.tree.unflatten(structure, merged)
+        dh = [multiplied(backend, **term) for term in found.pop("terms")]
+        return activation.pushed(backend, dh=sum(dh[1:], start=dh[0]) if dh else None, **found)
+
+    _, tangent = jax.jvp(apart, ([leaves[i] for i in moving],), ([directions[i] for i in moving],))
+    return pushed(backend, **operands), tangent
+
+
+def _push_transpose(backend: str, dout: jax.Array, operands: Operands) -> Operands:
+    terms = operands["terms"]
+    in_8_bits = [_gradient_dtype(operands["h"], term) for term in terms]
+    weighs = is_asked_for(operands["drow_weights"])
+    dh, rounded, drow_weights = activation.pulled(
+        backend,
+        **{name: operands[name] for name in ("h", "row_weights", "activation", "limit")},
+        dout=dout,
+        with_array=bool(terms),
+        in_8_bits=next((dtype for dtype in in_8_bits if dtype is not None), None),
+        with_weights=weighs,
     )
-    return jax.jvp(jax.checkpoint(activate, prevent_cse=False), (h,), (dh,))
+    found = {"terms": [_multiply_transpose(backend, dh, term, rounded) for term in terms]}
+    return found | ({"drow_weights": drow_weights} if weighs else {})
 
 
-def _activation(h: jax.Array, *, activation: Activation, limit: float | None, out_dtype: jnp.dtype) -> jax.Array:
-    return gated_halves(h.astype(jnp.float32), activation, limit).astype(out_dtype)
+def _gradient_dtype(h: jax.Array, term: Operands) -> jnp.dtype | None:
+    """The dtype of 8 bits that the gradient of lhs takes the cotangent of h in, if it is rounded with h's pullback."""
+    quantization = term["quantization"]
+    if not is_asked_for(term["lhs"]) or quantization is None or quantization.gradient_dtype is None:
+        return None
+    fits = quantization.lhs_scaling == SCALING and h.shape[1] % 256 == 0
+    return jnp.dtype(quantization.gradient_dtype) if fits else None
 
 
-def weighed_activation(
-    h: jax.Array, row_weights: jax.Array, *, activation: Activation, limit: float | None, out_dtype: jnp.dtype
-) -> jax.Array:
-    """Pre-activations [M, 2I], and weights float32 [M] -> [M, I]; nothing but these is kept for a gradient."""
-
-    def activate(h: jax.Array, row_weights: jax.Array) -> jax.Array:
-        return (gated_halves(h.astype(jnp.float32), activation, limit) * row_weights[:, None]).astype(out_dtype)
-
-    return jax.checkpoint(activate, prevent_cse=False)(h, row_weights)
-
-
-_HIDDEN = frozenset({"lhs_face", "rhs_face", "face_transposed", "quantization"})
+_HIDDEN = frozenset({"lhs_face", "lhs_is_widened", "rhs_face", "face_transposed", "quantization"})
 
 multiplied = Operator(
     "grouped_matmul", "grouped_matmul", jvp=_multiply_jvp, transpose=_multiply_transpose, hidden=_HIDDEN
@@ -204,6 +284,14 @@ multiplied = Operator(
 
 activated = Operator("grouped_matmul", "grouped_gate_up", jvp=_activate_jvp, hidden=_HIDDEN)
 """See `pallas_kernels.grouped_matmul.grouped_gate_up`; `factors` makes its operands."""
+
+activated_in_training = Operator(
+    "grouped_matmul", "grouped_gate_up_in_training", jvp=_activate_in_training_jvp, hidden=_HIDDEN
+)
+"""See `pallas_kernels.grouped_matmul.training.result_by`; `factors` makes its operands."""
+
+pushed = Operator("grouped_matmul", "grouped_gate_up_tangent", jvp=_push_jvp, transpose=_push_transpose)
+"""See `pallas_kernels.grouped_matmul.training.tangent_by`; each of its terms has the operands of `multiplied`."""
 
 correlated = Operator(
     "grouped_matmul",
@@ -230,8 +318,10 @@ def factors(
     What is rounded here has K last in rhs, as that is what Hopper needs.
     """
     lhs_face = rhs_face = None
+    lhs_is_widened = False
     face_transposed = transpose_rhs
     if isinstance(lhs, Rounded):
+        lhs_is_widened = lhs.is_widened
         lhs_face, lhs = lhs.array, lhs.in_8_bits
     lhs, rhs = _constant(lhs), _constant(rhs)
     if quantization is not None and not isinstance(lhs, QTensor):
@@ -243,6 +333,7 @@ def factors(
     return {
         "lhs": lhs,
         "lhs_face": lhs_face,
+        "lhs_is_widened": lhs_is_widened,
         "rhs": rhs,
         "rhs_face": rhs_face,
         "group_sizes": group_sizes,

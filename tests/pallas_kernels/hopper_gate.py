@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -20,9 +21,12 @@ from bench.model.shapes import GemmShape
 from bench.tpu.libtpu import serve
 from moejax import MoEConfig, Quantization, fused_experts, moe, quantize_params
 from moejax.params import param_shapes
+from pallas_kernels.activations import Activation
 from pallas_kernels.all_to_all import all_to_all, make_routes
 from pallas_kernels.chips import get_chip
 from pallas_kernels.combine import combine
+from pallas_kernels.gated_activation import gated_activation, gated_activation_in_8_bits
+from pallas_kernels.gated_activation.gradients import pulled
 from pallas_kernels.grouped_matmul import grouped_gate_up, grouped_matmul
 from pallas_kernels.plan import Plan, make_plan, unsorted_plan
 from pallas_kernels.quantize import QTensor, dequantize, quantize
@@ -90,9 +94,21 @@ def layer(num_tokens: int, **options: Any) -> tuple[MoEConfig, Any, Any]:
     return config, array("bfloat16", num_tokens, 2048), params
 
 
-def training_step() -> Case:
+def expert_activation(
+    h: jax.Array, dout: jax.Array, weights: jax.Array, activation: Activation, limit: float | None = None
+) -> Any:
+    """All that a layer in 8 bits takes of the activation, forward and backward."""
+    forward = gated_activation_in_8_bits(
+        h, weights, activation=activation, activation_limit=limit, backend="pallas_gpu"
+    )
+    in_8_bits = jnp.dtype("float8_e5m2")
+    options: Any = {"activation": activation, "limit": limit, "with_array": True, "in_8_bits": in_8_bits}
+    return forward, pulled("pallas_gpu", h=h, dout=dout, row_weights=weights, **options, with_weights=True)
+
+
+def training_step(**options: Any) -> Case:
     """The gradients of a whole layer."""
-    config, x, params = layer(4096)
+    config, x, params = layer(4096, **options)
     return lambda x, params: gradients(lambda *args: moe(*args, config)[0], x, params), x, params
 
 
@@ -182,6 +198,29 @@ CASES: dict[str, Callable[[], Case]] = {
     "weights K-major": lambda: (
         lambda weights: quantize_transpose(weights, n_last=False, backend="pallas_gpu")[0],
         array("float16", 128, 768, 2048),
+    ),
+    "gated activation": lambda: (
+        lambda *args: expert_activation(*args, "silu"),
+        array("bfloat16", 32768, 1536),
+        array("bfloat16", 32768, 768),
+        array("float32", 32768),
+    ),
+    "gated activation in float32": lambda: (
+        lambda *args: expert_activation(*args, "gelu", limit=7.0),
+        array("float32", 4099, 4096),
+        array("float32", 4099, 2048),
+        array("float32", 4099),
+    ),
+    "gated activation 2880": lambda: (
+        lambda h, dout: jax.vjp(
+            functools.partial(gated_activation, activation="swigluoai", activation_limit=7.0, backend="pallas_gpu"),
+            h,
+        )[1](dout),
+        array("bfloat16", 4099, 5760),
+        array("bfloat16", 4099, 2880),
+    ),
+    "training in fp8": lambda: training_step(
+        precision="w8a8", quantization=Quantization(gradient_dtype="float8_e4m3fn")
     ),
     "experts in fp8": lambda: (
         lambda *args: fused_experts(*args, quantization=Quantization()),

@@ -20,6 +20,7 @@ KERNELS = {
         "exchange": ["all_to_all", "counting_sort", "make_routes"],
         "rms_norm gradients": ["rms_norm", "rms_norm_pullback"],
         "weights in both layouts": ["quantize_transpose"],
+        "gated activation": ["gated_activation", "gated_activation_pullback"],
     },
     "most registers": {
         "decode fp8": ["grouped_matmul"],
@@ -37,16 +38,34 @@ KERNELS = {
         "gate/up relu2": ["grouped_gate_up"],
         "experts in fp8": ["combine", "counting_sort", "dispatch", "grouped_gate_up", "grouped_matmul"],
     },
-    "norms and weights": {
+    "norms, weights and activations": {
         "weights in float32": ["quantize_transpose"],
         "weights K-major": ["quantize_transpose"],
+        "gated activation in float32": ["gated_activation", "gated_activation_pullback"],
+        "gated activation 2880": ["gated_activation_pullback"],
         "rms_norm 8192": ["rms_norm_pullback"],
         "rms_norm long": ["rms_norm"],
         "rms_norm 2880": ["rms_norm"],
         "rms_norm in blocks": ["rms_norm"],
     },
     "a layer's training": {
-        "training step": ["combine", "counting_sort", "dispatch", "grouped_matmul", "grouped_matmul_drhs", "top_k"],
+        "training step": [
+            "combine",
+            "counting_sort",
+            "dispatch",
+            "gated_activation",
+            "gated_activation_pullback",
+            "grouped_matmul",
+            "grouped_matmul_drhs",
+            "top_k",
+        ],
+        "training in fp8": [
+            "dispatch",
+            "gated_activation",
+            "gated_activation_pullback",
+            "grouped_matmul",
+            "quantize_transpose",
+        ],
     },
 }
 """The kernels that each case of the gate has."""

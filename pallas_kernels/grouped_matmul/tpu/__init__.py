@@ -18,6 +18,7 @@ from pallas_kernels.activations import Activation, gated_halves
 from pallas_kernels.backend import Unsupported
 from pallas_kernels.chips import Chip
 from pallas_kernels.cost import grouped_gate_up_cost, grouped_matmul_cost
+from pallas_kernels.grouped_matmul import training
 from pallas_kernels.grouped_matmul.tpu import drhs, tiling
 from pallas_kernels.grouped_matmul.tpu.kernel import grouped_product
 from pallas_kernels.grouped_matmul.tpu.math import Arithmetic
@@ -121,6 +122,10 @@ def grouped_matmul_drhs(
         drhs.pick(chip, left.shape[0], shape, multiply, out),
         vmem_limit_bytes=tiling.vmem_limit(chip),
     )
+
+
+grouped_gate_up_in_training = training.result_by(grouped_gate_up, grouped_matmul)
+grouped_gate_up_tangent = training.tangent_by(grouped_matmul)
 
 
 def _product(
