@@ -9,6 +9,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.grouped_matmul.gpu.hopper.announce import Announcements
 from pallas_kernels.grouped_matmul.gpu.hopper.problem import SCALE_BLOCK, WGMMA_ROWS, Config, Epilogue, Inputs
 from pallas_kernels.grouped_matmul.gpu.tiles import Tile, Walk
 from pallas_kernels.on_gpu.smem import SWIZZLE, Views, swizzled
@@ -21,6 +22,9 @@ VECTOR_SLACK = 32
 
 _SIZES_ALIGNMENT = 32
 """Sizes of groups are copied into shared memory as a multiple of it: 128 bytes."""
+
+FEW_SIZES = 16
+"""Of so many or fewer groups the sizes are read where they lie."""
 
 MOST_COPIED_SIZES = 256
 """As many as the copy engine takes at a time; more are read where they lie."""
@@ -84,14 +88,14 @@ class Shape:
             block_k=block_k,
             steps=pl.cdiv(depth, block_k),
             k_major=k_major,
-            copied_sizes=_copied_sizes(num_sizes, num_rows, inputs.rhs.shape[0]),
+            copied_sizes=_copied_sizes(num_sizes),
             walk=Walk(num_sizes, num_rows, config.block_m, pl.cdiv(out_columns, width), config.strip),
         )
 
 
-def _copied_sizes(num_sizes: int, num_rows: int, num_groups: int) -> int:
-    """How many sizes to copy: none where there are more rows than groups. Else a tile is found past many empty ones."""
-    if num_rows > num_groups or num_sizes > MOST_COPIED_SIZES:
+def _copied_sizes(num_sizes: int) -> int:
+    """How many sizes to copy: of a few, the walk reads each once."""
+    if not FEW_SIZES < num_sizes <= MOST_COPIED_SIZES:
         return 0
     return pl.cdiv(num_sizes, _SIZES_ALIGNMENT) * _SIZES_ALIGNMENT
 
@@ -112,6 +116,7 @@ class Scratch(NamedTuple):
       bias: of the tile's columns, likewise.
       side_full: barrier, complete when the copies of a tile's row_scale, column_scale and bias have landed.
       side_empty: barrier, complete when every math warpgroup has read them.
+      announcements: of the block's tiles.
       group_sizes: of all groups, [copied_sizes]; None where they are not copied.
       sizes_full: barrier, complete when they have been copied.
       out_scales: largest magnitudes and scales of the rows of an FP8 result, [warpgroups, 64].
@@ -130,6 +135,7 @@ class Scratch(NamedTuple):
     bias: Any
     side_full: Any
     side_empty: Any
+    announcements: Announcements
     group_sizes: Any
     sizes_full: Any
     out_scales: Any
@@ -160,6 +166,7 @@ class Scratch(NamedTuple):
             bias=None if inputs.bias is None else plgpu.SMEM((sides,), inputs.bias.dtype),
             side_full=plgpu.Barrier(num_arrivals=side) if side else None,
             side_empty=plgpu.Barrier(num_arrivals=groups) if side else None,
+            announcements=Announcements.describe(groups),
             group_sizes=plgpu.SMEM((shape.copied_sizes,), jnp.int32) if shape.copied_sizes else None,
             sizes_full=plgpu.Barrier() if shape.copied_sizes else None,
             out_scales=plgpu.SMEM((groups, WGMMA_ROWS), jnp.float32) if epilogue.requantizes else None,

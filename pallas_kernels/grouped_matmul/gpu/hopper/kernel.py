@@ -17,8 +17,8 @@ own rows or columns of the tile, and finish the tile in registers: scales, bias,
 
 Step s of a block, counted over all of its tiles, uses slot s mod S, S = config.num_stages. The loader is thus at most S
 steps ahead. Once a tile, the operands that belong to no step (scales of rows and columns, bias) travel the same way
-through one buffer each, with the barriers side_full and side_empty. Where groups outnumber rows, the sizes of all
-groups come first, with the barrier sizes_full: a walk past many empty groups then looks at them near at hand.
+through one buffer each, with the barriers side_full and side_empty. The loader finds the tiles, and tells the others of
+them (`announce`); of many groups it copies the sizes first, with the barrier sizes_full, to have them at hand.
 
     floor in time = max(bytes of lhs, rhs, out / HBM bandwidth, 2·M·K·N / peak)
 
@@ -75,14 +75,10 @@ def grouped_product(
         block = operands, outs, memory, epilogue, config, shape, stage
         warpgroup, number = lax.axis_index("warpgroup"), lax.axis_index("block")
 
-        def for_each_tile(function, carry):
-            sizes = operands.group_sizes
-            if shape.copied_sizes:
-                sizes = memory.group_sizes
-                plgpu.barrier_wait(memory.sizes_full)
-            return shape.walk.for_each(sizes, number, num_blocks, function, carry)
+        tiles = memory.announcements
 
-        # The loader only issues copies and waits: it hands most of its registers to those that hold accumulators.
+        # The loader only finds tiles, issues copies and waits: it hands most of its registers to those that hold
+        # accumulators.
         @pl.when(warpgroup == config.warpgroups)
         def _():
             if config.warpgroups > 1:
@@ -90,13 +86,26 @@ def grouped_product(
             loader = Loader(*block)
             loader.copy_sizes()
             loader.prefetch(number)
-            loader.drain(*for_each_tile(loader.load, (jnp.int32(0), jnp.int32(0))))
+            sizes = operands.group_sizes
+            if shape.copied_sizes:
+                sizes = memory.group_sizes
+                plgpu.barrier_wait(memory.sizes_full)
+
+            def load(tile, state):
+                count, loaded = state
+                tiles.tell(count, tile)
+                return count + 1, loader.load(tile, loaded)
+
+            none = jnp.int32(0)
+            count, loaded = shape.walk.for_each(sizes, number, num_blocks, load, (none, (none, none)))
+            tiles.end(count)
+            loader.drain(*loaded)
 
         @pl.when(warpgroup < config.warpgroups)
         def _():
             if config.warpgroups > 1:
                 plgpu.set_max_registers(232, action="increase")
-            for_each_tile(Multiplier(*block).compute, jnp.int32(0))
+            tiles.for_each(Multiplier(*block).compute, jnp.int32(0))
             # The last stores may still be reading their staging buffers.
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 

@@ -8,7 +8,7 @@ the memory delivers the weights. Constants were fitted to an H200.
 from collections.abc import Iterator
 
 from pallas_kernels.chips import Chip
-from pallas_kernels.grouped_matmul.gpu.hopper.block import MOST_COPIED_SIZES
+from pallas_kernels.grouped_matmul.gpu.hopper.block import FEW_SIZES, MOST_COPIED_SIZES
 from pallas_kernels.grouped_matmul.gpu.hopper.problem import SCALE_BLOCK, WGMMA_ROWS, Config, Problem
 from pallas_kernels.grouped_matmul.gpu.hopper.tuned_table import Key, tuned_configs
 from pallas_kernels.on_gpu.smem import SWIZZLE
@@ -85,5 +85,5 @@ def _shared_memory(block_m: int, block_n: int, warpgroups: int, problem: Problem
     stage = (block_m + block_n) * SWIZZLE + problem.block_scales * 4 * (block_m + 32)
     column_groups = warpgroups * WGMMA_ROWS // block_m
     staged_row = SCALE_BLOCK // column_groups if problem.result_in_8_bits else SWIZZLE
-    sizes = 4 * MOST_COPIED_SIZES if problem.num_rows <= problem.num_groups else 0
+    sizes = 4 * MOST_COPIED_SIZES if problem.num_groups > FEW_SIZES else 0
     return stage, warpgroups * 2 * WGMMA_ROWS * staged_row + sizes + _RESERVED_BYTES
