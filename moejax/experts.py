@@ -20,10 +20,30 @@ from pallas_kernels.grouped_matmul import (
     grouped_matmul,
     result_can_stay,
 )
-from pallas_kernels.quantize import QTensor, Quantization, Rounded, Rows, dequantize, is_of_one_row, quantize
+from pallas_kernels.quantize import QTensor, Quantization, Rounded, Rows, is_of_one_row
 from pallas_kernels.routed_mlp import pays, routed_mlp
 from pallas_kernels.tracing.named import named
 from pallas_kernels.tracing.unless_differentiated import unless_differentiated
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ExpertWeights:
+    """The parameters of L experts as products take them.
+
+    Attributes:
+      gate_up: [L, H, 2I], gate first, or [L, 2I, H].
+      down: [L, I, H] or [L, H, I].
+      gate_up_bias: [L, 2I] or None.
+      down_bias: [L, H] or None.
+      k_major: whether gate_up, and down, are the second of these.
+    """
+
+    gate_up: Operand
+    down: Operand
+    gate_up_bias: jax.Array | None
+    down_bias: jax.Array | None
+    k_major: tuple[bool, bool] = dataclasses.field(metadata={"static": True})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +57,7 @@ class ExpertMath:
       dtype: of the result.
       backend: of the kernels.
       stays_in_8_bits: has rows that are rounded to 8 bits be nothing else. No gradient passes then.
-      weighs_rows: has rows of h multiplied by the weights of their choices, before down, where experts are not split
-        over chips: the gradient of a weight needs no row [H] then.
+      trains: has the experts of one chip take a backward pass of their own, see `pallas_kernels.trained_mlp`.
     """
 
     activation: Activation
@@ -47,40 +66,22 @@ class ExpertMath:
     dtype: jax.typing.DTypeLike
     backend: str
     stays_in_8_bits: bool = False
-    weighs_rows: bool = False
+    trains: bool = False
 
-    def __call__(
-        self,
-        rows: Rows,
-        group_sizes: jax.Array,
-        gate_up: Operand,
-        down: Operand,
-        *,
-        k_major: tuple[bool, bool],
-        biases: tuple[jax.Array | None, jax.Array | None] = (None, None),
-        row_weights: jax.Array | None = None,
-    ) -> jax.Array:
+    def __call__(self, rows: Rows, group_sizes: jax.Array, weights: ExpertWeights) -> jax.Array:
         """Both kernels.
 
         Args:
           rows: [R, H], sorted by expert; a QTensor takes no gradient.
           group_sizes: int32 [L], rows of each of the L experts whose weights are given.
-          gate_up: [L, H, 2I], gate first, or [L, 2I, H].
-          down: [L, I, H] or [L, H, I].
-          k_major: whether gate_up, and down, are the second of these.
-          biases: [L, 2I] and [L, H], or None.
-          row_weights: float32 [R], for `weighs_rows`; there is no bias of down then.
+          weights: of these.
 
         Returns:
           [R, H] in `dtype`; zeros past the sum of group_sizes.
         """
-        h = self.gate_up(rows, group_sizes, gate_up, k_major=k_major[0], bias=biases[0], row_weights=row_weights)
-        return self.down(h, group_sizes, down, k_major=k_major[1], bias=biases[1])
-
-    @property
-    def can_weigh_rows(self) -> bool:
-        """Whether rows are multiplied by their weights: it may, and each row that is rounded has scales of its own."""
-        return self.weighs_rows and (self.quantization is None or is_of_one_row(self.quantization.lhs_scaling))
+        k_major = weights.k_major
+        h = self.gate_up(rows, group_sizes, weights.gate_up, k_major=k_major[0], bias=weights.gate_up_bias)
+        return self.down(h, group_sizes, weights.down, k_major=k_major[1], bias=weights.down_bias)
 
     def rounded(self, x: jax.Array) -> Rows:
         """Tokens x [T, H] as they are copied to experts: rounded before that, if each row has scales of its own."""
@@ -91,12 +92,12 @@ class ExpertMath:
         return rounded.in_8_bits if self.stays_in_8_bits else rounded
 
     def serve_or_train[Result](self, run: Callable[..., Result], *operands: Any) -> Result:
-        """run(math, *operands): rows stay in 8 bits where no gradient is asked for, and are weighed where one is.
+        """run(math, *operands): rows stay in 8 bits where no gradient is asked for, and `trains` is set where one is.
 
         `run` must not close over traced values.
         """
         serve = dataclasses.replace(self, stays_in_8_bits=self.quantization is not None)
-        train = dataclasses.replace(self, weighs_rows=True)
+        train = dataclasses.replace(self, trains=True)
         return unless_differentiated(functools.partial(run, serve), functools.partial(run, train), *operands)
 
     def gate_up(
@@ -107,12 +108,8 @@ class ExpertMath:
         *,
         k_major: bool,
         bias: jax.Array | None = None,
-        row_weights: jax.Array | None = None,
     ) -> Rows:
-        """Kernel one: rows [R, H] -> [R, I], in 8 bits as kernel two takes it, or in float32 if that will round it.
-
-        With weights of rows, float32 [R], these go into the scales of what is in 8 bits: it is rounded as without them.
-        """
+        """Kernel one: rows [R, H] -> [R, I], in 8 bits as kernel two takes it, or in float32 if that will round it."""
         quantization, width = self.quantization, weights.shape[1 if k_major else 2] // 2
         settings: dict[str, Any] = {
             "bias": bias,
@@ -126,23 +123,11 @@ class ExpertMath:
             return grouped_gate_up_in_8_bits(rows, weights, group_sizes, dtype=quantization.dtype, **settings)
         if quantization is not None and not result_can_stay(quantization, width):
             # Rounding to BF16 first and then to 8 bits would give another value in one case out of thirty.
-            h = grouped_gate_up(rows, weights, group_sizes, preferred_element_type=jnp.float32, **settings)
-            return h if row_weights is None else self._weighed(h, row_weights, quantization)
-        settings |= {"preferred_element_type": self.dtype, "row_weights": row_weights}
+            return grouped_gate_up(rows, weights, group_sizes, preferred_element_type=jnp.float32, **settings)
+        settings["preferred_element_type"] = self.dtype
         if quantization is not None:
             return grouped_gate_up_rounded(rows, weights, group_sizes, dtype=quantization.dtype, **settings)
         return grouped_gate_up(rows, weights, group_sizes, **settings)
-
-    def _weighed(self, h: jax.Array, row_weights: jax.Array, quantization: Quantization) -> Rounded:
-        """H [R, I] rounded and then multiplied by weights [R].
-
-        The gradient of a weight is of the rounded h; that of h passes straight through the rounding.
-        """
-        rounded = quantize(jax.lax.stop_gradient(h), quantization.dtype, scaling=quantization.lhs_scaling)
-        h += jax.lax.stop_gradient(dequantize(rounded) - h)
-        factors = row_weights[:, None]
-        scale = rounded.scale * jax.lax.stop_gradient(factors)
-        return Rounded(h * factors, QTensor(rounded.values, scale))
 
     def down(
         self, h: Rows, group_sizes: jax.Array, weights: Operand, *, k_major: bool, bias: jax.Array | None = None
@@ -215,7 +200,6 @@ def expert_mlp(
     *,
     gate_up_bias: jax.Array | None = None,
     down_bias: jax.Array | None = None,
-    row_weights: jax.Array | None = None,
 ) -> jax.Array:
     """`math` on parameters as `MoEParams` holds them.
 
@@ -227,13 +211,24 @@ def expert_mlp(
       math: of the experts.
       gate_up_bias: [L, 2, I] or None.
       down_bias: [L, H] or None.
-      row_weights: float32 [R] or None; see `ExpertMath`.
 
     Returns:
       [R, H] in math.dtype; zeros past the sum of group_sizes.
     """
-    h = gate_up_projection(rows, group_sizes, gate_up, math, bias=gate_up_bias, row_weights=row_weights)
-    return down_projection(h, group_sizes, down, math, bias=down_bias)
+    params = {"gate_up": gate_up, "down": down, "gate_up_bias": gate_up_bias, "down_bias": down_bias}
+    return math(rows, group_sizes, expert_weights(params, math))
+
+
+def expert_weights(params: dict[str, Any], math: ExpertMath) -> ExpertWeights:
+    """The `EXPERT_FIELDS` of MoEParams by name, as `math` takes them."""
+    gate_up, down = params["gate_up"], params["down"]
+    return ExpertWeights(
+        flat_halves(_in_compute_dtype(gate_up, math)),
+        _in_compute_dtype(down, math),
+        _flat_bias(params["gate_up_bias"]),
+        params["down_bias"],
+        (isinstance(gate_up, QTensor), isinstance(down, QTensor)),
+    )
 
 
 def gate_up_projection(
@@ -243,13 +238,10 @@ def gate_up_projection(
     math: ExpertMath,
     *,
     bias: jax.Array | None = None,
-    row_weights: jax.Array | None = None,
 ) -> Rows:
     """Kernel one of `expert_mlp` alone: rows [R, H] -> [R, I]."""
     weights = flat_halves(_in_compute_dtype(gate_up, math))
-    bias = None if bias is None else bias.reshape(bias.shape[0], -1)
-    k_major = isinstance(gate_up, QTensor)
-    return math.gate_up(rows, group_sizes, weights, k_major=k_major, bias=bias, row_weights=row_weights)
+    return math.gate_up(rows, group_sizes, weights, k_major=isinstance(gate_up, QTensor), bias=_flat_bias(bias))
 
 
 def down_projection(
@@ -269,14 +261,13 @@ def few_tokens(
     preferred_element_type: jax.typing.DTypeLike,
 ) -> jax.Array | None:
     """`ExpertMath.few_tokens` on the `EXPERT_FIELDS` of MoEParams by name."""
-    bias = params["gate_up_bias"]
     return math.few_tokens(
         x,
         topk_weights,
         topk_ids,
         flat_halves(params["gate_up"]),
         params["down"],
-        biases=(None if bias is None else bias.reshape(bias.shape[0], -1), params["down_bias"]),
+        biases=(_flat_bias(params["gate_up_bias"]), params["down_bias"]),
         preferred_element_type=preferred_element_type,
     )
 
@@ -290,6 +281,11 @@ def shared_mlp(x: jax.Array, gate_up: Operand, down: Operand, math: ExpertMath, 
     gate_up, down = jax.tree.map(lambda leaf: leaf[None], (gate_up, down))
     own = dataclasses.replace(math, activation=activation, activation_limit=limit)
     return expert_mlp(x, jnp.array([x.shape[0]], jnp.int32), gate_up, down, own)
+
+
+def _flat_bias(bias: jax.Array | None) -> jax.Array | None:
+    """[L, 2, I] -> [L, 2I]."""
+    return None if bias is None else bias.reshape(bias.shape[0], -1)
 
 
 def _in_compute_dtype(weights: Operand, math: ExpertMath) -> Operand:

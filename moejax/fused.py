@@ -6,12 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moejax.experts import ExpertMath
+from moejax.experts import ExpertMath, ExpertWeights
 from moejax.packing import GateUpOrder, Layout, split_gate_up
-from moejax.weighing import exchange_weighed
+from moejax.routed_experts import routed_experts
 from pallas_kernels.activations import Activation
 from pallas_kernels.plan import in_int32
-from pallas_kernels.quantize import Operand, QTensor, Quantization, Rows
+from pallas_kernels.quantize import Operand, QTensor, Quantization
 from sharding.exchange import Way, check_transport
 from sharding.partition import Axes
 from sharding.placement import Placement
@@ -108,22 +108,9 @@ def _run(
         if y is not None:
             return y
 
-    def experts(
-        params: dict[str, Any], rows: Rows, group_sizes: jax.Array, row_weights: jax.Array | None = None
-    ) -> jax.Array:
-        weights, biases = (params["w1"], params["w2"]), (params["b1"], params["b2"])
-        return math(rows, group_sizes, *weights, k_major=(k_major,) * 2, biases=biases, row_weights=row_weights)
-
-    return exchange_weighed(
-        math,
-        rows_of_x,
-        topk_weights,
-        topk_ids,
-        experts,
-        params,
-        way,
-        down_bias="b2",
-        preferred_element_type=x.dtype,
+    weights = ExpertWeights(params["w1"], params["w2"], *biases, (k_major,) * 2)
+    return routed_experts(
+        math, rows_of_x, topk_weights, topk_ids, weights, way, preferred_element_type=x.dtype
     )
 
 

@@ -19,10 +19,10 @@ import jax
 import jax.numpy as jnp
 
 from moejax.config import MoEConfig
-from moejax.experts import ExpertMath, down_projection, expert_mlp, few_tokens, gate_up_projection
+from moejax.experts import ExpertMath, down_projection, expert_weights, few_tokens, gate_up_projection
 from moejax.params import EXPERT_FIELDS, MoEParams
+from moejax.routed_experts import routed_experts
 from moejax.routers.base import Decision, Given
-from moejax.weighing import exchange_weighed
 from pallas_kernels.quantize import Rows
 from sharding.exchange import Transport, Way, Wire, pick_transport
 from sharding.partition import Axes
@@ -137,20 +137,13 @@ class Stages:
             if y is not None:
                 return y
 
-        def experts(
-            params: dict[str, Any], rows: Rows, group_sizes: jax.Array, row_weights: jax.Array | None = None
-        ) -> jax.Array:
-            return expert_mlp(rows, group_sizes, math=self.math, row_weights=row_weights, **params)
-
-        return exchange_weighed(
+        return routed_experts(
             self.math,
             inputs,
             topk_weights,
             topk_ids,
-            experts,
-            of_experts,
+            expert_weights(of_experts, self.math),
             self.way,
-            down_bias="down_bias",
             preferred_element_type=preferred_element_type,
         )
 

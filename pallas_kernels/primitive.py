@@ -80,12 +80,12 @@ class Operator:
     """One function of an operator's implementations, to be called with a backend and operands by name.
 
     Args:
-      operator: the package below `pallas_kernels`.
-      function: its function, of that name in each of its implementations.
+      operator: the package below `pallas_kernels`, or a function (backend, **operands) that is made of operators.
+      function: its function, of that name in each of its implementations; of one that is made of operators its name.
       linear_in: names of array operands in each of which the operator is linear while the others are fixed; its
         tangents follow from that.
       jvp: (backend, operands, tangents) -> (result, its tangent), where `linear_in` is not given. Tangents have the
-        structure of the operands, or are `ad.Zero`.
+        structure of the operands, or are `ad.Zero`. The default for what is made of operators follows from them.
       transpose: (backend, cotangent, operands) -> the cotangents of those operands that are asked for, by name, within
         dictionaries and lists as the operands are. Of several results it gets a tuple of cotangents, some of which may
         be `ad.Zero`.
@@ -96,7 +96,7 @@ class Operator:
 
     def __init__(
         self,
-        operator: str,
+        operator: str | Callable[..., Any],
         function: str,
         *,
         linear_in: tuple[str, ...] = (),
@@ -120,6 +120,8 @@ class Operator:
             mlir.register_lowering(self._primitive, functools.partial(self._lower, platform), platform=name)
         if linear_in:
             jvp = functools.partial(self._linear_jvp, linear_in)
+        elif jvp is None and callable(operator):
+            jvp = functools.partial(_jvp_of_composed, operator)
         if jvp is not None:
             ad.primitive_jvps[self._primitive] = functools.partial(self._jvp, jvp)
         if transpose is not None:
@@ -138,7 +140,8 @@ class Operator:
         leaves, structure = jax.tree.flatten(operands)
         is_array = [isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves]
         fixed = tuple(_ARRAY if array else leaf for leaf, array in zip(leaves, is_array, strict=True))
-        call = Call(backend, structure, fixed, overrides(), backend != "auto" or named_platform() is not None)
+        is_settled = callable(self._operator) or backend != "auto" or named_platform() is not None
+        call = Call(backend, structure, fixed, overrides(), is_settled)
         return self._bind(call, [leaf for leaf, array in zip(leaves, is_array, strict=True) if array])
 
     def _bind(self, call: Call, arrays: Sequence[jax.Array]) -> Any:
@@ -153,6 +156,8 @@ class Operator:
 
     def _implementation(self, call: Call, arrays: Sequence[jax.Array]) -> Any:
         operands = {name: x for name, x in call.operands(arrays).items() if name not in self._hidden}
+        if callable(self._operator):
+            return self._operator(call.backend, **operands)
         return run(self._operator, self._function, call.backend, **operands)
 
     def _lower(self, platform: str, ctx: Any, *values: Any, call: Call, jaxpr: Any) -> Any:
@@ -221,6 +226,23 @@ def is_asked_for(operand: Any) -> bool:
 def zero_tangent(of: jax.Array) -> ad.Zero:
     """The tangent of `of` that is zero."""
     return ad.Zero(jax.typeof(of).to_tangent_aval())
+
+
+def _jvp_of_composed(
+    function: Callable[..., Any], backend: str, operands: Operands, tangents: Operands
+) -> tuple[Any, Any]:
+    leaves = jax.tree.leaves(operands)
+    structure: Any = jax.tree.structure(operands)
+    directions = structure.flatten_up_to(tangents)
+    moving = [i for i, direction in enumerate(directions) if isinstance(direction, jax.Array)]
+
+    def of_moving(moved: list[jax.Array]) -> Any:
+        merged = list(leaves)
+        for i, leaf in zip(moving, moved, strict=True):
+            merged[i] = leaf
+        return function(backend, **jax.tree.unflatten(structure, merged))
+
+    return jax.jvp(of_moving, ([leaves[i] for i in moving],), ([directions[i] for i in moving],))
 
 
 def _put(found: Any, places: Any, result: list[Any]) -> None:

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.quantize import Rows
 from sharding.exchange.between_chips import LATER_ROUNDS
-from sharding.exchange.one_chip import exchange_of_weighed_rows
+from sharding.exchange.one_chip import sum_of_weighed_rows
 from sharding.exchange.pick import check_transport, pick_transport, transport_name
 from sharding.exchange.transport import DISPATCHED_NAME, PLAN_NAME, RETURNED_NAME, Experts, Transport, WeighingExperts
 from sharding.exchange.way import Way
@@ -74,7 +74,7 @@ __all__ = [
     "Wire",
     "check_transport",
     "exchange",
-    "exchange_of_weighed_rows",
+    "sum_of_weighed_rows",
     "pick_transport",
     "transport_name",
 ]

@@ -4,7 +4,6 @@ Sending vanishes into the gather that sorts the rows by expert, returning into t
 a tensor-parallel group work on the tokens of all of them, each on a part of the experts' width.
 """
 
-import functools
 from typing import Any
 
 import jax
@@ -12,22 +11,13 @@ import jax.numpy as jnp
 
 from pallas_kernels.combine import combine
 from pallas_kernels.dispatch import dispatch
-from pallas_kernels.grouped_matmul import GATE_UP_NAME, WEIGHTS_NAME
 from pallas_kernels.plan import Plan, make_plan
 from pallas_kernels.quantize import Rows
 from pallas_kernels.tracing.named import named
 from sharding.exchange.room import bounded
-from sharding.exchange.transport import (
-    DISPATCHED_NAME,
-    PLAN_NAME,
-    RETURNED_NAME,
-    WeighingExperts,
-    in_one_round,
-)
+from sharding.exchange.transport import PLAN_NAME, WeighingExperts, in_one_round
 from sharding.exchange.way import Way
 from sharding.tensor_parallel import gather_tokens, sum_tokens
-
-_KEPT = jax.checkpoint_policies.save_only_these_names(GATE_UP_NAME, WEIGHTS_NAME)
 
 
 def plan_rows(topk_ids: jax.Array, way: Way) -> Plan:
@@ -60,35 +50,25 @@ def combine_slots(
 exchange = in_one_round(plan_rows, send, give_back, combine_slots)
 
 
-def exchange_of_weighed_rows(
+def sum_of_weighed_rows(
+    experts: WeighingExperts,
     x: Rows,
     topk_weights: jax.Array,
     topk_ids: jax.Array,
-    experts: WeighingExperts,
     params: Any,
     way: Way,
     *,
     preferred_element_type: jax.typing.DTypeLike,
 ) -> jax.Array:
-    """`exchange` by experts that weigh the rows themselves, where ep is 1: for a gradient it keeps nothing of [R, H].
-
-    That is x, the plan, kernel one's product, and parameters as they were multiplied. The gradient of a weight needs no
-    row that came back, as it is the experts' now, and rows are sent again.
-    """
+    """`exchange` where ep is 1, by experts that dispatch, weigh and sum up the rows themselves."""
     plan = named(plan_rows(topk_ids, way), PLAN_NAME)
     weights = gather_tokens(topk_weights, way.columns_over)
     choices = jnp.where(plan.order < 0, weights.size, plan.order)
     row_weights = weights.reshape(-1).at[choices].get(mode="fill", fill_value=0, unique_indices=True)
-
-    @functools.partial(jax.checkpoint, policy=_KEPT)
-    def run(x: Rows, row_weights: jax.Array, params: Any) -> jax.Array:
-        rows = named(send(x, plan, way), DISPATCHED_NAME)
-        made = experts(params, rows, plan.group_sizes, row_weights)
-        slots = named(give_back(made, plan, way), RETURNED_NAME)
-        ones = jnp.ones_like(topk_weights)
-        return combine_slots(slots, plan, ones, way, preferred_element_type=preferred_element_type)
-
-    return run(x, row_weights, params)
+    x = gather_tokens(x, way.columns_over)
+    dtype = x.dtype if way.columns_over else preferred_element_type
+    y = experts(params, x, row_weights, plan, preferred_element_type=dtype)
+    return sum_tokens(y, way.columns_over).astype(preferred_element_type) if way.columns_over else y
 
 
 def rows_held(num_tokens: int, top_k: int, way: Way) -> int:

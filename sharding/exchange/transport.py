@@ -5,6 +5,7 @@ from typing import Any, Protocol
 
 import jax
 
+from pallas_kernels.plan import Plan
 from pallas_kernels.quantize import Rows
 from pallas_kernels.tracing.named import named
 from sharding.exchange.way import Way
@@ -24,12 +25,18 @@ class Experts(Protocol):
 
 
 class WeighingExperts(Protocol):
-    """The same, of which each row is multiplied by a weight, if they are given."""
+    """The experts as a function of tokens, of which they copy, weigh and sum up the rows themselves."""
 
     def __call__(
-        self, params: Any, rows: Any, group_sizes: jax.Array, row_weights: jax.Array | None = None
+        self,
+        params: Any,
+        x: Any,
+        row_weights: jax.Array,
+        plan: Plan,
+        *,
+        preferred_element_type: jax.typing.DTypeLike,
     ) -> jax.Array:
-        """As `Experts`, with row_weights float32 [R], zeros for rows that hold no token."""
+        """Tokens [T, H], and of each row that the plan has a weight, float32 [R], 0 if it has no token -> [T, H]."""
 
 
 class Exchange(Protocol):

@@ -10,7 +10,7 @@ from jax.sharding import AxisType
 
 from moejax import MoEConfig, Partition, moe_experts
 from pallas_kernels.activations import gated
-from sharding.exchange import Way, exchange_of_weighed_rows
+from sharding.exchange import Way, sum_of_weighed_rows
 from sharding.partition import Axes
 from sharding.placement import Placement
 from tests.helpers import normal, relative_error
@@ -62,12 +62,11 @@ def test_gradients_of_choices_that_are_made_twice_or_not_at_all(rng, name, exper
 def test_rows_that_hold_no_token_weigh_nothing(rng):
     weights, seen = jnp.arange(1.0, 7).reshape(3, 2), []
 
-    def experts(params, rows, group_sizes, row_weights):
+    def experts(params, x, row_weights, plan, *, preferred_element_type):
         jax.debug.callback(seen.append, row_weights)
-        return rows * row_weights[:, None]
+        return x.astype(preferred_element_type)
 
     way = Way(Placement(4, 1), Axes(), backend="xla")
     topk_ids = jnp.array([[3, 0], [-1, 1], [0, -1]], jnp.int32)
-    x = normal(rng, 3, 8)
-    exchange_of_weighed_rows(x, weights, topk_ids, experts, {}, way, preferred_element_type=jnp.float32)
+    sum_of_weighed_rows(experts, normal(rng, 3, 8), weights, topk_ids, {}, way, preferred_element_type=jnp.float32)
     np.testing.assert_array_equal(seen[0], [2, 5, 4, 1, 0, 0])
