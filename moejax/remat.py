@@ -12,9 +12,9 @@ R is T·K on one chip, and what the exchange has room for on several. The router
 run again. So do rounds of an exchange after the first, where the load is so uneven that it takes several.
 
 Without any policy a layer keeps all of it, but on a chip that holds all experts: there rows are weighed before down, so
-that the gradient of a weight needs no row that came back, and are sent again. What is kept are x, the plan, and
-moe_gate_up: 2·H + 4·K·I + 64·K bytes of a token in BF16; and moe_weights, so that these are cast or rounded once. A
-policy that names moe_dispatched keeps those rows, too. `remat_policy` leaves moe_weights out, as large as they are.
+that the gradient of a weight needs no row that came back, and are sent again, whatever a policy names. What is kept are
+x, the plan, and moe_gate_up: 2·H + 4·K·I + 64·K bytes of a token in BF16; and moe_weights, so that these are cast or
+rounded once. `remat_policy` leaves moe_weights out, as large as they are.
 """
 
 import jax

@@ -45,6 +45,17 @@ class Settings:
     k_major: tuple[bool, bool]
     dtype: jnp.dtype
 
+    @property
+    def rounds_to(self) -> jnp.dtype | None:
+        """The dtype of 8 bits of the factors of products, None if they are not rounded."""
+        return None if self.quantization is None else jnp.dtype(self.quantization.dtype)
+
+    @property
+    def gradients_round_to(self) -> jnp.dtype | None:
+        """That of cotangents where gradients of rows are taken."""
+        quantization = self.quantization
+        return None if quantization is None or quantization.gradient_dtype is None else jnp.dtype(quantization.gradient_dtype)
+
 
 def fits(quantization: Quantization | None, width: int) -> bool:
     """Whether experts of that width can be trained here: activated rows are rounded as `gated_activation` does."""
@@ -209,12 +220,12 @@ def _move_transpose(backend: str, dy: jax.Array, operands: Operands) -> Operands
     if asked == {"down"}:
         h, _ = _activated(backend, pre, operands)
         return {"directions": {"down": of_weights(h, drows, down, "down")}}
-    rounds_to = settings.quantization.gradient_dtype if settings.quantization is not None else None
-    in_8_bits = None
+    in_8_bits, rounds_to = None, settings.gradients_round_to
     if rounds_to is not None:
-        in_8_bits = dispatched(backend, x=quantize(jax.lax.stop_gradient(dy), rounds_to, scaling=SCALING), plan=plan)
+        of_tokens = quantize(jax.lax.stop_gradient(dy), rounds_to, scaling=SCALING)
+        in_8_bits = dispatched(backend, x=of_tokens, plan=plan)
     dh = of_rows(drows, in_8_bits, down)
-    dpre, dpre_in_8_bits, drow_weights = activation.pulled(
+    dpre, dpre_in_8_bits, drow_weights, h = activation.pulled(
         backend,
         h=pre,
         row_weights=operands["row_weights"],
@@ -222,13 +233,14 @@ def _move_transpose(backend: str, dy: jax.Array, operands: Operands) -> Operands
         limit=settings.limit,
         dout=dh,
         with_array=bool(asked & {"x", "gate_up", "gate_up_bias"}),
-        in_8_bits=jnp.dtype(rounds_to) if "x" in asked and rounds_to is not None else None,
+        in_8_bits=rounds_to if "x" in asked else None,
         with_weights="row_weights" in asked,
+        with_result=settings.dtype if "down" in asked else None,
+        result_in_8_bits=settings.rounds_to,
     )
     if "row_weights" in asked:
         found["row_weights"] = drow_weights
     if "down" in asked:
-        h, _ = _activated(backend, pre, operands)
         found["down"] = of_weights(h, drows, down, "down")
     if "gate_up" in asked:
         found["gate_up"] = of_weights(_tokens_again(backend, operands), dpre, gate_up, "gate_up")
@@ -317,7 +329,6 @@ def _pre_activations(backend: str, weights: Operands, operands: Operands) -> jax
 def _activated(backend: str, pre: jax.Array, operands: Operands) -> tuple[jax.Array, QTensor | None]:
     """The activated and weighed rows: an array, and the same in 8 bits if products take these."""
     settings = operands["settings"]
-    in_8_bits = None if settings.quantization is None else jnp.dtype(settings.quantization.dtype)
     return activation.gated(
         backend,
         h=pre,
@@ -325,8 +336,8 @@ def _activated(backend: str, pre: jax.Array, operands: Operands) -> tuple[jax.Ar
         activation=settings.activation,
         limit=settings.limit,
         out_dtype=settings.dtype,
-        in_8_bits=in_8_bits,
-        with_8_bits=in_8_bits is not None,
+        in_8_bits=settings.rounds_to,
+        with_8_bits=settings.rounds_to is not None,
     )
 
 
