@@ -1,6 +1,6 @@
 """Columns in 8 bits: the rows of each group last, in blocks of 128 of one group, for products that sum over rows.
 
-    group_sizes = [130, 0, 5] of M = 140 rows  ->  blocks of rows 0–127, 128–129 and 130–134; first_blocks = [0, 2, 2, 3]
+    group_sizes = [130, 0, 5] of M = 140 rows  ->  blocks of rows 0–127, 128–129, 130–134; first_blocks = [0, 2, 2, 3]
 
 Hopper's tensor cores sum 8-bit operands along their last dimension only. So that the gradient of a group's weights, a
 sum over its rows, can be taken in 8 bits, features come first, and every feature has a scale of its own in each block.

@@ -3,7 +3,8 @@
     x [M, F], groups of its rows  ->  values [F, P], scales of 128 rows of one group and one feature
 
 For the gradient of a group's weights, lhs[rows]ᵀ · dout[rows], both operands are such `Columns`: see
-`pallas_kernels.columns`. With `row_ids` the rows need not have been dispatched: tokens are gathered as they are rounded.
+`pallas_kernels.columns`. With `row_ids` the rows need not have been dispatched: tokens are gathered as they are
+rounded.
 """
 
 from typing import Any
@@ -35,9 +36,9 @@ def quantize_columns(
       backend: "auto", "xla" or "pallas_gpu".
 
     Returns:
-      Values [F, P] and scales [P/128, F], P = `columns.padded_rows(M, G)`, where 128 rows have the scale that `quantize`
-      gives them. A scale is NaN where they hold a NaN or an infinity, and the values with it mean nothing. Rows that
-      no group owns count for nothing. What is behind the last group's block may be anything.
+      Values [F, P] and scales [P/128, F], P = `columns.padded_rows(M, G)`, both as `quantize` gives them for the 128
+      rows of a block. Where these hold a NaN or an infinity the scale is NaN, and the values mean nothing. Rows that no
+      group owns count for nothing. What is behind the last block of a group may be anything.
 
     Raises:
       ValueError: an operand is not as above.

@@ -11,8 +11,8 @@ The rows of a unit, 512 bytes each, are read by 128 loads that do not wait for o
 their way at once. At full bandwidth Little's law asks for 30 to 40 KB on each core; while one of its three warpgroups
 waits, the others round.
 
-Units go through all blocks of rows before the next strip. A token has a row in several groups, and a strip of all tokens
-(16 MB of 32768) stays in the cache: main memory is asked once for a row, not once for each of its groups.
+Units go through all blocks of rows before the next strip. A token has a row in several groups, and a strip of all
+tokens (16 MB of 32768) stays in the cache: main memory is asked once for a row, not once for each of its groups.
 
 Where the rows of a block lie in x is a table that XLA makes beforehand.
 """
@@ -155,7 +155,7 @@ def quantize_columns(
                 plgpu.copy_smem_to_gmem(tiles.at[i], values.at[features, place], commit_group=False)
             plgpu.commit_smem_to_gmem_group()
 
-        lax.fori_loop(0, lax.div(units - 1 - first, jnp.int32(workers)) + 1, one_unit, None)
+        lax.fori_loop(0, lax.div(units - 1 - first + workers, jnp.int32(workers)), one_unit, None)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     # What is copied is a matrix: the features of a word are one row of it.

@@ -7,9 +7,7 @@ from pallas_kernels.columns import BLOCK, Columns, rows_of_blocks
 from pallas_kernels.quantize import quantize
 
 
-def quantize_columns(
-    x: jax.Array, group_sizes: jax.Array, row_ids: jax.Array | None, *, dtype: jnp.dtype
-) -> Columns:
+def quantize_columns(x: jax.Array, group_sizes: jax.Array, row_ids: jax.Array | None, *, dtype: jnp.dtype) -> Columns:
     """See `pallas_kernels.quantize_columns.quantize_columns`. Blocks behind the last group's are zeros here."""
     sources, _ = sources_of_blocks(x, group_sizes, row_ids)
     if x.shape[0] == 0:  # no tokens, yet blocks
@@ -21,9 +19,7 @@ def quantize_columns(
     return Columns(rounded.values.T, rounded.scale)
 
 
-def sources_of_blocks(
-    x: jax.Array, group_sizes: jax.Array, row_ids: jax.Array | None
-) -> tuple[jax.Array, jax.Array]:
+def sources_of_blocks(x: jax.Array, group_sizes: jax.Array, row_ids: jax.Array | None) -> tuple[jax.Array, jax.Array]:
     """Which row of x stands at each place of each block, int32 [P/128, 128], and which blocks are a group's.
 
     A place without a row has −1.
