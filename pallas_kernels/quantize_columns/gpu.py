@@ -18,6 +18,7 @@ Where the rows of a block lie in x is a table that XLA makes beforehand.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import jax
@@ -50,10 +51,12 @@ class Config:
     Attributes:
       warpgroups: that run in a block, each on units of its own; three leave a thread 168 registers, one or two 255.
       blocks: most blocks.
+      strips: how many strips are visited for a block of rows before the next block of rows, at most.
     """
 
     warpgroups: int
     blocks: int
+    strips: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +122,7 @@ def quantize_columns(
     sources, is_owned = reference.sources_of_blocks(x, group_sizes, row_ids)
     num_blocks, num_features = sources.shape[0], x.shape[1]
     padded, strips = num_blocks * BLOCK, num_features // (_THREADS * words.features)
-    units = num_blocks * strips
+    units, neighbours = num_blocks * strips, math.gcd(strips, config.strips)
     blocks = min(config.blocks, pl.cdiv(units, config.warpgroups))
     workers = blocks * config.warpgroups
 
@@ -128,8 +131,9 @@ def quantize_columns(
         first, tiles = lax.axis_index("block") * config.warpgroups + warpgroup, tiles_of_all.at[warpgroup]
 
         def one_unit(step, _):
-            unit = first + step * workers
-            strip, block = lax.div(unit, num_blocks), lax.rem(unit, num_blocks)
+            rest, neighbour = _divmod(first + step * workers, neighbours)
+            several, block = _divmod(rest, num_blocks)
+            strip = several * neighbours + neighbour
             pl.when(is_owned_ref[block] > 0)(lambda: round_unit(strip, block))
 
         def read_row(block, row, features):
@@ -176,6 +180,10 @@ def quantize_columns(
         ),
     )(words.view(x), is_owned.astype(jnp.int32), jnp.maximum(sources, 0), jnp.where(sources < 0, 0, -1))
     return Columns(values.reshape(num_features, padded), scale.reshape(num_blocks, num_features))
+
+
+def _divmod(x: jax.Array, by: int) -> tuple[jax.Array, jax.Array]:
+    return lax.div(x, jnp.int32(by)), lax.rem(x, jnp.int32(by))
 
 
 def _rounded(x: jax.Array, inverse: jax.Array, dtype: jnp.dtype) -> jax.Array:

@@ -12,7 +12,7 @@ from tests.helpers import raises_saying
 from tests.pallas_kernels.kernels_gpu import interpreted, lower_for_cuda
 from tests.pallas_kernels.quantize_columns.rows import SIZES, UNOWNED, assert_equal, expected, random, random_ids
 
-CONFIGS = {"one": Config(warpgroups=1, blocks=1), "several": Config(warpgroups=3, blocks=2)}
+CONFIGS = {"one": Config(warpgroups=1, blocks=1), "several": Config(warpgroups=3, blocks=2, strips=2)}
 
 
 def check(x, sizes, row_ids=None, dtype="float8_e4m3fn", config="one"):
@@ -37,7 +37,7 @@ def test_interpreted(rng, features, of, dtype):
 @pytest.mark.quick("ragged-one", "one group has all-several", "no rows-one")
 def test_rows_of_tokens_interpreted(rng, sizes, config):
     sizes = SIZES[sizes]
-    x, ids = random(rng, (40, 256), "bfloat16"), random_ids(rng, sum(sizes) + UNOWNED, 40)
+    x, ids = random(rng, (40, 512), "bfloat16"), random_ids(rng, sum(sizes) + UNOWNED, 40)
     check(x, sizes, ids, config=config)
 
 
