@@ -160,3 +160,12 @@ def quantize_transpose_cost(
     elements = num_groups * k * n
     scales = 4 * num_groups * (k // 128) * (n // 128)
     return Cost(flops=2 * elements, hbm_bytes=elements * (_size(dtype) + layouts) + scales)
+
+
+def quantize_columns_cost(
+    num_tokens: int, num_rows: int, features: int, *, dtype: jax.typing.DTypeLike = jnp.bfloat16
+) -> Cost:
+    """Each token read once, its rows' ids read, each row written in 8 bits, a scale for 128 of a feature."""
+    scales = 4 * -(num_rows // -128)
+    hbm_bytes = features * (num_tokens * _size(dtype) + num_rows + scales) + 4 * num_rows
+    return Cost(flops=2 * num_rows * features, hbm_bytes=hbm_bytes)

@@ -30,6 +30,7 @@ from pallas_kernels.gated_activation.gradients import pulled
 from pallas_kernels.grouped_matmul import grouped_gate_up, grouped_matmul
 from pallas_kernels.plan import Plan, make_plan, unsorted_plan
 from pallas_kernels.quantize import QTensor, dequantize, quantize
+from pallas_kernels.quantize_columns import quantize_columns
 from pallas_kernels.quantize_transpose import quantize_transpose
 from pallas_kernels.rms_norm import rms_norm, rms_norm_in_8_bits
 from pallas_kernels.routed_mlp import routed_mlp
@@ -105,6 +106,17 @@ def expert_activation(
     options: Any = {"activation": activation, "limit": limit, "with_array": True, "in_8_bits": in_8_bits}
     options |= {"with_result": h.dtype, "result_in_8_bits": jnp.dtype("float8_e4m3fn")}
     return forward, pulled("pallas_gpu", h=h, dout=dout, row_weights=weights, **options, with_weights=True)
+
+
+def columns(dtype: str, num_tokens: int, features: int, num_rows: int | None = None) -> Case:
+    """Rows of 128 groups with the rows last; with `num_rows`, rows of tokens."""
+    ids = () if num_rows is None else (array("int32", num_rows),)
+    return (
+        lambda x, sizes, *ids: quantize_columns(x, sizes, row_ids=ids[0] if ids else None, backend="pallas_gpu"),
+        array(dtype, num_tokens, features),
+        array("int32", 128),
+        *ids,
+    )
 
 
 def training_step(**options: Any) -> Case:
@@ -200,6 +212,10 @@ CASES: dict[str, Callable[[], Case]] = {
         lambda weights: quantize_transpose(weights, n_last=False, backend="pallas_gpu")[0],
         array("float16", 128, 768, 2048),
     ),
+    "columns of tokens": lambda: columns("bfloat16", 4096, 7168, 32768),
+    "columns": lambda: columns("float16", 32768, 2048),
+    "columns in float32": lambda: columns("float32", 32768, 2048),
+    "columns 1408": lambda: columns("bfloat16", 32768, 1408),
     "gated activation": lambda: (
         lambda *args: expert_activation(*args, "silu"),
         array("bfloat16", 32768, 1536),

@@ -20,6 +20,7 @@ KERNELS = {
         "exchange": ["all_to_all", "counting_sort", "make_routes"],
         "rms_norm gradients": ["rms_norm", "rms_norm_pullback"],
         "weights in both layouts": ["quantize_transpose"],
+        "columns of tokens": ["quantize_columns"],
         "gated activation": ["gated_activation", "gated_activation_pullback"],
     },
     "most registers": {
@@ -41,6 +42,9 @@ KERNELS = {
     "norms, weights and activations": {
         "weights in float32": ["quantize_transpose"],
         "weights K-major": ["quantize_transpose"],
+        "columns": ["quantize_columns"],
+        "columns in float32": ["quantize_columns"],
+        "columns 1408": ["quantize_columns"],
         "gated activation in float32": ["gated_activation", "gated_activation_pullback"],
         "gated activation 2880": ["gated_activation_pullback"],
         "rms_norm 8192": ["rms_norm_pullback"],
