@@ -1,6 +1,6 @@
-"""Columns in 8 bits: the rows of each group last, in blocks of 128 of one group, for products that sum over rows.
+"""Columns in 8 bits: rows last, in blocks of 128 rows of one group, for products that sum over the rows of a group.
 
-    group_sizes = [130, 0, 5] of M = 140 rows  ->  blocks of rows 0–127, 128–129 and 130–134; first_blocks = [0, 2, 2, 3]
+    group_sizes = [130, 0, 5] of M = 140 rows  ->  blocks of rows 0–127, 128–129, 130–134; first_blocks = [0, 2, 2, 3]
 
 Hopper's tensor cores sum 8-bit operands along their last dimension only. So that the gradient of a group's weights, a
 sum over its rows, can be taken in 8 bits, features come first, and every feature has a scale of its own in each block.
@@ -44,8 +44,13 @@ def padded_rows(num_rows: int, num_groups: int) -> int:
 
 def first_blocks(group_sizes: jax.Array) -> jax.Array:
     """The first block of each group, and the one behind the last group's: int32 [G + 1]. Negative sizes count as 0."""
-    blocks = (jnp.maximum(group_sizes.astype(jnp.int32), 0) + (BLOCK - 1)) // BLOCK
-    return jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(blocks, dtype=jnp.int32)])
+    ends = jnp.cumsum(padded_sizes(group_sizes) // BLOCK, dtype=jnp.int32)
+    return jnp.concatenate([jnp.zeros(1, jnp.int32), ends])
+
+
+def padded_sizes(group_sizes: jax.Array) -> jax.Array:
+    """The rows that each group takes up, int32 [G]: whole blocks."""
+    return (jnp.maximum(group_sizes.astype(jnp.int32), 0) + (BLOCK - 1)) // BLOCK * BLOCK
 
 
 def quantize_columns(x: jax.Array, group_sizes: jax.Array, dtype: QDtype = "float8_e4m3fn") -> Columns:

@@ -20,6 +20,7 @@ from pallas_kernels.activations import Activation
 from pallas_kernels.grouped_matmul.checks import check_gate_up, check_operands, require_row_weights
 from pallas_kernels.grouped_matmul.gradients import GATE_UP_NAME, activated, factors, multiplied, weighed_activation
 from pallas_kernels.grouped_matmul.group_sizes import as_group_sizes
+from pallas_kernels.grouped_matmul.of_columns import grouped_matmul_of_columns
 from pallas_kernels.grouped_matmul.weights import WEIGHTS_NAME
 from pallas_kernels.quantize import (
     Operand,
@@ -212,5 +213,6 @@ __all__ = [
     "grouped_gate_up",
     "grouped_gate_up_in_8_bits",
     "grouped_matmul",
+    "grouped_matmul_of_columns",
     "result_can_stay",
 ]

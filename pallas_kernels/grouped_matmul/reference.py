@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.activations import Activation, gated_halves
+from pallas_kernels.columns import Columns, dequantize_columns, padded_sizes
 from pallas_kernels.grouped_matmul.group_sizes import bounds
 from pallas_kernels.quantize import Operand, QTensor, dequantize, quantize
 from pallas_kernels.tracing.concrete import is_symbolic
@@ -90,6 +91,20 @@ def grouped_matmul_drhs(
     if lhs.shape[0] == 0:
         return zeros.astype(out_dtype)
     return lax.fori_loop(0, blocks.count, body, vary_over(zeros, varying_axes(lhs))).astype(out_dtype)
+
+
+def grouped_matmul_of_columns(
+    lhs: Columns, dout: Columns, group_sizes: jax.Array, *, out_dtype: jax.typing.DTypeLike
+) -> jax.Array:
+    """`grouped_matmul_drhs` of the rows that `lhs` and `dout` stand for, of as many groups as there are sizes."""
+    return grouped_matmul_drhs(
+        dequantize_columns(lhs),
+        dequantize_columns(dout),
+        padded_sizes(jnp.clip(group_sizes, 0, lhs.values.shape[1])),
+        num_groups=group_sizes.shape[0],
+        group_offset=0,
+        out_dtype=out_dtype,
+    )
 
 
 class _Blocks:

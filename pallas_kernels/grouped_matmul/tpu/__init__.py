@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels.activations import Activation, gated_halves
 from pallas_kernels.backend import Unsupported
 from pallas_kernels.chips import Chip
+from pallas_kernels.columns import Columns
 from pallas_kernels.cost import grouped_gate_up_cost, grouped_matmul_cost
 from pallas_kernels.grouped_matmul.tpu import drhs, tiling
 from pallas_kernels.grouped_matmul.tpu.kernel import grouped_product
@@ -121,6 +122,13 @@ def grouped_matmul_drhs(
         drhs.pick(chip, left.shape[0], shape, multiply, out),
         vmem_limit_bytes=tiling.vmem_limit(chip),
     )
+
+
+def grouped_matmul_of_columns(
+    lhs: Columns, dout: Columns, group_sizes: jax.Array, *, out_dtype: jax.typing.DTypeLike
+) -> jax.Array:
+    """There is none: `grouped_matmul_drhs` takes rows as they lie, and they need no transposed copy."""
+    raise Unsupported("grouped_matmul_of_columns: TPUs have no kernel of it; multiply rows in BF16 there")
 
 
 def _product(

@@ -52,28 +52,21 @@ class Config:
     """How the work is cut.
 
     Attributes:
-      warpgroups: that multiply, 2 or 3.
-      row_blocks: blocks of 64 rows of an output tile that each of them has.
+      warpgroups: that multiply, 2 or 3, each 64 rows of an output tile.
       block_n: columns of an output tile, a multiple of 64, at most 256.
       num_stages: buffers in the ring.
       strip: column tiles visited for one row tile before the next.
     """
 
     warpgroups: int = 3
-    row_blocks: int = 1
     block_n: int = 128
     num_stages: int = 4
     strip: int = 8
 
     @property
-    def tile_blocks(self) -> int:
-        """Blocks of 64 rows of an output tile."""
-        return self.warpgroups * self.row_blocks
-
-    @property
     def block_k(self) -> int:
         """Rows of an output tile."""
-        return self.tile_blocks * _HEIGHT
+        return self.warpgroups * _HEIGHT
 
 
 def grouped_drhs(
@@ -82,8 +75,8 @@ def grouped_drhs(
     """Runs the kernel.
 
     Args:
-      lhs: of K features, a multiple of 16; e4m3 or e5m2.
-      dout: of N features, a multiple of 64; e4m3 or e5m2.
+      lhs: of K features, a multiple of 8; e4m3 or e5m2.
+      dout: of N features, a multiple of 8; e4m3 or e5m2.
       first_blocks: see `pallas_kernels.columns.first_blocks`.
       out_dtype: of the result.
       config: see there.
@@ -140,65 +133,65 @@ def grouped_drhs(
                 def _():
                     plgpu.barrier_wait(scratch.empty.at[slot])
 
-                def copy(source, target):
-                    plgpu.copy_gmem_to_smem(source, target.at[slot], scratch.full.at[slot])
-
                 block = pl.ds(pl.multiple_of(b * BLOCK, BLOCK), BLOCK)
-                for i in range(config.tile_blocks):
-                    plgpu.copy_gmem_to_smem(
-                        lhs.at[pl.ds(row + i * _HEIGHT, _HEIGHT), block],
-                        scratch.lhs.at[slot, i],
-                        scratch.full.at[slot],
-                    )
-                copy(dout.at[columns, block], scratch.dout)
-                copy(lhs_scale.at[b, rows], scratch.lhs_scale)
-                copy(dout_scale.at[b, columns], scratch.dout_scale)
+                for source, target in (
+                    (lhs.at[rows, block], scratch.lhs),
+                    (dout.at[columns, block], scratch.dout),
+                    (lhs_scale.at[b, rows], scratch.lhs_scale),
+                    (dout_scale.at[b, columns], scratch.dout_scale),
+                ):
+                    plgpu.copy_gmem_to_smem(source, target.at[slot], scratch.full.at[slot])
                 return step + 1
 
-            return lax.fori_loop(*blocks, one_step, step)
+            first, end = blocks
+            return lax.fori_loop(first, end, one_step, step)
 
-        def add_product(slot, i, totals):
-            """`totals` of 64 rows with the product of this step added to them; `i` tells which rows of the tile."""
+        def add_product(slot, totals):
+            """`totals`, the pieces of this warpgroup's rows, with the product of a step added to them."""
+            mine = pl.ds(pl.multiple_of(warpgroup * _HEIGHT, _HEIGHT), _HEIGHT)
+            shape = _HEIGHT, _PIECE
+
+            def column_scale(piece):
+                return plgpu.load(scratch.dout_scale.at[slot, piece], layout=_COLUMNS)
 
             def multiply(accumulator):
-                plgpu.wgmma(accumulator, scratch.lhs.at[slot, i], scratch.dout.at[slot].transpose((1, 0)))
-                return plgpu.wgmma_accumulator_load(accumulator, wait_n=0)
+                plgpu.wgmma(accumulator, scratch.lhs.at[slot, mine], scratch.dout.at[slot].transpose((1, 0)))
+                # While it runs: what is needed first.
+                row_scale = plgpu.load(scratch.lhs_scale.at[slot, mine], layout=_ROWS)
+                first = column_scale(pieces[0])
+                return plgpu.wgmma_accumulator_load(accumulator, wait_n=0), row_scale, first
 
-            part = pl.run_scoped(multiply, plgpu.ACC((_HEIGHT, config.block_n), jnp.float32))
-            row_scale = plgpu.load(scratch.lhs_scale.at[slot, pl.ds(i * _HEIGHT, _HEIGHT)], layout=_ROWS)
-            by_row = lax.broadcast_in_dim(row_scale, (_HEIGHT, _PIECE), (0,))
-            added = []
-            for total, piece in zip(totals, pieces, strict=True):
-                column_scale = plgpu.load(scratch.dout_scale.at[slot, piece], layout=_COLUMNS)
-                by_column = lax.broadcast_in_dim(column_scale, (_HEIGHT, _PIECE), (1,))
-                added.append(total + part[:, piece] * (by_row * by_column))
-            return added
+            product, row_scale, first = pl.run_scoped(multiply, plgpu.ACC((_HEIGHT, config.block_n), jnp.float32))
+            by_row = lax.broadcast_in_dim(row_scale, shape, (0,))
+            for i, piece in enumerate(pieces):
+                by_column = lax.broadcast_in_dim(column_scale(piece) if i else first, shape, (1,))
+                totals[i] += product[:, piece] * (by_row * by_column)
+            return totals
 
         def compute(tile, blocks, step):
             group, row, column = place(tile)
-            mine = warpgroup * config.row_blocks  # the first of my blocks of rows
 
             def one_step(_, state):
                 step, totals = state
                 slot = lax.rem(step, stages)
                 plgpu.barrier_wait(scratch.full.at[slot])
-                totals = [add_product(slot, mine + i, total) for i, total in enumerate(totals)]
+                totals = add_product(slot, list(totals))
                 plgpu.commit_smem()  # the copy engine may overwrite what has been read
                 plgpu.barrier_arrive(scratch.empty.at[slot])
                 return step + 1, totals
 
             zeros = plgpu.layout_cast(jnp.zeros((_HEIGHT, _PIECE), jnp.float32), plgpu.Layout.WGMMA)
-            step, totals = lax.fori_loop(*blocks, one_step, (step, [[zeros] * len(pieces)] * config.row_blocks))
-            for i, total in enumerate(totals):
-                store_rows(
-                    out.at[group],
-                    Views.of(scratch.out),
-                    warpgroup,
-                    lax.concatenate(total, 1).astype(out_dtype),
-                    row=row + (mine + i) * _HEIGHT,
-                    rows=None,
-                    column=column,
-                )
+            first, end = blocks
+            step, totals = lax.fori_loop(first, end, one_step, (step, [zeros] * len(pieces)))
+            store_rows(
+                out.at[group],
+                Views.of(scratch.out),
+                warpgroup,
+                lax.concatenate(totals, 1).astype(out_dtype),
+                row=row + warpgroup * _HEIGHT,
+                rows=None,
+                column=column,
+            )
             return step
 
         math_registers, load_registers = _REGISTERS[warpgroups]
@@ -239,7 +232,7 @@ class _Scratch(NamedTuple):
     """Shared memory and barriers of a block.
 
     Attributes:
-      lhs: ring [stages, tile_blocks, 64, 128].
+      lhs: ring [stages, block_k, 128].
       dout: ring [stages, block_n, 128].
       lhs_scale: ring [stages, block_k].
       dout_scale: ring [stages, block_n].
@@ -261,11 +254,11 @@ class _Scratch(NamedTuple):
         """The types to allocate."""
         stages = config.num_stages
         return cls(
-            lhs=swizzled((stages, config.tile_blocks, _HEIGHT, BLOCK), lhs, any_row=False),
+            lhs=swizzled((stages, config.block_k, BLOCK), lhs, any_row=False),
             dout=swizzled((stages, config.block_n, BLOCK), dout, any_row=False),
             lhs_scale=plgpu.SMEM((stages, config.block_k), jnp.float32),
             dout_scale=plgpu.SMEM((stages, config.block_n), jnp.float32),
             out=swizzled((config.warpgroups, 2, _HEIGHT, SWIZZLE // out.itemsize), out),
-            full=plgpu.Barrier(num_arrivals=config.tile_blocks + 3, num_barriers=stages),
+            full=plgpu.Barrier(num_arrivals=4, num_barriers=stages),
             empty=plgpu.Barrier(num_arrivals=config.warpgroups, num_barriers=stages),
         )
