@@ -109,9 +109,7 @@ def _run(
             return y
 
     weights = ExpertWeights(params["w1"], params["w2"], *biases, (k_major,) * 2)
-    return routed_experts(
-        math, rows_of_x, topk_weights, topk_ids, weights, way, preferred_element_type=x.dtype
-    )
+    return routed_experts(math, rows_of_x, topk_weights, topk_ids, weights, way, preferred_element_type=x.dtype)
 
 
 def _gate_first(

@@ -44,8 +44,13 @@ def padded_rows(num_rows: int, num_groups: int) -> int:
 
 def first_blocks(group_sizes: jax.Array) -> jax.Array:
     """The first block of each group, and the one behind the last group's: int32 [G + 1]. Negative sizes count as 0."""
-    blocks = (jnp.maximum(group_sizes.astype(jnp.int32), 0) + (BLOCK - 1)) // BLOCK
-    return jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(blocks, dtype=jnp.int32)])
+    ends = jnp.cumsum(padded_sizes(group_sizes) // BLOCK, dtype=jnp.int32)
+    return jnp.concatenate([jnp.zeros(1, jnp.int32), ends])
+
+
+def padded_sizes(group_sizes: jax.Array) -> jax.Array:
+    """The rows that each group takes up, int32 [G]: whole blocks."""
+    return (jnp.maximum(group_sizes.astype(jnp.int32), 0) + (BLOCK - 1)) // BLOCK * BLOCK
 
 
 def rows_of_blocks(group_sizes: jax.Array, num_rows: int) -> tuple[jax.Array, jax.Array]:

@@ -54,7 +54,11 @@ class Settings:
     def gradients_round_to(self) -> jnp.dtype | None:
         """That of cotangents where gradients of rows are taken."""
         quantization = self.quantization
-        return None if quantization is None or quantization.gradient_dtype is None else jnp.dtype(quantization.gradient_dtype)
+        return (
+            None
+            if quantization is None or quantization.gradient_dtype is None
+            else jnp.dtype(quantization.gradient_dtype)
+        )
 
 
 def fits(quantization: Quantization | None, width: int) -> bool:
@@ -150,7 +154,9 @@ def _move(backend: str, *, pre: jax.Array, gate_up: Operands, down: Operands, **
         rows = dispatched(backend, x=moves["x"].astype(settings.dtype), plan=plan)
         terms.append(_multiplied(backend, rows, gate_up, operands))
     if moves["gate_up"] is not None:
-        terms.append(_multiplied(backend, _tokens_again(backend, operands), _moving(gate_up, moves["gate_up"]), operands))
+        terms.append(
+            _multiplied(backend, _tokens_again(backend, operands), _moving(gate_up, moves["gate_up"]), operands)
+        )
     if moves["gate_up_bias"] is not None:
         ones = jnp.ones((pre.shape[0], 1), settings.dtype)
         terms.append(_multiplied(backend, ones, _as_is(moves["gate_up_bias"][:, None], False), operands))

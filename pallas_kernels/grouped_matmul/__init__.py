@@ -25,6 +25,7 @@ from pallas_kernels.grouped_matmul.gradients import (
     multiplied,
 )
 from pallas_kernels.grouped_matmul.group_sizes import as_group_sizes
+from pallas_kernels.grouped_matmul.of_columns import grouped_matmul_of_columns
 from pallas_kernels.grouped_matmul.weights import WEIGHTS_NAME
 from pallas_kernels.quantize import (
     Operand,
@@ -273,5 +274,6 @@ __all__ = [
     "grouped_gate_up_in_8_bits",
     "grouped_gate_up_rounded",
     "grouped_matmul",
+    "grouped_matmul_of_columns",
     "result_can_stay",
 ]

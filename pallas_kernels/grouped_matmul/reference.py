@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.activations import Activation, gated_halves
+from pallas_kernels.columns import Columns, dequantize_columns, padded_sizes
 from pallas_kernels.grouped_matmul import training
 from pallas_kernels.grouped_matmul.group_sizes import bounds
 from pallas_kernels.quantize import Operand, QTensor, dequantize, quantize
@@ -95,6 +96,20 @@ def grouped_matmul_drhs(
 
 grouped_gate_up_in_training = training.result_by(grouped_gate_up, grouped_matmul)
 grouped_gate_up_tangent = training.tangent_by(grouped_matmul)
+
+
+def grouped_matmul_of_columns(
+    lhs: Columns, dout: Columns, group_sizes: jax.Array, *, out_dtype: jax.typing.DTypeLike
+) -> jax.Array:
+    """`grouped_matmul_drhs` of the rows that `lhs` and `dout` stand for, of as many groups as there are sizes."""
+    return grouped_matmul_drhs(
+        dequantize_columns(lhs),
+        dequantize_columns(dout),
+        padded_sizes(jnp.clip(group_sizes, 0, lhs.values.shape[1])),
+        num_groups=group_sizes.shape[0],
+        group_offset=0,
+        out_dtype=out_dtype,
+    )
 
 
 class _Blocks:

@@ -74,7 +74,7 @@ __all__ = [
     "Wire",
     "check_transport",
     "exchange",
-    "sum_of_weighed_rows",
     "pick_transport",
+    "sum_of_weighed_rows",
     "transport_name",
 ]

@@ -24,10 +24,11 @@ from moejax.params import param_shapes
 from pallas_kernels.activations import Activation
 from pallas_kernels.all_to_all import all_to_all, make_routes
 from pallas_kernels.chips import get_chip
+from pallas_kernels.columns import Columns, padded_rows
 from pallas_kernels.combine import combine
 from pallas_kernels.gated_activation import gated_activation, gated_activation_in_8_bits
 from pallas_kernels.gated_activation.gradients import pulled
-from pallas_kernels.grouped_matmul import grouped_gate_up, grouped_matmul
+from pallas_kernels.grouped_matmul import grouped_gate_up, grouped_matmul, grouped_matmul_of_columns
 from pallas_kernels.plan import Plan, make_plan, unsorted_plan
 from pallas_kernels.quantize import QTensor, dequantize, quantize
 from pallas_kernels.quantize_columns import quantize_columns
@@ -83,6 +84,18 @@ def product(*shape: int, dtype: Any, **options: Any) -> Case:
     """A grouped product at the size that is measured."""
     made = Product(GemmShape(*shape), dtype, **options)
     return made.run, *jax.eval_shape(lambda: make_inputs(made))
+
+
+def of_columns(*shape: int, dtype: str, out_dtype: str) -> Case:
+    """The gradient of weights in 8 bits, of G groups of M rows, K and N features; `dtype` is that of the cotangent."""
+    groups, rows, depth, columns = shape
+    padded = padded_rows(groups * rows, groups)
+    lhs, dout = (
+        Columns(array(dtype, features, padded), array("float32", padded // 128, features))
+        for features, dtype in ((depth, "float8_e4m3fn"), (columns, dtype))
+    )
+    run = functools.partial(grouped_matmul_of_columns, preferred_element_type=out_dtype, backend="pallas_gpu")
+    return run, lhs, dout, array("int32", groups)
 
 
 def layer(num_tokens: int, **options: Any) -> tuple[MoEConfig, Any, Any]:
@@ -163,6 +176,8 @@ CASES: dict[str, Callable[[], Case]] = {
         array("bfloat16", 8, 7168, 4096),
         array("int32", 8),
     ),
+    "gradients in fp8": lambda: of_columns(128, 2048, 2048, 1536, dtype="float8_e4m3fn", out_dtype="bfloat16"),
+    "gradients in fp8 to float32": lambda: of_columns(32, 1024, 7168, 4096, dtype="float8_e5m2", out_dtype="float32"),
     "gradients of combine": lambda: (
         lambda rows, weights, plan: gradients(
             lambda rows, weights: combine(rows, plan, weights, backend="pallas_gpu"), rows, weights

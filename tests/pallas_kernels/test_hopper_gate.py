@@ -15,6 +15,7 @@ KERNELS = {
     "every kernel": {
         "gradients of combine": ["combine_dweights", "dispatch"],
         "gradients": ["grouped_matmul", "grouped_matmul_drhs"],
+        "gradients in fp8": ["grouped_matmul_drhs_8_bits"],
         "serving in fp8": ["combine", "counting_sort", "dispatch", "grouped_gate_up", "grouped_matmul", "top_k"],
         "eight tokens in fp8": ["routed_mlp", "top_k"],
         "exchange": ["all_to_all", "counting_sort", "make_routes"],
@@ -37,6 +38,7 @@ KERNELS = {
         "gate/up fp8 to fp8": ["grouped_gate_up"],
         "gate/up with bias": ["grouped_gate_up"],
         "gate/up relu2": ["grouped_gate_up"],
+        "gradients in fp8 to float32": ["grouped_matmul_drhs_8_bits"],
         "experts in fp8": ["combine", "counting_sort", "dispatch", "grouped_gate_up", "grouped_matmul"],
     },
     "norms, weights and activations": {

@@ -9,6 +9,7 @@ from pallas_kernels.grouped_matmul.gpu.hopper import (
     grouped_gate_up_tangent,
     grouped_matmul,
     grouped_matmul_drhs,
+    grouped_matmul_of_columns,
 )
 
 __all__ = [
@@ -17,4 +18,5 @@ __all__ = [
     "grouped_gate_up_tangent",
     "grouped_matmul",
     "grouped_matmul_drhs",
+    "grouped_matmul_of_columns",
 ]

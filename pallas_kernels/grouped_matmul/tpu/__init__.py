@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels.activations import Activation, gated_halves
 from pallas_kernels.backend import Unsupported
 from pallas_kernels.chips import Chip
+from pallas_kernels.columns import Columns
 from pallas_kernels.cost import grouped_gate_up_cost, grouped_matmul_cost
 from pallas_kernels.grouped_matmul import training
 from pallas_kernels.grouped_matmul.tpu import drhs, tiling
@@ -126,6 +127,13 @@ def grouped_matmul_drhs(
 
 grouped_gate_up_in_training = training.result_by(grouped_gate_up, grouped_matmul)
 grouped_gate_up_tangent = training.tangent_by(grouped_matmul)
+
+
+def grouped_matmul_of_columns(
+    lhs: Columns, dout: Columns, group_sizes: jax.Array, *, out_dtype: jax.typing.DTypeLike
+) -> jax.Array:
+    """There is none: `grouped_matmul_drhs` takes rows as they lie, and they need no transposed copy."""
+    raise Unsupported("grouped_matmul_of_columns: TPUs have no kernel of it; multiply rows in BF16 there")
 
 
 def _product(

@@ -8,7 +8,7 @@ e4m3 and e5m2 mix. Where only one operand is in 8 bits, as in gradients, it is d
 and writes it once more; if the other one is float32, that is rounded to BF16. Float32 alone is left to XLA.
 
 The tensor cores add FP8 products with about 13 bits. Scales that come in blocks of 128 also bound how much is added
-that way: their parts are added in float32.
+that way: their parts are added in float32. So are those of `grouped_matmul_of_columns`, gradients of weights in 8 bits.
 """
 
 from typing import Any
@@ -18,8 +18,9 @@ import jax.numpy as jnp
 
 from pallas_kernels.activations import Activation
 from pallas_kernels.backend import Unsupported
+from pallas_kernels.columns import BLOCK, Columns, first_blocks
 from pallas_kernels.grouped_matmul import training
-from pallas_kernels.grouped_matmul.gpu.hopper import drhs, tiling
+from pallas_kernels.grouped_matmul.gpu.hopper import drhs, drhs_8_bits, tiling
 from pallas_kernels.grouped_matmul.gpu.hopper.kernel import grouped_product
 from pallas_kernels.grouped_matmul.gpu.hopper.problem import SCALE_BLOCK, Epilogue, Inputs, Problem
 from pallas_kernels.grouped_matmul.group_sizes import bounds
@@ -110,6 +111,37 @@ def grouped_matmul_drhs(
 
 grouped_gate_up_in_training = training.result_by(grouped_gate_up, grouped_matmul)
 grouped_gate_up_tangent = training.tangent_by(grouped_matmul)
+
+
+def grouped_matmul_of_columns(
+    lhs: Columns,
+    dout: Columns,
+    group_sizes: jax.Array,
+    *,
+    out_dtype: jax.typing.DTypeLike,
+    config: drhs_8_bits.Config | None = None,
+) -> jax.Array:
+    """See `pallas_kernels.grouped_matmul.grouped_matmul_of_columns`; `config` is for tuning."""
+    chip = hopper_chip("grouped_matmul")
+    (depth, num_rows), columns, out_dtype = lhs.values.shape, dout.values.shape[0], jnp.dtype(out_dtype)
+    names = lhs.dtype.name, dout.dtype.name
+    if any(name not in _FP8 for name in names):
+        raise Unsupported(
+            f"Hopper kernels multiply columns in {' or '.join(_FP8)}, got lhs {names[0]}, dout {names[1]}"
+        )
+    if out_dtype.name not in _OUT_DTYPES:
+        raise Unsupported(f"Hopper kernels write {', '.join(_OUT_DTYPES)}, got {out_dtype.name}")
+    require_multiple("K", depth, 8)
+    require_multiple("N", columns, 8)
+    blocks = first_blocks(jnp.clip(group_sizes, 0, num_rows))
+    return drhs_8_bits.grouped_drhs(
+        lhs,
+        dout,
+        jnp.minimum(blocks, num_rows // BLOCK),
+        out_dtype,
+        config or drhs_8_bits.Config(),
+        num_blocks=chip.cores,
+    )
 
 
 def _product(lhs, rhs, group_sizes, bias, group_offset, k_major: bool, epilogue: Epilogue, stage: Stage) -> Any:
