@@ -121,19 +121,22 @@ class Quantization:
       lhs_scaling: scaling of the activations [M, K].
       rhs_scaling: scaling of the weights [G, K, N].
       gradient_dtype: 8-bit dtype to which the cotangent is rounded (by `lhs_scaling`) for the gradient of the
-        activations, float8_e5m2 say; None multiplies it as it comes. Gradients of the weights sum over rows, and
-        always take it as it comes.
+        activations, float8_e5m2 say; None multiplies it as it comes.
+      weights_gradient_dtype: 8-bit dtype to which the cotangent is rounded for the gradient of the weights, a sum over
+        the rows of a group: 128 of these have a scale for each feature. Activations are rounded to `dtype` likewise.
+        None multiplies both as they come; with it, there are no second derivatives.
     """
 
     dtype: QDtype = "float8_e4m3fn"
     lhs_scaling: Scaling = "1x128"
     rhs_scaling: Scaling = "128x128"
     gradient_dtype: QDtype | None = None
+    weights_gradient_dtype: QDtype | None = None
 
     def __post_init__(self):
-        check_qdtype(self.dtype)
-        if self.gradient_dtype is not None:
-            check_qdtype(self.gradient_dtype)
+        for dtype in (self.dtype, self.gradient_dtype, self.weights_gradient_dtype):
+            if dtype is not None:
+                check_qdtype(dtype)
         block_shape(self.lhs_scaling)
         block_shape(self.rhs_scaling)
 

@@ -70,31 +70,6 @@ def dense(lhs: Columns, dout: Columns, sizes) -> np.ndarray:
     return np.stack([left[rows].T @ right[rows] for _, rows in group_rows(padded, len(padded))])
 
 
-def test_where_blocks_lie():
-    assert first_blocks(jnp.array([130, 0, 5, 128, -1])).tolist() == [0, 2, 2, 3, 4, 4]
-    assert padded_rows(400, 5) == 128 * (3 + 5)
-    for sizes in SIZES:
-        assert int(first_blocks(jnp.array(sizes))[-1]) * BLOCK <= padded_rows(M, len(sizes))
-
-
-@pytest.mark.parametrize("dtype", [E4M3, E5M2])
-def test_columns_are_rows_transposed_with_a_scale_a_block(rng, dtype):
-    sizes = np.array(SIZES[1])
-    x = normal(rng, M, 256).at[sizes.sum() :].set(jnp.nan)
-    columns = jax.jit(quantize_columns, static_argnums=2)(x, jnp.array(sizes), dtype)
-    first, rows = np.asarray(first_blocks(jnp.array(sizes))), np.asarray(dequantize_columns(columns))
-    for g, mine in group_rows(sizes, len(sizes)):
-        expected = np.zeros(((first[g + 1] - first[g]) * BLOCK, 256), np.float32)
-        expected[: sizes[g]] = x[mine]
-        blocks = slice(first[g], first[g + 1])
-        amax = np.abs(expected).reshape(-1, BLOCK, 256).max(1)
-        np.testing.assert_allclose(columns.scale[blocks], scale_of(jnp.array(amax), dtype), rtol=1e-6)
-        got = rows[first[g] * BLOCK : first[g + 1] * BLOCK]
-        assert not got[sizes[g] :].any()
-        step = 2.0 ** -(jnp.finfo(dtype).nmant + 1)
-        np.testing.assert_allclose(got, expected, rtol=step, atol=1e-3 * amax.max(initial=0))
-
-
 @pytest.mark.parametrize("out_dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("dtypes", [(E4M3, E4M3), (E4M3, E5M2)], ids=["e4m3", "e5m2"])
 @pytest.mark.quick("*xla-e4m3-float32", "*xla-e5m2-bfloat16", "pallas_gpu-*")

@@ -1,0 +1,158 @@
+"""The pullback of experts in training.
+
+Cotangents of rows [R, H] are those of their tokens: they are rounded token by token, and copied to rows then. In 8 bits
+a gradient of weights takes `Columns` of both of its factors, for which tokens are gathered as they are rounded.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.columns import Columns
+from pallas_kernels.gated_activation import SCALING
+from pallas_kernels.gated_activation import gradients as activation
+from pallas_kernels.grouped_matmul import grouped_matmul_of_columns
+from pallas_kernels.grouped_matmul.gradients import correlated
+from pallas_kernels.grouped_matmul.gradients import multiplied as product
+from pallas_kernels.moved_rows import dispatched
+from pallas_kernels.plan import Plan
+from pallas_kernels.primitive import Operands, is_asked_for
+from pallas_kernels.quantize import QTensor, dequantize, quantize
+from pallas_kernels.quantize_columns import quantize_columns
+from pallas_kernels.trained_mlp.settings import Settings
+from pallas_kernels.trained_mlp.steps import activated, groups, summed, tokens_again
+
+Factor = jax.Array | Columns
+"""What a gradient of weights, a sum over rows, takes."""
+
+
+def pullback(backend: str, dy: jax.Array, operands: Operands) -> Operands:
+    """The cotangents of the `directions` of `moved` that are asked for, of dy [T, H]."""
+    settings, pre = operands["settings"], operands["pre"]
+    asked = {name for name, direction in operands["directions"].items() if is_asked_for(direction)}
+    like = {name: operands["directions"][name].aval for name in asked}
+    dy = dy.astype(settings.dtype)
+    sums = _Sums(backend, operands["plan"], settings)
+    if asked == {"down"}:
+        h = sums.of_rows(activated(backend, pre, operands)[0])
+        return {"directions": {"down": sums.gradient(h, sums.of_tokens(dy), operands["down"], like["down"])}}
+    rounds_to = settings.gradients_round_to
+    drows, in_8_bits = dispatched(backend, x=dy, plan=operands["plan"]), None
+    if rounds_to is not None:
+        of_tokens = quantize(jax.lax.stop_gradient(dy), rounds_to.name, scaling=SCALING)
+        in_8_bits = dispatched(backend, x=of_tokens, plan=operands["plan"])
+    dpre, dpre_in_8_bits, drow_weights, h = activation.pulled(
+        backend,
+        h=pre,
+        row_weights=operands["row_weights"],
+        activation=settings.activation,
+        limit=settings.limit,
+        dout=_of_rows(backend, drows, in_8_bits, operands["down"], operands),
+        with_array=bool(asked & {"x", "gate_up", "gate_up_bias"}),
+        in_8_bits=rounds_to if "x" in asked else None,
+        with_weights="row_weights" in asked,
+        with_result=settings.dtype if "down" in asked else None,
+        result_in_8_bits=settings.rounds_to,
+    )
+    found = {}
+    if "row_weights" in asked:
+        found["row_weights"] = drow_weights
+    if "down" in asked:
+        found["down"] = sums.gradient(sums.of_rows(h), sums.of_tokens(dy), operands["down"], like["down"])
+    if "gate_up" in asked:
+        found["gate_up"] = sums.gradient(
+            sums.of_x(operands), sums.of_rows(dpre, are_cotangents=True), operands["gate_up"], like["gate_up"]
+        )
+    if "gate_up_bias" in asked:
+        found["gate_up_bias"] = sums.of_bias(dpre, like["gate_up_bias"])
+    if "x" in asked:
+        dx = _of_rows(backend, dpre, dpre_in_8_bits, operands["gate_up"], operands)
+        found["x"] = summed(backend, [dx], operands["plan"], like["x"].dtype)
+    return {"directions": found}
+
+
+def _of_rows(
+    backend: str, drows: jax.Array, in_8_bits: QTensor | None, weights: Operands, operands: Operands
+) -> jax.Array:
+    """The cotangent of the rows of a product, from that of its result, which may be rounded."""
+    rhs, k_major = weights["rhs"], weights["transpose_rhs"]
+    turned = {"rhs": rhs, "transpose_rhs": not k_major}
+    if in_8_bits is not None:  # both have N last then, as Hopper needs it
+        turned = {"rhs": rhs.mT if k_major else rhs, "transpose_rhs": True}
+    return product(
+        backend,
+        lhs=drows if in_8_bits is None else in_8_bits,
+        lhs_face=None if in_8_bits is None else drows,
+        lhs_is_widened=False,
+        **turned,
+        rhs_face=weights["rhs_face"],
+        face_transposed=not weights["face_transposed"],
+        **groups(operands["plan"]),
+        bias=None,
+        quantization=None,
+        out_dtype=operands["settings"].dtype,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sums:
+    """Gradients of weights: sums over the rows of each expert, of arrays or, if `settings` say so, in 8 bits."""
+
+    backend: str
+    plan: Plan
+    settings: Settings
+
+    def gradient(self, rows: Factor, drows: Factor, weights: Operands, like: jax.core.ShapedArray) -> jax.Array:
+        """That of the weights of a product of `rows`."""
+        left, right = (drows, rows) if weights["face_transposed"] else (rows, drows)
+        if isinstance(left, Columns) and isinstance(right, Columns):
+            options = {"preferred_element_type": like.dtype, "backend": self.backend}
+            return grouped_matmul_of_columns(left, right, self.plan.group_sizes, **options)
+        assert isinstance(left, jax.Array), "both are, or none is"
+        assert isinstance(right, jax.Array), "both are, or none is"
+        return self._correlated(left, right, like)
+
+    def of_bias(self, drows: jax.Array, like: jax.core.ShapedArray) -> jax.Array:
+        """That of the bias of a product."""
+        ones = jnp.ones((drows.shape[0], 1), self.settings.dtype)
+        return self._correlated(ones, drows, like)[:, 0]
+
+    def of_tokens(self, dy: jax.Array) -> Factor:
+        """Cotangents of tokens [T, H] as a factor."""
+        if (dtype := self.settings.weights_gradients_round_to) is None:
+            return dispatched(self.backend, x=dy, plan=self.plan)
+        return self._columns(dy, dtype, gathered=True)
+
+    def of_x(self, operands: Operands) -> Factor:
+        """Tokens as a factor."""
+        x, in_8_bits, settings = operands["x"], operands["x_in_8_bits"], self.settings
+        if settings.weights_gradients_round_to is None:
+            return tokens_again(self.backend, operands)
+        x = dequantize(in_8_bits, settings.dtype) if x is None else x
+        return self._columns(x, settings.rounds_to, gathered=True)
+
+    def of_rows(self, rows: jax.Array, *, are_cotangents: bool = False) -> Factor:
+        """Rows as a factor."""
+        settings = self.settings
+        if settings.weights_gradients_round_to is None:
+            return rows
+        return self._columns(rows, settings.weights_gradients_round_to if are_cotangents else settings.rounds_to)
+
+    def _columns(self, x: jax.Array, dtype: jnp.dtype | None, *, gathered: bool = False) -> Columns:
+        tokens = self.plan.order // self.plan.inverse.shape[1] if gathered else None
+        name: Any = jnp.dtype(dtype).name
+        return quantize_columns(x, self.plan.group_sizes, row_ids=tokens, dtype=name, backend=self.backend)
+
+    def _correlated(self, lhs: jax.Array, dout: jax.Array, like: jax.core.ShapedArray) -> jax.Array:
+        return correlated(
+            self.backend,
+            lhs=lhs,
+            lhs_face=None,
+            dout=dout,
+            dout_face=None,
+            **groups(self.plan),
+            num_groups=like.shape[0],
+            out_dtype=like.dtype,
+        )

@@ -1,0 +1,95 @@
+"""Experts in training as a primitive, and their tangent as another one."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.gated_activation import gradients as activation
+from pallas_kernels.moved_rows import dispatched
+from pallas_kernels.primitive import Operands, Operator, is_zero
+from pallas_kernels.quantize import Operand, QTensor
+from pallas_kernels.trained_mlp.pullback import pullback
+from pallas_kernels.trained_mlp.steps import (
+    activated,
+    as_is,
+    as_multiplied,
+    down_projection,
+    moving,
+    multiplied,
+    pre_activations,
+    summed,
+    tokens_again,
+)
+
+_DIFFERENTIATED = ("x", "row_weights", "gate_up", "down", "gate_up_bias")
+
+
+def _train(backend: str, *, gate_up: Operand, down: Operand, **operands: Any) -> jax.Array:
+    settings, plan = operands["settings"], operands["plan"]
+    first, second = (
+        as_multiplied(backend, w, k_major, settings, both_ways=False)[0]
+        for w, k_major in zip((gate_up, down), settings.k_major, strict=True)
+    )
+    pre = pre_activations(backend, first, operands)
+    return summed(backend, [down_projection(backend, pre, second, operands)], plan, operands["out_dtype"])
+
+
+def _train_jvp(backend: str, operands: Operands, tangents: Operands) -> tuple[Any, Any]:
+    settings, plan = operands["settings"], operands["plan"]
+    directions = {name: _direction(operands[name], tangents[name]) for name in _DIFFERENTIATED}
+    before_down = any(tangent is not None for name, tangent in directions.items() if name != "down")
+    first, first_kept = as_multiplied(
+        backend, operands["gate_up"], settings.k_major[0], settings, both_ways=directions["x"] is not None
+    )
+    second, second_kept = as_multiplied(backend, operands["down"], settings.k_major[1], settings, both_ways=before_down)
+    pre = pre_activations(backend, first, operands)
+    y = summed(backend, [down_projection(backend, pre, second, operands)], plan, operands["out_dtype"])
+    kept = {name: operands[name] for name in ("x", "x_in_8_bits", "row_weights", "plan", "settings", "out_dtype")}
+    if all(tangent is None for tangent in directions.values()):
+        return y, None
+    return y, moved(backend, **kept, pre=pre, gate_up=first_kept, down=second_kept, directions=directions)
+
+
+def _direction(operand: Operand | None, tangent: Any) -> jax.Array | None:
+    """The tangent of an operand, None if it has none."""
+    return None if is_zero(tangent) or isinstance(operand, QTensor) else tangent
+
+
+def _move(backend: str, *, pre: jax.Array, gate_up: Operands, down: Operands, **operands: Any) -> jax.Array:
+    """The tangent of `trained` for `directions`, by name, some of which are None."""
+    settings, plan, moves = (operands[name] for name in ("settings", "plan", "directions"))
+    terms = []
+    if moves["x"] is not None:
+        rows = dispatched(backend, x=moves["x"].astype(settings.dtype), plan=plan)
+        terms.append(multiplied(backend, rows, gate_up, operands))
+    if moves["gate_up"] is not None:
+        terms.append(multiplied(backend, tokens_again(backend, operands), moving(gate_up, moves["gate_up"]), operands))
+    if moves["gate_up_bias"] is not None:
+        ones = jnp.ones((pre.shape[0], 1), settings.dtype)
+        terms.append(multiplied(backend, ones, as_is(moves["gate_up_bias"][:, None], False), operands))
+    dpre = sum(terms[1:], start=terms[0]) if terms else None
+    found = []
+    if terms or moves["row_weights"] is not None:
+        dh = activation.pushed(
+            backend,
+            h=pre,
+            dh=dpre,
+            row_weights=operands["row_weights"],
+            drow_weights=moves["row_weights"],
+            activation=settings.activation,
+            limit=settings.limit,
+            out_dtype=settings.dtype,
+        )
+        found.append(multiplied(backend, dh, down, operands))
+    if moves["down"] is not None:
+        h, _ = activated(backend, pre, operands)
+        found.append(multiplied(backend, h, moving(down, moves["down"]), operands))
+    return summed(backend, found, plan, operands["out_dtype"])
+
+
+trained = Operator(_train, "trained_mlp", jvp=_train_jvp)
+"""See `trained_mlp`, which makes its operands."""
+
+moved = Operator(_move, "trained_mlp_tangent", transpose=pullback)
+"""The tangent of `trained`, linear in all its directions together."""
