@@ -16,11 +16,11 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.activations import Activation
-from pallas_kernels.grouped_matmul.checks import check_gate_up, check_operands, require_row_weights
+from pallas_kernels.grouped_matmul.checks import check_gate_up, check_operands
 from pallas_kernels.grouped_matmul.gradients import (
     GATE_UP_NAME,
     activated,
-    activated_in_training,
+    activated_and_rounded,
     factors,
     multiplied,
 )
@@ -95,7 +95,6 @@ def grouped_gate_up(
     group_offset: jax.Array | int = 0,
     transpose_rhs: bool = False,
     quantization: Quantization | None = None,
-    row_weights: jax.Array | None = None,
     preferred_element_type: jax.typing.DTypeLike | None = None,
     backend: str = "auto",
 ) -> jax.Array:
@@ -112,8 +111,6 @@ def grouped_gate_up(
       group_offset: the first group that `rhs` holds.
       transpose_rhs: whether rhs lies as [G, 2I, H] (the layout FP8 needs on Hopper).
       quantization: round array operands to 8 bits inside, keeping gradients; None multiplies them as they are.
-      row_weights: float32 [M], which the rows of the result are multiplied by before they are rounded, or None. It is a
-        product and an activation then, whether a gradient is asked for or not.
       preferred_element_type: dtype of the result; default is that of lhs (bfloat16 when lhs is a QTensor).
       backend: "auto", "xla", "pallas_tpu" or "pallas_gpu".
 
@@ -131,11 +128,7 @@ def grouped_gate_up(
     operands = factors(backend, lhs, rhs, group_sizes, offset, transpose_rhs=transpose_rhs, quantization=quantization)
     out_dtype = _result_dtype(lhs, preferred_element_type)
     operands |= {"bias": bias, "activation": activation, "activation_limit": activation_limit, "out_dtype": out_dtype}
-    if row_weights is None:
-        return activated(backend, **operands)
-    require_row_weights(row_weights, lhs.shape[0])
-    array, _ = activated_in_training(backend, **operands, row_weights=row_weights, in_8_bits=None)
-    return array
+    return activated(backend, **operands)
 
 
 def grouped_gate_up_in_8_bits(
@@ -202,7 +195,6 @@ def grouped_gate_up_rounded(
     group_offset: jax.Array | int = 0,
     transpose_rhs: bool = False,
     quantization: Quantization | None = None,
-    row_weights: jax.Array | None = None,
     preferred_element_type: jax.typing.DTypeLike | None = None,
     backend: str = "auto",
 ) -> Rounded:
@@ -219,7 +211,6 @@ def grouped_gate_up_rounded(
       group_offset: likewise.
       transpose_rhs: likewise.
       quantization: likewise.
-      row_weights: likewise; they go into the scales.
       preferred_element_type: dtype of the result's `array`; default is that of lhs (bfloat16 when lhs is a QTensor).
         Pre-activations are stored in it where a gradient is asked for, and rounded from it to 8 bits.
       backend: likewise.
@@ -236,16 +227,13 @@ def grouped_gate_up_rounded(
     scale_shape((lhs.shape[0], rhs.shape[1 if transpose_rhs else 2] // 2), _RESULT_SCALING)
     offset = jnp.asarray(group_offset, jnp.int32)
     operands = factors(backend, lhs, rhs, group_sizes, offset, transpose_rhs=transpose_rhs, quantization=quantization)
-    if row_weights is not None:
-        require_row_weights(row_weights, lhs.shape[0])
-    array, rounded = activated_in_training(
+    array, rounded = activated_and_rounded(
         backend,
         **operands,
         bias=bias,
         activation=activation,
         activation_limit=activation_limit,
         out_dtype=_result_dtype(lhs, preferred_element_type),
-        row_weights=row_weights,
         in_8_bits=jnp.dtype(check_qdtype(dtype)),
     )
     return Rounded(array, rounded, is_widened=True)

@@ -82,10 +82,3 @@ def _check_values(group_sizes: jax.Array, group_offset: jax.Array | int, num_gro
             f"group_offset must lie in [0, {largest}] so that the {num_groups} groups of rhs fit into "
             f"{group_sizes.shape[0]} group_sizes, got {int(group_offset)}"
         )
-
-
-def require_row_weights(row_weights: jax.Array, num_rows: int) -> None:
-    """Raises ValueError unless there is a float32 weight for each row."""
-    if row_weights.shape != (num_rows,) or row_weights.dtype != jnp.float32:
-        got = f"{row_weights.dtype}{list(row_weights.shape)}"
-        raise ValueError(f"row_weights must be float32 [M] = [{num_rows}], got {got}")

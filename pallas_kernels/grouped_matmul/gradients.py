@@ -25,9 +25,9 @@ from pallas_kernels.gated_activation import gradients as activation
 from pallas_kernels.grouped_matmul.group_sizes import bounds
 from pallas_kernels.grouped_matmul.weights import in_one_pass, rounded, rounded_both_ways
 from pallas_kernels.primitive import Operands, Operator, is_asked_for, is_zero, zero_tangent
-from pallas_kernels.quantize import Operand, QTensor, Quantization, Rounded, Rows, is_of_one_row, quantize
+from pallas_kernels.quantize import Operand, QTensor, Quantization, Rounded, Rows, dequantize, is_of_one_row, quantize
 
-_OF_ACTIVATION = ("activation", "activation_limit", "row_weights", "in_8_bits")
+_OF_ACTIVATION = ("activation", "activation_limit", "in_8_bits")
 
 _NO_FACES = {"lhs_face": None, "lhs_is_widened": False, "rhs_face": None}
 
@@ -192,80 +192,77 @@ def _correlate_transpose(backend: str, drhs: jax.Array, operands: Operands) -> O
 
 def _activate_jvp(backend: str, operands: Operands, tangents: Operands) -> tuple[Any, Any]:
     """Keeps the pre-activations, in the dtype of the result, and nothing else of them."""
-    result, tangent = _activate_in_training_jvp(
-        backend,
-        operands | {"row_weights": None, "in_8_bits": None},
-        tangents | {"row_weights": None, "in_8_bits": None},
-    )
-    if is_zero(tangent[0]):  # the product and the activation in one then
+    found = _in_two_steps(backend, operands | {"in_8_bits": None}, tangents)
+    if found is None:
         result = activated(backend, **operands)
         return result, zero_tangent(result)
-    return result[0], tangent[0]
+    array, _, tangent = found
+    return array, tangent
 
 
-def _activate_in_training_jvp(backend: str, operands: Operands, tangents: Operands) -> tuple[Any, Any]:
-    in_8_bits, row_weights = operands["in_8_bits"], operands["row_weights"]
-    drow_weights = None if is_zero(tangents["row_weights"]) else tangents["row_weights"]
+def _activate_rounded(backend: str, *, in_8_bits: jnp.dtype, out_dtype: jnp.dtype, **operands: Any) -> Any:
+    """What is asked for where no gradient is: one kernel."""
+    rounded = activated(backend, **operands, out_dtype=in_8_bits)
+    return dequantize(rounded, out_dtype), rounded
+
+
+def _activate_rounded_jvp(backend: str, operands: Operands, tangents: Operands) -> tuple[Any, Any]:
+    found = _in_two_steps(backend, operands, tangents)
+    if found is None:
+        result = activated_and_rounded(backend, **operands)
+        return result, jax.tree.map(zero_tangent, result)
+    array, rounded, tangent = found
+    return (array, rounded), (tangent, jax.tree.map(zero_tangent, rounded))
+
+
+def _in_two_steps(
+    backend: str, operands: Operands, tangents: Operands
+) -> tuple[jax.Array, QTensor | None, jax.Array] | None:
+    """The product and the activation after it: an array, the same in 8 bits, and its tangent; None if that is zero."""
+    in_8_bits = operands["in_8_bits"]
     operands, of_dlhs = _in_both_layouts(backend, operands, tangents)
     terms = _terms(_of_product(operands), _of_product(of_dlhs), _of_product(tangents))
-    if not terms and drow_weights is None:
-        result = activated_in_training(backend, **operands)
-        return result, jax.tree.map(zero_tangent, result)
+    if not terms:
+        return None
     h = checkpoint_name(multiplied(backend, **_of_product(operands)), GATE_UP_NAME)
     options = {
+        "h": h,
         "activation": operands["activation"],
         "limit": operands["activation_limit"],
         "out_dtype": operands["out_dtype"],
     }
-    options |= {"h": h, "row_weights": row_weights}
-    array, rounded = activation.gated(backend, **options, in_8_bits=in_8_bits, with_8_bits=in_8_bits is not None)
-    tangent = pushed(backend, **options, terms=terms, drow_weights=drow_weights)
-    return (array, rounded), (tangent, jax.tree.map(zero_tangent, rounded))
+    array, rounded = activation.gated(
+        backend, **options, row_weights=None, in_8_bits=in_8_bits, with_8_bits=in_8_bits is not None
+    )
+    return array, rounded, pushed(backend, **options, terms=terms)
 
 
 def _of_product(values: Operands) -> Operands:
     return {name: x for name, x in values.items() if name not in _OF_ACTIVATION}
 
 
-def _push_jvp(backend: str, operands: Operands, tangents: Operands) -> tuple[Any, Any]:
-    """The tangent is that of the products and the activation one after the other."""
-    leaves = jax.tree.leaves(operands)
-    structure: Any = jax.tree.structure(operands)
-    directions = structure.flatten_up_to(tangents)
-    moving = [
-        i
-        for i, (leaf, direction) in enumerate(zip(leaves, directions, strict=True))
-        if isinstance(leaf, jax.Array) and isinstance(direction, jax.Array)
-    ]
-
-    def apart(moved: list[jax.Array]) -> jax.Array:
-        merged = list(leaves)
-        for i, leaf in zip(moving, moved, strict=True):
-            merged[i] = leaf
-        found = jax.tree.unflatten(structure, merged)
-        dh = [multiplied(backend, **term) for term in found.pop("terms")]
-        return activation.pushed(backend, dh=sum(dh[1:], start=dh[0]) if dh else None, **found)
-
-    _, tangent = jax.jvp(apart, ([leaves[i] for i in moving],), ([directions[i] for i in moving],))
-    return pushed(backend, **operands), tangent
+def _push(backend: str, *, terms: list[Operands], **operands: Any) -> jax.Array:
+    """The tangent of the activation of h [M, 2I] for the sum of products `terms`, of each its operands."""
+    dh = [multiplied(backend, **term) for term in terms]
+    total = sum(dh[1:], start=dh[0])
+    return activation.pushed(backend, dh=total, row_weights=None, drow_weights=None, **operands)
 
 
 def _push_transpose(backend: str, dout: jax.Array, operands: Operands) -> Operands:
     terms = operands["terms"]
     in_8_bits = [_gradient_dtype(operands["h"], term) for term in terms]
-    weighs = is_asked_for(operands["drow_weights"])
-    dh, rounded, drow_weights, _ = activation.pulled(
+    dh, rounded, _, _ = activation.pulled(
         backend,
-        **{name: operands[name] for name in ("h", "row_weights", "activation", "limit")},
+        **{name: operands[name] for name in ("h", "activation", "limit")},
+        row_weights=None,
         dout=dout,
-        with_array=bool(terms),
+        with_array=True,
         in_8_bits=next((dtype for dtype in in_8_bits if dtype is not None), None),
-        with_weights=weighs,
+        with_weights=False,
         with_result=None,
         result_in_8_bits=None,
     )
-    found = {"terms": [_multiply_transpose(backend, dh, term, rounded) for term in terms]}
-    return found | ({"drow_weights": drow_weights} if weighs else {})
+    return {"terms": [_multiply_transpose(backend, dh, term, rounded) for term in terms]}
 
 
 def _gradient_dtype(h: jax.Array, term: Operands) -> jnp.dtype | None:
@@ -287,13 +284,11 @@ multiplied = Operator(
 activated = Operator("grouped_matmul", "grouped_gate_up", jvp=_activate_jvp, hidden=_HIDDEN)
 """See `pallas_kernels.grouped_matmul.grouped_gate_up`; `factors` makes its operands."""
 
-activated_in_training = Operator(
-    "grouped_matmul", "grouped_gate_up_in_training", jvp=_activate_in_training_jvp, hidden=_HIDDEN
-)
-"""See `pallas_kernels.grouped_matmul.training.result_by`; `factors` makes its operands."""
+activated_and_rounded = Operator(_activate_rounded, "grouped_gate_up_rounded", jvp=_activate_rounded_jvp)
+"""The same, as an array and as the 8 bits `in_8_bits` that it says."""
 
-pushed = Operator("grouped_matmul", "grouped_gate_up_tangent", jvp=_push_jvp, transpose=_push_transpose)
-"""See `pallas_kernels.grouped_matmul.training.tangent_by`; each of its terms has the operands of `multiplied`."""
+pushed = Operator(_push, "grouped_gate_up_tangent", transpose=_push_transpose)
+"""The tangent of both; each of its terms has the operands of `multiplied`."""
 
 correlated = Operator(
     "grouped_matmul",

@@ -13,7 +13,6 @@ from jax import lax
 
 from pallas_kernels.activations import Activation, gated_halves
 from pallas_kernels.columns import Columns, dequantize_columns, padded_sizes
-from pallas_kernels.grouped_matmul import training
 from pallas_kernels.grouped_matmul.group_sizes import bounds
 from pallas_kernels.quantize import Operand, QTensor, dequantize, quantize
 from pallas_kernels.tracing.concrete import is_symbolic
@@ -92,10 +91,6 @@ def grouped_matmul_drhs(
     if lhs.shape[0] == 0:
         return zeros.astype(out_dtype)
     return lax.fori_loop(0, blocks.count, body, vary_over(zeros, varying_axes(lhs))).astype(out_dtype)
-
-
-grouped_gate_up_in_training = training.result_by(grouped_gate_up, grouped_matmul)
-grouped_gate_up_tangent = training.tangent_by(grouped_matmul)
 
 
 def grouped_matmul_of_columns(

@@ -5,8 +5,6 @@ Hopper's are the only ones yet; they raise `Unsupported` on other GPUs.
 
 from pallas_kernels.grouped_matmul.gpu.hopper import (
     grouped_gate_up,
-    grouped_gate_up_in_training,
-    grouped_gate_up_tangent,
     grouped_matmul,
     grouped_matmul_drhs,
     grouped_matmul_of_columns,
@@ -14,8 +12,6 @@ from pallas_kernels.grouped_matmul.gpu.hopper import (
 
 __all__ = [
     "grouped_gate_up",
-    "grouped_gate_up_in_training",
-    "grouped_gate_up_tangent",
     "grouped_matmul",
     "grouped_matmul_drhs",
     "grouped_matmul_of_columns",

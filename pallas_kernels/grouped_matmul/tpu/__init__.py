@@ -19,7 +19,6 @@ from pallas_kernels.backend import Unsupported
 from pallas_kernels.chips import Chip
 from pallas_kernels.columns import Columns
 from pallas_kernels.cost import grouped_gate_up_cost, grouped_matmul_cost
-from pallas_kernels.grouped_matmul import training
 from pallas_kernels.grouped_matmul.tpu import drhs, tiling
 from pallas_kernels.grouped_matmul.tpu.kernel import grouped_product
 from pallas_kernels.grouped_matmul.tpu.math import Arithmetic
@@ -123,10 +122,6 @@ def grouped_matmul_drhs(
         drhs.pick(chip, left.shape[0], shape, multiply, out),
         vmem_limit_bytes=tiling.vmem_limit(chip),
     )
-
-
-grouped_gate_up_in_training = training.result_by(grouped_gate_up, grouped_matmul)
-grouped_gate_up_tangent = training.tangent_by(grouped_matmul)
 
 
 def grouped_matmul_of_columns(

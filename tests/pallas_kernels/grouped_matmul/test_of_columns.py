@@ -11,14 +11,12 @@ from pallas_kernels.backend import Unsupported
 from pallas_kernels.columns import (
     BLOCK,
     Columns,
-    dequantize_columns,
     first_blocks,
     padded_rows,
 )
 from pallas_kernels.grouped_matmul import grouped_matmul_of_columns
 from pallas_kernels.grouped_matmul.gpu.hopper import drhs_8_bits
 from pallas_kernels.on_gpu.smem import single_view
-from pallas_kernels.quantize import scale_of
 from pallas_kernels.quantize_columns import quantize_columns
 from tests.helpers import LIMIT, float64, normal, raises_saying, relative_error
 from tests.pallas_kernels.backends import every_backend

@@ -10,7 +10,6 @@ import pytest
 from jax.ad_checkpoint import checkpoint_policies
 from jax.sharding import AxisType, PartitionSpec
 
-from pallas_kernels.activations import gated_halves
 from pallas_kernels.grouped_matmul import (
     GATE_UP_NAME,
     grouped_gate_up,
@@ -196,44 +195,6 @@ def test_in_shard_map(rng):
     gradient = jax.jit(jax.grad(product, (0, 1, 2)))
     one, other = (gradient(a, w1, w2, b) for a, b in zip(jnp.split(x, 2), jnp.split(dy, 2), strict=True))
     assert_alike(got, (jnp.concatenate([one[0], other[0]]), one[1] + other[1], one[2] + other[2]))
-
-
-@pytest.mark.parametrize("rounds", [False, True], ids=["", "rounded"])
-@pytest.mark.quick("")
-def test_weights_of_rows(rng, rounds):
-    """In both modes and twice, with a bias; what is rounded passes derivatives as if it were not."""
-    x, w1, _, _ = problem(rng, "float32")
-    x, bias, weights = jnp.nan_to_num(x), normal(rng, G, 2 * WIDTH), normal(rng, M)
-    owner = jnp.repeat(jnp.eye(G + 1), jnp.array([*SIZES, M - SIZES.sum()]), axis=0, total_repeat_length=M)[:, :G]
-
-    def ours(x, w1, bias, weights):
-        if rounds:
-            return grouped_gate_up_rounded(x, w1, SIZES, bias=bias, row_weights=weights).array
-        return grouped_gate_up(x, w1, SIZES, bias=bias, row_weights=weights)
-
-    def plain(x, w1, bias, weights):
-        h = jnp.einsum("mg,mk,gkn->mn", owner, x, w1, precision="highest") + owner @ bias
-        return gated_halves(h, "silu") * weights[:, None]
-
-    operands = x, w1, bias, weights
-    directions = tuple(normal(rng, *a.shape) for a in operands)
-
-    def derivatives(function):
-        def gradient(*operands):
-            _, pull = jax.vjp(function, *operands)
-            return pull(jnp.cos(plain(*operands)))
-
-        return jax.jit(lambda: (jax.jvp(function, operands, directions)[1], jax.jvp(gradient, operands, directions)))()
-
-    assert_alike(derivatives(ours), derivatives(plain), 2e-5)
-    value = jax.jit(ours)(*operands)
-    assert relative_error(value, plain(*operands)) < (0.05 if rounds else LIMIT["float32"])
-    for i in range(4):  # of one operand alone
-        (got,), (expected,) = (
-            jax.vjp(lambda a, f=f, i=i: f(*operands[:i], a, *operands[i + 1 :]), operands[i])[1](value)
-            for f in (ours, plain)
-        )
-        assert relative_error(got, expected) < 2e-5
 
 
 @pytest.mark.parametrize("argument", ["x", "w1", "w2"])

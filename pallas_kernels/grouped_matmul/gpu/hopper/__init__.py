@@ -19,7 +19,6 @@ import jax.numpy as jnp
 from pallas_kernels.activations import Activation
 from pallas_kernels.backend import Unsupported
 from pallas_kernels.columns import BLOCK, Columns, first_blocks
-from pallas_kernels.grouped_matmul import training
 from pallas_kernels.grouped_matmul.gpu.hopper import drhs, drhs_8_bits, tiling
 from pallas_kernels.grouped_matmul.gpu.hopper.kernel import grouped_product
 from pallas_kernels.grouped_matmul.gpu.hopper.problem import SCALE_BLOCK, Epilogue, Inputs, Problem
@@ -107,10 +106,6 @@ def grouped_matmul_drhs(
         drhs.Config(),
         num_blocks=chip.cores,
     )
-
-
-grouped_gate_up_in_training = training.result_by(grouped_gate_up, grouped_matmul)
-grouped_gate_up_tangent = training.tangent_by(grouped_matmul)
 
 
 def grouped_matmul_of_columns(
