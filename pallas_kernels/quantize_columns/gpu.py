@@ -8,8 +8,8 @@ feature, and nothing is transposed but by the order in which a thread writes: it
 in a vector. The rounded tile passes through shared memory to the copy engine.
 
 The rows of a unit, 512 bytes each, are read by 128 loads that do not wait for one another: a warpgroup has 64 KB on
-their way at once. At full bandwidth Little's law asks for 30 to 40 KB on each core; while one of its three warpgroups
-waits, the others round.
+their way at once. At full bandwidth Little's law asks for 30 to 40 KB on each core, of which three warpgroups share the
+registers: while one waits, the others round.
 
 Units go through all blocks of rows before the next strip. A token has a row in several groups, and a strip of all
 tokens (16 MB of 32768) stays in the cache: main memory is asked once for a row, not once for each of its groups.
@@ -49,7 +49,7 @@ class Config:
     """How the work is cut.
 
     Attributes:
-      warpgroups: that run in a block, each on units of its own; three leave a thread 168 registers, one or two 255.
+      warpgroups: that run in a block, each on units of its own. Three leave a thread 168 registers, which is enough.
       blocks: most blocks.
       strips: how many strips are visited for a block of rows before the next block of rows, at most.
     """
@@ -118,7 +118,7 @@ def quantize_columns(
     if not x.size:
         return reference.quantize_columns(x, group_sizes, row_ids, dtype=dtype)
     words = _Words.of(x)
-    config = config or Config(warpgroups=1 + words.features, blocks=chip.cores)
+    config = config or Config(warpgroups=3, blocks=chip.cores)
     sources, is_owned = reference.sources_of_blocks(x, group_sizes, row_ids)
     num_blocks, num_features = sources.shape[0], x.shape[1]
     padded, strips = num_blocks * BLOCK, num_features // (_THREADS * words.features)
@@ -136,13 +136,15 @@ def quantize_columns(
             strip = several * neighbours + neighbour
             pl.when(is_owned_ref[block] > 0)(lambda: round_unit(strip, block))
 
-        def read_row(block, row, features):
-            word = plgpu.load(x_ref.at[sources_ref[block, row], features], layout=_layout(1), optimized=False)
-            return word.astype(jnp.int32) & masks_ref[block, row]
-
         def round_unit(strip, block):
             features = pl.ds(pl.multiple_of(strip * _THREADS, _THREADS), _THREADS)
-            rows = jnp.concatenate([read_row(block, row, features) for row in range(BLOCK)], axis=1)
+            places = [x_ref.at[sources_ref[block, row], features] for row in range(BLOCK)]
+            loaded = [plgpu.load(place, layout=_layout(1), optimized=False) for place in places]
+            # The tile is free again. Without a barrier here the compiler has the first rows masked, and waits for them,
+            # before it asks for the last.
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            there = [word.astype(jnp.int32) & masks_ref[block, row] for row, word in enumerate(loaded)]
+            rows = jnp.concatenate(there, axis=1)
             scales = [scale_of(largest, dtype) for largest in words.largest(rows)]
             inverses = [1 / scale for scale in scales]
             rounded = [
@@ -150,7 +152,6 @@ def quantize_columns(
                 for some in (rows[:, i : i + _VECTOR] for i in range(0, BLOCK, _VECTOR))
             ]
             scale[block, features] = _side_by_side(scales)
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             for i, vectors in enumerate(zip(*rounded, strict=True)):
                 tiles[i] = jnp.concatenate(vectors, axis=1)
             plgpu.commit_smem()
