@@ -120,7 +120,7 @@ def gated_activation(
     chip = hopper_chip("gated_activation")
     config = config or _config(h.dtype, operands=2)
     num_rows, columns = h.shape[0], h.shape[1] // 2
-    tiles = _cut(num_rows, columns, config, [h.dtype, out_dtype], in_8_bits)
+    tiles = _cut(num_rows, columns, config, [h.dtype, out_dtype], [in_8_bits])
     if tiles is None:
         options: Any = {"activation": activation, "limit": limit, "out_dtype": out_dtype, "in_8_bits": in_8_bits}
         return reference.gated_activation(h, row_weights, **options, with_8_bits=with_8_bits)
@@ -128,13 +128,9 @@ def gated_activation(
 
     def finish(ref, row, block, weights, gate, up):
         value = value_of(gate.astype(jnp.float32), up.astype(jnp.float32), activation, limit)
-        if in_8_bits is None:
-            value = value if weights is None else value * tiles.of_rows(weights)
-        else:
-            rounded, scale = _rounded(tiles, value, in_8_bits)
-            scale = scale if weights is None else scale * weights
-            _store_rounded(tiles, ref, row, block, rounded, scale)
-            value = rounded.astype(jnp.float32) * tiles.of_rows(scale)
+        value, rounded = _weighed(tiles, value, weights, in_8_bits)
+        if rounded is not None:
+            _store_rounded(tiles, ref, row, block, *rounded)
         if "array" in ref:
             store(tiles.window(ref["array"], row, block), value.astype(out_dtype))
 
@@ -152,25 +148,38 @@ def gated_activation_pullback(
     with_array: bool,
     in_8_bits: jnp.dtype | None,
     with_weights: bool,
+    with_result: jnp.dtype | None,
+    result_in_8_bits: jnp.dtype | None,
     config: Config | None = None,
-) -> tuple[jax.Array | None, QTensor | None, jax.Array | None]:
-    """See `pallas_kernels.gated_activation.reference.gated_activation_pullback`, and `gated_activation`."""
+) -> tuple[jax.Array | None, QTensor | None, jax.Array | None, jax.Array | None]:
+    """See `pallas_kernels.gated_activation.reference.gated_activation_pullback`, and `gated_activation`.
+
+    The result has the bits that `gated_activation` gives it here.
+    """
     chip = hopper_chip("gated_activation_pullback")
-    config = config or _config(h.dtype, operands=3)
+    config = config or _config(h.dtype, operands=3, with_result=with_result is not None)
     num_rows, columns = dout.shape
-    tiles = _cut(num_rows, columns, config, [h.dtype, dout.dtype], in_8_bits)
+    if with_result is None:
+        result_in_8_bits = None
+    tiles = _cut(num_rows, columns, config, [h.dtype, dout.dtype, with_result], [in_8_bits, result_in_8_bits])
     if tiles is None:
         options: Any = {"activation": activation, "limit": limit, "with_array": with_array, "in_8_bits": in_8_bits}
-        return reference.gated_activation_pullback(h, dout, row_weights, **options, with_weights=with_weights)
+        options |= {"with_weights": with_weights, "with_result": with_result, "result_in_8_bits": result_in_8_bits}
+        return reference.gated_activation_pullback(h, dout, row_weights, **options)
     outs = _outs(tiles, 2 * columns, h.dtype if with_array else None, in_8_bits)
     if with_weights:
         outs["shares"] = jax.ShapeDtypeStruct((tiles.across, num_rows), jnp.float32)
+    if with_result is not None:
+        outs["result"] = jax.ShapeDtypeStruct((num_rows, columns), with_result)
 
     def finish(ref, row, block, weights, gate, up, gradient):
         wide = gradient.astype(jnp.float32)
         found = with_derivatives(gate.astype(jnp.float32), up.astype(jnp.float32), activation, limit)
         if with_weights:
             store(ref["shares"].at[block, pl.ds(row, tiles.rows)], jnp.sum(wide * found.value, axis=1))
+        if with_result is not None:
+            result, _ = _weighed(tiles, found.value, weights, result_in_8_bits)
+            store(tiles.window(ref["result"], row, block), result.astype(with_result))
         if weights is not None:
             wide = wide * tiles.of_rows(weights)
         for half, slope in enumerate((found.by_gate, found.by_up)):
@@ -183,7 +192,7 @@ def gated_activation_pullback(
 
     results = _run("gated_activation_pullback", tiles, outs, _most_blocks(chip, config), finish, row_weights, h, dout)
     drow_weights = results["shares"].sum(0) if with_weights else None
-    return results.get("array"), _rounded_result(results), drow_weights
+    return results.get("array"), _rounded_result(results), drow_weights, results.get("result")
 
 
 def _run(
@@ -257,6 +266,20 @@ def _rounded(tiles: _Tiles, value: jax.Array, dtype: jnp.dtype) -> tuple[jax.Arr
     return (value * tiles.of_rows(1 / scale)).astype(dtype), scale
 
 
+def _weighed(
+    tiles: _Tiles, value: jax.Array, weights: jax.Array | None, in_8_bits: jnp.dtype | None
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+    """A tile times the weights of its rows; with `in_8_bits` what its 8 bits say, and the values and scales of these.
+
+    It is rounded as without weights, which go into the scales.
+    """
+    if in_8_bits is None:
+        return value if weights is None else value * tiles.of_rows(weights), None
+    rounded, scale = _rounded(tiles, value, in_8_bits)
+    scale = scale if weights is None else scale * weights
+    return rounded.astype(jnp.float32) * tiles.of_rows(scale), (rounded, scale)
+
+
 def _store_rounded(tiles: _Tiles, ref: dict[str, Any], row, block, values, scale) -> None:
     if "values" in ref:
         store(ref["scale"].at[block, pl.ds(row, tiles.rows)], scale)
@@ -264,15 +287,16 @@ def _store_rounded(tiles: _Tiles, ref: dict[str, Any], row, block, values, scale
 
 
 def _cut(
-    num_rows: int, columns: int, config: Config, dtypes: list[jnp.dtype | None], in_8_bits: jnp.dtype | None
+    num_rows: int, columns: int, config: Config, dtypes: list[jnp.dtype | None], in_8_bits: list[jnp.dtype | None]
 ) -> _Tiles | None:
     """The tiles; None for what is left to XLA: few rows, odd columns, and dtypes that nobody trains in."""
     width = _BLOCK if columns % _BLOCK == 0 else _BLOCK // 2
-    if columns % width or not columns or (in_8_bits is not None and width != _BLOCK):
+    rounded_to = [dtype for dtype in in_8_bits if dtype is not None]
+    if columns % width or not columns or (rounded_to and width != _BLOCK):
         return None
     if any(dtype is not None and dtype.name not in _DTYPES for dtype in dtypes):
         return None
-    if in_8_bits is not None and in_8_bits.name not in _FP8:
+    if any(dtype.name not in _FP8 for dtype in rounded_to):
         return None
     least = rows_in_blocks(width)
     if num_rows < least:
@@ -285,7 +309,11 @@ def _most_blocks(chip: Chip, config: Config) -> int:
     return chip.cores * config.blocks_per_core
 
 
-def _config(dtype: jnp.dtype, operands: int) -> Config:
-    """As many rows as a thread can hold of this tile and the next one, beside what it works with."""
+def _config(dtype: jnp.dtype, operands: int, *, with_result: bool = False) -> Config:
+    """As many rows as a thread can hold of this tile and the next one, beside what it works with.
+
+    No more blocks than registers have room for at once, as one that waits for others would be late: a thread needs up
+    to 128 of them for a pullback, and up to 168 with the result.
+    """
     rows = 16 if dtype.itemsize == 2 else 8
-    return Config(rows=rows, blocks_per_core=5 if operands == 2 else 4)
+    return Config(rows=rows, blocks_per_core=5 if operands == 2 else 3 if with_result else 4)

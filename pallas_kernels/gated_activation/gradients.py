@@ -2,10 +2,11 @@
 
     gated(h, weights)                       (array, 8 bits)     tangent of the array: `pushed`; the 8 bits have none
     pushed(h, dh, weights, dweights)        tangent             linear in dh and dweights together; transposed: `pulled`
-    pulled(h, dout, weights)                (dh, dh in 8 bits, dweights)
+    pulled(h, dout, weights)                (dh, dh in 8 bits, dweights, array)
 
-The product before the activation takes both kinds of dh: see `grouped_matmul.gradients`. The tangents of `pushed` and
-`pulled`, of which second derivatives are made, are those of the reference.
+The product before the activation takes both kinds of dh, and the gradient of the weights after it the array once more:
+see `grouped_matmul.gradients`. The tangents of `pushed` and `pulled`, of which second derivatives are made, are those
+of the reference.
 """
 
 from collections.abc import Callable
@@ -41,13 +42,15 @@ def _push_jvp(backend: str, operands: Operands, tangents: Operands) -> tuple[Any
 
 def _push_transpose(backend: str, dout: jax.Array, operands: Operands) -> Operands:
     asked = {name: is_asked_for(operands[name]) for name in ("dh", "drow_weights")}
-    dh, _, drow_weights = pulled(
+    dh, _, drow_weights, _ = pulled(
         backend,
         dout=dout,
         **{name: operands[name] for name in ("h", "row_weights", "activation", "limit")},
         with_array=asked["dh"],
         in_8_bits=None,
         with_weights=asked["drow_weights"],
+        with_result=None,
+        result_in_8_bits=None,
     )
     found = {"dh": dh, "drow_weights": drow_weights}
     return {name: found[name] for name, is_asked in asked.items() if is_asked}
@@ -55,25 +58,25 @@ def _push_transpose(backend: str, dout: jax.Array, operands: Operands) -> Operan
 
 def _pull_jvp(backend: str, operands: Operands, tangents: Operands) -> tuple[Any, Any]:
     result = pulled(backend, **operands)
-    tangent: Any = None, None, None
-    if operands["with_array"] or operands["with_weights"]:
-        alone = operands | {"in_8_bits": None}
+    tangent: Any = None, None, None, None
+    if operands["with_array"] or operands["with_weights"] or operands["with_result"] is not None:
+        alone = operands | {"in_8_bits": None, "result_in_8_bits": None}
         tangent = _tangent(reference.gated_activation_pullback, alone, tangents)
-    return result, (tangent[0], jax.tree.map(zero_tangent, result[1]), tangent[2])
+    return result, (tangent[0], jax.tree.map(zero_tangent, result[1]), *tangent[2:])
 
 
 def _fewer_pulled(operands: Operands, used: list[bool]) -> tuple[Operands, list[bool]]:
-    """The result has an array, the values and scales of a QTensor, and weights, as far as they are asked for."""
-    has_array, has_weights = operands["with_array"], operands["with_weights"]
-    array, weights = has_array and used[0], has_weights and used[-1]
-    rounded = any(used[has_array : len(used) - has_weights])
-    needed = {
-        "with_array": array,
-        "in_8_bits": operands["in_8_bits"] if rounded else None,
-        "with_weights": weights,
+    """An array, the values and scales of a QTensor, weights, and the result, as far as they are asked for."""
+    has = {
+        "with_array": operands["with_array"],
+        "in_8_bits": operands["in_8_bits"] is not None,
+        "with_weights": operands["with_weights"],
+        "with_result": operands["with_result"] is not None,
     }
-    parts = len(used) - has_array - has_weights
-    return operands | needed, [array] * has_array + [rounded] * parts + [weights] * has_weights
+    names = [name for name in has for _ in range(2 if name == "in_8_bits" else 1) if has[name]]
+    needed = {name for name, is_used in zip(names, used, strict=True) if is_used}
+    none = {name: False if isinstance(operands[name], bool) else None for name in has.keys() - needed}
+    return operands | none, [name in needed for name in names]
 
 
 def _tangent(function: Callable[..., Any], operands: Operands, tangents: Operands) -> Any:

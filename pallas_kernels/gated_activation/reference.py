@@ -1,6 +1,7 @@
 """Gated activations in plain XLA, their tangent and their pullback, in float32 and rounded once."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -80,8 +81,10 @@ def gated_activation_pullback(
     with_array: bool,
     in_8_bits: jnp.dtype | None,
     with_weights: bool,
-) -> tuple[jax.Array | None, QTensor | None, jax.Array | None]:
-    """The cotangents of h [R, 2I] and of the weights for that of the result, dout [R, I].
+    with_result: jnp.dtype | None,
+    result_in_8_bits: jnp.dtype | None,
+) -> tuple[jax.Array | None, QTensor | None, jax.Array | None, jax.Array | None]:
+    """The cotangents of h [R, 2I] and of the weights for that of the result, dout [R, I]; and the result once more.
 
     Args:
       h: see `gated_activation`, as for all that is not listed here.
@@ -92,11 +95,17 @@ def gated_activation_pullback(
       with_array: whether the array is asked for.
       in_8_bits: dtype of the QTensor; None if it is not asked for.
       with_weights: whether the cotangent of the weights is asked for.
+      with_result: dtype of the result; None if it is not asked for.
+      result_in_8_bits: dtype of 8 bits to which the result has been rounded: `in_8_bits` of `gated_activation`.
 
     Returns:
-      Of h an array in its dtype and a QTensor, each of the float32 values, and of the weights float32 [R]; None for
-      what is not asked for.
+      Of h an array in its dtype and a QTensor, each of the float32 values, of the weights float32 [R], and the array
+      that `gated_activation` gives, bit by bit; None for what is not asked for.
     """
+    result = None
+    if with_result is not None:
+        options: Any = {"activation": activation, "limit": limit, "in_8_bits": result_in_8_bits}
+        result, _ = gated_activation(h, row_weights, **options, out_dtype=with_result, with_8_bits=False)
     wide, dout = h.astype(jnp.float32), dout.astype(jnp.float32)
     value, pull = jax.vjp(functools.partial(gated_halves, activation=activation, limit=limit), wide)
     dh = rounded = None
@@ -104,7 +113,7 @@ def gated_activation_pullback(
         (found,) = pull(dout if row_weights is None else dout * row_weights[:, None])
         dh = found.astype(h.dtype) if with_array else None
         rounded = None if in_8_bits is None else quantize(found, in_8_bits, scaling=SCALING)
-    return dh, rounded, jnp.sum(dout * value, axis=1) if with_weights else None
+    return dh, rounded, jnp.sum(dout * value, axis=1) if with_weights else None, result
 
 
 def _weighed(h: jax.Array, row_weights: jax.Array | None, *, activation: Activation, limit: float | None) -> jax.Array:

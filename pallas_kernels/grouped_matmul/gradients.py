@@ -254,13 +254,15 @@ def _push_transpose(backend: str, dout: jax.Array, operands: Operands) -> Operan
     terms = operands["terms"]
     in_8_bits = [_gradient_dtype(operands["h"], term) for term in terms]
     weighs = is_asked_for(operands["drow_weights"])
-    dh, rounded, drow_weights = activation.pulled(
+    dh, rounded, drow_weights, _ = activation.pulled(
         backend,
         **{name: operands[name] for name in ("h", "row_weights", "activation", "limit")},
         dout=dout,
         with_array=bool(terms),
         in_8_bits=next((dtype for dtype in in_8_bits if dtype is not None), None),
         with_weights=weighs,
+        with_result=None,
+        result_in_8_bits=None,
     )
     found = {"terms": [_multiply_transpose(backend, dh, term, rounded) for term in terms]}
     return found | ({"drow_weights": drow_weights} if weighs else {})

@@ -103,6 +103,7 @@ def expert_activation(
     )
     in_8_bits = jnp.dtype("float8_e5m2")
     options: Any = {"activation": activation, "limit": limit, "with_array": True, "in_8_bits": in_8_bits}
+    options |= {"with_result": h.dtype, "result_in_8_bits": jnp.dtype("float8_e4m3fn")}
     return forward, pulled("pallas_gpu", h=h, dout=dout, row_weights=weights, **options, with_weights=True)
 
 

@@ -28,6 +28,7 @@ from tests.pallas_kernels.grouped_matmul.grouped import gated, gated_gradient
 backend = every_backend("gated_activation")
 
 FP8 = "float8_e4m3fn"
+NAMES = ("h", "dout", "row_weights")
 
 
 def run(function, backend, **options):
@@ -78,13 +79,33 @@ def test_in_8_bits_is_the_float32_value_rounded_once(backend, rng, shape, dtype)
 def test_a_pullback_in_8_bits(backend, rng, of, dtype):
     h, dout = random(rng, (37, 512), of), normal(rng, 37, 256, dtype=of)
     options = {"activation": "silu", "limit": None, "with_array": True, "in_8_bits": jnp.dtype(dtype)}
-    options |= {"row_weights": None, "with_weights": False}
-    dh, rounded, _ = jax.jit(lambda h, dout: pulled(backend, h=h, dout=dout, **options))(h, dout)
+    options |= {"row_weights": None, "with_weights": False, "with_result": None, "result_in_8_bits": None}
+    dh, rounded, _, _ = jax.jit(lambda h, dout: pulled(backend, h=h, dout=dout, **options))(h, dout)
     exact = by_jax(h, dout, "silu", None)[1]
     assert relative_error(dh, exact) < LIMIT[of]
     expected = jax.jit(functools.partial(quantize, dtype=dtype, scaling="1x128"))(exact)
     np.testing.assert_allclose(rounded.scale, expected.scale, rtol=1e-5)
     assert other_numbers(rounded, expected) < 1e-3
+
+
+@pytest.mark.parametrize("weighed", [False, True], ids=["", "weighed"])
+@pytest.mark.parametrize("in_8_bits", [None, FP8, "float8_e5m2"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.quick("xla-silu-None-", "xla-swigluoai-*m3fn-weighed")
+def test_a_pullback_gives_the_result_once_more(backend, rng, activation, in_8_bits, weighed):
+    """With the bits of the first time."""
+    h, dout = random(rng, (37, 512), "bfloat16"), normal(rng, 37, 256)
+    weights = normal(rng, 37) if weighed else None
+    if in_8_bits is None:
+        expected = run(gated_activation, backend, activation=activation)(h, weights)
+    else:
+        expected = run(gated_activation_in_8_bits, backend, activation=activation, dtype=in_8_bits)(h, weights).array
+    options = {"activation": activation, "limit": None, "with_array": True, "in_8_bits": jnp.dtype("float8_e5m2")}
+    options |= {"with_weights": weighed, "with_result": h.dtype, "result_in_8_bits": in_8_bits and jnp.dtype(in_8_bits)}
+    *_, result = jax.jit(lambda *args: pulled(backend, **dict(zip(NAMES, args, strict=True)), **options))(
+        h, dout, weights
+    )
+    assert same_bits(result, expected)
 
 
 @pytest.mark.parametrize("limit", [None, 7.0])
@@ -192,6 +213,7 @@ def test_nobody_writes_what_nobody_uses():
         def function(h):
             options = {"activation": "silu", "limit": None, "with_array": True, "in_8_bits": jnp.dtype(FP8)}
             options |= {"row_weights": h[:, 0].astype("float32"), "with_weights": True}
+            options |= {"with_result": h.dtype, "result_in_8_bits": jnp.dtype(FP8)}
             return of(pulled("auto", h=h, dout=h[:, :256], **options))
 
         return function
@@ -203,14 +225,12 @@ def test_nobody_writes_what_nobody_uses():
     only_array = writes(lambda h: gated_activation_in_8_bits(h).array, "gated_activation")
     assert array in only_array
     assert values not in only_array
-    dh, dh_in_8_bits, shares = "tensor<64x512xbf16>", "tensor<64x512xf8E4M3FN>", "tensor<2x64xf32>"
+    parts = "tensor<64x512xbf16>", "tensor<64x512xf8E4M3FN>", "tensor<2x64xf32>", array  # of dh, of weights, the result
     everything = writes(pull(lambda found: found), "gated_activation_pullback")
-    assert all(part in everything for part in (dh, dh_in_8_bits, shares))
-    for i, part in enumerate((dh, dh_in_8_bits, shares)):
+    assert all(part in everything for part in parts)
+    for i, part in enumerate(parts):
         only = writes(pull(lambda found, i=i: found[i]), "gated_activation_pullback")
-        assert [other in only for other in (dh, dh_in_8_bits, shares)] == [
-            other == part for other in (dh, dh_in_8_bits, shares)
-        ]
+        assert [other in only for other in parts] == [other == part for other in parts]
 
 
 @pytest.mark.parametrize(

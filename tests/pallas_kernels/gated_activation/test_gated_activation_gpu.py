@@ -49,7 +49,18 @@ def forward(
     return got, jax.jit(functools.partial(reference.gated_activation, **options))(h, weights)
 
 
-def backward(h, dout, activation="silu", limit=None, with_array=True, in_8_bits=None, config=SMALL, weights=None):
+def backward(
+    h,
+    dout,
+    activation="silu",
+    limit=None,
+    with_array=True,
+    in_8_bits=None,
+    config=SMALL,
+    weights=None,
+    with_result=None,
+    result_in_8_bits=None,
+):
     """The same for the pullback."""
     options = {
         "activation": activation,
@@ -57,6 +68,8 @@ def backward(h, dout, activation="silu", limit=None, with_array=True, in_8_bits=
         "with_array": with_array,
         "in_8_bits": in_8_bits and jnp.dtype(in_8_bits),
         "with_weights": weights is not None,
+        "with_result": with_result and jnp.dtype(with_result),
+        "result_in_8_bits": result_in_8_bits and jnp.dtype(result_in_8_bits),
     }
     with interpreted(detect_races=h.shape[0] % config.rows == 0):
         got = gated_activation_pullback(h, dout, weights, **options, config=config)
@@ -93,6 +106,26 @@ def test_interpreted(rng, monkeypatch, activation, limit, dtype, in_8_bits, weig
     assert_alike(*backward(h, dout, activation, limit, True, in_8_bits, weights=weights), LIMIT[dtype])
 
 
+@pytest.mark.parametrize("weighed", [False, True], ids=["", "weighed"])
+@pytest.mark.parametrize("in_8_bits", [None, FP8, "float8_e5m2"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.quick("silu-bfloat16-*m3fn-weighed", "swigluoai-float32-None-")
+def test_the_result_with_the_pullback_interpreted(rng, activation, dtype, in_8_bits, weighed):
+    """The bits that the forward kernel gives, whatever else is asked for, and that what is, is as without it."""
+    weights = normal(rng, ROWS) if weighed else None
+    h, dout = random(rng, (ROWS, 2 * COLUMNS), dtype), normal(rng, ROWS, COLUMNS, dtype="bfloat16")
+    (array, _), _ = forward(h, activation, 1.5, "bfloat16", in_8_bits, with_8_bits=False, weights=weights)
+    options = {"activation": activation, "limit": 1.5, "weights": weights}
+    options |= {"with_result": "bfloat16", "result_in_8_bits": in_8_bits}
+    for asked in ({"with_array": True}, {"with_array": False, "in_8_bits": "float8_e5m2"}):
+        got, expected = backward(h, dout, **options, **asked)
+        assert same_bits(got[3], array)
+        without, _ = backward(h, dout, **options | {"with_result": None}, **asked)
+        assert same_bits(got[:3], without[:3])
+        assert relative_error(got[3], expected[3]) < (LIMIT["bfloat16"] if in_8_bits is None else 5e-3)
+
+
 @pytest.mark.parametrize(("array", "rounded"), [(True, False), (False, True)])
 @pytest.mark.slow
 def test_some_of_the_results_interpreted(rng, array, rounded):
@@ -110,8 +143,12 @@ def test_awkward_sizes_interpreted(rng, monkeypatch, rows, columns, config):
     few_blocks(monkeypatch)
     h, dout = random(rng, (rows, 2 * columns), "bfloat16"), normal(rng, rows, columns, dtype="bfloat16")
     options = {"in_8_bits": FP8 if columns % 128 == 0 else None, "config": config, "weights": normal(rng, rows)}
-    assert_alike(*forward(h, **options), LIMIT["bfloat16"])
-    assert_alike(*backward(h, dout, **options), LIMIT["bfloat16"])
+    array = forward(h, **options)
+    assert_alike(*array, LIMIT["bfloat16"])
+    result = {"with_result": "bfloat16", "result_in_8_bits": options["in_8_bits"]}
+    pulled = backward(h, dout, **options, **result)
+    assert_alike(*(found[:3] for found in pulled), LIMIT["bfloat16"])
+    assert same_bits(pulled[0][3], array[0][0])
 
 
 @pytest.mark.parametrize("limit", [None, 7.0])
@@ -169,7 +206,12 @@ def test_lowers_for_cuda(rows, columns, dtype, activation):
     options = {"activation": activation, "limit": 7.0, "in_8_bits": None if columns % 128 else jnp.dtype(FP8)}
     weights = jax.ShapeDtypeStruct((rows,), "float32")
     kernel = functools.partial(gated_activation, out_dtype=jnp.dtype(dtype), with_8_bits=columns % 128 == 0)
-    pullback = functools.partial(gated_activation_pullback, with_array=True)
+    pullback = functools.partial(
+        gated_activation_pullback,
+        with_array=True,
+        with_result=jnp.dtype("bfloat16"),
+        result_in_8_bits=options["in_8_bits"],
+    )
     lower_for_cuda(functools.partial(kernel, **options), h, None)
     lower_for_cuda(functools.partial(kernel, **options), h, weights)
     lower_for_cuda(functools.partial(pullback, with_weights=False, **options), h, dout, None)
@@ -187,3 +229,4 @@ def test_what_is_left_to_xla(rng, rows, columns, dtype, in_8_bits):
     h, dout = random(rng, (rows, 2 * columns), dtype), normal(rng, rows, columns)
     assert same_bits(*forward(h, in_8_bits=in_8_bits))
     assert same_bits(*backward(h, dout, in_8_bits=in_8_bits))
+    assert same_bits(*backward(h, dout, with_result="float32", result_in_8_bits=in_8_bits))
