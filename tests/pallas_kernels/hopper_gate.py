@@ -26,7 +26,7 @@ from pallas_kernels.all_to_all import all_to_all, make_routes
 from pallas_kernels.chips import get_chip
 from pallas_kernels.combine import combine
 from pallas_kernels.gated_activation import gated_activation, gated_activation_in_8_bits
-from pallas_kernels.gated_activation.gradients import pulled
+from pallas_kernels.gated_activation.gradients import pulled, pulled_with_columns
 from pallas_kernels.grouped_matmul import grouped_gate_up, grouped_matmul
 from pallas_kernels.plan import Plan, make_plan, unsorted_plan
 from pallas_kernels.quantize import QTensor, dequantize, quantize
@@ -105,6 +105,20 @@ def expert_activation(
     options: Any = {"activation": activation, "limit": limit, "with_array": True, "in_8_bits": in_8_bits}
     options |= {"with_result": h.dtype, "result_in_8_bits": jnp.dtype("float8_e4m3fn")}
     return forward, pulled("pallas_gpu", h=h, dout=dout, row_weights=weights, **options, with_weights=True)
+
+
+def activation_with_columns(activation: Activation, in_8_bits: str, limit: float | None = None) -> Case:
+    """The pullback for gradients of weights in 8 bits."""
+    options = {"activation": activation, "limit": limit, "in_8_bits": jnp.dtype(in_8_bits), "with_weights": True}
+    options |= {"result_in_8_bits": jnp.dtype("float8_e4m3fn")}
+    names = "h", "dout", "row_weights", "group_sizes"
+    return (
+        lambda *operands: pulled_with_columns("pallas_gpu", **dict(zip(names, operands, strict=True)), **options),
+        array("bfloat16", 32768, 1536),
+        array("bfloat16", 32768, 768),
+        array("float32", 32768),
+        array("int32", 128),
+    )
 
 
 def training_step(**options: Any) -> Case:
@@ -212,6 +226,8 @@ CASES: dict[str, Callable[[], Case]] = {
         array("float32", 4099, 2048),
         array("float32", 4099),
     ),
+    "gated activation with columns": lambda: activation_with_columns("silu", "float8_e5m2"),
+    "gated activation with columns, limited": lambda: activation_with_columns("swigluoai", "float8_e4m3fn", limit=7.0),
     "gated activation 2880": lambda: (
         lambda h, dout: jax.vjp(
             functools.partial(gated_activation, activation="swigluoai", activation_limit=7.0, backend="pallas_gpu"),
