@@ -3,10 +3,12 @@
     gated(h, weights)                       (array, 8 bits)     tangent of the array: `pushed`; the 8 bits have none
     pushed(h, dh, weights, dweights)        tangent             linear in dh and dweights together; transposed: `pulled`
     pulled(h, dout, weights)                (dh, dh in 8 bits, dweights, array)
+    pulled_with_columns(h, dout, weights, sizes)
+                                            (dh in 8 bits, its columns, those of the array, dweights): no tangents
 
 The product before the activation takes both kinds of dh, and the gradient of the weights after it the array once more:
 see `grouped_matmul.gradients`. The tangents of `pushed` and `pulled`, of which second derivatives are made, are those
-of the reference.
+of the reference. `pulled_with_columns` is `pulled` for gradients of weights in 8 bits.
 """
 
 from collections.abc import Callable
@@ -79,6 +81,13 @@ def _fewer_pulled(operands: Operands, used: list[bool]) -> tuple[Operands, list[
     return operands | none, [name in needed for name in names]
 
 
+def _pull_with_columns_jvp(backend: str, operands: Operands, tangents: Operands) -> tuple[Any, Any]:
+    raise TypeError(
+        "the pullback of gated_activation with columns in 8 bits cannot be differentiated: nothing but gradients of "
+        "weights is made of it. Take second derivatives without gradients of weights in 8 bits"
+    )
+
+
 def _tangent(function: Callable[..., Any], operands: Operands, tangents: Operands) -> Any:
     """The tangent of function(**operands)."""
     moving = {name: tangent for name, tangent in tangents.items() if isinstance(tangent, jax.Array)}
@@ -94,3 +103,6 @@ pushed = Operator("gated_activation", "gated_activation_tangent", jvp=_push_jvp,
 
 pulled = Operator("gated_activation", "gated_activation_pullback", jvp=_pull_jvp, fewer=_fewer_pulled)
 """See `pallas_kernels.gated_activation.reference.gated_activation_pullback`."""
+
+pulled_with_columns = Operator("gated_activation", "gated_activation_pullback_with_columns", jvp=_pull_with_columns_jvp)
+"""See `pallas_kernels.gated_activation.reference.gated_activation_pullback_with_columns`."""

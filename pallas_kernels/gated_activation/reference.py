@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.activations import Activation, gated_halves
+from pallas_kernels.columns import Columns
 from pallas_kernels.quantize import QTensor, dequantize, quantize
+from pallas_kernels.quantize_columns.reference import quantize_columns
 
 SCALING = "1x128"
 """How results in 8 bits are scaled."""
@@ -114,6 +116,48 @@ def gated_activation_pullback(
         dh = found.astype(h.dtype) if with_array else None
         rounded = None if in_8_bits is None else quantize(found, in_8_bits, scaling=SCALING)
     return dh, rounded, jnp.sum(dout * value, axis=1) if with_weights else None, result
+
+
+def gated_activation_pullback_with_columns(
+    h: jax.Array,
+    dout: jax.Array,
+    row_weights: jax.Array | None,
+    group_sizes: jax.Array,
+    *,
+    activation: Activation,
+    limit: float | None,
+    in_8_bits: jnp.dtype,
+    result_in_8_bits: jnp.dtype,
+    with_weights: bool,
+) -> tuple[QTensor, Columns, Columns, jax.Array | None]:
+    """The cotangents in 8 bits by rows and by columns, and the result by columns: what gradients of weights take.
+
+    Args:
+      h: see `gated_activation_pullback`, as for all that is not listed here.
+      dout: likewise.
+      row_weights: likewise.
+      group_sizes: integer [G], rows of each group, which follow one another and are R at most in all.
+      activation: likewise.
+      limit: likewise.
+      in_8_bits: dtype of the cotangent of h, by rows and by columns.
+      result_in_8_bits: dtype of the result.
+      with_weights: likewise.
+
+    Returns:
+      The cotangent of h as a QTensor and as `Columns` of 2I, the result as `Columns` of I, each of the float32 values
+      times the weights of the rows, and float32 [R] of the weights. Rows that no group owns mean nothing in what goes
+      by rows, and count for nothing elsewhere.
+    """
+    wide, dout = h.astype(jnp.float32), dout.astype(jnp.float32)
+    value, pull = jax.vjp(functools.partial(gated_halves, activation=activation, limit=limit), wide)
+    weights = 1.0 if row_weights is None else row_weights[:, None]
+    (dh,) = pull(dout * weights)
+    return (
+        quantize(dh, in_8_bits, scaling=SCALING),
+        quantize_columns(dh, group_sizes, None, dtype=in_8_bits),
+        quantize_columns(value * weights, group_sizes, None, dtype=result_in_8_bits),
+        jnp.sum(dout * value, axis=1) if with_weights else None,
+    )
 
 
 def _weighed(h: jax.Array, row_weights: jax.Array | None, *, activation: Activation, limit: float | None) -> jax.Array:

@@ -27,7 +27,7 @@ from pallas_kernels.chips import get_chip
 from pallas_kernels.columns import Columns, padded_rows
 from pallas_kernels.combine import combine
 from pallas_kernels.gated_activation import gated_activation, gated_activation_in_8_bits
-from pallas_kernels.gated_activation.gradients import pulled
+from pallas_kernels.gated_activation.gradients import pulled, pulled_with_columns
 from pallas_kernels.grouped_matmul import grouped_gate_up, grouped_matmul, grouped_matmul_of_columns
 from pallas_kernels.plan import Plan, make_plan, unsorted_plan
 from pallas_kernels.quantize import QTensor, dequantize, quantize
@@ -129,6 +129,20 @@ def columns(dtype: str, num_tokens: int, features: int, num_rows: int | None = N
         array(dtype, num_tokens, features),
         array("int32", 128),
         *ids,
+    )
+
+
+def activation_with_columns(activation: Activation, in_8_bits: str, limit: float | None = None) -> Case:
+    """The pullback for gradients of weights in 8 bits."""
+    options = {"activation": activation, "limit": limit, "in_8_bits": jnp.dtype(in_8_bits), "with_weights": True}
+    options |= {"result_in_8_bits": jnp.dtype("float8_e4m3fn")}
+    names = "h", "dout", "row_weights", "group_sizes"
+    return (
+        lambda *operands: pulled_with_columns("pallas_gpu", **dict(zip(names, operands, strict=True)), **options),
+        array("bfloat16", 32768, 1536),
+        array("bfloat16", 32768, 768),
+        array("float32", 32768),
+        array("int32", 128),
     )
 
 
@@ -243,6 +257,8 @@ CASES: dict[str, Callable[[], Case]] = {
         array("float32", 4099, 2048),
         array("float32", 4099),
     ),
+    "gated activation with columns": lambda: activation_with_columns("silu", "float8_e5m2"),
+    "gated activation with columns, limited": lambda: activation_with_columns("swigluoai", "float8_e4m3fn", limit=7.0),
     "gated activation 2880": lambda: (
         lambda h, dout: jax.vjp(
             functools.partial(gated_activation, activation="swigluoai", activation_limit=7.0, backend="pallas_gpu"),

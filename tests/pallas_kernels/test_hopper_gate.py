@@ -23,6 +23,7 @@ KERNELS = {
         "weights in both layouts": ["quantize_transpose"],
         "columns of tokens": ["quantize_columns"],
         "gated activation": ["gated_activation", "gated_activation_pullback"],
+        "gated activation with columns": ["gated_activation_pullback_with_columns"],
     },
     "most registers": {
         "decode fp8": ["grouped_matmul"],
@@ -49,6 +50,7 @@ KERNELS = {
         "columns 1408": ["quantize_columns"],
         "gated activation in float32": ["gated_activation", "gated_activation_pullback"],
         "gated activation 2880": ["gated_activation_pullback"],
+        "gated activation with columns, limited": ["gated_activation_pullback_with_columns"],
         "rms_norm 8192": ["rms_norm_pullback"],
         "rms_norm long": ["rms_norm"],
         "rms_norm 2880": ["rms_norm"],

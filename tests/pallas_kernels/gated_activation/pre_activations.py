@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.activations import gated_halves
+from pallas_kernels.columns import padded_rows
+from pallas_kernels.quantize import QTensor, quantize
 from tests.helpers import float64
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "swigluoai", "relu2")
@@ -72,3 +74,31 @@ def other_numbers(rounded: Any, expected: Any) -> float:
     """
     ours, theirs = float64(rounded.values), float64(expected.values)
     return float(((ours != theirs) & (np.abs(theirs) > 1e-3 * float(jnp.finfo(expected.dtype).max))).mean())
+
+
+def in_blocks(x: Any, sizes: Any) -> np.ndarray:
+    """Rows [R, F] as `Columns` of their groups hold them: blocks [B, 128, F] in use, filled up with zeros."""
+    blocks, begin = [np.zeros((0, 128, x.shape[1]))], 0
+    for size in sizes:
+        rows = float64(x)[begin : begin + size]
+        blocks.append(np.pad(rows, ((0, -size % 128), (0, 0))).reshape(-1, 128, x.shape[1]))
+        begin += size
+    return np.concatenate(blocks)
+
+
+def assert_columns(columns: Any, exact: Any, sizes: Any) -> None:
+    """That they are the rows of `exact` in blocks, each feature of a block rounded as `quantize` rounds it."""
+    blocks = in_blocks(exact, sizes)
+    rounded = quantize(jnp.asarray(blocks, jnp.float32), columns.dtype, scaling="128x1")
+    assert columns.values.shape == (exact.shape[1], padded_rows(exact.shape[0], len(sizes)))
+    assert columns.scale.shape == (columns.values.shape[1] // 128, exact.shape[1])
+    used = len(blocks)
+    # A block of few rows may have nothing but numbers that cancel to almost zero.
+    np.testing.assert_allclose(columns.scale[:used], rounded.scale[:, 0], rtol=1e-5, atol=1e-7 * _largest(rounded))
+    values = columns.values[:, : used * 128].T.reshape(blocks.shape)
+    assert other_numbers(QTensor(values, columns.scale), rounded) < 2e-3
+    np.testing.assert_array_equal(float64(values)[blocks == 0], 0)
+
+
+def _largest(rounded: QTensor) -> float:
+    return float(jnp.max(rounded.scale, initial=0))

@@ -30,7 +30,7 @@ ROWS, COLUMNS = 16, 256
 
 def few_blocks(monkeypatch):
     """Several tiles for every block."""
-    monkeypatch.setattr("pallas_kernels.gated_activation.gpu._most_blocks", lambda chip, config: 3)
+    monkeypatch.setattr("pallas_kernels.gated_activation.gpu.rows._most_blocks", lambda chip, config: 3)
 
 
 def forward(

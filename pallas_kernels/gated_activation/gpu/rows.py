@@ -30,9 +30,6 @@ from pallas_kernels.on_gpu.device import hopper_chip
 from pallas_kernels.on_gpu.strips import for_each, in_blocks, rows_in_blocks, store
 from pallas_kernels.quantize import QTensor, scale_of
 
-gated_activation_tangent = reference.gated_activation_tangent
-"""What forward mode takes is left to XLA."""
-
 _BLOCK = 128
 """Columns that have one scale."""
 
