@@ -121,7 +121,7 @@ class Operator:
         if linear_in:
             jvp = functools.partial(self._linear_jvp, linear_in)
         elif jvp is None and callable(operator):
-            jvp = functools.partial(_jvp_of_composed, operator)
+            jvp = functools.partial(jvp_of_composed, operator)
         if jvp is not None:
             ad.primitive_jvps[self._primitive] = functools.partial(self._jvp, jvp)
         if transpose is not None:
@@ -228,9 +228,10 @@ def zero_tangent(of: jax.Array) -> ad.Zero:
     return ad.Zero(jax.typeof(of).to_tangent_aval())
 
 
-def _jvp_of_composed(
+def jvp_of_composed(
     function: Callable[..., Any], backend: str, operands: Operands, tangents: Operands
 ) -> tuple[Any, Any]:
+    """function(backend, **operands), which is made of operators, and its tangent."""
     leaves = jax.tree.leaves(operands)
     structure: Any = jax.tree.structure(operands)
     directions = structure.flatten_up_to(tangents)

@@ -5,7 +5,7 @@ a gradient of weights takes `Columns` of both of its factors, for which tokens a
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,51 +30,93 @@ Factor = jax.Array | Columns
 
 def pullback(backend: str, dy: jax.Array, operands: Operands) -> Operands:
     """The cotangents of the `directions` of `moved` that are asked for, of dy [T, H]."""
-    settings, pre = operands["settings"], operands["pre"]
+    settings = operands["settings"]
     asked = {name for name, direction in operands["directions"].items() if is_asked_for(direction)}
     like = {name: operands["directions"][name].aval for name in asked}
     dy = dy.astype(settings.dtype)
     sums = _Sums(backend, operands["plan"], settings)
     if asked == {"down"}:
-        h = sums.of_rows(activated(backend, pre, operands)[0])
-        return {"directions": {"down": sums.gradient(h, sums.of_tokens(dy), operands["down"], like["down"])}}
+        h, _ = activated(backend, operands["pre"], operands)
+        assert h is not None, "it was asked for"
+        return {
+            "directions": {"down": sums.gradient(sums.of_rows(h), sums.of_tokens(dy), operands["down"], like["down"])}
+        }
     rounds_to = settings.gradients_round_to
     drows, in_8_bits = dispatched(backend, x=dy, plan=operands["plan"]), None
     if rounds_to is not None:
-        of_tokens = quantize(jax.lax.stop_gradient(dy), rounds_to.name, scaling=SCALING)
+        of_tokens = quantize(jax.lax.stop_gradient(dy), rounds_to, scaling=SCALING)
         in_8_bits = dispatched(backend, x=of_tokens, plan=operands["plan"])
-    dpre, dpre_in_8_bits, drow_weights, h = activation.pulled(
-        backend,
-        h=pre,
-        row_weights=operands["row_weights"],
-        activation=settings.activation,
-        limit=settings.limit,
-        dout=_of_rows(backend, drows, in_8_bits, operands["down"], operands),
-        with_array=bool(asked & {"x", "gate_up", "gate_up_bias"}),
-        in_8_bits=rounds_to if "x" in asked else None,
-        with_weights="row_weights" in asked,
-        with_result=settings.dtype if "down" in asked else None,
-        result_in_8_bits=settings.rounds_to,
-    )
+    dh = _of_rows(backend, drows, in_8_bits, operands["down"], operands)
+    of_activation = _through_activation(backend, dh, operands, asked, sums)
     found = {}
     if "row_weights" in asked:
-        found["row_weights"] = drow_weights
+        found["row_weights"] = of_activation.row_weights
     if "down" in asked:
-        found["down"] = sums.gradient(sums.of_rows(h), sums.of_tokens(dy), operands["down"], like["down"])
+        found["down"] = sums.gradient(of_activation.result, sums.of_tokens(dy), operands["down"], like["down"])
     if "gate_up" in asked:
         found["gate_up"] = sums.gradient(
-            sums.of_x(operands), sums.of_rows(dpre, are_cotangents=True), operands["gate_up"], like["gate_up"]
+            sums.of_x(operands), of_activation.factor, operands["gate_up"], like["gate_up"]
         )
     if "gate_up_bias" in asked:
-        found["gate_up_bias"] = sums.of_bias(dpre, like["gate_up_bias"])
+        found["gate_up_bias"] = sums.of_bias(of_activation.array, like["gate_up_bias"])
     if "x" in asked:
-        dx = _of_rows(backend, dpre, dpre_in_8_bits, operands["gate_up"], operands)
+        dx = _of_rows(backend, of_activation.array, of_activation.in_8_bits, operands["gate_up"], operands)
         found["x"] = summed(backend, [dx], operands["plan"], like["x"].dtype)
     return {"directions": found}
 
 
+class _OfActivation(NamedTuple):
+    """What the pullback of the activation gives; None for what is not asked for.
+
+    Attributes:
+      array: the cotangent of pre-activations.
+      in_8_bits: the same for a product.
+      factor: the same for a gradient of weights.
+      result: the activated rows for one.
+      row_weights: the cotangent of the rows' weights.
+    """
+
+    array: Any
+    in_8_bits: Any
+    factor: Any
+    result: Any
+    row_weights: Any
+
+
+def _through_activation(
+    backend: str, dh: jax.Array, operands: Operands, asked: set[str], sums: "_Sums"
+) -> _OfActivation:
+    settings = operands["settings"]
+    rounds_to = settings.gradients_round_to
+    common = {
+        "h": operands["pre"],
+        "dout": dh,
+        "row_weights": operands["row_weights"],
+        "activation": settings.activation,
+        "limit": settings.limit,
+        "with_weights": "row_weights" in asked,
+        "result_in_8_bits": settings.rounds_to,
+    }
+    of_pre = asked & {"x", "gate_up", "gate_up_bias"}
+    in_8_bits_alone = rounds_to is not None and rounds_to == settings.weights_gradients_round_to
+    if in_8_bits_alone and asked - {"row_weights"} == {"x", "gate_up", "down"}:
+        in_8_bits, factor, result, drow_weights = activation.pulled_with_columns(
+            backend, **common, group_sizes=operands["plan"].group_sizes, in_8_bits=rounds_to
+        )
+        return _OfActivation(None, in_8_bits, factor, result, drow_weights)
+    array, in_8_bits, drow_weights, result = activation.pulled(
+        backend,
+        **common,
+        with_array=bool(of_pre),
+        in_8_bits=rounds_to if "x" in asked else None,
+        with_result=settings.dtype if "down" in asked else None,
+    )
+    factor = sums.of_rows(array, are_cotangents=True) if "gate_up" in asked else None
+    return _OfActivation(array, in_8_bits, factor, None if result is None else sums.of_rows(result), drow_weights)
+
+
 def _of_rows(
-    backend: str, drows: jax.Array, in_8_bits: QTensor | None, weights: Operands, operands: Operands
+    backend: str, drows: jax.Array | None, in_8_bits: QTensor | None, weights: Operands, operands: Operands
 ) -> jax.Array:
     """The cotangent of the rows of a product, from that of its result, which may be rounded."""
     rhs, k_major = weights["rhs"], weights["transpose_rhs"]

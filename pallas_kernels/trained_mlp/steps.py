@@ -84,7 +84,9 @@ def pre_activations(backend: str, weights: Operands, operands: Operands) -> jax.
     return named(multiplied(backend, lhs, weights, operands, face=face, bias=bias), GATE_UP_NAME)
 
 
-def activated(backend: str, pre: jax.Array, operands: Operands) -> tuple[jax.Array, QTensor | None]:
+def activated(
+    backend: str, pre: jax.Array, operands: Operands, *, in_8_bits_alone: bool = False
+) -> tuple[jax.Array | None, QTensor | None]:
     """The activated and weighed rows: an array, and the same in 8 bits if products take these."""
     settings = operands["settings"]
     return activation.gated(
@@ -93,18 +95,10 @@ def activated(backend: str, pre: jax.Array, operands: Operands) -> tuple[jax.Arr
         row_weights=operands["row_weights"],
         activation=settings.activation,
         limit=settings.limit,
-        out_dtype=settings.dtype,
+        out_dtype=None if in_8_bits_alone and settings.rounds_to is not None else settings.dtype,
         in_8_bits=settings.rounds_to,
         with_8_bits=settings.rounds_to is not None,
     )
-
-
-def down_projection(backend: str, pre: jax.Array, weights: Operands, operands: Operands) -> jax.Array:
-    """The activated rows times the weights of down: [R, H]."""
-    array, in_8_bits = activated(backend, pre, operands)
-    if in_8_bits is None:
-        return multiplied(backend, array, weights, operands)
-    return multiplied(backend, in_8_bits, weights, operands, face=array, is_widened=True)
 
 
 def tokens_again(backend: str, operands: Operands) -> jax.Array:

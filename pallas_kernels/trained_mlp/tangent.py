@@ -1,5 +1,6 @@
 """Experts in training as a primitive, and their tangent as another one."""
 
+import functools
 from typing import Any
 
 import jax
@@ -7,14 +8,13 @@ import jax.numpy as jnp
 
 from pallas_kernels.gated_activation import gradients as activation
 from pallas_kernels.moved_rows import dispatched
-from pallas_kernels.primitive import Operands, Operator, is_zero
+from pallas_kernels.primitive import Operands, Operator, is_zero, jvp_of_composed
 from pallas_kernels.quantize import Operand, QTensor
 from pallas_kernels.trained_mlp.pullback import pullback
 from pallas_kernels.trained_mlp.steps import (
     activated,
     as_is,
     as_multiplied,
-    down_projection,
     moving,
     multiplied,
     pre_activations,
@@ -26,17 +26,32 @@ _DIFFERENTIATED = ("x", "row_weights", "gate_up", "down", "gate_up_bias")
 
 
 def _train(backend: str, *, gate_up: Operand, down: Operand, **operands: Any) -> jax.Array:
-    settings, plan = operands["settings"], operands["plan"]
+    settings = operands["settings"]
     first, second = (
         as_multiplied(backend, w, k_major, settings, both_ways=False)[0]
         for w, k_major in zip((gate_up, down), settings.k_major, strict=True)
     )
     pre = pre_activations(backend, first, operands)
-    return summed(backend, [down_projection(backend, pre, second, operands)], plan, operands["out_dtype"])
+    return _finish(backend, pre=pre, down=second, **_for_the_rest(operands))
+
+
+def _for_the_rest(operands: Operands) -> Operands:
+    return {name: operands[name] for name in ("row_weights", "plan", "settings", "out_dtype")}
+
+
+def _finish(backend: str, *, pre: jax.Array, down: Operands, with_face: bool = False, **operands: Any) -> jax.Array:
+    """What is left after the first product. `with_face` for derivatives, which pass the rounding; else for values."""
+    array, in_8_bits = activated(backend, pre, operands, in_8_bits_alone=not with_face)
+    if in_8_bits is not None:
+        rows = multiplied(backend, in_8_bits, down, operands, face=array, is_widened=with_face)
+    else:
+        assert array is not None, "it was asked for"
+        rows = multiplied(backend, array, down, operands)
+    return summed(backend, [rows], operands["plan"], operands["out_dtype"])
 
 
 def _train_jvp(backend: str, operands: Operands, tangents: Operands) -> tuple[Any, Any]:
-    settings, plan = operands["settings"], operands["plan"]
+    settings = operands["settings"]
     directions = {name: _direction(operands[name], tangents[name]) for name in _DIFFERENTIATED}
     before_down = any(tangent is not None for name, tangent in directions.items() if name != "down")
     first, first_kept = as_multiplied(
@@ -44,7 +59,7 @@ def _train_jvp(backend: str, operands: Operands, tangents: Operands) -> tuple[An
     )
     second, second_kept = as_multiplied(backend, operands["down"], settings.k_major[1], settings, both_ways=before_down)
     pre = pre_activations(backend, first, operands)
-    y = summed(backend, [down_projection(backend, pre, second, operands)], plan, operands["out_dtype"])
+    y = finished(backend, pre=pre, down=second, **_for_the_rest(operands))
     kept = {name: operands[name] for name in ("x", "x_in_8_bits", "row_weights", "plan", "settings", "out_dtype")}
     if all(tangent is None for tangent in directions.values()):
         return y, None
@@ -84,9 +99,17 @@ def _move(backend: str, *, pre: jax.Array, gate_up: Operands, down: Operands, **
         found.append(multiplied(backend, dh, down, operands))
     if moves["down"] is not None:
         h, _ = activated(backend, pre, operands)
+        assert h is not None, "it was asked for"
         found.append(multiplied(backend, h, moving(down, moves["down"]), operands))
     return summed(backend, found, plan, operands["out_dtype"])
 
+
+finished = Operator(
+    _finish,
+    "trained_mlp_finish",
+    jvp=functools.partial(jvp_of_composed, functools.partial(_finish, with_face=True)),
+)
+"""The part of `trained` behind the first product."""
 
 trained = Operator(_train, "trained_mlp", jvp=_train_jvp)
 """See `trained_mlp`, which makes its operands."""
