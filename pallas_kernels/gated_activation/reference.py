@@ -98,7 +98,8 @@ def gated_activation_pullback(
       in_8_bits: dtype of the QTensor; None if it is not asked for.
       with_weights: whether the cotangent of the weights is asked for.
       with_result: dtype of the result; None if it is not asked for.
-      result_in_8_bits: dtype of 8 bits to which the result has been rounded: `in_8_bits` of `gated_activation`.
+      result_in_8_bits: dtype of 8 bits to which the result has been rounded: `in_8_bits` of `gated_activation`. What
+        these say is what the weights were multiplied with.
 
     Returns:
       Of h an array in its dtype and a QTensor, each of the float32 values, of the weights float32 [R], and the array
@@ -115,7 +116,7 @@ def gated_activation_pullback(
         (found,) = pull(dout if row_weights is None else dout * row_weights[:, None])
         dh = found.astype(h.dtype) if with_array else None
         rounded = None if in_8_bits is None else quantize(found, in_8_bits, scaling=SCALING)
-    return dh, rounded, jnp.sum(dout * value, axis=1) if with_weights else None, result
+    return dh, rounded, _of_weights(value, dout, result_in_8_bits) if with_weights else None, result
 
 
 def gated_activation_pullback_with_columns(
@@ -156,8 +157,15 @@ def gated_activation_pullback_with_columns(
         quantize(dh, in_8_bits, scaling=SCALING),
         quantize_columns(dh, group_sizes, None, dtype=in_8_bits),
         quantize_columns(value * weights, group_sizes, None, dtype=result_in_8_bits),
-        jnp.sum(dout * value, axis=1) if with_weights else None,
+        _of_weights(value, dout, result_in_8_bits) if with_weights else None,
     )
+
+
+def _of_weights(value: jax.Array, dout: jax.Array, in_8_bits: jnp.dtype | None) -> jax.Array:
+    """The cotangents of the weights of rows: they multiply what is rounded, if it is."""
+    if in_8_bits is not None:
+        value = dequantize(quantize(value, in_8_bits, scaling=SCALING))
+    return jnp.sum(dout * value, axis=1)
 
 
 def _weighed(h: jax.Array, row_weights: jax.Array | None, *, activation: Activation, limit: float | None) -> jax.Array:

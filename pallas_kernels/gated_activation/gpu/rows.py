@@ -156,7 +156,7 @@ def gated_activation_pullback(
     chip = hopper_chip("gated_activation_pullback")
     config = config or _config(h.dtype, operands=3, with_result=with_result is not None)
     num_rows, columns = dout.shape
-    if with_result is None:
+    if with_result is None and not with_weights:
         result_in_8_bits = None
     tiles = _cut(num_rows, columns, config, [h.dtype, dout.dtype, with_result], [in_8_bits, result_in_8_bits])
     if tiles is None:
@@ -173,7 +173,8 @@ def gated_activation_pullback(
         wide = gradient.astype(jnp.float32)
         found = with_derivatives(gate.astype(jnp.float32), up.astype(jnp.float32), activation, limit)
         if with_weights:
-            store(ref["shares"].at[block, pl.ds(row, tiles.rows)], jnp.sum(wide * found.value, axis=1))
+            said, _ = _weighed(tiles, found.value, None, result_in_8_bits)
+            store(ref["shares"].at[block, pl.ds(row, tiles.rows)], jnp.sum(wide * said, axis=1))
         if with_result is not None:
             result, _ = _weighed(tiles, found.value, weights, result_in_8_bits)
             store(tiles.window(ref["result"], row, block), result.astype(with_result))

@@ -40,6 +40,9 @@ _STAGED = 2
 _OPERANDS = 3
 """Gate, up and the cotangent."""
 
+_GRADIENT = 2
+"""The last of these."""
+
 
 class Problem(NamedTuple):
     """What is asked, and how it is cut.
@@ -191,9 +194,18 @@ class Worker(NamedTuple):
             found = [
                 self._pulled(weights, slot, parity, part, local, layout=layout) for part in range(problem.warpgroups)
             ]
-            _, shares, *by = zip(*found, strict=True)
+            values, *by = zip(*found, strict=True)
             if self.out.shares is not None:
-                store(self.out.shares.at[at.chunk, rows, side], jnp.sum(functools.reduce(jnp.add, shares), axis=1))
+                # Weights multiply what the forward pass rounded, by rows.
+                scale = _scale(values, 1, problem.result_in_8_bits)
+                inverse = _spread(1 / scale, 0, (height, problem.width), layout)
+                shares = [
+                    self._load(_GRADIENT, slot, parity, part, local, layout=layout)
+                    * (value * inverse).astype(problem.result_in_8_bits).astype(jnp.float32)
+                    for part, value in enumerate(values)
+                ]
+                share = jnp.sum(functools.reduce(jnp.add, shares), axis=1) * scale
+                store(self.out.shares.at[at.chunk, rows, side], share)
             for i, values in enumerate(by):
                 scale = _scale(values, 1, problem.in_8_bits)
                 store(self.out.row_scale.at[i * problem.chunks + at.chunk, rows, side], scale)
@@ -211,7 +223,7 @@ class Worker(NamedTuple):
         halves = []
         for parity in range(2):
             weights = self._weights(at, parity, slice(None), shape, layout)
-            result, _, *by = self._pulled(weights, slot, parity, self.warpgroup, layout=layout)
+            result, *by = self._pulled(weights, slot, parity, self.warpgroup, layout=layout)
             halves.append([result if weights is None else result * weights, *by])
 
         def owned_alone():
@@ -239,16 +251,16 @@ class Worker(NamedTuple):
             plgpu.copy_smem_to_gmem(rounded, to.at[features, rows])
 
     def _pulled(self, weights: jax.Array | None, *place, layout) -> tuple[jax.Array, ...]:
-        """Of a part of a tile, float32: the result without weights, what sums to those of rows, and cotangents."""
-        tiles = Views.of(self.scratch.tiles).tiled
-        slot, *rest = place
-        gate, up, gradient = (
-            plgpu.load(tiles.at[slot, operand, *rest], layout=layout).astype(jnp.float32)
-            for operand in range(_OPERANDS)
-        )
+        """Of a part of a tile, float32: the result without weights, and cotangents."""
+        gate, up, gradient = (self._load(operand, *place, layout=layout) for operand in range(_OPERANDS))
         found = self.problem.formulas(gate, up)
         wide = gradient if weights is None else gradient * weights
-        return found.value, gradient * found.value, wide * found.by_gate, wide * found.by_up
+        return found.value, wide * found.by_gate, wide * found.by_up
+
+    def _load(self, operand: int, slot, *place, layout) -> jax.Array:
+        """A part of a tile of an operand, in float32."""
+        tiles = Views.of(self.scratch.tiles).tiled
+        return plgpu.load(tiles.at[slot, operand, *place], layout=layout).astype(jnp.float32)
 
     def _weights(self, at: Place, parity, rows, shape: tuple[int, int], layout) -> jax.Array | None:
         """Those of some rows, as a part of a tile."""
