@@ -25,6 +25,7 @@ def dense_moe(
     config: MoEConfig,
     *,
     quantized: bool = False,
+    keeps_pre_activations: bool = False,
     expert_axis: str | tuple[str, ...] | None = None,
     mask: jax.Array | None = None,
 ) -> jax.Array:
@@ -35,6 +36,8 @@ def dense_moe(
       params: as for `moejax.moe`; QTensors are dequantised.
       config: the layer, with a `TopKRouter`; `precision` and `backend` play no part.
       quantized: round the operands of every product as precision "w8a8" does (gradients pass straight through).
+      keeps_pre_activations: round these to `config.dtype`, too, as a layer in 8 bits does where a gradient is asked for
+        and its experts' width is a multiple of 128.
       expert_axis: None when `params` hold all experts. Inside shard_map, the axis that they are split over: each chip
         then applies its own to all tokens, and the sums are added up.
       mask: bool [...], true for real tokens; None if all are. The others come out as zeros.
@@ -81,6 +84,8 @@ def dense_moe(
         both = jnp.einsum("th,jhi->jti", rows(values), halves(gate_up), precision=_FULL)
         if gate_up_bias is not None:
             both += gate_up_bias[:, None]
+        if keeps_pre_activations:
+            both += jax.lax.stop_gradient(both.astype(config.dtype).astype(jnp.float32) - both)
         h = gated(both[0], both[1], *activation)
         y = jnp.dot(rows(h), weights(down), precision=_FULL)
         return y if down_bias is None else y + down_bias

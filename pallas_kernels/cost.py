@@ -141,10 +141,17 @@ def gated_activation_pullback_cost(
     dtype: jax.typing.DTypeLike = jnp.bfloat16,
     in_8_bits: bool = False,
     with_array: bool = True,
+    with_result: jax.typing.DTypeLike | None = None,
+    with_columns: bool = False,
 ) -> Cost:
-    """Pre-activations and the cotangent read; [R, 2I] written in `dtype`, in 8 bits with scales of 1x128, or both."""
+    """Pre-activations and the cotangent read; [R, 2I] written in `dtype`, in 8 bits with scales of 1x128, or both.
+
+    The result [R, I] may be written as well, in `with_result`, and `with_columns` [R, 3I] by columns in 8 bits, without
+    the rows that fill up blocks.
+    """
     elements = num_rows * width
     written = (2 * elements * _size(dtype) if with_array else 0) + _in_8_bits(2 * elements, in_8_bits)
+    written += (0 if with_result is None else _size(with_result) * elements) + _in_8_bits(3 * elements, with_columns)
     return Cost(flops=20 * elements, hbm_bytes=3 * elements * _size(dtype) + written)
 
 

@@ -103,7 +103,7 @@ def gated_activation_pullback(
 
     Returns:
       Of h an array in its dtype and a QTensor, each of the float32 values, of the weights float32 [R], and the array
-      that `gated_activation` gives, bit by bit; None for what is not asked for.
+      that `gated_activation` gives; None for what is not asked for.
     """
     result = None
     if with_result is not None:

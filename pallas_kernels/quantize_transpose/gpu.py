@@ -22,9 +22,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.backend import Unsupported
 from pallas_kernels.chips import Chip
-from pallas_kernels.on_gpu.byte_pairs import Transposed, side_by_side, transposed_result, transposed_type
 from pallas_kernels.on_gpu.device import hopper_chip
-from pallas_kernels.on_gpu.smem import swizzled
+from pallas_kernels.on_gpu.smem import single_view, swizzled
 from pallas_kernels.quantize import QTensor, scale_of
 
 _BLOCK = 128
@@ -54,7 +53,7 @@ class _Scratch(NamedTuple):
       tiles: ring [stages, 2, 64, 128] of tiles, even rows and odd rows.
       full: [stages] barriers, complete when a tile has landed.
       n_last: the result [2, 64, 128], even rows and odd rows; or None.
-      k_major: the transposed result [128, 128], or None; see `byte_pairs.Transposed`.
+      k_major: the transposed result [128, 128], or None; see `_Transposed`.
     """
 
     tiles: Any
@@ -84,7 +83,7 @@ def quantize_transpose(
     if n_last:
         outs["n_last"] = jax.ShapeDtypeStruct(pairs, dtype)
     if k_major:
-        outs["k_major"] = transposed_type(groups * columns, depth, dtype)
+        outs["k_major"] = _transposed_type(groups * columns, depth, dtype)
 
     def body(x, *refs):
         *out_refs, scratch = refs
@@ -129,13 +128,13 @@ def quantize_transpose(
                 scratch.n_last[0] = even
                 scratch.n_last[1] = odd
             if k_major:
-                Transposed.of(scratch.k_major).pairs.T[...] = side_by_side(even, odd)
+                _Transposed.of(scratch.k_major).pairs.T[...] = _side_by_side(even, odd)
             plgpu.commit_smem()
             if n_last:
                 for i, half in enumerate(halves(out["n_last"], group, row, column)):
                     plgpu.copy_smem_to_gmem(scratch.n_last.at[i], half, commit_group=False)
             if k_major:
-                [values] = Transposed.of(scratch.k_major).values
+                values = _Transposed.of(scratch.k_major).values
                 rows = pl.ds(pl.multiple_of((group * column_tiles + column) * _BLOCK, _BLOCK), _BLOCK)
                 width = values.shape[1]
                 place_in_row = pl.ds(pl.multiple_of(row * width, width), width)
@@ -157,7 +156,7 @@ def quantize_transpose(
                 tiles=swizzled((config.num_stages, *half_tile), weights.dtype, any_row=False),
                 full=plgpu.Barrier(num_arrivals=2, num_barriers=config.num_stages),
                 n_last=swizzled(half_tile, dtype, any_row=False) if n_last else None,
-                k_major=Transposed.describe((_BLOCK, _BLOCK), dtype) if k_major else None,
+                k_major=_Transposed.describe(dtype) if k_major else None,
             )
         ],
         kernel_name="quantize_transpose",
@@ -169,11 +168,45 @@ def quantize_transpose(
     scale = found["scale"]
     transposed, straight = None, None
     if k_major:
-        values = transposed_result(found["k_major"], dtype)
+        values = found["k_major"]
+        if values.dtype != dtype:
+            values = lax.bitcast_convert_type(values, dtype)
         transposed = QTensor(values.reshape(groups, columns, depth), scale.mT)
     if n_last:
         straight = QTensor(found["n_last"].reshape(weights.shape), scale)
     return transposed, straight
+
+
+class _Transposed(NamedTuple):
+    """The two views of the transposed result of a tile: as it is stored, and as it is copied.
+
+    Interpret mode keeps apart the views of a buffer; with `single_view` all is in pairs, the kernel's result too.
+
+    Attributes:
+      pairs: uint16 [128, 64], two neighbours in a row as one number, the first in its lower half.
+      values: 8 bits [128, 128].
+    """
+
+    pairs: Any
+    values: Any
+
+    @classmethod
+    def describe(cls, dtype: jnp.dtype) -> Any:
+        """The buffer to allocate."""
+        pairs = swizzled((_BLOCK, _BLOCK // 2), jnp.uint16, any_row=False)
+        return pairs if single_view.get() else plgpu.RefUnion(pairs, swizzled((_BLOCK,) * 2, dtype, any_row=False))
+
+    @classmethod
+    def of(cls, ref: Any) -> "_Transposed":
+        """The views of a buffer that `describe` described."""
+        return cls(ref, ref) if single_view.get() else cls(*ref)
+
+
+def _transposed_type(rows: int, columns: int, dtype: jnp.dtype) -> jax.ShapeDtypeStruct:
+    """The type of the transposed result, a matrix."""
+    if single_view.get():
+        return jax.ShapeDtypeStruct((rows, columns // 2), jnp.uint16)
+    return jax.ShapeDtypeStruct((rows, columns), dtype)
 
 
 def _largest(x: jax.Array) -> jax.Array:
@@ -181,6 +214,12 @@ def _largest(x: jax.Array) -> jax.Array:
     # As integers, in the order of which NaN comes last: a float maximum over rows skips it in interpret mode.
     bits = lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32)
     return lax.bitcast_convert_type(jnp.max(jnp.max(bits, axis=1)), jnp.float32)
+
+
+def _side_by_side(low: jax.Array, high: jax.Array) -> jax.Array:
+    """Two 8-bit arrays as one of 16 bits."""
+    low, high = (lax.bitcast_convert_type(x, jnp.uint8).astype(jnp.uint16) for x in (low, high))
+    return low | (high << 8)
 
 
 def _config(dtype: jnp.dtype) -> Config:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax import PRESETS, MoEConfig, dense_moe, make_mesh, moe
+from moejax import PRESETS, MoEConfig, Quantization, dense_moe, make_mesh, moe
 from tests.conftest import SEED
 from tests.helpers import relative_error
 from tests.moejax.layers import clear_cut_tokens, narrow, random_params
@@ -75,7 +75,8 @@ def oracle(config: MoEConfig, quantized: bool):
     params, x, direction = problem(config)
 
     def loss(x, params):
-        y = dense_moe(x, params, config, quantized=quantized)
+        keeps = quantized and config.intermediate_size % 128 == 0
+        y = dense_moe(x, params, config, quantized=quantized, keeps_pre_activations=keeps)
         return (y * direction).sum(), y
 
     (_, y), gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(x.astype(jnp.float32), params)
@@ -86,6 +87,25 @@ def oracle(config: MoEConfig, quantized: bool):
 @pytest.mark.quick("llama-4-maverick-w8a8-bfloat16-ep4", "mixtral-8x7b-w8a8-bfloat16-ep1")
 def test_layer_equals_the_dense_oracle(config, ep):
     check_layer(config, ep)
+
+
+@pytest.mark.parametrize("ep", [1, 4])
+@pytest.mark.parametrize("preset", ["qwen3-30b-a3b", "mixtral-8x7b"])
+@pytest.mark.quick("qwen3-30b-a3b-1")
+def test_layers_of_which_blocks_have_a_scale_equal_the_dense_oracle(preset, ep):
+    config = narrow(preset, hidden=256, width=128, precision="w8a8", dtype=jnp.dtype("bfloat16"))
+    check_layer(config, ep)
+
+
+@pytest.mark.parametrize("weights_gradient_dtype", ["float8_e4m3fn", "float8_e5m2"])
+@pytest.mark.parametrize("ep", [1])
+@pytest.mark.quick("1-float8_e4m3fn")
+def test_gradients_of_weights_in_8_bits(ep, weights_gradient_dtype):
+    """Of activations and cotangents that are rounded once more: by less than what 8 bits cost anyway."""
+    narrower = narrow("qwen3-30b-a3b", hidden=256, width=128, precision="w8a8", dtype=jnp.dtype("bfloat16"))
+    quantization = Quantization(gradient_dtype="float8_e4m3fn", weights_gradient_dtype=weights_gradient_dtype)
+    y, gradients, _ = layer(dataclasses.replace(narrower, quantization=quantization), ep)
+    _assert_close((y, gradients), oracle(narrower, quantized=False), 0.12 if "e5m2" in weights_gradient_dtype else 8e-2)
 
 
 @pytest.mark.gpu

@@ -52,6 +52,14 @@ from pallas_kernels.cost import Cost
             cost.gated_activation_pullback_cost(10, 256, in_8_bits=True),
             Cost(flops=51200, hbm_bytes=10 * 256 * (3 * 2 + 2 * 2 + 2) + 10 * 4 * 4),
         ),
+        (
+            cost.gated_activation_pullback_cost(10, 256, with_result="bfloat16"),
+            Cost(flops=51200, hbm_bytes=10 * 256 * (3 * 2 + 2 * 2 + 2)),
+        ),
+        (
+            cost.gated_activation_pullback_cost(10, 256, in_8_bits=True, with_array=False, with_columns=True),
+            Cost(flops=51200, hbm_bytes=10 * 256 * (3 * 2 + 2 + 3) + 10 * (4 + 6) * 4),
+        ),
         (cost.quantize_transpose_cost(3, 128, 256), Cost(flops=196608, hbm_bytes=98304 * 4 + 3 * 2 * 4)),
         (
             cost.quantize_transpose_cost(3, 128, 256, dtype="float32", layouts=1),

@@ -4,15 +4,16 @@ First each warpgroup takes some of the rows of a tile. The 128 columns that have
 neighbouring threads, as in `rows.py`, and what they make of them goes straight to global memory.
 
 Then each takes some of the columns, with all 128 rows. Every warp has columns of its own, and so finds their scales
-alone. The rounded tile is transposed in shared memory, from where the copy engine takes it; for that, the even rows of
-a tile and its odd ones are buffers of their own: see `byte_pairs`.
+alone. The GPU's matrix loads, which transpose numbers of 16 bits, give a thread two neighbours of a column at a time.
+Rounded, they are neighbours in a number of 16 bits, which is stored as such: no byte moves alone. The copy engine takes
+the transposed tile away.
 
 The activation is computed once for each of the two. That costs a third more instructions, but warpgroups that rounded
 the same numbers in both ways would have to hold all of them, and tell one another the largest of every row.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -23,19 +24,18 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.columns import BLOCK
 from pallas_kernels.gated_activation.formulas import Gated
-from pallas_kernels.on_gpu.byte_pairs import Transposed, side_by_side
-from pallas_kernels.on_gpu.smem import Views, swizzled
+from pallas_kernels.on_gpu.smem import Views, single_view, swizzled
 from pallas_kernels.on_gpu.strips import in_blocks, rows_in_blocks, store
 from pallas_kernels.quantize import scale_of
-
-HALF = BLOCK // 2
-"""Even rows of a block, and odd ones."""
 
 SLOTS = 2
 """Tiles in shared memory: one that is worked on, and one that is on its way."""
 
 _STAGED = 2
 """Results of a warpgroup by columns that wait for the copy engine."""
+
+_PART = 32
+"""Rows of a column of which the largest is found in floating point, with the signs taken off on the way."""
 
 _OPERANDS = 3
 """Gate, up and the cotangent."""
@@ -48,7 +48,7 @@ class Problem(NamedTuple):
     """What is asked, and how it is cut.
 
     Attributes:
-      num_rows: R, even.
+      num_rows: R.
       columns: I, a multiple of 128.
       dtype: of the operands, of 16 bits.
       in_8_bits: dtype of the cotangents of gate and up.
@@ -64,11 +64,6 @@ class Problem(NamedTuple):
     result_in_8_bits: jnp.dtype
     warpgroups: int
     formulas: Callable[[jax.Array, jax.Array], Gated]
-
-    @property
-    def pairs(self) -> int:
-        """Pairs of an even row and the odd one after it."""
-        return self.num_rows // 2
 
     @property
     def chunks(self) -> int:
@@ -98,16 +93,16 @@ class Place(NamedTuple):
 
 
 class Results(NamedTuple):
-    """What the kernel writes, with pairs of rows as one: those of gate come before those of up.
+    """What the kernel writes; what is of gate comes before what is of up.
 
     Attributes:
-      rows: cotangents in 8 bits [R/2, 2 · 2I].
-      row_scale: float32 [2I/128, R/2, 2].
-      dh: cotangents by columns [2I, P], or in pairs: see `byte_pairs`.
+      rows: cotangents in 8 bits [R, 2I].
+      row_scale: float32 [2I/128, R].
+      dh: cotangents by columns [2I, P].
       dh_scale: float32 [P/128, 2I].
       result: [I, P], likewise.
       result_scale: float32 [P/128, I].
-      shares: of the cotangents of weights, float32 [I/128, R/2, 2], or None.
+      shares: of the cotangents of weights, float32 [I/128, R], or None.
     """
 
     rows: Any
@@ -123,8 +118,8 @@ class Scratch(NamedTuple):
     """Shared memory and barriers of a block of threads.
 
     Attributes:
-      tiles: [slots, 3, 2, warpgroups, 64, width] of gate, up and the cotangent, even rows and odd rows.
-      staged: [warpgroups, 2, width, 128], results by columns.
+      tiles: [slots, 3, warpgroups, 128, width] of gate, up and the cotangent.
+      staged: [warpgroups, 2, width, 128], results by columns, as cotangents and as the result.
       full: [slots] barriers, complete when a tile has landed.
       empty: [slots] barriers, complete when all warpgroups have read a tile.
     """
@@ -138,11 +133,12 @@ class Scratch(NamedTuple):
     def describe(cls, problem: Problem) -> "Scratch":
         """The types to allocate."""
         warpgroups, width = problem.warpgroups, problem.width
-        staged = (warpgroups, _STAGED, width, BLOCK)
+        of_results = problem.in_8_bits, problem.result_in_8_bits
+        staged = [swizzled((warpgroups, _STAGED, width, BLOCK), dtype, any_row=False) for dtype in of_results]
         return cls(
-            tiles=swizzled((SLOTS, _OPERANDS, 2, warpgroups, HALF, width), problem.dtype),
-            staged=Transposed.describe(staged, problem.in_8_bits, problem.result_in_8_bits),
-            full=plgpu.Barrier(num_arrivals=_OPERANDS * 2 * warpgroups, num_barriers=SLOTS),
+            tiles=swizzled((SLOTS, _OPERANDS, warpgroups, BLOCK, width), problem.dtype),
+            staged=staged if single_view.get() else plgpu.RefUnion(*staged),
+            full=plgpu.Barrier(num_arrivals=_OPERANDS * warpgroups, num_barriers=SLOTS),
             empty=plgpu.Barrier(num_arrivals=warpgroups, num_barriers=SLOTS),
         )
 
@@ -153,9 +149,9 @@ class Worker(NamedTuple):
     Attributes:
       problem: see there.
       warpgroup: its index.
-      pre: pre-activations [R/2, 2 · 2I].
-      gradient: of the result [R/2, 2 · I].
-      weights: of the rows of each block, float32 [B, 2, 64], even rows and odd rows; or None.
+      pre: pre-activations [R, 2I].
+      gradient: of the result [R, I].
+      weights: of the rows of each block, float32 [B, 128]; or None.
       out: see `Results`.
       scratch: see `Scratch`.
     """
@@ -170,85 +166,72 @@ class Worker(NamedTuple):
 
     def fetch(self, slot, at: Place) -> None:
         """Has this warpgroup's columns of a tile copied."""
-        sources = (self.pre, 0), (self.pre, self.problem.columns), (self.gradient, 0)
-        for parity in range(2):
-            pair, side = _pair(at.row + parity)
-            for operand, (source, begin) in enumerate(sources):
-                place = side * (source.shape[1] // 2) + begin + self._column(at)
-                plgpu.copy_gmem_to_smem(
-                    source.at[pl.ds(pair, HALF), self._window(place)],
-                    Views.of(self.scratch.tiles).copied.at[slot, operand, parity, self.warpgroup],
-                    self.scratch.full.at[slot],
-                )
+        tiles, columns = Views.of(self.scratch.tiles).copied, self.problem.columns
+        for operand, (source, begin) in enumerate(((self.pre, 0), (self.pre, columns), (self.gradient, 0))):
+            plgpu.copy_gmem_to_smem(
+                source.at[pl.ds(at.row, BLOCK), self._window(begin + self._column(at))],
+                tiles.at[slot, operand, self.warpgroup],
+                self.scratch.full.at[slot],
+            )
 
     def store_by_rows(self, slot, at: Place) -> None:
-        """Rounds this warpgroup's rows, all even or all odd, of gate and of up, and sums up their weights' shares."""
-        problem = self.problem
-        parity, rows_each = lax.rem(self.warpgroup, 2), BLOCK // problem.warpgroups
-        pair, side = _pair(at.row + parity)
+        """Rounds the cotangents in this warpgroup's rows, and sums up the shares of their weights."""
+        problem, rows_each = self.problem, BLOCK // self.problem.warpgroups
         height, layout = rows_in_blocks(problem.width), in_blocks(problem.width)
+        shape = height, problem.width
         for piece in range(0, rows_each, height):
-            start = pl.multiple_of(lax.div(self.warpgroup, 2) * rows_each + piece, height)
-            local, rows = pl.ds(start, height), pl.ds(pair + start, height)
-            weights = self._weights(at, parity, local, (height, problem.width), layout)
-            found = [
-                self._pulled(weights, slot, parity, part, local, layout=layout) for part in range(problem.warpgroups)
-            ]
-            values, *by = zip(*found, strict=True)
+            start = pl.multiple_of(self.warpgroup * rows_each + piece, height)
+            local, rows = pl.ds(start, height), pl.ds(at.row + start, height)
+            weights = self._weights(at, local, shape, layout)
+            found = [self._pulled(weights, slot, part, local, layout=layout) for part in range(problem.warpgroups)]
+            activated, *by = zip(*found, strict=True)
             if self.out.shares is not None:
                 # Weights multiply what the forward pass rounded, by rows.
-                scale = _scale(values, 1, problem.result_in_8_bits)
-                inverse = _spread(1 / scale, 0, (height, problem.width), layout)
+                scale = _scale(activated, 1, problem.result_in_8_bits)
+                inverse = _spread(1 / scale, 0, shape, layout)
                 shares = [
-                    self._load(_GRADIENT, slot, parity, part, local, layout=layout)
+                    self._load(_GRADIENT, slot, part, local, layout=layout)
                     * (value * inverse).astype(problem.result_in_8_bits).astype(jnp.float32)
-                    for part, value in enumerate(values)
+                    for part, value in enumerate(activated)
                 ]
                 share = jnp.sum(functools.reduce(jnp.add, shares), axis=1) * scale
-                store(self.out.shares.at[at.chunk, rows, side], share)
+                store(self.out.shares.at[at.chunk, rows], share)
             for i, values in enumerate(by):
                 scale = _scale(values, 1, problem.in_8_bits)
-                store(self.out.row_scale.at[i * problem.chunks + at.chunk, rows, side], scale)
-                inverse = _spread(1 / scale, 0, (height, problem.width), layout)
-                begin = (2 * side + i) * problem.columns + at.chunk * BLOCK
+                store(self.out.row_scale.at[i * problem.chunks + at.chunk, rows], scale)
+                inverse = _spread(1 / scale, 0, shape, layout)
+                begin = i * problem.columns + at.chunk * BLOCK
                 for part, value in enumerate(values):
                     to = self.out.rows.at[rows, self._window(begin + part * problem.width)]
                     store(to, (value * inverse).astype(problem.in_8_bits))
 
     def store_by_columns(self, slot, at: Place) -> None:
         """Rounds this warpgroup's columns, of the result, of gate and of up; rows of others are zeros there."""
-        problem = self.problem
-        shape, layout = (HALF, problem.width), _by_columns()
-        staged = Transposed.of(self.scratch.staged, 2)
-        halves = []
-        for parity in range(2):
-            weights = self._weights(at, parity, slice(None), shape, layout)
-            result, *by = self._pulled(weights, slot, parity, self.warpgroup, layout=layout)
-            halves.append([result if weights is None else result * weights, *by])
+        problem, shape, layout = self.problem, (BLOCK, self.problem.width), _by_columns()
+        weights = self._weights(at, slice(None), shape, layout)
+        result, *by = self._pulled(weights, slot, self.warpgroup, layout=layout)
+        found = [result if weights is None else result * weights, *by]
 
         def owned_alone():
-            row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=layout)
-            is_owned = [2 * row + parity < at.num_owned for parity in range(2)]
-            return [[jnp.where(is_owned[parity], x, 0.0) for x in half] for parity, half in enumerate(halves)]
+            is_owned = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=layout) < at.num_owned
+            return [jnp.where(is_owned, x, 0.0) for x in found]
 
-        halves = lax.cond(at.num_owned == BLOCK, lambda: halves, owned_alone)
-        of_result, of_dh = (self.out.result, self.out.result_scale), (self.out.dh, self.out.dh_scale)
-        for i, values in enumerate(zip(*halves, strict=True)):
-            (to, scale_to), dtype = (of_dh, problem.in_8_bits) if i else (of_result, problem.result_in_8_bits)
+        found = lax.cond(at.num_owned == BLOCK, lambda: found, owned_alone)
+        of_dh, of_result = self.scratch.staged
+        for i, value in enumerate(found):
+            to, scale_to, staged = (
+                (self.out.dh, self.out.dh_scale, of_dh) if i else (self.out.result, self.out.result_scale, of_result)
+            )
             features = self._window(max(i - 1, 0) * problem.columns + self._column(at))
-            scale = _scale(values, 0, dtype)
+            scale = _scale([value[start : start + _PART] for start in range(0, BLOCK, _PART)], 0, staged.dtype)
             store(scale_to.at[at.block, features], scale)
-            inverse = _spread(1 / scale, 1, shape, layout)
-            even, odd = ((x * inverse).astype(dtype) for x in values)
-            mine = self.warpgroup, i % _STAGED
+            rounded = (value * _spread(1 / scale, 1, shape, layout)).astype(staged.dtype)
+            mine = staged.at[self.warpgroup, i % _STAGED]
             # The copy that last used this buffer has left; at first, that may be the one just before.
             plgpu.wait_smem_to_gmem(_STAGED - 1 if i else 0, wait_read_only=True)
-            staged.pairs.at[mine].T[...] = side_by_side(even, odd)
+            mine.T[...] = rounded
             plgpu.commit_smem()
-            rounded = staged.values[0 if i else 1].at[mine]
-            length = rounded.shape[1]
-            rows = pl.ds(pl.multiple_of(at.block * length, length), length)
-            plgpu.copy_smem_to_gmem(rounded, to.at[features, rows])
+            plgpu.copy_smem_to_gmem(mine, to.at[features, pl.ds(pl.multiple_of(at.block * BLOCK, BLOCK), BLOCK)])
 
     def _pulled(self, weights: jax.Array | None, *place, layout) -> tuple[jax.Array, ...]:
         """Of a part of a tile, float32: the result without weights, and cotangents."""
@@ -262,11 +245,11 @@ class Worker(NamedTuple):
         tiles = Views.of(self.scratch.tiles).tiled
         return plgpu.load(tiles.at[slot, operand, *place], layout=layout).astype(jnp.float32)
 
-    def _weights(self, at: Place, parity, rows, shape: tuple[int, int], layout) -> jax.Array | None:
+    def _weights(self, at: Place, rows, shape: tuple[int, int], layout) -> jax.Array | None:
         """Those of some rows, as a part of a tile."""
         if self.weights is None:
             return None
-        vector = plgpu.load(self.weights.at[at.block, parity, rows], layout=layout.reduce((1,)), optimized=False)
+        vector = plgpu.load(self.weights.at[at.block, rows], layout=layout.reduce((1,)), optimized=False)
         return _spread(vector, 0, shape, layout)
 
     def _column(self, at: Place):
@@ -278,18 +261,14 @@ class Worker(NamedTuple):
         return pl.ds(pl.multiple_of(begin, self.problem.width), self.problem.width)
 
 
-def _pair(row):
-    """Which pair of rows a row is of, and which of the two it is."""
-    return lax.shift_right_logical(row, 1), row & 1
-
-
 def _by_columns():
-    """The layout of a tile [64, width] of which every warp has some columns with all their rows.
+    """The layout of a tile [128, width] of which every warp has some columns with all their rows.
 
-    Within them it is that of the matrix stores: 8 rows of 8 numbers, of which a thread has two neighbours in a row.
+    Within them it is that of the matrix loads that transpose: of 8 columns and 8 rows, a thread has two neighbours in a
+    column.
     """
-    tiling = plgpu.Tiling(((HALF, 32), (HALF, 8), (8, 8), (2,)))
-    return plgpu.Layout.TILED(tiling, warp_dims=(-6,), lane_dims=(-3, -2), vector_dim=-1)
+    tiling = plgpu.Tiling(((8, 32), (8, 8), (2, 1)))
+    return plgpu.Layout.TILED(tiling, warp_dims=(-5,), lane_dims=(-3, -4), vector_dim=-2)
 
 
 def _spread(vector: jax.Array, axis: int, shape: tuple[int, int], layout) -> jax.Array:
@@ -297,7 +276,7 @@ def _spread(vector: jax.Array, axis: int, shape: tuple[int, int], layout) -> jax
     return plgpu.layout_cast(lax.broadcast_in_dim(vector, shape, (axis,)), layout)
 
 
-def _scale(parts: tuple[jax.Array, ...], axis: int, dtype: jnp.dtype) -> jax.Array:
+def _scale(parts: Sequence[jax.Array], axis: int, dtype: jnp.dtype) -> jax.Array:
     """The scales of columns (axis 0) or rows (axis 1) that lie in all of `parts`."""
     largest = functools.reduce(jnp.maximum, map(jnp.abs, parts))
     # As integers, in the order of which NaN comes last: a float maximum over rows skips it in interpret mode.

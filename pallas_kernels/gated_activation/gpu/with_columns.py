@@ -28,8 +28,7 @@ from pallas_kernels.chips import Chip
 from pallas_kernels.columns import BLOCK, Columns, first_blocks, padded_rows
 from pallas_kernels.gated_activation import reference
 from pallas_kernels.gated_activation.formulas import with_derivatives
-from pallas_kernels.gated_activation.gpu.tile import HALF, SLOTS, Place, Problem, Results, Scratch, Worker
-from pallas_kernels.on_gpu.byte_pairs import transposed_result, transposed_type
+from pallas_kernels.gated_activation.gpu.tile import SLOTS, Place, Problem, Results, Scratch, Worker
 from pallas_kernels.on_gpu.device import hopper_chip
 from pallas_kernels.quantize import QTensor
 
@@ -53,7 +52,7 @@ class _Blocks(NamedTuple):
     Attributes:
       places: int32 [2, B]: the first row of each, and how many of its rows are its group's.
       in_use: int32 [1], how many blocks there are.
-      weights: float32 [B, 2, 64], those of the even and the odd rows of each, or None.
+      weights: float32 [B, 128], those of the rows of each, or None.
     """
 
     places: jax.Array
@@ -73,8 +72,7 @@ class _Blocks(NamedTuple):
         goes_past = jnp.any(row > num_rows - BLOCK).astype(jnp.int32)
         weights = None
         if row_weights is not None:
-            rows_of_block = row[:, None, None] + jnp.arange(BLOCK, dtype=jnp.int32).reshape(HALF, 2).T
-            weights = row_weights[jnp.minimum(rows_of_block, num_rows - 1)]
+            weights = row_weights[jnp.minimum(row[:, None] + jnp.arange(BLOCK, dtype=jnp.int32), num_rows - 1)]
         return cls(jnp.stack([row, jnp.minimum(rows, BLOCK)]), firsts[-1:] + goes_past, weights)
 
 
@@ -114,8 +112,7 @@ def gated_activation_pullback_with_columns(
     blocks = _Blocks.of(group_sizes, row_weights, problem.num_rows)
     outs = _outs(problem, padded_rows(problem.num_rows, group_sizes.shape[0]), with_weights)
     num_programs = min(blocks.places.shape[1] * problem.chunks, _most_programs(chip))
-    # An even row and the odd one after it as one, so that a block can begin at either and have both apart.
-    inputs = [h.reshape(problem.pairs, -1), dout.reshape(problem.pairs, -1), *blocks[: 2 if row_weights is None else 3]]
+    inputs = [h, dout, *blocks[: 2 if row_weights is None else 3]]
 
     def body(*refs):
         pre, gradient, places, in_use, *weights = refs[: len(inputs)]
@@ -168,36 +165,34 @@ def gated_activation_pullback_with_columns(
         ),
     )(*inputs)
     found = Results(**dict(zip(outs, results, strict=True)))
-    by_rows = (x.reshape(-1, problem.num_rows) for x in (found.row_scale, found.shares) if x is not None)
-    row_scale, *shares = by_rows
     return (
-        QTensor(found.rows.reshape(h.shape), row_scale.T),
-        Columns(transposed_result(found.dh, in_8_bits), found.dh_scale),
-        Columns(transposed_result(found.result, result_in_8_bits), found.result_scale),
-        shares[0].sum(0) if shares else None,
+        QTensor(found.rows, found.row_scale.T),
+        Columns(found.dh, found.dh_scale),
+        Columns(found.result, found.result_scale),
+        found.shares.sum(0) if with_weights else None,
     )
 
 
 def _outs(problem: Problem, padded: int, with_weights: bool) -> dict[str, jax.ShapeDtypeStruct]:
     """The types of `Results`."""
-    columns, blocks = problem.columns, padded // BLOCK
+    num_rows, columns, chunks, blocks = problem.num_rows, problem.columns, problem.chunks, padded // BLOCK
     outs = {
-        "rows": jax.ShapeDtypeStruct((problem.pairs, 4 * columns), problem.in_8_bits),
-        "row_scale": jax.ShapeDtypeStruct((2 * problem.chunks, problem.pairs, 2), jnp.float32),
-        "dh": transposed_type(2 * columns, padded, problem.in_8_bits),
+        "rows": jax.ShapeDtypeStruct((num_rows, 2 * columns), problem.in_8_bits),
+        "row_scale": jax.ShapeDtypeStruct((2 * chunks, num_rows), jnp.float32),
+        "dh": jax.ShapeDtypeStruct((2 * columns, padded), problem.in_8_bits),
         "dh_scale": jax.ShapeDtypeStruct((blocks, 2 * columns), jnp.float32),
-        "result": transposed_type(columns, padded, problem.result_in_8_bits),
+        "result": jax.ShapeDtypeStruct((columns, padded), problem.result_in_8_bits),
         "result_scale": jax.ShapeDtypeStruct((blocks, columns), jnp.float32),
     }
     if with_weights:
-        outs["shares"] = jax.ShapeDtypeStruct((problem.chunks, problem.pairs, 2), jnp.float32)
+        outs["shares"] = jax.ShapeDtypeStruct((chunks, num_rows), jnp.float32)
     return outs
 
 
 def _fits(h: jax.Array, dout: jax.Array, in_8_bits: list[jnp.dtype]) -> bool:
     """Whether the kernel takes this; few rows, odd sizes and other dtypes are left to XLA."""
     num_rows, columns = dout.shape
-    is_cut = num_rows >= BLOCK and num_rows % 2 == 0 and columns > 0 and columns % BLOCK == 0
+    is_cut = num_rows >= BLOCK and columns > 0 and columns % BLOCK == 0
     return is_cut and h.dtype == dout.dtype and h.dtype.itemsize == 2 and all(x.name in _FP8 for x in in_8_bits)
 
 

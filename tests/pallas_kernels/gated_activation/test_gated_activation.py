@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from pallas_kernels.activations import gated_halves
-from pallas_kernels.gated_activation import gated_activation, gated_activation_in_8_bits
+from pallas_kernels.gated_activation import gated_activation, gated_activation_in_8_bits, gradients
 from pallas_kernels.gated_activation.gradients import pulled
-from pallas_kernels.quantize import quantize
+from pallas_kernels.quantize import dequantize, quantize
 from tests.helpers import LIMIT, float64, normal, raises_saying, relative_error, same_bits
 from tests.pallas_kernels.backends import every_backend
 from tests.pallas_kernels.gated_activation.pre_activations import (
@@ -93,7 +93,7 @@ def test_a_pullback_in_8_bits(backend, rng, of, dtype):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.quick("xla-silu-None-", "xla-swigluoai-*m3fn-weighed")
 def test_a_pullback_gives_the_result_once_more(backend, rng, activation, in_8_bits, weighed):
-    """With the bits of the first time."""
+    """With the bits of the first time; XLA fuses it with other things, so that a last bit may be another."""
     h, dout = random(rng, (37, 512), "bfloat16"), normal(rng, 37, 256)
     weights = normal(rng, 37) if weighed else None
     if in_8_bits is None:
@@ -105,7 +105,10 @@ def test_a_pullback_gives_the_result_once_more(backend, rng, activation, in_8_bi
     *_, result = jax.jit(lambda *args: pulled(backend, **dict(zip(NAMES, args, strict=True)), **options))(
         h, dout, weights
     )
-    assert same_bits(result, expected)
+    if backend == "xla":
+        assert relative_error(result, expected) < (1e-4 if in_8_bits is None else LIMIT["bfloat16"])
+    else:
+        assert same_bits(result, expected)
 
 
 @pytest.mark.parametrize("limit", [None, 7.0])
@@ -248,3 +251,18 @@ def test_nobody_writes_what_nobody_uses():
 def test_errors_say_what_was_expected_and_what_came(function, h, options, parts):
     with raises_saying(ValueError, *parts):
         function(h, **options)
+
+
+@pytest.mark.parametrize("with_result", [None, jnp.dtype("bfloat16")], ids=["", "result"])
+@pytest.mark.quick("xla-", "pallas_gpu-result")
+def test_weights_multiply_what_was_rounded(backend, rng, with_result):
+    h, dout, weights = random(rng, (40, 512), "bfloat16"), normal(rng, 40, 256, dtype="bfloat16"), normal(rng, 40)
+    options = {"activation": "silu", "limit": None}
+    rounds_to = jnp.dtype(FP8)
+    _, said = gradients.gated(
+        backend, h=h, row_weights=None, out_dtype=None, in_8_bits=rounds_to, with_8_bits=True, **options
+    )
+    options |= {"with_array": False, "in_8_bits": None, "with_weights": True, "result_in_8_bits": rounds_to}
+    _, _, drow_weights, _ = pulled(backend, h=h, dout=dout, row_weights=weights, with_result=with_result, **options)
+    expected = (dout.astype(jnp.float32) * dequantize(said)).sum(1)
+    assert relative_error(drow_weights, expected) < LIMIT["float32"]

@@ -68,8 +68,8 @@ def test_whole_blocks_interpreted(rng, monkeypatch, activation, formats, weighed
 @pytest.mark.parametrize(
     ("sizes", "num_rows"),
     [
-        ([37, 0, 130, 5, 77], 300),  # blocks that begin at odd rows, and an empty group
-        ([37, 0, 130, 5, 128], 300),  # blocks that go on past the last row
+        ([37, 0, 130, 5, 77], 301),  # blocks that begin at odd rows, and an empty group
+        ([37, 0, 263], 300),  # one whose block goes on past the last row
         ([129, 1], 130),  # one that begins with the last row
         ([0, 0, 3], 128),  # few rows of many
         ([0, 0], 128),  # none
