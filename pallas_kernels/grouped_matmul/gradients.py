@@ -23,9 +23,11 @@ from jax.ad_checkpoint import checkpoint_name
 from pallas_kernels.gated_activation import SCALING
 from pallas_kernels.gated_activation import gradients as activation
 from pallas_kernels.grouped_matmul.group_sizes import bounds
+from pallas_kernels.grouped_matmul.of_columns import grouped_matmul_of_columns
 from pallas_kernels.grouped_matmul.weights import in_one_pass, rounded, rounded_both_ways
 from pallas_kernels.primitive import Operands, Operator, is_asked_for, is_zero, zero_tangent
 from pallas_kernels.quantize import Operand, QTensor, Quantization, Rounded, Rows, dequantize, is_of_one_row, quantize
+from pallas_kernels.quantize_columns import quantize_columns
 
 _OF_ACTIVATION = ("activation", "activation_limit", "in_8_bits")
 
@@ -108,25 +110,38 @@ def _multiply_transpose(
             out_dtype=lhs.aval.dtype,
         )
     if is_asked_for(rhs):
-        left, right = (dout, None), (lhs, operands["lhs_face"])
-        if not operands["transpose_rhs"]:
-            left, right = right, left
-        found["rhs"] = correlated(
-            backend,
-            lhs=left[0],
-            lhs_face=left[1],
-            dout=right[0],
-            dout_face=right[1],
-            **groups,
-            num_groups=rhs.aval.shape[0],
-            out_dtype=rhs.aval.dtype,
-        )
+        found["rhs"] = _for_drhs(backend, dout, operands)
     if is_asked_for(bias):
         ones = jnp.ones((dout.shape[0], 1), dout.dtype)
         sizes = {"num_groups": bias.aval.shape[0], "out_dtype": bias.aval.dtype}
         sums = correlated(backend, lhs=ones, lhs_face=None, dout=dout, dout_face=None, **groups, **sizes)
         found["bias"] = sums[:, 0]
     return found
+
+
+def _for_drhs(backend: str, dout: jax.Array, operands: Operands) -> jax.Array:
+    """The gradient of rhs, of which `operands` tell no more than shape and dtype."""
+    rows, face, like = operands["lhs"], operands["lhs_face"], operands["rhs"].aval
+    sizes, offset, quantization = (operands[name] for name in ("group_sizes", "group_offset", "quantization"))
+    if quantization is not None and quantization.weights_gradient_dtype is not None:
+        if face is None:
+            face = dequantize(rows, dout.dtype) if isinstance(rows, QTensor) else rows
+        of_dout = quantize_columns(dout, sizes, dtype=quantization.weights_gradient_dtype, backend=backend)
+        of_rows = quantize_columns(face, sizes, dtype=quantization.dtype, backend=backend)
+        left, right = (of_dout, of_rows) if operands["transpose_rhs"] else (of_rows, of_dout)
+        sums = grouped_matmul_of_columns(left, right, sizes, preferred_element_type=like.dtype, backend=backend)
+        return jax.lax.dynamic_slice_in_dim(sums, offset, like.shape[0])
+    factors = {"lhs": rows, "lhs_face": face, "dout": dout, "dout_face": None}
+    if operands["transpose_rhs"]:
+        factors = {"lhs": dout, "lhs_face": None, "dout": rows, "dout_face": face}
+    return correlated(
+        backend,
+        **factors,
+        group_sizes=sizes,
+        group_offset=offset,
+        num_groups=like.shape[0],
+        out_dtype=like.dtype,
+    )
 
 
 def _for_dlhs(dout: jax.Array, dout_in_8_bits: QTensor | None, operands: Operands) -> Operands:

@@ -98,8 +98,8 @@ def test_layers_of_which_blocks_have_a_scale_equal_the_dense_oracle(preset, ep):
 
 
 @pytest.mark.parametrize("weights_gradient_dtype", ["float8_e4m3fn", "float8_e5m2"])
-@pytest.mark.parametrize("ep", [1])
-@pytest.mark.quick("1-float8_e4m3fn")
+@pytest.mark.parametrize("ep", [1, 4])
+@pytest.mark.quick("*-float8_e4m3fn")
 def test_gradients_of_weights_in_8_bits(ep, weights_gradient_dtype):
     """Of activations and cotangents that are rounded once more: by less than what 8 bits cost anyway."""
     narrower = narrow("qwen3-30b-a3b", hidden=256, width=128, precision="w8a8", dtype=jnp.dtype("bfloat16"))
