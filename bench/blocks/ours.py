@@ -61,11 +61,12 @@ def make_inputs(case: Case, *, at_most: int = MAX_COPIES) -> Inputs:
 def runner(case: Case, inputs: Inputs) -> Run:
     """Our block. A decode step writes its token into the cache in place; the next pass writes the same one again."""
     graph, _ = nnx.split(jax.eval_shape(functools.partial(_make, case.block)))
+    structure = jax.tree.structure(inputs.states[0])
     caches = [jax.tree.map(jnp.copy, inputs.cache) for _ in inputs.states]
 
     @jax.jit
-    def one(state: nnx.State, x: jax.Array, cache: KVCache | None) -> tuple[jax.Array, Any, KVCache | None]:
-        block, after = nnx.merge(graph, state), None
+    def one(leaves: list[jax.Array], x: jax.Array, cache: KVCache | None) -> tuple[jax.Array, Any, KVCache | None]:
+        block, after = nnx.merge(graph, jax.tree.unflatten(structure, leaves)), None
         if cache is None:
             y, aux = block(x)
         else:
@@ -73,7 +74,8 @@ def runner(case: Case, inputs: Inputs) -> Run:
             after = dataclasses.replace(after, lengths=cache.lengths)
         return y, None if aux is None else aux.topk_ids, after
 
-    return in_a_row(one, inputs.states, inputs.x, caches)
+    # A call has a State taken apart in Python, which takes longer than a small block does.
+    return in_a_row(one, [jax.tree.leaves(state) for state in inputs.states], inputs.x, caches)
 
 
 def in_a_row(one: Callable[..., tuple[jax.Array, Any, Any]], blocks: list[Any], x: jax.Array, caches: list[Any]) -> Run:

@@ -77,21 +77,38 @@ def test_the_norm_equals_the_oracle_and_returns_the_sum(rng):
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="there is a GPU")
 def test_without_a_gpu_xla_does_the_product():
-    assert best_backend(jnp.bfloat16, 128, 4096) == "xla"
+    assert best_backend(*heads(1, 4096)) == "xla"
 
 
-def test_cudnn_is_for_16_bits_and_more_than_a_few_keys(monkeypatch):
+def heads(num_queries, num_keys, *, batch=1, num=16, head_dim=128, dtype=jnp.bfloat16):
+    """Queries and keys, without numbers."""
+    return [jax.ShapeDtypeStruct((batch, length, num, head_dim), dtype) for length in (num_queries, num_keys)]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        (heads(128, 256), "cudnn"),
+        (heads(128, 129), "cudnn"),
+        (heads(128, 128), "xla"),
+        (heads(64, 64, batch=4), "xla"),
+        (heads(64, 64, batch=8), "cudnn"),
+        (heads(1, 65), "cudnn"),
+        (heads(1, 64, batch=64), "xla"),
+        (heads(512, 512, dtype=jnp.float32), "xla"),
+        (heads(512, 512, head_dim=264), "xla"),
+    ],
+)
+def test_cudnn_is_for_16_bits_and_more_than_a_few_logits(monkeypatch, sizes, expected):
     monkeypatch.setattr("moejax.models.dot_product._nvidia_capability", lambda: 9.0)
-    assert best_backend(jnp.bfloat16, 128, 128) == "cudnn"
-    for dtype, head_dim, num_keys in ((jnp.float32, 128, 128), (jnp.bfloat16, 264, 128), (jnp.bfloat16, 128, 64)):
-        assert best_backend(dtype, head_dim, num_keys) == "xla"
+    assert best_backend(*sizes) == expected
 
 
-def test_the_keys_are_counted_not_the_queries(rng, monkeypatch):
-    counted = []
-    monkeypatch.setattr(dot_product, "best_backend", lambda *args: counted.append(args) or "xla")
+def test_auto_asks_for_the_backend_that_is_best(rng, monkeypatch):
+    asked = []
+    monkeypatch.setattr(dot_product, "best_backend", lambda q, k: asked.append((q.shape, k.shape)) or "xla")
     dot_product.attend(normal(rng, 1, 1, 2, 8), normal(rng, 1, 9, 2, 8), normal(rng, 1, 9, 2, 8), backend="auto")
-    assert counted == [(jnp.float32, 8, 9)]
+    assert asked == [((1, 1, 2, 8), (1, 9, 2, 8))]
 
 
 def test_a_norm_of_few_numbers_is_xlas_unless_a_backend_is_named():

@@ -199,9 +199,10 @@ def test_a_dense_network_takes_dots_for_few_tokens_and_kernels_for_many(rng):
     assert relative_error(dense._dots(x, *weights, config), dense._kernels(x, *weights, config)) < LIMIT["float32"]
     dots = str(jax.make_jaxpr(lambda *args: dense._dots(*args, config))(x, *weights))
     assert dots.count("dot_general") == dots.count("precision=(Precision.HIGHEST, Precision.HIGHEST)") == 2
-    asked = ("xla", 900), ("pallas_gpu", 1), ("auto", 900)
+    asked = ("xla", 900, 4096), ("pallas_gpu", 1, 8), ("auto", 900, 4096)
     assert [dense._takes_dots(*each) for each in asked] == [True, False, jax.default_backend() == "cpu"]
     with targeting(get_chip("h200")):
-        assert [dense._takes_dots("auto", tokens) for tokens in (64, 65)] == [True, False]
+        assert [dense._takes_dots("auto", tokens, 4096) for tokens in (64, 65)] == [True, False]
+        assert [dense._takes_dots("auto", 128, hidden) for hidden in (1024, 1025)] == [True, False]
     with targeting(get_chip("v6e")):
-        assert not dense._takes_dots("auto", 1)
+        assert not dense._takes_dots("auto", 1, 8)
