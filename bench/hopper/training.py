@@ -12,7 +12,7 @@ from bench.hopper.peers import Implementation, to_torch
 from bench.inputs.weights import normal
 from bench.model.shapes import GemmShape
 from bench.plain import layer_in_jax, layer_in_torch
-from moejax import MoEConfig, MoEParams, moe, with_changes
+from moejax import MoEConfig, MoEParams, Quantization, moe, with_changes
 
 Weights = Mapping[str, Any]
 """Parameters by their dotted names: "router.kernel" [H, E], "gate_up" [E, H, 2, I] and "down" [E, I, H]."""
@@ -23,10 +23,14 @@ _CHECKED_TOKENS = 512
 def training(s: GemmShape, *, in_8_bits: bool) -> CaseData:
     """y, and the gradients of x and of each parameter, for tokens x in BF16 and parameters in BF16.
 
-    In 8 bits weights and rows are rounded in each step, and the peer is our own layer in BF16. Peers in BF16 are the
-    layer in plain JAX and in torch.
+    In 8 bits weights, rows and cotangents are rounded in each step, for all six products, and the peer is our own layer
+    in BF16. Peers in BF16 are the layer in plain JAX and in torch.
     """
-    config = MoEConfig(s.K, s.N, s.G, LAYER_TOP_K, precision="w8a8" if in_8_bits else "w16a16")
+    config = MoEConfig(s.K, s.N, s.G, LAYER_TOP_K)
+    if in_8_bits:
+        fp8: Any = "float8_e4m3fn"
+        quantization = Quantization(gradient_dtype=fp8, weights_gradient_dtype=fp8)
+        config = with_changes(config, precision="w8a8", quantization=quantization)
     tokens = s.G * s.M // LAYER_TOP_K
     weights = {
         "router.kernel": normal(1, (s.K, s.G), scale=s.K**-0.5),
@@ -70,6 +74,13 @@ def _ours(x: jax.Array, weights: Weights, *, config: MoEConfig) -> jax.Array:
 
 
 def _in_jax(x: jax.Array, weights: Weights, *, config: MoEConfig) -> jax.Array:
+    rows = x.shape[0] * config.top_k
+    needed = config.num_experts * rows * 2 * config.intermediate_size * x.dtype.itemsize
+    if needed > (has := (jax.devices()[0].memory_stats() or {}).get("bytes_limit", needed)):
+        raise MemoryError(
+            f"XLA's gradient of ragged_dot spreads rows over all experts, {needed / 2**30:.0f} GiB; this GPU has "
+            f"{has / 2**30:.0f}"
+        )
     return layer_in_jax.experts(config, weights, x)[0]
 
 
