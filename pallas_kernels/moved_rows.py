@@ -59,11 +59,12 @@ def _put_in_order(backend: str, *, weights: jax.Array, plan: Plan) -> jax.Array:
 
 def _put_by_choice(backend: str, *, rows: jax.Array, plan: Plan) -> jax.Array:
     del backend
-    return _at(rows, plan.inverse)
+    # What makes the numbers has made them by then, in the order of the rows; it is not done again in another order.
+    return _at(jax.lax.optimization_barrier(rows), plan.inverse)
 
 
 def _at(x: jax.Array, places: jax.Array) -> jax.Array:
-    """x [N] at `places`, zeros where these are −1."""
+    """Of x [N] the numbers at `places`, zeros where these are −1."""
     if x.size == 0:
         return jnp.zeros(places.shape, x.dtype)
     return jnp.where(places < 0, 0, x[jnp.maximum(places, 0)])

@@ -2,6 +2,8 @@
 
     taken(x)      out[t, k] = x[t, ids[t, k]]                         transposed: placed
     placed(x)     out[t, e] = Σ_k x[t, k] where ids[t, k] is e        transposed: taken
+
+Both are linear in x.
 """
 
 import jax
