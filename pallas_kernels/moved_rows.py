@@ -4,6 +4,8 @@
     spread(x, w)           rows[r] = w[order[r]] · x[order[r] // K]    transposed: combined, and weighed
     combined(rows, w)      out[t]  = Σ_k w[t, k] · rows[inverse[t, k]] transposed: spread, and weighed
     weighed(rows, dout)    dw[t, k] = ⟨dout[t], rows[inverse[t, k]]⟩   transposed: as combined, and combined itself
+    in_order(w)            rows[r] = w[order[r]]                       transposed: by_choice
+    by_choice(rows)        w[t, k] = rows[inverse[t, k]]               transposed: in_order
 
 All are linear in x, in rows, in weights, in dout; so these are all that derivatives of any order are made of.
 """
@@ -50,6 +52,32 @@ def _weights_gradient(backend: str, rows: jax.Array, plan: Plan, dout: jax.Array
     return weighed(backend, rows=rows, plan=plan, dout=dout).astype(dtype)
 
 
+def _put_in_order(backend: str, *, weights: jax.Array, plan: Plan) -> jax.Array:
+    del backend
+    return _at(weights.reshape(-1), plan.order)
+
+
+def _put_by_choice(backend: str, *, rows: jax.Array, plan: Plan) -> jax.Array:
+    del backend
+    # What makes the numbers has made them by then, in the order of the rows; it is not done again in another order.
+    return _at(jax.lax.optimization_barrier(rows), plan.inverse)
+
+
+def _at(x: jax.Array, places: jax.Array) -> jax.Array:
+    """Of x [N] the numbers at `places`, zeros where these are −1."""
+    if x.size == 0:
+        return jnp.zeros(places.shape, x.dtype)
+    return jnp.where(places < 0, 0, x[jnp.maximum(places, 0)])
+
+
+def _in_order_transpose(backend: str, drows: jax.Array, operands: Operands) -> Operands:
+    return {"weights": by_choice(backend, rows=drows, plan=operands["plan"])}
+
+
+def _by_choice_transpose(backend: str, dweights: jax.Array, operands: Operands) -> Operands:
+    return {"rows": in_order(backend, weights=dweights, plan=operands["plan"])}
+
+
 dispatched = Operator("dispatch", "dispatch", linear_in=("x",), transpose=_dispatch_transpose)
 """See `pallas_kernels.dispatch.dispatch`."""
 
@@ -61,3 +89,9 @@ combined = Operator("combine", "combine", linear_in=("rows", "weights"), transpo
 
 weighed = Operator("combine", "combine_dweights", linear_in=("rows", "dout"), transpose=_weigh_transpose)
 """See `pallas_kernels.combine.reference.combine_dweights`."""
+
+in_order = Operator(_put_in_order, "weights_in_order", linear_in=("weights",), transpose=_in_order_transpose)
+"""The weights [T, K] of the plan's rows, [R]; zeros for rows without an assignment. Its gradient is a gather too."""
+
+by_choice = Operator(_put_by_choice, "weights_by_choice", linear_in=("rows",), transpose=_by_choice_transpose)
+"""The numbers [R] of the plan's rows by assignment, [T, K]; zeros for those without a row."""

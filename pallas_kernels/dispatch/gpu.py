@@ -17,14 +17,19 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from pallas_kernels.dispatch import reference
 from pallas_kernels.on_gpu.device import require_hopper
 from pallas_kernels.on_gpu.strips import Strips, cut, for_each, launch
 from pallas_kernels.plan import Plan
 from pallas_kernels.quantize import QTensor
+from pallas_kernels.tracing.concrete import is_less
 
 _ROWS_AT_ONCE = 8
+
+_FEW_ROWS = 8192
+"""Whose scales are read in no time."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +51,7 @@ def dispatch(x: jax.Array | QTensor, plan: Plan) -> jax.Array | QTensor:
     """See `pallas_kernels.dispatch.dispatch`. The scales of a QTensor, a few numbers a row, are left to XLA."""
     require_hopper("dispatch")
     if isinstance(x, QTensor):
-        scale = reference.dispatch(x.scale, plan)
-        return QTensor(dispatch_rows(x.values, plan), scale)
+        return QTensor(dispatch_rows(x.values, plan), _scales(x.scale, plan))
     return dispatch_rows(x, plan)
 
 
@@ -98,6 +102,18 @@ def dispatch_rows(
         inputs.append(weights.astype(jnp.float32))
     rows = launch(body, out, *inputs, name="dispatch", blocks=blocks + zero_blocks)
     return rows.reshape(num_rows, columns)
+
+
+def _scales(scale: jax.Array, plan: Plan) -> jax.Array:
+    """The scales of the rows, gathered by XLA.
+
+    Products want them [blocks, R]. Of many rows they are asked for as [R, blocks] in memory too: then XLA reads the
+    scales of a row together, and turns them in shared memory. Else each scale that it writes costs it 32 bytes to read.
+    """
+    rows = reference.dispatch(scale, plan)
+    if scale.shape[1] == 1 or not is_less(_FEW_ROWS, rows.shape[0]):
+        return rows
+    return with_layout_constraint(rows, Layout(major_to_minor=(0, 1)))
 
 
 def _copy_rows(block, blocks: int, units: int, strips: Strips, x, inverse, weights: Sequence[Any], out) -> None:

@@ -10,7 +10,8 @@ from pallas_kernels.quantize import QTensor
 def dispatch[Rows: jax.Array | QTensor](x: Rows, plan: Plan) -> Rows:
     """See `pallas_kernels.dispatch.dispatch`."""
     in_use = plan.order >= 0
-    token = jnp.maximum(plan.order, 0) // plan.inverse.shape[1]
+    # Not `//`, which looks at signs for each number that is gathered.
+    token = jax.lax.div(jnp.maximum(plan.order, 0), jnp.int32(plan.inverse.shape[1]))
 
     def gather(leaf: jax.Array) -> jax.Array:
         if leaf.shape[0] == 0:  # no tokens, yet rows when the plan has a capacity

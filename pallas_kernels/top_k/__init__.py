@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.primitive import Operands, Operator, zero_tangent
+from pallas_kernels.top_k.places import taken
 from pallas_kernels.top_k.reference import softmax_weights_at, weights_at
 from pallas_kernels.tracing.concrete import is_less
 
@@ -95,9 +96,14 @@ def _top_k_jvp(backend: str, operands: Operands, tangents: Operands) -> tuple[An
 
 def _softmax_top_k_jvp(backend: str, operands: Operands, tangents: Operands) -> tuple[Any, Any]:
     weights, ids = _softmax_top_k(backend, **operands)
+    if operands["normalize"]:  # a softmax of K numbers, of which the weights say all, NaN too
+        dlogits = taken(backend, x=tangents["logits"], ids=ids, columns=operands["logits"].shape[1])
+        dlogits = dlogits.astype(jnp.float32)
+        dweights = weights * (dlogits - (weights * dlogits).sum(1, keepdims=True))
+        return (weights, ids), (dweights, zero_tangent(ids))
 
     def chosen(logits: jax.Array) -> jax.Array:
-        return softmax_weights_at(logits, ids, normalize=operands["normalize"])
+        return softmax_weights_at(logits, ids, normalize=False)
 
     _, dweights = jax.jvp(chosen, (operands["logits"],), (tangents["logits"],))
     return (weights, ids), (dweights, zero_tangent(ids))

@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.top_k.places import taken
+
 
 def top_k(scores: jax.Array, k: int, *, normalize: bool) -> tuple[jax.Array, jax.Array]:
     """See `pallas_kernels.top_k.top_k`."""
@@ -23,7 +25,7 @@ def top_k_ids(scores: jax.Array, k: int) -> jax.Array:
 
 def weights_at(scores: jax.Array, ids: jax.Array, *, normalize: bool) -> jax.Array:
     """The scores [T, E] at ids [T, K], divided by their sum if they are to be normalised: float32 [T, K]."""
-    weights = jnp.take_along_axis(scores, ids.astype(jnp.int32), axis=1).astype(jnp.float32)
+    weights = _at(scores, ids).astype(jnp.float32)
     if normalize:
         # The smallest normal number keeps 0/0 out when all chosen scores underflow.
         weights = weights / jnp.maximum(weights.sum(1, keepdims=True), jnp.finfo(jnp.float32).tiny)
@@ -35,8 +37,12 @@ def softmax_weights_at(logits: jax.Array, ids: jax.Array, *, normalize: bool) ->
 
     NaN where any logit of the token is, even one not chosen.
     """
-    logits, ids = logits.astype(jnp.float32), ids.astype(jnp.int32)
+    logits = logits.astype(jnp.float32)
     if not normalize:
-        return jnp.take_along_axis(jax.nn.softmax(logits), ids, axis=1)
-    weights = jax.nn.softmax(jnp.take_along_axis(logits, ids, axis=1))
+        return _at(jax.nn.softmax(logits), ids)
+    weights = jax.nn.softmax(_at(logits, ids))
     return weights * jnp.where(jnp.isnan(logits).any(1, keepdims=True), jnp.nan, 1.0)
+
+
+def _at(x: jax.Array, ids: jax.Array) -> jax.Array:
+    return taken("auto", x=x, ids=ids.astype(jnp.int32), columns=x.shape[1])

@@ -7,10 +7,10 @@ a tensor-parallel group work on the tokens of all of them, each on a part of the
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from pallas_kernels.combine import combine
 from pallas_kernels.dispatch import dispatch
+from pallas_kernels.moved_rows import in_order
 from pallas_kernels.plan import Plan, make_plan
 from pallas_kernels.quantize import Rows
 from pallas_kernels.tracing.named import named
@@ -63,8 +63,7 @@ def sum_of_weighed_rows(
     """`exchange` where ep is 1, by experts that dispatch, weigh and sum up the rows themselves."""
     plan = named(plan_rows(topk_ids, way), PLAN_NAME)
     weights = gather_tokens(topk_weights, way.columns_over)
-    choices = jnp.where(plan.order < 0, weights.size, plan.order)
-    row_weights = weights.reshape(-1).at[choices].get(mode="fill", fill_value=0, unique_indices=True)
+    row_weights = in_order(way.backend, weights=weights, plan=plan)
     x = gather_tokens(x, way.columns_over)
     dtype = x.dtype if way.columns_over else preferred_element_type
     y = experts(params, x, row_weights, plan, preferred_element_type=dtype)

@@ -14,10 +14,11 @@ from pallas_kernels.combine import combine
 from pallas_kernels.dispatch import dispatch
 from pallas_kernels.float32_matmul import float32_matmul
 from pallas_kernels.grouped_matmul import grouped_gate_up, grouped_matmul
+from pallas_kernels.moved_rows import in_order
 from pallas_kernels.plan import make_plan
 from pallas_kernels.quantize import Quantization, dequantize, quantize
 from pallas_kernels.rms_norm import rms_norm
-from pallas_kernels.top_k import top_k
+from pallas_kernels.top_k import softmax_top_k, top_k
 from tests.helpers import normal, relative_error
 from tests.pallas_kernels.backends import every_backend
 
@@ -60,6 +61,23 @@ def top_k_case(rng, *, normalize: bool) -> Case:
 
     scores = jax.nn.softmax(normal(rng, T, G))
     return Case(lambda scores: top_k(scores, K, normalize=normalize).weights, plain, (scores,))
+
+
+def softmax_top_k_case(rng, *, normalize: bool) -> Case:
+    def plain(logits):
+        weights = jax.lax.top_k(jax.nn.softmax(logits), K)[0]
+        return weights / weights.sum(1, keepdims=True) if normalize else weights
+
+    return Case(lambda logits: softmax_top_k(logits, K, normalize=normalize).weights, plain, (normal(rng, T, G),))
+
+
+def in_order_case(rng) -> Case:
+    plan = make_plan(jnp.asarray(rng.integers(-1, G + 1, (T, K)), jnp.int32), G, capacity=5)
+
+    def plain(weights):
+        return jnp.where(plan.order >= 0, weights.reshape(-1)[jnp.maximum(plan.order, 0)], 0)
+
+    return Case(lambda weights: in_order("auto", weights=weights, plan=plan), plain, (normal(rng, T, K),))
 
 
 def product_case(
@@ -137,6 +155,9 @@ CASES: dict[str, Callable[..., Case]] = {
     "rms_norm": rms_norm_case,
     "top_k": functools.partial(top_k_case, normalize=False),
     "top_k normalised": functools.partial(top_k_case, normalize=True),
+    "softmax_top_k": functools.partial(softmax_top_k_case, normalize=False),
+    "softmax_top_k normalised": functools.partial(softmax_top_k_case, normalize=True),
+    "weights in order": in_order_case,
     "matmul": product_case,
     "matmul K-major": functools.partial(product_case, transposed=True, has_bias=False),
     "matmul in 8 bits": product_in_8_bits,

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.dispatch import reference
+from pallas_kernels.dispatch import gpu, reference
 from pallas_kernels.dispatch.gpu import Config, dispatch, dispatch_rows, dispatch_weighted
 from pallas_kernels.quantize import QTensor
 from tests.helpers import normal, raises_saying
@@ -79,6 +79,19 @@ def test_scales_travel_with_their_rows(scales):
     values, scale = jax.ShapeDtypeStruct((64, 7168), "float8_e4m3fn"), jax.ShapeDtypeStruct((64, scales), "float32")
     rows = jax.eval_shape(dispatch, QTensor(values, scale), abstract_plan(64, 8))
     assert (rows.values.shape, rows.scale.shape) == ((512, 7168), (512, scales))
+
+
+def test_scales_of_many_rows_are_gathered_row_by_row(rng):
+    """In memory too, however they are wanted after that."""
+    tokens, scales = 4096, normal(rng, 4096, 4)
+    plan = planned(jnp.asarray(rng.integers(-1, 9, (tokens, 3)), jnp.int32), 8)
+    gathered = jax.jit(lambda scales, plan: gpu._scales(scales, plan))
+    np.testing.assert_array_equal(gathered(scales, plan), reference.dispatch(scales, plan))
+    constraint = [line for line in gathered.lower(scales, plan).as_text().splitlines() if "LayoutConstraint" in line]
+    assert len(constraint) == 1
+    assert "result_layouts = [dense<[1, 0]> : tensor<2xindex>]" in constraint[0]
+    few = abstract_plan(64, 8)
+    assert "LayoutConstraint" not in gathered.lower(scales[:64], few).as_text()
 
 
 def test_short_rows_are_refused():

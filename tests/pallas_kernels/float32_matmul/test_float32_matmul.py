@@ -12,8 +12,8 @@ backend = every_backend("float32_matmul")
 DTYPES = ["float32", "bfloat16", "float16"]
 
 
-def factors(rng, lhs: str, rhs: str) -> tuple[jax.Array, jax.Array]:
-    return normal(rng, 100, 256, dtype=lhs), normal(rng, 256, 24, dtype=rhs)
+def factors(rng, lhs: str, rhs: str, depth: int = 256) -> tuple[jax.Array, jax.Array]:
+    return normal(rng, 100, depth, dtype=lhs), normal(rng, depth, 24, dtype=rhs)
 
 
 @pytest.mark.parametrize("rhs", DTYPES)
@@ -26,10 +26,14 @@ def test_as_precise_as_float32(lhs, rhs, backend, rng):
 
 
 @pytest.mark.parametrize(("lhs", "rhs"), [("bfloat16", "float32"), ("float32", "bfloat16"), ("float32", "float32")])
+@pytest.mark.parametrize("depth", [16, 256])
 @pytest.mark.parametrize("out", DTYPES)
-def test_in_parts_on_any_platform(lhs, rhs, out, rng):
-    """What a GPU does, here: all of the three parts of a number, and of two what 16 bits can show."""
-    x, y = factors(rng, lhs, rhs)
+def test_in_parts_on_any_platform(lhs, rhs, out, depth, rng):
+    """What a GPU does, here: all of the three parts of a number, and of two what 16 bits can show.
+
+    Parts lie along the depth where that is less than what they would be multiplied along.
+    """
+    x, y = factors(rng, lhs, rhs, depth)
     product = jax.jit(lambda x, y: gpu.float32_matmul(x, y, out_dtype=jnp.dtype(out)))(x, y)
     expected = float64(x) @ float64(y)
     exact = jnp.asarray(expected, jnp.float32).astype(out)
@@ -66,6 +70,21 @@ def test_no_product_of_float32_on_a_gpu(rng):
     assert all(line.count("bf16>") == 2 for line in on_gpu)
     assert any("tensor<64x24xbf16>" in line for line in on_gpu)  # the three parts of each weight
     assert not any("bf16" in line for line in products("cpu"))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_gradient_of_tokens_is_written_once_on_a_gpu(dtype):
+    """And in its own type: of many tokens, no array of float32 has as many numbers."""
+    x, dout = jax.ShapeDtypeStruct((256, 64), jnp.bfloat16), jax.ShapeDtypeStruct((256, 8), jnp.float32)
+    kernel = jax.ShapeDtypeStruct((64, 8), dtype)
+
+    def gradients(x, kernel, dout):
+        return jax.vjp(float32_matmul, x, kernel)[1](dout)
+
+    text = jax.jit(gradients).trace(x, kernel, dout).lower(lowering_platforms=("cuda",)).as_text()
+    results = [line.rpartition("-> ")[2] for line in text.splitlines() if "dot_general" in line]
+    assert [result for result in results if "256x64" in result] == ["tensor<256x64xbf16>"]
+    assert "x64xf32" not in text.replace("tensor<8x64xf32>", "")  # the router's weights alone
 
 
 def test_sizes_that_are_symbols():

@@ -6,6 +6,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.on_gpu.smem import single_view
 from pallas_kernels.top_k import gpu, softmax_top_k, softmax_weights_at, top_k, top_k_ids
+from pallas_kernels.top_k.places import placed, taken
 from tests.helpers import LIMIT, normal, relative_error
 from tests.pallas_kernels.backends import every_backend
 from tests.pallas_kernels.kernels_gpu import interpreted
@@ -161,6 +162,30 @@ def test_a_gradient_of_normalised_weights_keeps_nothing_of_all_logits(rng):
     logits = normal(rng, 32, 64)
     _, pullback = jax.vjp(lambda logits: softmax_top_k(logits, 4, normalize=True).weights, logits)
     assert all(leaf.shape != logits.shape for leaf in jax.tree.leaves(pullback))
+
+
+@pytest.mark.parametrize("k", [1, 3, 40])
+def test_numbers_at_places_and_put_there(rng, k):
+    """Few are compared with every column, many are scattered; what is put at one place twice adds up there."""
+    x, numbers = normal(rng, 20, 64), normal(rng, 20, k)
+    ids = jnp.asarray(rng.integers(0, 64, (20, k)), jnp.int32).at[:, -1].set(7).at[:, 0].set(7)
+    expected = np.zeros(x.shape)
+    np.add.at(expected, (np.arange(20)[:, None], np.asarray(ids)), np.asarray(numbers, np.float64))
+    put = placed("auto", x=numbers, ids=ids, columns=64)
+    assert relative_error(put, expected) < LIMIT["float32"]
+    at, pullback = jax.vjp(lambda x: taken("auto", x=x, ids=ids, columns=64), x)
+    np.testing.assert_array_equal(at, np.take_along_axis(np.asarray(x), np.asarray(ids), axis=1))
+    np.testing.assert_array_equal(pullback(numbers)[0], put)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_no_gradient_is_scattered(rng, normalize):
+    logits, dweights = normal(rng, 64, 32), normal(rng, 64, 4)
+
+    def gradient(logits):
+        return jax.vjp(lambda logits: softmax_top_k(logits, 4, normalize=normalize).weights, logits)[1](dweights)
+
+    assert "scatter" not in jax.jit(gradient).trace(logits).lower(lowering_platforms=("cuda",)).as_text()
 
 
 @pytest.mark.parametrize("normalize", [False, True])
