@@ -56,6 +56,7 @@ KERNELS = {
             "grouped_gate_up",
             "grouped_matmul",
             "quantize_rows",
+            "quantize_transpose",
         ],
     },
     "norms, weights and activations": {
@@ -79,7 +80,6 @@ KERNELS = {
             "combine",
             "counting_sort",
             "dispatch",
-            "gated_activation",
             "gated_activation_pullback",
             "grouped_matmul",
             "grouped_matmul_drhs",
@@ -87,7 +87,6 @@ KERNELS = {
         ],
         "training in fp8": [
             "dispatch",
-            "gated_activation",
             "gated_activation_pullback",
             "grouped_matmul",
             "quantize_rows",
