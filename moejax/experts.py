@@ -20,7 +20,8 @@ from pallas_kernels.grouped_matmul import (
     grouped_matmul,
     result_can_stay,
 )
-from pallas_kernels.quantize import QTensor, Quantization, Rounded, Rows, is_of_one_row
+from pallas_kernels.quantize import QTensor, Quantization, Rows, is_of_one_row
+from pallas_kernels.quantize_rows import rounded
 from pallas_kernels.routed_mlp import pays, routed_mlp
 from pallas_kernels.tracing.named import named
 from pallas_kernels.tracing.unless_differentiated import unless_differentiated
@@ -88,8 +89,8 @@ class ExpertMath:
         quantization = self.quantization
         if quantization is None or not is_of_one_row(quantization.lhs_scaling):
             return x
-        rounded = Rounded.of(x, quantization.dtype, scaling=quantization.lhs_scaling)
-        return rounded.in_8_bits if self.stays_in_8_bits else rounded
+        found = rounded(x, quantization.dtype, scaling=quantization.lhs_scaling, backend=self.backend)
+        return found.in_8_bits if self.stays_in_8_bits else found
 
     def serve_or_train[Result](self, run: Callable[..., Result], *operands: Any) -> Result:
         """run(math, *operands): rows stay in 8 bits where no gradient is asked for, and `trains` is set where one is.

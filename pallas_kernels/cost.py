@@ -169,6 +169,12 @@ def quantize_transpose_cost(
     return Cost(flops=2 * elements, hbm_bytes=elements * (_size(dtype) + layouts) + scales)
 
 
+def quantize_rows_cost(num_rows: int, hidden: int, *, dtype: jax.typing.DTypeLike = jnp.bfloat16) -> Cost:
+    """Rows read once, written in 8 bits, a scale for 128 elements of a row."""
+    elements = num_rows * hidden
+    return Cost(flops=2 * elements, hbm_bytes=elements * _size(dtype) + _in_8_bits(elements, are_asked_for=True))
+
+
 def quantize_columns_cost(
     num_tokens: int, num_rows: int, features: int, *, dtype: jax.typing.DTypeLike = jnp.bfloat16
 ) -> Cost:

@@ -84,11 +84,6 @@ class Rounded:
     in_8_bits: QTensor
     is_widened: bool = dataclasses.field(default=False, metadata={"static": True})
 
-    @classmethod
-    def of(cls, array: jax.Array, dtype: QDtype, *, scaling: Scaling) -> "Rounded":
-        """`array` with what `quantize` makes of it."""
-        return cls(array, quantize(jax.lax.stop_gradient(array), dtype, scaling=scaling))
-
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the array."""

@@ -14,7 +14,7 @@ from sharding.exchange.pick import TRANSPORTS as PICKED
 
 ROOT = pathlib.Path(__file__).parent.parent
 LAYERS = ["pallas_kernels", "sharding", "moejax", "bench"]
-SHARED = {"plan", "quantize_transpose", "quantize_columns", "gated_activation"}
+SHARED = {"plan", "quantize_transpose", "quantize_columns", "quantize_rows", "gated_activation"}
 MADE_OF_OPERATORS = {"trained_mlp"}
 OPERATORS = sorted({p.parent.name for p in ROOT.glob("pallas_kernels/*/reference.py")} - SHARED)
 TRANSPORTS = ("one_chip", *sorted({type(transport).__module__.rpartition(".")[2] for transport in PICKED.values()}))

@@ -150,7 +150,7 @@ def balanced_slab(choices: int, ep: int) -> int:
 
 def on_the_wire(x: jax.Array, way: Way) -> Operand:
     """Rows as they leave."""
-    return x if way.wire is None else way.wire.rounded(x).in_8_bits
+    return x if way.wire is None else way.wire.rounded(x, backend=way.backend).in_8_bits
 
 
 def in_16_bits(rows: Operand) -> jax.Array:

@@ -26,8 +26,9 @@ from pallas_kernels.grouped_matmul.group_sizes import bounds
 from pallas_kernels.grouped_matmul.of_columns import grouped_matmul_of_columns
 from pallas_kernels.grouped_matmul.weights import in_one_pass, rounded, rounded_both_ways
 from pallas_kernels.primitive import Operands, Operator, is_asked_for, is_zero, zero_tangent
-from pallas_kernels.quantize import Operand, QTensor, Quantization, Rounded, Rows, dequantize, is_of_one_row, quantize
+from pallas_kernels.quantize import Operand, QTensor, Quantization, Rounded, Rows, dequantize, is_of_one_row
 from pallas_kernels.quantize_columns import quantize_columns
+from pallas_kernels.quantize_rows import rows_in_8_bits
 
 _OF_ACTIVATION = ("activation", "activation_limit", "in_8_bits")
 
@@ -103,7 +104,7 @@ def _multiply_transpose(
     if is_asked_for(lhs):
         found["lhs"] = multiplied(
             backend,
-            **_for_dlhs(dout, dout_in_8_bits, operands),
+            **_for_dlhs(backend, dout, dout_in_8_bits, operands),
             **groups,
             bias=None,
             quantization=None,
@@ -144,7 +145,7 @@ def _for_drhs(backend: str, dout: jax.Array, operands: Operands) -> jax.Array:
     )
 
 
-def _for_dlhs(dout: jax.Array, dout_in_8_bits: QTensor | None, operands: Operands) -> Operands:
+def _for_dlhs(backend: str, dout: jax.Array, dout_in_8_bits: QTensor | None, operands: Operands) -> Operands:
     """The factors of the gradient of lhs. In 8 bits, both have N last, as Hopper needs it."""
     rhs, k_major = operands["rhs"], operands["transpose_rhs"]
     face = {
@@ -157,21 +158,26 @@ def _for_dlhs(dout: jax.Array, dout_in_8_bits: QTensor | None, operands: Operand
         return face | {"lhs": dout, "lhs_face": None, "rhs": rhs, "transpose_rhs": not k_major}
     if dout_in_8_bits is None:
         group = operands["group_sizes"], operands["group_offset"], rhs.shape[0]
-        dout_in_8_bits = rounded_rows(dout, quantization.gradient_dtype, quantization.lhs_scaling, *group)
+        dout_in_8_bits = rounded_rows(backend, dout, quantization.gradient_dtype, quantization.lhs_scaling, *group)
     return face | {"lhs": dout_in_8_bits, "lhs_face": dout, "rhs": rhs.mT if k_major else rhs, "transpose_rhs": True}
 
 
 def rounded_rows(
-    x: jax.Array, dtype: str, scaling: str, group_sizes: jax.Array, group_offset: jax.Array, num_groups: int
+    backend: str,
+    x: jax.Array,
+    dtype: str,
+    scaling: str,
+    group_sizes: jax.Array,
+    group_offset: jax.Array,
+    num_groups: int,
 ) -> QTensor:
     """Rows [M, K] in 8 bits. Those that no group of the window owns do not enter a scale that rows share."""
-    x = jax.lax.stop_gradient(x)
     if not is_of_one_row(scaling):
         begins, ends = bounds(group_sizes, x.shape[0])
         row = jnp.arange(x.shape[0])
         is_owned = (row >= begins[group_offset]) & (row < ends[group_offset + num_groups - 1])
         x = jnp.where(is_owned[:, None], x, 0)
-    return quantize(x, dtype, scaling=scaling)
+    return rows_in_8_bits(x, dtype, scaling=scaling, backend=backend)
 
 
 def _correlate_jvp(backend: str, operands: Operands, tangents: Operands) -> tuple[Any, Any]:
@@ -338,7 +344,8 @@ def factors(
     lhs, rhs = _constant(lhs), _constant(rhs)
     if quantization is not None and not isinstance(lhs, QTensor):
         lhs_face = lhs
-        lhs = rounded_rows(lhs, quantization.dtype, quantization.lhs_scaling, group_sizes, group_offset, rhs.shape[0])
+        group = group_sizes, group_offset, rhs.shape[0]
+        lhs = rounded_rows(backend, lhs, quantization.dtype, quantization.lhs_scaling, *group)
     if quantization is not None and not isinstance(rhs, QTensor):
         rhs_face, rhs = rhs, rounded(backend, rhs, quantization, transposed=transpose_rhs)
         transpose_rhs = True

@@ -115,7 +115,7 @@ class Blocks(Strips):
 
     def of_blocks(self, value: jax.Array) -> jax.Array:
         """A number of each block, as a strip."""
-        return plgpu.layout_cast(lax.broadcast_in_dim(value, self.shape, (0,)), self._layout())
+        return spread(value, _BLOCK)
 
     def store(self, ref, row, strip, value: jax.Array) -> None:
         """Writes a strip of a row, or a number of each of its blocks."""
@@ -138,6 +138,11 @@ def in_blocks(width: int):
 def rows_in_blocks(width: int) -> int:
     """Rows of which each thread of a warpgroup holds one vector."""
     return WARPGROUP * _BLOCK_VECTOR // width
+
+
+def spread(value: jax.Array, width: int) -> jax.Array:
+    """A number of each row of a tile that has the layout `in_blocks(width)`, as such a tile."""
+    return plgpu.layout_cast(lax.broadcast_in_dim(value, (value.shape[0], width), (0,)), in_blocks(width))
 
 
 def store(to, value: jax.Array) -> None:

@@ -30,6 +30,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.backend import Unsupported
 from pallas_kernels.columns import BLOCK, Columns
 from pallas_kernels.on_gpu.device import hopper_chip
+from pallas_kernels.on_gpu.rounding import require_fp8
 from pallas_kernels.on_gpu.smem import swizzled
 from pallas_kernels.quantize import scale_of
 from pallas_kernels.quantize_columns import reference
@@ -39,9 +40,6 @@ _THREADS = 128
 
 _VECTOR = 16
 """Rows of a feature that are written at once."""
-
-_DTYPES = ("bfloat16", "float16", "float32")
-_FP8 = ("float8_e4m3fn", "float8_e5m2")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,10 +207,6 @@ def _layout(columns: int):
 
 
 def _check(x: jax.Array, dtype: jnp.dtype) -> None:
-    if x.dtype.name not in _DTYPES or jnp.dtype(dtype).name not in _FP8:
-        raise Unsupported(
-            f"quantize_columns: the kernel rounds {', '.join(_DTYPES)} to {' or '.join(_FP8)}, got "
-            f"{x.dtype.name} and {jnp.dtype(dtype).name}"
-        )
+    require_fp8("quantize_columns", x.dtype, dtype)
     if x.shape[1] % _THREADS:
         raise Unsupported(f"quantize_columns: the kernel needs F to be a multiple of {_THREADS}, got {list(x.shape)}")

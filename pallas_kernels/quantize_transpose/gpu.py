@@ -23,14 +23,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.backend import Unsupported
 from pallas_kernels.chips import Chip
 from pallas_kernels.on_gpu.device import hopper_chip
+from pallas_kernels.on_gpu.rounding import require_fp8
 from pallas_kernels.on_gpu.smem import single_view, swizzled
 from pallas_kernels.quantize import QTensor, scale_of
 
 _BLOCK = 128
 """Rows and columns of a tile, and of what has one scale."""
-
-_DTYPES = ("bfloat16", "float16", "float32")
-_FP8 = ("float8_e4m3fn", "float8_e5m2")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,11 +230,7 @@ def _most_blocks(chip: Chip, config: Config) -> int:
 
 
 def _check(weights: jax.Array, dtype: jnp.dtype) -> None:
-    if weights.dtype.name not in _DTYPES or jnp.dtype(dtype).name not in _FP8:
-        raise Unsupported(
-            f"quantize_transpose: the kernel rounds {', '.join(_DTYPES)} to {' or '.join(_FP8)}, got "
-            f"{weights.dtype.name} and {jnp.dtype(dtype).name}"
-        )
+    require_fp8("quantize_transpose", weights.dtype, dtype)
     if any(size % _BLOCK for size in weights.shape[1:]) or not weights.size:
         raise Unsupported(
             f"quantize_transpose: the kernel needs K and N to be multiples of {_BLOCK}, and all sizes to be positive, "

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.columns import Columns
-from pallas_kernels.gated_activation import SCALING
 from pallas_kernels.gated_activation import gradients as activation
 from pallas_kernels.grouped_matmul import grouped_matmul_of_columns
 from pallas_kernels.grouped_matmul.gradients import correlated
@@ -19,8 +18,9 @@ from pallas_kernels.grouped_matmul.gradients import multiplied as product
 from pallas_kernels.moved_rows import dispatched
 from pallas_kernels.plan import Plan
 from pallas_kernels.primitive import Operands, is_asked_for
-from pallas_kernels.quantize import QTensor, dequantize, quantize
+from pallas_kernels.quantize import QTensor, dequantize
 from pallas_kernels.quantize_columns import quantize_columns
+from pallas_kernels.quantize_rows import SCALING, rows_in_8_bits
 from pallas_kernels.trained_mlp.settings import Settings
 from pallas_kernels.trained_mlp.steps import activated, groups, summed, tokens_again
 
@@ -44,7 +44,7 @@ def pullback(backend: str, dy: jax.Array, operands: Operands) -> Operands:
     rounds_to = settings.gradients_round_to
     drows, in_8_bits = dispatched(backend, x=dy, plan=operands["plan"]), None
     if rounds_to is not None:
-        of_tokens = quantize(jax.lax.stop_gradient(dy), rounds_to, scaling=SCALING)
+        of_tokens = rows_in_8_bits(dy, rounds_to, scaling=SCALING, backend=backend)
         in_8_bits = dispatched(backend, x=of_tokens, plan=operands["plan"])
     dh = _of_rows(backend, drows, in_8_bits, operands["down"], operands)
     of_activation = _through_activation(backend, dh, operands, asked, sums)

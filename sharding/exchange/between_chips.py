@@ -95,7 +95,7 @@ class BetweenChips(abc.ABC):
             return _rounded_sent(self, x, plan, way)
         if isinstance(x, QTensor) or way.wire is None:
             return _sent(self, x, plan, way)
-        return _rounded_sent(self, way.wire.rounded(x), plan, way).array
+        return _rounded_sent(self, way.wire.rounded(x, backend=way.backend), plan, way).array
 
     def send_beside(self, beside: jax.Array, plan: RoundPlan, way: Way) -> jax.Array:
         """A few numbers of every token, [T, B] -> those of each row that arrives, as they are."""

@@ -228,7 +228,9 @@ class _Node:
 
 def _as_it_travels(x: Rows, way: Way) -> Rows:
     """What is rounded for the wire is rounded before the first hop, and not again before the second."""
-    return x if way.wire is None or isinstance(x, QTensor | Rounded) else way.wire.rounded(x)
+    if way.wire is None or isinstance(x, QTensor | Rounded):
+        return x
+    return way.wire.rounded(x, backend=way.backend)
 
 
 def _on_arrays(experts: Experts, params: Any, rows: Rounded, group_sizes: jax.Array) -> jax.Array:

@@ -19,7 +19,7 @@ class Way:
       placement: which chip holds which expert.
       axes: the mesh axes that the layer is split over; `ONE_CHIP` on a single chip.
       wire: how rows sent out are rounded to 8 bits, unless they already are; None keeps their dtype.
-      backend: of plan, dispatch and combine.
+      backend: of plan, dispatch and combine, and of rounding for the wire.
       transport: a name in `sharding.exchange.pick.TRANSPORTS`, or "auto".
       max_choices: the most choices that the tokens of all chips make together, where most of topk_ids are −1; None for
         T·K a chip. It bounds the rows in memory on one chip, and sizes the buffers of an exchange over several.

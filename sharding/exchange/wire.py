@@ -5,6 +5,7 @@ import dataclasses
 import jax
 
 from pallas_kernels.quantize import QDtype, Rounded, Scaling
+from pallas_kernels.quantize_rows import rounded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +20,6 @@ class Wire:
     dtype: QDtype = "float8_e4m3fn"
     scaling: Scaling = "1x128"
 
-    def rounded(self, rows: jax.Array) -> Rounded:
+    def rounded(self, rows: jax.Array, *, backend: str = "auto") -> Rounded:
         """`rows` [T, H] with what travels of them."""
-        return Rounded.of(rows, self.dtype, scaling=self.scaling)
+        return rounded(rows, self.dtype, scaling=self.scaling, backend=backend)

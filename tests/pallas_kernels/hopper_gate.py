@@ -32,6 +32,7 @@ from pallas_kernels.grouped_matmul import grouped_gate_up, grouped_matmul, group
 from pallas_kernels.plan import Plan, make_plan, unsorted_plan
 from pallas_kernels.quantize import QTensor, dequantize, quantize
 from pallas_kernels.quantize_columns import quantize_columns
+from pallas_kernels.quantize_rows import quantize_rows
 from pallas_kernels.quantize_transpose import quantize_transpose
 from pallas_kernels.rms_norm import rms_norm, rms_norm_in_8_bits
 from pallas_kernels.routed_mlp import routed_mlp
@@ -245,6 +246,12 @@ CASES: dict[str, Callable[[], Case]] = {
     "columns": lambda: columns("float16", 32768, 2048),
     "columns in float32": lambda: columns("float32", 32768, 2048),
     "columns 1408": lambda: columns("bfloat16", 32768, 1408),
+    "rows": lambda: (lambda x: quantize_rows(x, backend="pallas_gpu"), array("bfloat16", 32768, 2048)),
+    "rows in float32": lambda: (
+        lambda x: quantize_rows(x, "float8_e5m2", backend="pallas_gpu"),
+        array("float32", 4099, 7168),
+    ),
+    "rows in float16": lambda: (lambda x: quantize_rows(x, backend="pallas_gpu"), array("float16", 1, 7168)),
     "gated activation": lambda: (
         lambda *args: expert_activation(*args, "silu"),
         array("bfloat16", 32768, 1536),

@@ -65,6 +65,11 @@ from pallas_kernels.cost import Cost
             cost.quantize_transpose_cost(3, 128, 256, dtype="float32", layouts=1),
             Cost(flops=196608, hbm_bytes=98304 * 5 + 3 * 2 * 4),
         ),
+        (cost.quantize_rows_cost(10, 256), Cost(flops=5120, hbm_bytes=10 * 256 * (2 + 1) + 10 * 2 * 4)),
+        (
+            cost.quantize_rows_cost(10, 256, dtype="float32"),
+            Cost(flops=5120, hbm_bytes=10 * 256 * (4 + 1) + 10 * 2 * 4),
+        ),
         (
             cost.quantize_columns_cost(100, 300, 256),
             Cost(flops=153600, hbm_bytes=256 * (100 * 2 + 300 + 3 * 4) + 300 * 4),

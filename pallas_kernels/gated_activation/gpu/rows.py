@@ -27,14 +27,12 @@ from pallas_kernels.chips import Chip
 from pallas_kernels.gated_activation import reference
 from pallas_kernels.gated_activation.formulas import value_of, with_derivatives
 from pallas_kernels.on_gpu.device import hopper_chip
-from pallas_kernels.on_gpu.strips import for_each, in_blocks, rows_in_blocks, store
-from pallas_kernels.quantize import QTensor, scale_of
+from pallas_kernels.on_gpu.rounding import FLOATS, FP8, rounded_in_blocks
+from pallas_kernels.on_gpu.strips import for_each, in_blocks, rows_in_blocks, spread, store
+from pallas_kernels.quantize import QTensor
 
 _BLOCK = 128
 """Columns that have one scale."""
-
-_DTYPES = ("bfloat16", "float16", "float32")
-_FP8 = ("float8_e4m3fn", "float8_e5m2")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +94,7 @@ class _Tiles(NamedTuple):
 
     def of_rows(self, value: jax.Array) -> jax.Array:
         """A number of each row, as a tile."""
-        return plgpu.layout_cast(lax.broadcast_in_dim(value, (self.rows, self.width), (0,)), in_blocks(self.width))
+        return spread(value, self.width)
 
 
 def gated_activation(
@@ -186,7 +184,7 @@ def gated_activation_pullback(
             if "array" in ref:
                 store(tiles.window(ref["array"], row, place), value.astype(h.dtype))
             if in_8_bits is not None:
-                _store_rounded(tiles, ref, row, place, *_rounded(tiles, value, in_8_bits))
+                _store_rounded(tiles, ref, row, place, *rounded_in_blocks(value, in_8_bits))
 
     results = _run("gated_activation_pullback", tiles, outs, _most_blocks(chip, config), finish, row_weights, h, dout)
     drow_weights = results["shares"].sum(0) if with_weights else None
@@ -255,15 +253,6 @@ def _outs(
     return outs
 
 
-def _rounded(tiles: _Tiles, value: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
-    """A tile in 8 bits as `quantize` rounds it, and the scales of its rows."""
-    # As integers, in the order of which NaN comes last: a float maximum over rows skips it in interpret mode.
-    bits = lax.bitcast_convert_type(jnp.abs(value), jnp.int32)
-    scale = scale_of(lax.bitcast_convert_type(jnp.max(bits, axis=1), jnp.float32), dtype)
-    # No value exceeds the largest of the dtype by more than what is rounded away: there is nothing to clip.
-    return (value * tiles.of_rows(1 / scale)).astype(dtype), scale
-
-
 def _weighed(
     tiles: _Tiles, value: jax.Array, weights: jax.Array | None, in_8_bits: jnp.dtype | None
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
@@ -273,7 +262,7 @@ def _weighed(
     """
     if in_8_bits is None:
         return value if weights is None else value * tiles.of_rows(weights), None
-    rounded, scale = _rounded(tiles, value, in_8_bits)
+    rounded, scale = rounded_in_blocks(value, in_8_bits)
     scale = scale if weights is None else scale * weights
     return rounded.astype(jnp.float32) * tiles.of_rows(scale), (rounded, scale)
 
@@ -292,9 +281,9 @@ def _cut(
     rounded_to = [dtype for dtype in in_8_bits if dtype is not None]
     if columns % width or not columns or (rounded_to and width != _BLOCK):
         return None
-    if any(dtype is not None and dtype.name not in _DTYPES for dtype in dtypes):
+    if any(dtype is not None and dtype.name not in FLOATS for dtype in dtypes):
         return None
-    if any(dtype.name not in _FP8 for dtype in rounded_to):
+    if any(dtype.name not in FP8 for dtype in rounded_to):
         return None
     least = rows_in_blocks(width)
     if num_rows < least:

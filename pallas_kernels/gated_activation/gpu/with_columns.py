@@ -30,9 +30,8 @@ from pallas_kernels.gated_activation import reference
 from pallas_kernels.gated_activation.formulas import with_derivatives
 from pallas_kernels.gated_activation.gpu.tile import SLOTS, Place, Problem, Results, Scratch, Worker
 from pallas_kernels.on_gpu.device import hopper_chip
+from pallas_kernels.on_gpu.rounding import FP8
 from pallas_kernels.quantize import QTensor
-
-_FP8 = ("float8_e4m3fn", "float8_e5m2")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,7 +192,7 @@ def _fits(h: jax.Array, dout: jax.Array, in_8_bits: list[jnp.dtype]) -> bool:
     """Whether the kernel takes this; few rows, odd sizes and other dtypes are left to XLA."""
     num_rows, columns = dout.shape
     is_cut = num_rows >= BLOCK and columns > 0 and columns % BLOCK == 0
-    return is_cut and h.dtype == dout.dtype and h.dtype.itemsize == 2 and all(x.name in _FP8 for x in in_8_bits)
+    return is_cut and h.dtype == dout.dtype and h.dtype.itemsize == 2 and all(x.name in FP8 for x in in_8_bits)
 
 
 def _most_programs(chip: Chip) -> int:
