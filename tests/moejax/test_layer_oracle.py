@@ -91,7 +91,7 @@ def test_layer_equals_the_dense_oracle(config, ep):
 
 @pytest.mark.parametrize("ep", [1, 4])
 @pytest.mark.parametrize("preset", ["qwen3-30b-a3b", "mixtral-8x7b"])
-@pytest.mark.quick("qwen3-30b-a3b-1")
+@pytest.mark.quick("mixtral-8x7b-1")
 def test_layers_of_which_blocks_have_a_scale_equal_the_dense_oracle(preset, ep):
     config = narrow(preset, hidden=256, width=128, precision="w8a8", dtype=jnp.dtype("bfloat16"))
     check_layer(config, ep)
@@ -99,10 +99,10 @@ def test_layers_of_which_blocks_have_a_scale_equal_the_dense_oracle(preset, ep):
 
 @pytest.mark.parametrize("weights_gradient_dtype", ["float8_e4m3fn", "float8_e5m2"])
 @pytest.mark.parametrize("ep", [1, 4])
-@pytest.mark.quick("*-float8_e4m3fn")
+@pytest.mark.quick("1-float8_e4m3fn")
 def test_gradients_of_weights_in_8_bits(ep, weights_gradient_dtype):
     """Of activations and cotangents that are rounded once more: by less than what 8 bits cost anyway."""
-    narrower = narrow("qwen3-30b-a3b", hidden=256, width=128, precision="w8a8", dtype=jnp.dtype("bfloat16"))
+    narrower = narrow("mixtral-8x7b", hidden=256, width=128, precision="w8a8", dtype=jnp.dtype("bfloat16"))
     quantization = Quantization(gradient_dtype="float8_e4m3fn", weights_gradient_dtype=weights_gradient_dtype)
     y, gradients, _ = layer(dataclasses.replace(narrower, quantization=quantization), ep)
     _assert_close((y, gradients), oracle(narrower, quantized=False), 0.12 if "e5m2" in weights_gradient_dtype else 8e-2)

@@ -10,7 +10,8 @@ import pytest
 
 from pallas_kernels.activations import gated_halves
 from pallas_kernels.plan import make_plan
-from pallas_kernels.quantize import Quantization, Rounded
+from pallas_kernels.quantize import Quantization
+from pallas_kernels.quantize_rows import rounded
 from pallas_kernels.trained_mlp import Settings, trained_mlp
 from tests.helpers import normal, raises_saying, relative_error
 
@@ -34,7 +35,7 @@ def ours(x, weights, gate_up, down, bias, *, quantization=None, k_major=(False, 
     row_weights = weights.reshape(-1).at[choices].get(mode="fill", fill_value=0)
     dtype, tokens = x.dtype, x
     if quantization is not None:
-        tokens = Rounded.of(x, quantization.dtype, scaling="1x128")
+        tokens = rounded(x, quantization.dtype, scaling="1x128", backend="auto")
     gate_up, down = (w.mT if is_k_major else w for w, is_k_major in zip((gate_up, down), k_major, strict=True))
     return trained_mlp(
         tokens,

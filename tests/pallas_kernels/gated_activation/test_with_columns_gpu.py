@@ -77,7 +77,7 @@ def test_whole_blocks_interpreted(rng, monkeypatch, activation, formats, weighed
     ],
     ids=["odd", "beyond", "last row", "few", "none", "one short"],
 )
-@pytest.mark.quick("odd-4", "beyond-2", "last row-4")
+@pytest.mark.quick("odd-4", "beyond-2")
 def test_ragged_groups_interpreted(rng, monkeypatch, sizes, num_rows, config):
     programs(monkeypatch, 3)
     rows, expected = both(rng, sizes, num_rows, 128, races=False, config=config)

@@ -100,7 +100,7 @@ def test_on_a_simulated_gpu(rng, config):
     """A GPU of two blocks that finds races."""
     run = simulated(config)
     with single_view(True), interpreted():
-        for sizes in (*SIZES[:3], random_sizes(rng, 5, M)):
+        for sizes in (SIZES[0], random_sizes(rng, 5, M)):
             sizes = jnp.array(sizes)
             lhs, dout = operands(rng, sizes, (M, 256, 136))
             out = run(lhs, dout, first_blocks(sizes))

@@ -40,6 +40,5 @@ def test_a_tile_from_a_table_is_held_to_the_same_limit(tile):
 
 
 def test_copied_sizes_of_groups_take_their_place():
-    few = dataclasses.replace(PROBLEM, num_groups=256, num_rows=256)
-    many = dataclasses.replace(few, num_rows=257)
-    assert tiling._shared_memory(64, 128, 1, few)[1] - tiling._shared_memory(64, 128, 1, many)[1] == 4 * 256
+    few, many = (dataclasses.replace(PROBLEM, num_groups=number) for number in (16, 17))
+    assert tiling._shared_memory(64, 128, 1, many)[1] - tiling._shared_memory(64, 128, 1, few)[1] == 4 * 256
