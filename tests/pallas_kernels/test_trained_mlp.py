@@ -15,7 +15,7 @@ from pallas_kernels.quantize_rows import rounded
 from pallas_kernels.trained_mlp import Settings, trained_mlp
 from tests.helpers import normal, raises_saying, relative_error
 
-T, K, E, H, WIDTH = 24, 2, 4, 128, 128
+T, K, E, H, WIDTH = 96, 2, 4, 128, 128
 NAMES = ("x", "weights", "gate_up", "down", "bias")
 FP8 = "float8_e4m3fn"
 # The second is chosen twice by a token, the last by none, and some choices are not made.
