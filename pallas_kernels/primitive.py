@@ -33,6 +33,7 @@ from pallas_kernels.backend import check_backend, run
 from pallas_kernels.on_tpu.device import as_on_a_tpu
 from pallas_kernels.tracing.override import Overrides, overrides
 from pallas_kernels.tracing.target import lowering_for, named_platform
+from pallas_kernels.tracing.unless_differentiated import jvp_of_moving
 from pallas_kernels.tracing.varying import vary_alike
 
 Operands = dict[str, Any]
@@ -232,18 +233,7 @@ def jvp_of_composed(
     function: Callable[..., Any], backend: str, operands: Operands, tangents: Operands
 ) -> tuple[Any, Any]:
     """function(backend, **operands), which is made of operators, and its tangent."""
-    leaves = jax.tree.leaves(operands)
-    structure: Any = jax.tree.structure(operands)
-    directions = structure.flatten_up_to(tangents)
-    moving = [i for i, direction in enumerate(directions) if isinstance(direction, jax.Array)]
-
-    def of_moving(moved: list[jax.Array]) -> Any:
-        merged = list(leaves)
-        for i, leaf in zip(moving, moved, strict=True):
-            merged[i] = leaf
-        return function(backend, **jax.tree.unflatten(structure, merged))
-
-    return jax.jvp(of_moving, ([leaves[i] for i in moving],), ([directions[i] for i in moving],))
+    return jvp_of_moving(lambda operands: function(backend, **operands), (operands,), (tangents,))
 
 
 def _put(found: Any, places: Any, result: list[Any]) -> None:

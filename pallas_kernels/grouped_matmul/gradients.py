@@ -97,14 +97,14 @@ def _terms(operands: Operands, of_dlhs: Operands, tangents: Operands) -> list[Op
 def _multiply_transpose(
     backend: str, dout: jax.Array, operands: Operands, dout_in_8_bits: QTensor | None = None
 ) -> Operands:
-    """`dout_in_8_bits` is what `_for_dlhs` would make of dout, where someone has made it."""
+    """`dout_in_8_bits` is what `for_dlhs` would make of dout, where someone has made it."""
     lhs, rhs, bias = (operands[name] for name in ("lhs", "rhs", "bias"))
     groups = {name: operands[name] for name in ("group_sizes", "group_offset")}
     found = {}
     if is_asked_for(lhs):
         found["lhs"] = multiplied(
             backend,
-            **_for_dlhs(backend, dout, dout_in_8_bits, operands),
+            **for_dlhs(backend, dout, dout_in_8_bits, operands),
             **groups,
             bias=None,
             quantization=None,
@@ -145,8 +145,8 @@ def _for_drhs(backend: str, dout: jax.Array, operands: Operands) -> jax.Array:
     )
 
 
-def _for_dlhs(backend: str, dout: jax.Array, dout_in_8_bits: QTensor | None, operands: Operands) -> Operands:
-    """The factors of the gradient of lhs. In 8 bits, both have N last, as Hopper needs it."""
+def for_dlhs(backend: str, dout: jax.Array | None, dout_in_8_bits: QTensor | None, operands: Operands) -> Operands:
+    """The factors of the gradient of lhs, of dout in either form. In 8 bits, both have N last, as Hopper needs it."""
     rhs, k_major = operands["rhs"], operands["transpose_rhs"]
     face = {
         "rhs_face": operands["rhs_face"],
@@ -157,6 +157,7 @@ def _for_dlhs(backend: str, dout: jax.Array, dout_in_8_bits: QTensor | None, ope
     if quantization is None or quantization.gradient_dtype is None:
         return face | {"lhs": dout, "lhs_face": None, "rhs": rhs, "transpose_rhs": not k_major}
     if dout_in_8_bits is None:
+        assert dout is not None, "it is here in one form at least"
         group = operands["group_sizes"], operands["group_offset"], rhs.shape[0]
         dout_in_8_bits = rounded_rows(backend, dout, quantization.gradient_dtype, quantization.lhs_scaling, *group)
     return face | {"lhs": dout_in_8_bits, "lhs_face": dout, "rhs": rhs.mT if k_major else rhs, "transpose_rhs": True}

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.custom_derivatives import SymbolicZero
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
@@ -28,14 +27,14 @@ def _jvp(fast, differentiable, primals, tangents):
 
 
 def jvp_of_moving(function: Callable[..., Any], primals: Any, tangents: Any) -> tuple[Any, Any]:
-    """`jax.jvp(function, primals, tangents)` of tangents some of which are `SymbolicZero`.
+    """`jax.jvp(function, primals, tangents)` of tangents some of which are no arrays, but zeros by their type.
 
     JAX would take these for ordinary zeros and compute the derivatives for them.
     """
     leaves = jax.tree.leaves(primals)
     structure: Any = jax.tree.structure(primals)
     directions = structure.flatten_up_to(tangents)
-    moving = [i for i, direction in enumerate(directions) if not isinstance(direction, SymbolicZero)]
+    moving = [i for i, direction in enumerate(directions) if isinstance(direction, jax.Array)]
 
     def of_moving(*values: jax.Array) -> Any:
         merged = list(leaves)

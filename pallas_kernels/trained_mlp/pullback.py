@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from pallas_kernels.columns import Columns
 from pallas_kernels.gated_activation import gradients as activation
 from pallas_kernels.grouped_matmul import grouped_matmul_of_columns
-from pallas_kernels.grouped_matmul.gradients import correlated
+from pallas_kernels.grouped_matmul.gradients import correlated, for_dlhs
 from pallas_kernels.grouped_matmul.gradients import multiplied as product
 from pallas_kernels.moved_rows import dispatched
 from pallas_kernels.plan import Plan
@@ -119,22 +119,15 @@ def _of_rows(
     backend: str, drows: jax.Array | None, in_8_bits: QTensor | None, weights: Operands, operands: Operands
 ) -> jax.Array:
     """The cotangent of the rows of a product, from that of its result, which may be rounded."""
-    rhs, k_major = weights["rhs"], weights["transpose_rhs"]
-    turned = {"rhs": rhs, "transpose_rhs": not k_major}
-    if in_8_bits is not None:  # both have N last then, as Hopper needs it
-        turned = {"rhs": rhs.mT if k_major else rhs, "transpose_rhs": True}
+    settings, of_experts = operands["settings"], groups(operands["plan"])
+    of_product = weights | of_experts | {"quantization": settings.quantization}
     return product(
         backend,
-        lhs=drows if in_8_bits is None else in_8_bits,
-        lhs_face=None if in_8_bits is None else drows,
-        lhs_is_widened=False,
-        **turned,
-        rhs_face=weights["rhs_face"],
-        face_transposed=not weights["face_transposed"],
-        **groups(operands["plan"]),
+        **for_dlhs(backend, drows, in_8_bits, of_product),
+        **of_experts,
         bias=None,
         quantization=None,
-        out_dtype=operands["settings"].dtype,
+        out_dtype=settings.dtype,
     )
 
 
