@@ -8,7 +8,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 from bench.hopper.case_data import (
     LAYER_TOP_K,
@@ -108,16 +108,18 @@ def _moves(tokens: int, top_k: int, hidden: int) -> tuple[Cost, ...]:
     return dispatch_cost(tokens, tokens * top_k, hidden), combine_cost(tokens, tokens * top_k, hidden)
 
 
-def _qwen3(name: str, tokens: int, dtype: Literal["fp8", "bf16"], goal: Goal, note: str, num_layers: int) -> Case:
+def _layer(layer: GemmShape, tokens: int, dtype: Literal["fp8", "bf16"], num_layers: int) -> dict[str, Any]:
+    """A chain of layers forward, router and all, on so many tokens; in FP8 weights are rounded beforehand."""
     in_8_bits, choices = dtype == "fp8", tokens * LAYER_TOP_K
     build = functools.partial(whole_layer, in_8_bits=in_8_bits, num_layers=num_layers)
-    shape = GemmShape(128, max(1, choices // 128), 2048, 768)
-    if choices < 2 * 128:
-        chosen = round(128 * (1 - (1 - LAYER_TOP_K / 128) ** tokens))  # of the experts, on average
-        shape = GemmShape(chosen, 1, 2048, 768)
-        build = functools.partial(build, num_tokens=tokens, num_experts=128)
+    shape = dataclasses.replace(layer, M=max(1, choices // layer.G))
+    if choices < 2 * layer.G:
+        chosen = round(layer.G * (1 - (1 - LAYER_TOP_K / layer.G) ** tokens))  # of the experts, on average
+        shape = dataclasses.replace(layer, G=chosen, M=1)
+        build = functools.partial(build, num_tokens=tokens, num_experts=layer.G)
     products = layer_products(shape, "fp8-blocks" if in_8_bits else "bf16", result_in_8_bits=in_8_bits)
-    return Case(name, shape, dtype, goal, build, products, _moves(tokens, LAYER_TOP_K, shape.K), note)
+    moves = _moves(tokens, LAYER_TOP_K, shape.K)
+    return {"shape": shape, "dtype": dtype, "build": build, "products": products, "moves": moves}
 
 
 def _training(name: str, shape: GemmShape, in_8_bits: bool, goal: Goal, note: str) -> Case:
@@ -131,7 +133,8 @@ def _training(name: str, shape: GemmShape, in_8_bits: bool, goal: Goal, note: st
 _DECODE, _DOWN = GemmShape(8, 48, 7168, 2048), GemmShape(8, 48, 2048, 7168)
 _PREFILL, _PREFILL_BACK = GemmShape(8, 4096, 7168, 4096), GemmShape(8, 4096, 4096, 7168)
 _MANY = GemmShape(64, 64, 2048, 1536)
-_QWEN3_TRAINING, _DEEPSEEK_TRAINING = GemmShape(128, 2048, 2048, 768), GemmShape(32, 1024, 7168, 2048)
+# A layer with the rows of 32768 tokens, and one on one of 8 chips with those of 4096.
+_QWEN3, _DEEPSEEK = GemmShape(128, 2048, 2048, 768), GemmShape(32, 1024, 7168, 2048)
 _PERMUTE = GemmShape(PERMUTE_EXPERTS, 16384, 4096, 4096)
 
 _BLOCKS = (Product(_PREFILL, "fp8-blocks"),)
@@ -142,6 +145,7 @@ _GRADIENTS = Product(_PREFILL, "bf16"), Product(_PREFILL_BACK, "bf16", transpose
 _MOVES = _moves(_PERMUTE.M, PERMUTE_TOP_K, _PERMUTE.K)
 
 _SMALL, _SCALES, _GATED = "many small experts", "scales 1x128 and 128x128", "gate/up with silu, then down"
+_WHOLE = "Qwen3-30B-A3B's layer, wall time"
 _BOTH, _ROUTED = "both gradients", "route, pack and combine 16384 tokens, top 2"
 
 _TABLE = (
@@ -156,14 +160,16 @@ _TABLE = (
     Case("layer-fp8", _DECODE, "fp8", Goal("µs", 95, 86), layer_fp8, _FP8_LAYER, note=_GATED, tolerance=5e-2),
     Case("backward-bf16", _PREFILL, "bf16", Goal("TFLOP/s", 550, 650), backward_bf16, _GRADIENTS, note=_BOTH),
     Case("permute-fp16", _PERMUTE, "bf16", Goal("µs", 260, 210), permute, moves=_MOVES, note=_ROUTED),
-    _qwen3("qwen3-fp8-1", 1, "fp8", Goal("µs", 50, 30), "Qwen3-30B-A3B's layer, one token, wall time", 24),
-    _qwen3("qwen3-fp8-8", 8, "fp8", Goal("µs", 120, 100), "the same, 8 tokens", 8),
-    _qwen3("qwen3-fp8-64", 64, "fp8", Goal("µs", 210, 165), "the same, 64 tokens", 8),
-    _qwen3("qwen3-bf16-16384", 16384, "bf16", Goal("µs", 2500, 2000), "the same, 16384 tokens", 3),
-    _training("qwen3-train-bf16", _QWEN3_TRAINING, False, Goal("TFLOP/s", 500, 560), "32768 tokens, both ways"),
-    _training("qwen3-train-fp8", _QWEN3_TRAINING, True, Goal("TFLOP/s", 550, 625), "from BF16 parameters"),
-    _training("deepseek-train-bf16", _DEEPSEEK_TRAINING, False, Goal("TFLOP/s", 560, 640), "4096 tokens, both ways"),
-    _training("deepseek-train-fp8", _DEEPSEEK_TRAINING, True, Goal("TFLOP/s", 672, 784), "from BF16 parameters"),
+    Case("qwen3-fp8-1", **_layer(_QWEN3, 1, "fp8", 24), goal=Goal("µs", 50, 30), note=f"{_WHOLE}, one token"),
+    Case("qwen3-fp8-8", **_layer(_QWEN3, 8, "fp8", 8), goal=Goal("µs", 120, 100), note="the same, 8 tokens"),
+    Case("qwen3-fp8-64", **_layer(_QWEN3, 64, "fp8", 8), goal=Goal("µs", 177, 158), note="the same, 64 tokens"),
+    Case("qwen3-bf16-16384", **_layer(_QWEN3, 16384, "bf16", 3), goal=Goal("µs", 2500, 2000), note="16384 tokens"),
+    Case("qwen3-bf16-32768", **_layer(_QWEN3, 32768, "bf16", 3), goal=Goal("TFLOP/s", 510, 560), note="32768 tokens"),
+    Case("deepseek-fp8", **_layer(_DEEPSEEK, 4096, "fp8", 3), goal=Goal("µs", 3900, 3400), note="DeepSeek-V3's"),
+    _training("qwen3-train-bf16", _QWEN3, False, Goal("TFLOP/s", 500, 560), "32768 tokens, both ways"),
+    _training("qwen3-train-fp8", _QWEN3, True, Goal("TFLOP/s", 550, 625), "from BF16 parameters"),
+    _training("deepseek-train-bf16", _DEEPSEEK, False, Goal("TFLOP/s", 560, 640), "4096 tokens, both ways"),
+    _training("deepseek-train-fp8", _DEEPSEEK, True, Goal("TFLOP/s", 672, 784), "from BF16 parameters"),
 )
 
 CASES: Mapping[str, Case] = MappingProxyType({case.name: case for case in _TABLE})

@@ -75,7 +75,8 @@ def _ours(x: jax.Array, weights: Weights, *, config: MoEConfig) -> jax.Array:
 
 def _in_jax(x: jax.Array, weights: Weights, *, config: MoEConfig) -> jax.Array:
     rows = x.shape[0] * config.top_k
-    needed = config.num_experts * rows * 2 * config.intermediate_size * x.dtype.itemsize
+    widest = max(config.hidden_size, 2 * config.intermediate_size)
+    needed = config.num_experts * rows * widest * x.dtype.itemsize
     if needed > (has := (jax.devices()[0].memory_stats() or {}).get("bytes_limit", needed)):
         raise MemoryError(
             f"XLA's gradient of ragged_dot spreads rows over all experts, {needed / 2**30:.0f} GiB; this GPU has "

@@ -213,8 +213,9 @@ class Worker(NamedTuple):
         found = [result if weights is None else result * weights, *by]
 
         def owned_alone():
-            is_owned = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=layout) < at.num_owned
-            return [jnp.where(is_owned, x, 0.0) for x in found]
+            # Not an iota of the whole tile: a vector's numbers go along its rows, which an iota takes for columns.
+            row = plgpu.broadcasted_iota(jnp.int32, shape[:1], 0, layout=layout.reduce((1,)))
+            return [jnp.where(_spread(row, 0, shape, layout) < at.num_owned, x, 0.0) for x in found]
 
         found = lax.cond(at.num_owned == BLOCK, lambda: found, owned_alone)
         of_dh, of_result = self.scratch.staged
