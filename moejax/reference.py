@@ -85,7 +85,9 @@ def dense_moe(
         if gate_up_bias is not None:
             both += gate_up_bias[:, None]
         if keeps_pre_activations:
-            both += jax.lax.stop_gradient(both.astype(config.dtype).astype(jnp.float32) - both)
+            kept = jnp.finfo(config.dtype)  # a conversion there and back XLA takes for nothing, on a GPU
+            said = jax.lax.reduce_precision(both, exponent_bits=kept.nexp, mantissa_bits=kept.nmant)
+            both += jax.lax.stop_gradient(said - both)
         h = gated(both[0], both[1], *activation)
         y = jnp.dot(rows(h), weights(down), precision=_FULL)
         return y if down_bias is None else y + down_bias

@@ -147,8 +147,13 @@ def grouped_drhs(
             first, end = blocks
             return lax.fori_loop(first, end, one_step, step)
 
-        def add_product(slot, totals):
-            """`totals`, the pieces of this warpgroup's rows, with the product of a step added to them."""
+        def release(step):
+            plgpu.commit_smem()  # the copy engine may overwrite what has been read
+            plgpu.barrier_arrive(scratch.empty.at[lax.rem(step, stages)])
+
+        def add_product(step, is_first, totals):
+            """`totals`, the pieces of this warpgroup's rows, with the product of a step; releases the step before."""
+            slot = lax.rem(step, stages)
             mine = pl.ds(pl.multiple_of(warpgroup * _HEIGHT, _HEIGHT), _HEIGHT)
             shape = _HEIGHT, _PIECE
 
@@ -157,11 +162,13 @@ def grouped_drhs(
 
             def multiply(accumulator):
                 plgpu.wgmma(accumulator, scratch.lhs.at[slot, mine], scratch.dout.at[slot].transpose((1, 0)))
-                # While it runs: what is needed first.
+                # While it runs: what takes time, and what is needed first.
+                pl.when(jnp.logical_not(is_first))(lambda: release(step + (stages - 1)))
                 row_scale = plgpu.load(scratch.lhs_scale.at[slot, mine], layout=_ROWS)
                 first = column_scale(pieces[0])
                 return plgpu.wgmma_accumulator_load(accumulator, wait_n=0), row_scale, first
 
+            plgpu.barrier_wait(scratch.full.at[slot])
             product, row_scale, first = pl.run_scoped(multiply, plgpu.ACC((_HEIGHT, config.block_n), jnp.float32))
             by_row = lax.broadcast_in_dim(row_scale, shape, (0,))
             for i, piece in enumerate(pieces):
@@ -171,19 +178,15 @@ def grouped_drhs(
 
         def compute(tile, blocks, step):
             group, row, column = place(tile)
+            first, end = blocks
 
-            def one_step(_, state):
+            def one_step(block, state):
                 step, totals = state
-                slot = lax.rem(step, stages)
-                plgpu.barrier_wait(scratch.full.at[slot])
-                totals = add_product(slot, list(totals))
-                plgpu.commit_smem()  # the copy engine may overwrite what has been read
-                plgpu.barrier_arrive(scratch.empty.at[slot])
-                return step + 1, totals
+                return step + 1, add_product(step, block == first, list(totals))
 
             zeros = plgpu.layout_cast(jnp.zeros((_HEIGHT, _PIECE), jnp.float32), plgpu.Layout.WGMMA)
-            first, end = blocks
             step, totals = lax.fori_loop(first, end, one_step, (step, [zeros] * len(pieces)))
+            pl.when(end > first)(lambda: release(step + (stages - 1)))
             store_rows(
                 out.at[group],
                 Views.of(scratch.out),

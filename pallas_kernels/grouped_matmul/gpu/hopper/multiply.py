@@ -11,7 +11,10 @@ when its product is done, which is one step later, so that the tensor cores alwa
 
 After the last step of a tile the accumulators are read, which waits for the last product, and its slot is released.
 With block scales every product has an accumulator of its own, which is scaled and added to the total at the place of
-"release" (see `_sum_by_block`). Without them, one accumulator sums up the whole of K.
+"release" (see `_sum_by_block`). Without them, one accumulator sums up the whole of K. What lies between the end of a
+product and the start of the next one should be no more than these sums, as the other warpgroup has the tensor cores for
+as long only: the fence after the reading of scales, which costs as much as a third of the sums, comes while the product
+runs. An accumulator that is made right before its product is not cleared by instructions of its own.
 
 A tile ends with `_finish` (side_full -> scales, bias, activation -> side_empty) and `store_rows`, which goes through
 staging buffers of the warpgroup's own, and waits for its own stores instead of at a barrier.
@@ -164,25 +167,26 @@ class Multiplier(Block):
             scales = [[weight_scale(group, first + i, p.start) for p in pieces] for i in range(count)]
 
             def multiply_from(i, before, sums):
-                """Steps i to `count`; the product of step i - 1 may still be running, into the accumulator `before`."""
+                """Steps i to `count`; the product of step i - 1 may still run: `before` is what `add` takes of it."""
                 if i == count:
                     return add(i - 1, before, 0, sums)
 
                 def multiply(accumulator):
-                    # The operands of step i have landed.
-                    self._wait_full(step + first + i)
-                    # Start its product.
+                    # Start the product of step i, and read its scales meanwhile.
                     self._multiply(accumulator, self.slot(step + first + i))
+                    mine = accumulator, self._row_scale(tile, self.slot(step + first + i))
+                    plgpu.commit_smem()  # the copy engine may overwrite what has been read
                     # While it runs, scale and add the product before it, and go on.
-                    return multiply_from(i + 1, accumulator, sums if before is None else add(i - 1, before, 1, sums))
+                    return multiply_from(i + 1, mine, sums if before is None else add(i - 1, before, 1, sums))
 
+                # The operands of step i have landed.
+                self._wait_full(step + first + i)
                 return pl.run_scoped(multiply, plgpu.ACC((WGMMA_ROWS, shape.wg_columns), jnp.float32))
 
-            def add(i, accumulator, in_flight, sums):
+            def add(i, product, in_flight, sums):
                 """`sums` with the product of step i, once at most `in_flight` products still run; releases its slot."""
+                accumulator, row_scale = product
                 part = plgpu.wgmma_accumulator_load(accumulator, wait_n=in_flight)
-                row_scale = self._row_scale(tile, self.slot(step + first + i))
-                plgpu.commit_smem()  # the copy engine may overwrite what has been read
                 self._release(self.slot(step + first + i))
                 factors = [_along_rows(row_scale * scale, (WGMMA_ROWS, width)) for scale in scales[i]]
                 return [total + part[:, p] * factor for total, p, factor in zip(sums, pieces, factors, strict=True)]
