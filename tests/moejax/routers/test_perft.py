@@ -208,6 +208,7 @@ def test_calls_outside_of_the_mesh_are_spread_as_those_of_the_base(rng):
     assert same_bits(outside[1], inside[1])
 
 
+@pytest.mark.slow
 def test_over_a_mesh_equals_one_chip(rng):
     """Ten tokens on four chips; six adapters, which two chips need not divide."""
     x, target = normal(rng, 2, 5, 16), normal(rng, 2, 5, 16)

@@ -95,7 +95,7 @@ def test_every_pattern_of_ranks_without_tokens(problem, rng):
 
 
 @every_problem
-@pytest.mark.quick("dp1-ep4-T6", "dp1-ep8-T24*")
+@pytest.mark.quick("dp1-ep4-T6", "dp1-ep8-T24")
 def test_all_tokens_to_one_expert(problem):
     """The worst load: it fills every slab for one rank in every round, and all others are empty."""
     for expert in range(problem.num_experts):
@@ -195,7 +195,7 @@ def test_a_row_of_nan_stays_with_its_token(transport, rng):
 @pytest.mark.parametrize("wire", [None, Wire()], ids=["", "fp8"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @with_wires
-@pytest.mark.quick("routed-float32-fp8", "hierarchical-float32-fp8")
+@pytest.mark.quick("routed-float32-fp8")
 def test_gradient_is_the_transpose_and_not_rounded_to_8_bits(transport, dtype, wire, rng):
     gradient, expected = gradient_and_sum(Problem(2, 4, 9, 2, 8, 128, wire=wire, transport=transport), dtype, rng)
     assert relative_error(gradient, expected) < {"float32": 1e-6, "bfloat16": 5e-3}[dtype]
