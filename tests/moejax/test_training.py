@@ -9,8 +9,9 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from moejax import MoE, dense_moe, get_preset, make_mesh
-from tests.helpers import relative_error
+from moejax import MoE, MoEConfig, Quantization, dense_moe, get_preset, make_mesh, moe
+from tests.helpers import normal, relative_error, same_bits
+from tests.moejax.layers import random_params
 
 VOCABULARY, HIDDEN, BATCH, LENGTH, STEPS = 64, 64, 16, 12, 25
 CONFIG = get_preset(
@@ -91,3 +92,40 @@ def test_gradients_on_eight_devices_equal_the_oracle(rng):
     chex.assert_trees_all_equal_shapes_and_dtypes(got, expected)
     for (path, leaf), ref in zip(jax.tree.leaves_with_path(got), jax.tree.leaves(expected), strict=True):
         assert relative_error(leaf, ref) < 1e-5, jax.tree_util.keystr(path)
+
+
+IN_FP8 = Quantization(gradient_dtype="float8_e4m3fn", weights_gradient_dtype="float8_e4m3fn")
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"precision": "w8a8", "quantization": IN_FP8}], ids=["bfloat16", "all products in FP8"]
+)
+@pytest.mark.quick("all*")
+def test_gradients_add_up_in_place(rng, settings):
+    """In refs, as in sums that a scan carries."""
+    config = MoEConfig(128, 128, 4, 2, dtype=jnp.bfloat16, **settings)
+    params, batches = random_params(config, rng), normal(rng, 3, 32, 128, dtype="bfloat16")
+
+    def loss(params, x):
+        return jnp.square(moe(x, params, config)[0].astype(jnp.float32)).sum()
+
+    @jax.jit
+    def carried(params, batches):
+        def add_part(total, x):
+            return jax.tree.map(jnp.add, total, jax.grad(loss)(params, x)), None
+
+        return jax.lax.scan(add_part, jax.tree.map(jnp.zeros_like, params), batches)[0]
+
+    @jax.jit
+    def in_place(params, batches):
+        sums = jax.tree.map(lambda w: jax.new_ref(jnp.zeros_like(w)), params)
+
+        def add_part(_, x):
+            total, pullback = jax.vjp(lambda params: loss(params, x), params)
+            pullback.with_refs(sums)(jnp.ones_like(total))
+            return None, total
+
+        jax.lax.scan(add_part, None, batches)
+        return jax.tree.map(jax.freeze, sums)
+
+    assert same_bits(in_place(params, batches), carried(params, batches))
