@@ -20,8 +20,8 @@ from pallas_kernels.grouped_matmul import (
     grouped_matmul,
     result_can_stay,
 )
-from pallas_kernels.quantize import QTensor, Quantization, Rows, is_of_one_row
-from pallas_kernels.quantize_rows import rounded
+from pallas_kernels.quantize import Copied, QTensor, Quantization, Rows, ToRound, is_of_one_row
+from pallas_kernels.quantize_rows import SCALING, rounded, rows_in_8_bits
 from pallas_kernels.routed_mlp import pays, routed_mlp
 from pallas_kernels.tracing.named import named
 from pallas_kernels.tracing.unless_differentiated import unless_differentiated
@@ -84,11 +84,16 @@ class ExpertMath:
         h = self.gate_up(rows, group_sizes, weights.gate_up, k_major=k_major[0], bias=weights.gate_up_bias)
         return self.down(h, group_sizes, weights.down, k_major=k_major[1], bias=weights.down_bias)
 
-    def rounded(self, x: jax.Array) -> Rows:
-        """Tokens x [T, H] as they are copied to experts: rounded before that, if each row has scales of its own."""
+    def rounded(self, x: jax.Array, *, late: bool = False) -> Copied:
+        """Tokens x [T, H] as they are copied to experts: rounded before that, if each row has scales of its own.
+
+        Where nobody else takes them, and `late` is set, that is left to who copies them.
+        """
         quantization = self.quantization
         if quantization is None or not is_of_one_row(quantization.lhs_scaling):
             return x
+        if late and self.stays_in_8_bits and quantization.lhs_scaling == SCALING:
+            return ToRound(x, quantization.dtype)
         found = rounded(x, quantization.dtype, scaling=quantization.lhs_scaling, backend=self.backend)
         return found.in_8_bits if self.stays_in_8_bits else found
 
@@ -147,7 +152,7 @@ class ExpertMath:
 
     def few_tokens(
         self,
-        x: Rows,
+        x: Copied,
         topk_weights: jax.Array,
         topk_ids: jax.Array,
         gate_up: Operand,
@@ -167,12 +172,13 @@ class ExpertMath:
           biases: [E, 2I] and [E, H], or None.
           preferred_element_type: of the result [T, H].
         """
-        if not (isinstance(x, QTensor) and isinstance(gate_up, QTensor) and isinstance(down, QTensor)):
+        if not (isinstance(x, QTensor | ToRound) and isinstance(gate_up, QTensor) and isinstance(down, QTensor)):
             return None
-        if self.backend == "xla" or not pays(x, topk_ids, gate_up, down):
+        rounded = functools.partial(_now, backend=self.backend)
+        if self.backend == "xla" or not pays(jax.eval_shape(rounded, x), topk_ids, gate_up, down):
             return None
         return routed_mlp(
-            x,
+            rounded(x),
             topk_weights,
             topk_ids,
             gate_up,
@@ -184,6 +190,10 @@ class ExpertMath:
             out_dtype=preferred_element_type,
             backend=self.backend,
         )
+
+
+def _now(x: QTensor | ToRound, *, backend: str) -> QTensor:
+    return rows_in_8_bits(x.array, x.qdtype, scaling=SCALING, backend=backend) if isinstance(x, ToRound) else x
 
 
 def math_of(config: MoEConfig) -> ExpertMath:
@@ -253,7 +263,7 @@ def down_projection(
 
 
 def few_tokens(
-    x: Rows,
+    x: Copied,
     topk_weights: jax.Array,
     topk_ids: jax.Array,
     params: dict[str, Any],

@@ -94,7 +94,7 @@ def _run(
     way: Way,
 ) -> jax.Array:
     """The exchange with `math` as the experts."""
-    rows_of_x, biases = math.rounded(x), (params["b1"], params["b2"])
+    rows_of_x, biases = math.rounded(x, late=way.is_on_one_chip), (params["b1"], params["b2"])
     if way.axes.ep == 1 and k_major:
         y = math.few_tokens(
             rows_of_x,

@@ -8,14 +8,14 @@ import jax.numpy as jnp
 
 from moejax.experts import ExpertMath, ExpertWeights
 from pallas_kernels.plan import Plan
-from pallas_kernels.quantize import Rows
+from pallas_kernels.quantize import Copied, Rows, ToRound
 from pallas_kernels.trained_mlp import Settings, fits, trained_mlp
 from sharding.exchange import Way, exchange, sum_of_weighed_rows
 
 
 def routed_experts(
     math: ExpertMath,
-    x: Rows,
+    x: Copied,
     topk_weights: jax.Array,
     topk_ids: jax.Array,
     weights: ExpertWeights,
@@ -44,6 +44,7 @@ def routed_experts(
     if is_elsewhere or not (math.trains and fits(math.quantization, width)):
         operands = x, topk_weights, topk_ids, functools.partial(_experts, math), weights, way
         return exchange(*operands, preferred_element_type=preferred_element_type)
+    assert not isinstance(x, ToRound), "no gradient passes it"
     settings = Settings(
         math.activation, math.activation_limit, math.quantization, weights.k_major, jnp.dtype(math.dtype)
     )

@@ -23,7 +23,7 @@ from moejax.experts import ExpertMath, down_projection, expert_weights, few_toke
 from moejax.params import EXPERT_FIELDS, MoEParams
 from moejax.routed_experts import routed_experts
 from moejax.routers.base import Decision, Given
-from pallas_kernels.quantize import Rows
+from pallas_kernels.quantize import Copied, Rows
 from sharding.exchange import Transport, Way, Wire, pick_transport
 from sharding.partition import Axes
 from sharding.placement import Placement
@@ -53,24 +53,24 @@ class Stages:
         """Stage 1: the router's choice for x [T, H]."""
         return self.config.router.route(x, params.router or {}, self.config, tokens, given or Given())
 
-    def inputs(self, x: jax.Array, topk_weights: jax.Array) -> tuple[Rows, jax.Array]:
+    def inputs(self, x: jax.Array, topk_weights: jax.Array) -> tuple[Copied, jax.Array]:
         """What stage 3 sends of x [T, H], and what stage 7 weighs it with: scaled inputs have been weighed by then.
 
-        Where rows are multiplied in 8 bits with scales of their own, x is rounded before it is copied to the experts.
-        The result is the same.
+        Where rows are multiplied in 8 bits with scales of their own, x is rounded before it is copied to the experts,
+        or on the way. The result is the same.
         """
         if self.config.scale_inputs:
             scaled = x.astype(jnp.float32) * topk_weights
             # 8 bits are rounded to from float32, once.
             x = scaled.astype(x.dtype) if self.math.quantization is None else scaled
             topk_weights = jnp.ones_like(topk_weights)
-        return self.math.rounded(x), topk_weights
+        return self.math.rounded(x, late=self.way.is_on_one_chip), topk_weights
 
     def plan(self, topk_ids: jax.Array) -> Any:
         """Stage 2: choices int32 [T, K] -> the plan of one round, with `group_sizes` [L], rows of local experts."""
         return self.transport.plan_rows(topk_ids, self.way)
 
-    def send(self, x: Rows, plan: Any) -> Rows:
+    def send(self, x: Copied, plan: Any) -> Rows:
         """Stage 3: x [T, H], as `inputs` has it -> rows [C, H]."""
         return self.transport.send(x, plan, self.way)
 
@@ -125,7 +125,7 @@ class Stages:
         """
         inputs, topk_weights = self.inputs(x, topk_weights)
         of_experts = {name: params[name] for name in EXPERT_FIELDS}
-        if self.way.axes.ep == self.way.axes.tp == 1:
+        if self.way.is_on_one_chip:
             y = few_tokens(
                 inputs,
                 topk_weights,

@@ -100,11 +100,45 @@ class Rounded:
         return self.array.dtype
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ToRound:
+    """An array that whoever copies it to experts rounds to 8 bits, with scales "1x128", before that or on the way.
+
+    No gradient passes.
+
+    Attributes:
+      array: [T, H], floating point.
+      qdtype: of 8 bits.
+    """
+
+    array: jax.Array
+    qdtype: QDtype = dataclasses.field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the array."""
+        return self.array.shape
+
+    @property
+    def ndim(self) -> int:
+        """The rank of the array."""
+        return self.array.ndim
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The dtype of the array."""
+        return self.array.dtype
+
+
 Operand = jax.Array | QTensor
 """What a matrix product takes."""
 
 Rows = Operand | Rounded
 """What its rows may be, and what may travel."""
+
+Copied = Rows | ToRound
+"""What may be copied to experts on the same chip."""
 
 
 @dataclasses.dataclass(frozen=True)

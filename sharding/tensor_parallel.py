@@ -22,13 +22,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.quantize import Operand, QTensor, Rows
+from pallas_kernels.quantize import Copied, Operand, QTensor
 from sharding.collectives import as_bytes, gather
 
 AxisNames = tuple[str, ...]
 
 
-def gather_tokens[Kind: Rows](rows: Kind, axes: AxisNames) -> Kind:
+def gather_tokens[Kind: Copied](rows: Kind, axes: AxisNames) -> Kind:
     """[T, …] of each chip -> [tp·T, …] on all of them, in the order of the chips; as they are along no axes."""
     return jax.tree.map(lambda leaf: gather(leaf, axes, 0), rows) if axes else rows
 

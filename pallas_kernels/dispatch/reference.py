@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.plan import Plan
-from pallas_kernels.quantize import QTensor
+from pallas_kernels.quantize import QTensor, quantize
 
 
 def dispatch[Rows: jax.Array | QTensor](x: Rows, plan: Plan) -> Rows:
@@ -19,6 +19,11 @@ def dispatch[Rows: jax.Array | QTensor](x: Rows, plan: Plan) -> Rows:
         return jnp.where(in_use[:, None], leaf[token], jnp.zeros((), leaf.dtype))
 
     return jax.tree.map(gather, x)
+
+
+def dispatch_rounded(x: jax.Array, plan: Plan, *, dtype: jnp.dtype) -> QTensor:
+    """See `pallas_kernels.dispatch.dispatch`, of a `ToRound`."""
+    return dispatch(quantize(x, dtype, scaling="1x128"), plan)
 
 
 def dispatch_weighted(x: jax.Array, plan: Plan, weights: jax.Array, *, out_dtype: jax.typing.DTypeLike) -> jax.Array:

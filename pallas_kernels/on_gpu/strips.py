@@ -76,7 +76,7 @@ class Strips:
 
     def load(self, ref, row, strip) -> jax.Array:
         """A strip of a row, in registers."""
-        return plgpu.load(ref.at[row, self._window(strip)], layout=self._layout())
+        return plgpu.load(ref.at[row, self.window(strip)], layout=self._layout())
 
     def once(self, strip: int, value: jax.Array) -> jax.Array:
         """A strip with zeros for those elements that are in the strip before it too."""
@@ -92,12 +92,13 @@ class Strips:
 
     def store(self, ref, row, strip, value: jax.Array) -> None:
         """Writes a strip of a row."""
-        ref[row, self._window(strip)] = value
+        ref[row, self.window(strip)] = value
 
     def _layout(self):
         return plgpu.Layout.WG_STRIDED(self.shape, vec_size=self.vector)
 
-    def _window(self, strip):
+    def window(self, strip):
+        """The vectors of a strip."""
         return pl.ds(jnp.minimum(strip * self.width, self.vectors - self.width), self.width)
 
 
@@ -107,7 +108,7 @@ class Blocks(Strips):
 
     def load(self, ref, row, strip) -> jax.Array:
         """A strip of a row, in registers."""
-        return plgpu.load(ref.at[row, self._window(strip)], layout=self._layout(), optimized=False)
+        return plgpu.load(ref.at[row, self.window(strip)], layout=self._layout(), optimized=False)
 
     def sum(self, value: jax.Array) -> jax.Array:
         """The sum of a strip, which all threads get."""
@@ -119,7 +120,7 @@ class Blocks(Strips):
 
     def store(self, ref, row, strip, value: jax.Array) -> None:
         """Writes a strip of a row, or a number of each of its blocks."""
-        store(ref.at[row, self._window(strip)], value)
+        store(ref.at[row, self.window(strip)], value)
 
     def _layout(self):
         return in_blocks(_BLOCK)

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.quantize import Rows
+from pallas_kernels.quantize import Copied
 from sharding.exchange.between_chips import LATER_ROUNDS
 from sharding.exchange.one_chip import sum_of_weighed_rows
 from sharding.exchange.pick import check_transport, pick_transport, transport_name
@@ -30,7 +30,7 @@ from sharding.exchange.wire import Wire
 
 
 def exchange(
-    x: Rows,
+    x: Copied,
     topk_weights: jax.Array,
     topk_ids: jax.Array,
     experts: Experts,
@@ -43,7 +43,8 @@ def exchange(
 
     Args:
       x: [T, H], BF16, FP16 or float32; or a QTensor in which every row has scales of its own, without a gradient, or a
-        `Rounded` with such scales: the 8 bits travel as they are, and `experts` get rows of the same kind.
+        `Rounded` with such scales: the 8 bits travel as they are, and `experts` get rows of the same kind. Where all
+        experts are here, it may be a `ToRound`; they get a QTensor.
       topk_weights: [T, K] float32.
       topk_ids: int32 [T, K], numbers of experts over the whole expert axis; −1 for a choice that is not made.
       experts: applies the L local experts; where their width is split, gives partial sums.
@@ -57,8 +58,9 @@ def exchange(
     Raises:
       ValueError: `way.transport` is unknown.
     """
+    sent: Any = x  # a `ToRound` only where it is copied
     return pick_transport(way).exchange(
-        x, topk_weights, topk_ids, experts, params, way, preferred_element_type=preferred_element_type
+        sent, topk_weights, topk_ids, experts, params, way, preferred_element_type=preferred_element_type
     )
 
 

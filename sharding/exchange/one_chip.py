@@ -12,7 +12,7 @@ from pallas_kernels.combine import combine
 from pallas_kernels.dispatch import dispatch
 from pallas_kernels.moved_rows import in_order
 from pallas_kernels.plan import Plan, make_plan
-from pallas_kernels.quantize import Rows
+from pallas_kernels.quantize import Copied, Rows
 from pallas_kernels.tracing.named import named
 from sharding.exchange.room import bounded
 from sharding.exchange.transport import PLAN_NAME, WeighingExperts, in_one_round
@@ -26,7 +26,7 @@ def plan_rows(topk_ids: jax.Array, way: Way) -> Plan:
     return bounded(plan, way)
 
 
-def send[Kind: Rows](x: Kind, plan: Plan, way: Way) -> Kind:
+def send(x: Copied, plan: Plan, way: Way) -> Rows:
     """Rows x [T, H] -> [C, H], sorted by expert; in 8 bits if every row has scales of its own."""
     return dispatch(gather_tokens(x, way.columns_over), plan, backend=way.backend)
 

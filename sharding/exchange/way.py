@@ -40,6 +40,11 @@ class Way:
     cotangent_dtype: QDtype | None = None
 
     @property
+    def is_on_one_chip(self) -> bool:
+        """Whether no row leaves its chip."""
+        return self.axes.ep == self.axes.tp == 1
+
+    @property
     def columns_over(self) -> tuple[str, ...]:
         """The axes that share the width of each expert: rows travel in columns, a part on each of their chips."""
         return self.axes.mlp if self.axes.tp > 1 else ()

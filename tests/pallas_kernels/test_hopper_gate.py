@@ -19,10 +19,9 @@ KERNELS = {
         "serving in fp8": [
             "combine",
             "counting_sort",
-            "dispatch",
+            "dispatch_rounded",
             "grouped_gate_up",
             "grouped_matmul",
-            "quantize_rows",
             "top_k",
         ],
         "eight tokens in fp8": ["quantize_rows", "routed_mlp", "top_k"],
@@ -52,10 +51,9 @@ KERNELS = {
         "experts in fp8": [
             "combine",
             "counting_sort",
-            "dispatch",
+            "dispatch_rounded",
             "grouped_gate_up",
             "grouped_matmul",
-            "quantize_rows",
             "quantize_transpose",
         ],
     },

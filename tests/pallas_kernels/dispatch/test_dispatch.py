@@ -5,7 +5,7 @@ import pytest
 
 from pallas_kernels.combine import combine
 from pallas_kernels.dispatch import dispatch
-from pallas_kernels.quantize import QTensor, dequantize, quantize
+from pallas_kernels.quantize import QTensor, ToRound, dequantize, quantize
 from tests.helpers import LIMIT, float64, normal, raises_saying, relative_error, same_bits
 from tests.pallas_kernels.backends import every_backend
 from tests.pallas_kernels.kernels_tpu import is_interpreted, lower_for_tpu
@@ -50,6 +50,22 @@ def test_scales_travel_with_their_rows(backend, rng, dtype, scaling):
     np.testing.assert_array_equal(np.asarray(rows.values), gathered(np.asarray(x.values), plan))
     np.testing.assert_array_equal(np.asarray(rows.scale), gathered(np.asarray(x.scale), plan))
     assert not np.asarray(dequantize(rows))[np.asarray(plan.order) < 0].any()
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2", "int8"])
+@pytest.mark.parametrize("shape", [(37, 3, 5, 1152), (64, 4, 8, 256)], ids=str)
+@pytest.mark.quick("xla-*-int8", "pallas_gpu-*-float8_e4m3fn", "pallas_tpu-(64*-float8_e5m2")
+def test_rows_are_rounded_on_the_way(backend, rng, shape, dtype):
+    x = normal(rng, shape[0], shape[3], dtype="bfloat16")
+    plan = random_plan(rng, *shape[:3], capacity=7)
+    rows = jitted(dispatch, backend=backend)(ToRound(x, dtype), plan)
+    assert same_bits(rows, jitted(dispatch, backend="xla")(quantize(x, dtype, scaling="1x128"), plan))
+
+
+def test_no_gradient_passes_what_is_rounded_on_the_way(rng):
+    plan = random_plan(rng, 37, 3, 5)
+    function = lambda x: dispatch(ToRound(x, "float8_e4m3fn"), plan).scale.sum()  # noqa: E731
+    assert not np.asarray(jax.grad(function)(normal(rng, 37, 128))).any()
 
 
 def test_tokens_without_a_row_are_never_data(backend, rng):

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.dispatch import gpu, reference
-from pallas_kernels.dispatch.gpu import Config, dispatch, dispatch_rows, dispatch_weighted
+from pallas_kernels.dispatch import reference
+from pallas_kernels.dispatch.gpu import Config, copies, dispatch, dispatch_rounded, dispatch_rows, dispatch_weighted
 from pallas_kernels.quantize import QTensor
 from tests.helpers import normal, raises_saying
 from tests.pallas_kernels.kernels_gpu import abstract_plan, interpreted, lower_for_cuda
@@ -85,13 +85,44 @@ def test_scales_of_many_rows_are_gathered_row_by_row(rng):
     """In memory too, however they are wanted after that."""
     tokens, scales = 4096, normal(rng, 4096, 4)
     plan = planned(jnp.asarray(rng.integers(-1, 9, (tokens, 3)), jnp.int32), 8)
-    gathered = jax.jit(lambda scales, plan: gpu._scales(scales, plan))
+    gathered = jax.jit(lambda scales, plan: copies._scales(scales, plan))
     np.testing.assert_array_equal(gathered(scales, plan), reference.dispatch(scales, plan))
     constraint = [line for line in gathered.lower(scales, plan).as_text().splitlines() if "LayoutConstraint" in line]
     assert len(constraint) == 1
     assert "result_layouts = [dense<[1, 0]> : tensor<2xindex>]" in constraint[0]
     few = abstract_plan(64, 8)
     assert "LayoutConstraint" not in gathered.lower(scales[:64], few).as_text()
+
+
+@pytest.mark.parametrize(
+    ("columns", "of", "dtype"),
+    [(1024, "bfloat16", "float8_e4m3fn"), (2048, "float32", "float8_e5m2"), (1536, "float16", "float8_e4m3fn")],
+    ids=str,
+)
+@pytest.mark.quick("1024-*")
+def test_rounded_interpreted(rng, monkeypatch, columns, of, dtype):
+    """NaN in a token stays in its blocks; rows without an assignment are zeros, and so are their scales."""
+    monkeypatch.setattr("pallas_kernels.dispatch.gpu.rounded._most_programs", lambda chip: 3)
+    plan = planned(jnp.asarray(rng.integers(-1, 4, (5, 2)), jnp.int32), 3, capacity=4)
+    x = normal(rng, 5, columns, dtype=of).at[3, 130].set(jnp.nan)
+    overlap = columns % 1024 != 0  # then what two strips share is written twice
+    with interpreted(detect_races=not overlap):
+        rows = dispatch_rounded(x, plan, dtype=jnp.dtype(dtype))
+    expected = reference.dispatch_rounded(x, plan, dtype=jnp.dtype(dtype))
+    np.testing.assert_array_equal(rows.values.astype("float32"), expected.values.astype("float32"))
+    np.testing.assert_array_equal(rows.scale, expected.scale)
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "columns"), [(64, 2048), (16, 7168), (9, 1536), (32768, 2048), (64, 512)], ids=str
+)
+@pytest.mark.quick("64-2048", "64-512")
+def test_rounded_lowers_for_cuda(num_tokens, columns):
+    """Few rows, many, and rows too short for a kernel that does both."""
+    x = jax.ShapeDtypeStruct((num_tokens, columns), "bfloat16")
+    lower_for_cuda(
+        lambda *args: dispatch_rounded(*args, dtype=jnp.dtype("float8_e4m3fn")), x, abstract_plan(num_tokens, 8)
+    )
 
 
 def test_short_rows_are_refused():

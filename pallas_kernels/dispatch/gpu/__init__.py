@@ -1,0 +1,6 @@
+"""Dispatch on NVIDIA GPUs."""
+
+from pallas_kernels.dispatch.gpu.copies import Config, dispatch, dispatch_rows, dispatch_weighted
+from pallas_kernels.dispatch.gpu.rounded import dispatch_rounded
+
+__all__ = ["Config", "dispatch", "dispatch_rounded", "dispatch_rows", "dispatch_weighted"]
