@@ -89,7 +89,7 @@ def entry(key: Key, outcome: Outcome, head: Mapping[str, Any]) -> dict[str, Any]
     """The JSON object of one product; it says itself what measured it, as later runs leave it where it is."""
     return {
         **dataclasses.asdict(key),
-        "config": dataclasses.asdict(outcome.best),
+        "config": _tiles(outcome.best),
         "us": outcome.best_us,
         "model_us": outcome.model_us,
         "commit": head["commit"],
@@ -144,7 +144,8 @@ def _read_entries(path: str) -> dict[Key, dict[str, Any]]:
     """The entries of the table at `path` by their keys; none where there is no table."""
     if path == "-" or not Path(path).exists():
         return {}
-    entry = {**typing.get_type_hints(Key), "config": Config}
+    hints = typing.get_type_hints(Config)
+    entry = {**typing.get_type_hints(Key), "config": {name: hints[name] for name in tuned_table.TILES}}
     table = read_json(Path(path), {"entries": [entry]})
     return dict(zip(tuned_table.parse_table(table), table["entries"], strict=True))
 
@@ -162,8 +163,12 @@ def _table(tuned: Sequence[tuple[Product, Outcome]], chip: Chip) -> str:
     return f"{note}geometric means {model:.1f} and {best_us:.1f} µs\n{format_table(headers, rows)}"
 
 
+def _tiles(config: Config) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in tuned_table.TILES}
+
+
 def _text(config: Config) -> str:
-    return ",".join(map(str, dataclasses.astuple(config)))
+    return ",".join(map(str, _tiles(config).values()))
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ class Prefetch:
         return round((self.prefetch or 0) * pieces)
 
     def begun(self, pieces: int) -> int | None:
-        """How many of `pieces` of its work a block begins before it allows the next kernel; None where it never does."""
+        """How many of `pieces` of its work a block begins before it allows the next kernel; None for never."""
         return None if self.overlap is None else round((1 - self.overlap) * pieces)
 
     def wait(self) -> None:
@@ -86,6 +86,9 @@ class Prefetch:
         if not alone.get():
             plgpu.griddepcontrol_launch_dependents()
 
+
+PLAIN = Prefetch()
+"""A plain launch."""
 
 prefetching = Override[Prefetch]("prefetching")
 """Kernels traced inside `with prefetching(value)` have this value, if they know it: grouped products and RMSNorm."""

@@ -5,9 +5,9 @@ The loads of a block's next row are on their way while it works. Rows too long f
 
     floor in time = (bytes of the operands and of the results) / HBM bandwidth
 
-which is what the kernels move. A kernel that starts before its predecessor has ended (`on_gpu.prefetch`) can load its
-weight until then, into registers: where a block has one row, that is when it is needed. In the pullback a block adds up its share of the weight's gradient in registers, row by
-row, and XLA adds up those of the blocks, so that the same inputs give the same bits.
+which is what the kernels move. A kernel that starts before the one before it has ended (`on_gpu.prefetch`) can load its
+weight until then, into registers, where a block has one row. In the pullback a block adds up its share of the weight's
+gradient in registers, row by row, and XLA adds up those of the blocks, so that the same inputs give the same bits.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels.backend import Unsupported
 from pallas_kernels.chips import Chip
 from pallas_kernels.on_gpu.device import hopper_chip
-from pallas_kernels.on_gpu.prefetch import Prefetch, with_prefetch
+from pallas_kernels.on_gpu.prefetch import PLAIN, Prefetch, with_prefetch
 from pallas_kernels.on_gpu.strips import Blocks, Strips, cut, cut_in_blocks, for_each, launch
 from pallas_kernels.quantize import QTensor, Scaling, clipped_to, scale_of
 from pallas_kernels.rms_norm import reference
@@ -50,7 +50,7 @@ class Config:
     """
 
     blocks: int
-    prefetch: Prefetch = Prefetch()
+    prefetch: Prefetch = PLAIN
 
 
 def rms_norm(

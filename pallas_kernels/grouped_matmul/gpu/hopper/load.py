@@ -17,7 +17,7 @@ copies yet: they have barriers of their own, and the loader passes them on.
 
     before the wait      weights of the guess -> slot k, then ahead[k]
     the tile is known    rows of the tile     -> slot k, then full[k]
-    ahead[k]             the guess was right: full[k] is told.  It was wrong: weights of the tile -> slot k, then full[k]
+    ahead[k]             a right guess: full[k] is told. A wrong one: weights of the tile -> slot k, then full[k]
 """
 
 import functools
@@ -52,12 +52,10 @@ class Loader(Block):
             return
         self.guess = self._guess(block)
 
-        @pl.when(self._is_guessed)
-        def _():
-            def one_step(k, _):
-                self._copy_weights(self.guess, self.guess.group, 0, k, k, self.scratch.ahead.at[k])
+        def one_step(k, _):
+            self._copy_weights(self.guess, self.guess.group, 0, k, k, self.scratch.ahead.at[k])
 
-            lax.fori_loop(0, self.shape.steps_ahead, one_step, None)
+        lax.fori_loop(0, self._ahead_if(self._is_guessed), one_step, None)
 
     def begin(self):
         """See `Block.begin`; where this kernel may be overlapped from its begin on, the next one may start now."""
@@ -90,7 +88,7 @@ class Loader(Block):
                     plgpu.async_prefetch(source)
 
     def _guess(self, block) -> Tile:
-        """The first tile of a block as far as it can be told without the sizes: right if each group has one row tile."""
+        """The first tile of a block, as far as it can be told without the sizes: as if each group had one row tile."""
         zero, column_tiles = jnp.int32(0), jnp.int32(self.shape.walk.column_tiles)
         return Tile(lax.div(block, column_tiles), zero, zero, lax.rem(block, column_tiles))
 
@@ -152,12 +150,8 @@ class Loader(Block):
         if self.shape.launch_step:  # if not done yet: all that there is has begun
             self.config.prefetch.launch_dependents()
         if self.scratch.ahead is not None:
-
-            @pl.when(self._is_guessed & (tiles == 0))
-            def _():
-                wait = lambda k, _: plgpu.barrier_wait(self.scratch.ahead.at[k])
-                lax.fori_loop(0, self.shape.steps_ahead, wait, None)
-
+            untaken = self._ahead_if(self._is_guessed & (tiles == 0))
+            lax.fori_loop(0, untaken, lambda k, _: plgpu.barrier_wait(self.scratch.ahead.at[k]), None)
         if self.stage != "comp":
             first = jnp.maximum(step - self.config.num_stages, 0)
             lax.fori_loop(first, step, lambda i, _: plgpu.barrier_wait(self.scratch.empty.at[self.slot(i)]), None)
@@ -166,33 +160,34 @@ class Loader(Block):
 
     def _take_ahead(self, tile: Tile, group, is_first):
         """Completes the steps whose weights were guessed, at the first tile of a block; returns how many these are."""
-        full, ahead = self.scratch.full, self.scratch.ahead
+        full, ahead, steps = self.scratch.full, self.scratch.ahead, self._ahead_if(is_first)
+        is_right = self._is_guessed & (group == self.guess.group) & (tile.column == self.guess.column)
 
-        @pl.when(is_first)
-        def _():
-            is_right = self._is_guessed & (group == self.guess.group) & (tile.column == self.guess.column)
+        def copy_rows(k, _):
+            self._copy_rows(tile, k, k)
+            self._copy_block_scales(tile, k, k)
 
-            def copy_rows(k, _):
-                self._copy_rows(tile, k, k)
-                self._copy_block_scales(tile, k, k)
+        def take_weights(k, _state):
+            # The slot is written, with the right weights or others.
+            pl.when(self._is_guessed)(lambda: plgpu.barrier_wait(ahead.at[k]))
 
-            def take_weights(k, _):
-                # The slot is written, with the right weights or others.
-                pl.when(self._is_guessed)(lambda: plgpu.barrier_wait(ahead.at[k]))
+            @pl.when(is_right)
+            def _():
+                for _copy in self._weights(tile, group, 0, k):
+                    plgpu.barrier_arrive(full.at[k])
 
-                @pl.when(is_right)
-                def _():
-                    for _ in self._weights(tile, group, 0, k):
-                        plgpu.barrier_arrive(full.at[k])
+            pl.when(jnp.logical_not(is_right))(lambda: self._copy_weights(tile, group, 0, k, k, full.at[k]))
 
-                pl.when(jnp.logical_not(is_right))(lambda: self._copy_weights(tile, group, 0, k, k, full.at[k]))
+        # All rows first: the weights may still be on their way.
+        with jax.named_scope("load"):
+            lax.fori_loop(0, steps, copy_rows, None)
+            lax.fori_loop(0, steps, take_weights, None)
+        return steps
 
-            # All rows first: the weights may still be on their way.
-            with jax.named_scope("load"):
-                lax.fori_loop(0, self.shape.steps_ahead, copy_rows, None)
-                lax.fori_loop(0, self.shape.steps_ahead, take_weights, None)
-
-        return jnp.where(is_first, self.shape.steps_ahead, 0)
+    def _ahead_if(self, condition):
+        """Steps whose weights are guessed, or none."""
+        # A loop whose length the compiler knows, it would unroll.
+        return jnp.where(condition, self.shape.steps_ahead, 0)
 
     def _launch_at(self, step):
         """Allows the next kernel to start when `step` is the one from which on it may."""

@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple
 import jax.numpy as jnp
 
 from pallas_kernels.activations import Activation
-from pallas_kernels.on_gpu.prefetch import Prefetch
+from pallas_kernels.on_gpu.prefetch import PLAIN, Prefetch
 
 WGMMA_ROWS = 64
 """Rows of a math warpgroup."""
@@ -63,7 +63,7 @@ class Config:
     num_stages: int
     warpgroups: int
     strip: int
-    prefetch: Prefetch = Prefetch()
+    prefetch: Prefetch = PLAIN
 
     @property
     def row_groups(self) -> int:
