@@ -100,6 +100,7 @@ def grouped_product(
 
             none = jnp.int32(0)
             count, loaded = shape.walk.for_each(sizes, number, num_blocks, load, (none, (none, none)))
+            loader.finish()
             tiles.end(count)
             loader.drain(*loaded)
 

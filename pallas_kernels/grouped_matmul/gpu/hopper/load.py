@@ -141,14 +141,17 @@ class Loader(Block):
 
         return step, tiles + is_owned.astype(jnp.int32)
 
+    def finish(self):
+        """Allows the next kernel to start if that has not been done: all that there is to load is under way."""
+        if self.shape.launch_step:
+            self.config.prefetch.launch_dependents()
+
     def drain(self, step, tiles):
         """Waits until all that was loaded has been read, so that no barrier is left half-way.
 
         `load` waits for a slot only when it wants to fill it again: the releases of the last S steps are still to come.
         What was guessed of a block that then had no tile is still to come too.
         """
-        if self.shape.launch_step:  # if not done yet: all that there is has begun
-            self.config.prefetch.launch_dependents()
         if self.scratch.ahead is not None:
             untaken = self._ahead_if(self._is_guessed & (tiles == 0))
             lax.fori_loop(0, untaken, lambda k, _: plgpu.barrier_wait(self.scratch.ahead.at[k]), None)
