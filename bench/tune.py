@@ -1,7 +1,8 @@
-"""Tunes the tiles of the grouped products on an NVIDIA Hopper GPU.
+"""Tunes the tiles of the grouped products on an NVIDIA Hopper GPU, or when their kernels start (`--prefetch`).
 
 Times configurations of the kernels product by product, and keeps those that beat the model's choice in the table that
-`pallas_kernels.grouped_matmul.gpu.hopper.tiling` reads first.
+`pallas_kernels.grouped_matmul.gpu.hopper.tiling` reads first. With `--prefetch` it times chains of products, and
+changes no table (`bench.hopper.tune_prefetch`).
 """
 
 import argparse
@@ -20,6 +21,9 @@ from bench.command.parser import make_parser, run
 from bench.command.values import output_file, positive_float
 from bench.hopper.products import PRODUCT_DTYPES, Product, hopper_at_hand
 from bench.hopper.tune_measure import ConfigTimer
+from bench.hopper.tune_prefetch import DTYPE as CHAIN_DTYPE
+from bench.hopper.tune_prefetch import MINUTES as CHAIN_MINUTES
+from bench.hopper.tune_prefetch import add_options, layer_chain, tune_prefetch
 from bench.hopper.tune_products import case_products, default_products
 from bench.hopper.tune_search import LEAST_GAIN, Outcome, search
 from bench.measure.errors import one_line
@@ -34,6 +38,7 @@ from pallas_kernels.grouped_matmul.gpu.hopper.problem import Config
 from pallas_kernels.grouped_matmul.gpu.hopper.tuned_table import Key
 
 _MINUTES = 5.5
+_DTYPE = "bf16"
 _REPEATS = 5
 _QUICK_REPEATS = 3
 _PACKAGES = ("jax", "jaxlib")
@@ -43,6 +48,10 @@ _TABLES = Path(tuned_table.__file__).parent / "tuned"
 def main(argv: Sequence[str]) -> int:
     """Tunes, writes and prints; returns 1 when a product could not be timed."""
     args = _parser().parse_args(argv)
+    _check(args)
+    if args.prefetch:
+        chain = {product.name: product for product in _products(args)} if args.shape else layer_chain(args, args.dtype)
+        return tune_prefetch(args, chain, argv)
     products = _products(args)
     chip = hopper_at_hand()
     path = args.output or str(_TABLES / f"{chip.name}.json")
@@ -89,7 +98,7 @@ def entry(key: Key, outcome: Outcome, head: Mapping[str, Any]) -> dict[str, Any]
     """The JSON object of one product; it says itself what measured it, as later runs leave it where it is."""
     return {
         **dataclasses.asdict(key),
-        "config": dataclasses.asdict(outcome.best),
+        "config": _tiles(outcome.best),
         "us": outcome.best_us,
         "model_us": outcome.model_us,
         "commit": head["commit"],
@@ -102,12 +111,18 @@ def _parser() -> argparse.ArgumentParser:
         "bench.tune",
         "Times configurations of the grouped products on an NVIDIA Hopper GPU by the device time of their kernels, and "
         f"writes those that beat the model's choice by more than {LEAST_GAIN:.0%} to the table of the chip. Entries of "
-        "products that a run does not measure stay. The exit status is 1 if a product could not be timed.",
+        "products that a run does not measure stay. The exit status is 1 if a product could not be timed. With "
+        "--prefetch it searches when the kernels of a chain of products start and what they fetch before, and prints "
+        "the ten fastest choices beside plain launches.",
         (
             "--output h200.json",
             "--quick --output -",
             "--shape 8,48,7168,2048 --dtype fp8 --exhaustive",
             "--shape 32,16,7168,4096 --dtype fp8-blocks --fused",
+            "--prefetch --json prefetch.json",
+            "--prefetch --quick --model gpt-oss-120b --tokens 32",
+            "--prefetch --products gate/up,down --dtype bf16",
+            "--prefetch --shape 8,48,7168,2048 --shape 8,48,2048,7168",
         ),
     )
     add = parser.add_argument
@@ -117,20 +132,42 @@ def _parser() -> argparse.ArgumentParser:
         metavar="G,M,K,N",
         help="a product; give it again for more (default: those of bench.gpu and of some published models)",
     )
-    add("--dtype", default="bf16", choices=tuple(PRODUCT_DTYPES), help="of --shape's operands (default: %(default)s)")
+    dtypes = f"of --shape's operands, of all with --prefetch (default: {_DTYPE}, with --prefetch {CHAIN_DTYPE})"
+    add("--dtype", choices=tuple(PRODUCT_DTYPES), help=dtypes)
     add("--fused", action="store_true", help="N of --shape counts gate and up, multiplied together")
     add("--result-in-8-bits", action="store_true", help="with --fused: the result is rounded to FP8")
-    add("--quick", action="store_true", help=f"products of bench.gpu only, {_QUICK_REPEATS} repeats, not {_REPEATS}")
+    add("--prefetch", action="store_true", help="when the kernels of a decoder layer start, not their tiles")
+    add(
+        "--quick",
+        action="store_true",
+        help=f"products of bench.gpu only, {_QUICK_REPEATS} repeats, not {_REPEATS}; with --prefetch few values",
+    )
     add("--exhaustive", action="store_true", help="time all combinations, not one choice at a time")
     add(
         "--minutes",
         type=positive_float,
-        default=_MINUTES,
-        help="begin no product after so many; the most wanted come first (default: %(default)s)",
+        help=f"begin no product after so many; the most wanted come first (default: {_MINUTES}, with --prefetch "
+        f"{CHAIN_MINUTES})",
     )
     add("--output", type=output_file, metavar="PATH", help="the table, - for standard output (default: the package's)")
     add("--commit", help="the commit to record (default: what git says)")
+    add_options(parser)
     return parser
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Fills in what was not given, and refuses options that do nothing together."""
+    only_tiles = {"--output": args.output, "--exhaustive": args.exhaustive}
+    only_layers = {"--model": args.model, "--tokens": args.tokens, "--products": args.products}
+    without = {**only_layers, "--json": args.json} if not args.prefetch else only_tiles
+    if extra := [name for name, value in without.items() if value]:
+        raise ValueError(f"{extra[0]} {'is not for' if args.prefetch else 'needs'} --prefetch")
+    if args.shape and (extra := [name for name, value in only_layers.items() if value]):
+        raise ValueError(f"--shape names all products of the chain; give it without {extra[0]}")
+    if args.prefetch and not args.shape and (args.fused or args.result_in_8_bits):
+        raise ValueError("--fused and --result-in-8-bits are for products of --shape")
+    args.dtype = args.dtype or (CHAIN_DTYPE if args.prefetch else _DTYPE)
+    args.minutes = args.minutes or (CHAIN_MINUTES if args.prefetch else _MINUTES)
 
 
 def _products(args: argparse.Namespace) -> tuple[Product, ...]:
@@ -144,7 +181,8 @@ def _read_entries(path: str) -> dict[Key, dict[str, Any]]:
     """The entries of the table at `path` by their keys; none where there is no table."""
     if path == "-" or not Path(path).exists():
         return {}
-    entry = {**typing.get_type_hints(Key), "config": Config}
+    hints = typing.get_type_hints(Config)
+    entry = {**typing.get_type_hints(Key), "config": {name: hints[name] for name in tuned_table.TILES}}
     table = read_json(Path(path), {"entries": [entry]})
     return dict(zip(tuned_table.parse_table(table), table["entries"], strict=True))
 
@@ -162,8 +200,12 @@ def _table(tuned: Sequence[tuple[Product, Outcome]], chip: Chip) -> str:
     return f"{note}geometric means {model:.1f} and {best_us:.1f} µs\n{format_table(headers, rows)}"
 
 
+def _tiles(config: Config) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in tuned_table.TILES}
+
+
 def _text(config: Config) -> str:
-    return ",".join(map(str, dataclasses.astuple(config)))
+    return ",".join(map(str, _tiles(config).values()))
 
 
 if __name__ == "__main__":

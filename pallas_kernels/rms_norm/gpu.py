@@ -5,8 +5,9 @@ The loads of a block's next row are on their way while it works. Rows too long f
 
     floor in time = (bytes of the operands and of the results) / HBM bandwidth
 
-which is what the kernels move. In the pullback a block adds up its share of the weight's gradient in registers, row by
-row, and XLA adds up those of the blocks, so that the same inputs give the same bits.
+which is what the kernels move. A kernel that starts before the one before it has ended (`on_gpu.prefetch`) can load its
+weight until then, into registers, where a block has one row. In the pullback a block adds up its share of the weight's
+gradient in registers, row by row, and XLA adds up those of the blocks, so that the same inputs give the same bits.
 """
 
 import dataclasses
@@ -15,10 +16,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 
 from pallas_kernels.backend import Unsupported
 from pallas_kernels.chips import Chip
 from pallas_kernels.on_gpu.device import hopper_chip
+from pallas_kernels.on_gpu.prefetch import PLAIN, Prefetch, with_prefetch
 from pallas_kernels.on_gpu.strips import Blocks, Strips, cut, cut_in_blocks, for_each, launch
 from pallas_kernels.quantize import QTensor, Scaling, clipped_to, scale_of
 from pallas_kernels.rms_norm import reference
@@ -42,9 +45,12 @@ class Config:
 
     Attributes:
       blocks: most blocks.
+      prefetch: when the kernel starts, and whether it loads the weight before the one ahead of it has ended: in mode
+        "smem", where each block has one row. Not of the pullback.
     """
 
     blocks: int
+    prefetch: Prefetch = PLAIN
 
 
 def rms_norm(
@@ -83,15 +89,25 @@ def rms_norm(
     is_prefetched = columns * ahead <= _MOST_HELD
     if scaling == "per_row":
         held += 4  # the result in float32, until its scale is known
-    blocks = min(num_rows, (config or _config(chip, columns * (held + (ahead if is_prefetched else 0)))).blocks)
+    config = with_prefetch(config or _config(chip, columns * (held + (ahead if is_prefetched else 0))))
+    blocks, prefetch = min(num_rows, config.blocks), config.prefetch
+    early = prefetch.mode == "smem" and weight is not None and blocks == num_rows
+    strips_early, launch_row = prefetch.ahead(strips.count) if early else 0, prefetch.begun(num_rows)
 
     def body(*refs):
         ref = dict(zip([*inputs, *outs], refs, strict=True))
+        weights = [strips.load(ref["weight"], 0, i) for i in range(strips_early)]
+        prefetch.wait()
 
         def load(row):
             return [[strips.load(ref[name], row, i) for name in summed] for i in range(strips.count)]
 
+        def weight_of(i):
+            return weights[i] if i < len(weights) else strips.load(ref["weight"], 0, i)
+
         def normalize(row, parts):
+            if launch_row is not None:
+                pl.when(row >= launch_row)(prefetch.launch_dependents)
             held = []
             squares = strips.zeros(jnp.float32)
             for i, terms in enumerate(parts if is_prefetched else load(row)):
@@ -106,7 +122,7 @@ def rms_norm(
 
             def normalized(i):
                 wide = held[i].astype(jnp.float32) * r
-                return wide if weight is None else wide * strips.load(ref["weight"], 0, i).astype(jnp.float32)
+                return wide if weight is None else wide * weight_of(i).astype(jnp.float32)
 
             _finish(strips, ref, row, normalized)
 

@@ -1,14 +1,15 @@
-"""The command line of the tuner and the table it writes, with made-up times; its programs, as far as a CPU can tell."""
+"""The command line of the tuner and what it writes, with made-up times; its programs, as far as a CPU can tell."""
 
 import dataclasses
 import json
+import os
 
 import jax
 import pytest
 
 from bench import tune
 from bench.command.parser import run
-from bench.hopper import tune_measure
+from bench.hopper import tune_measure, tune_prefetch
 from bench.hopper.products import PRODUCT_DTYPES, Product, make_inputs
 from bench.hopper.tune_measure import ConfigTimer
 from bench.hopper.tune_search import Outcome
@@ -17,6 +18,7 @@ from bench.model.shapes import GemmShape
 from pallas_kernels.chips import get_chip
 from pallas_kernels.grouped_matmul.gpu.hopper import tiling
 from pallas_kernels.grouped_matmul.gpu.hopper.tuned_table import parse_table
+from pallas_kernels.on_gpu.prefetch import PLAIN, Prefetch
 
 MODEL, BEST = tiling.Config(64, 128, 6, 1, 16), tiling.Config(128, 128, 5, 2, 4)
 SHAPE = ["--shape", "8,48,7168,2048"]
@@ -101,6 +103,16 @@ def test_no_product_begins_after_the_time(gains, capsys):
         (["--shape", "8,48"], "--shape must be four positive whole numbers"),
         (["--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
         (["--minutes", "0"], "argument --minutes: must be a positive number, got '0'"),
+        (["--tokens", "8"], "--tokens needs --prefetch"),
+        (["--json", "-"], "--json needs --prefetch"),
+        (["--prefetch", "--output", "-"], "--output is not for --prefetch"),
+        (["--prefetch", "--model", "deepseek-v3"], "argument --model: invalid choice: 'deepseek-v3'"),
+        (["--prefetch", "--products", "QKV,up"], "--products must be of QKV, output, FFN1, FFN2, gate/up, down, got"),
+        (
+            ["--prefetch", "--products", "QKV", *SHAPE],
+            "--shape names all products of the chain; give it without --prod",
+        ),
+        (["--prefetch", "--fused"], "--fused and --result-in-8-bits are for products of --shape"),
     ],
 )
 def test_errors(argv, message, capsys):
@@ -109,9 +121,100 @@ def test_errors(argv, message, capsys):
 
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="there is a GPU")
-def test_without_a_gpu_is_one_line(capsys):
-    assert run(tune.main, SHAPE) == 2
+@pytest.mark.parametrize("options", [[], ["--prefetch"]])
+def test_without_a_gpu_is_one_line(options, capsys, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "")
+    assert run(tune.main, [*SHAPE, *options]) == 2
     assert capsys.readouterr().err == "error: kernel times need an NVIDIA GPU, and jax runs on cpu here\n"
+
+
+@pytest.fixture
+def chain(monkeypatch):
+    """Stands in for an H200 on which chains take 100 µs, and each product that starts early saves 2 of them.
+
+    What is added to a chain with an L2 prefetch is noise, and with command buffers nothing is saved.
+    """
+    timers = []
+
+    class Timer:
+        num_kernels = 12
+
+        def __init__(self, products, say):
+            self.products, self.flags = products, os.environ["XLA_FLAGS"]
+            timers.append(self)
+
+        def sample(self, choices, rounds, *, in_command_buffers=False):
+            def us(choice, number):
+                modes = [value.mode for value in choice]
+                saved = sum(2 * (mode in ("pdl", "smem")) for mode in modes) * (not in_command_buffers)
+                return 100.0 - saved + (number % 2 - 0.5) * ("l2" in modes)
+
+            return {choice: [us(choice, number) for number in range(rounds)] for choice in choices}
+
+    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setattr(tune_prefetch, "hopper_at_hand", lambda: get_chip("h200"))
+    monkeypatch.setattr(tune_prefetch, "ChainTimer", Timer)
+    return timers
+
+
+def test_prefetch_of_a_decoder_layer(chain, tmp_path, capsys):
+    path = tmp_path / "prefetch.json"
+    assert run(tune.main, ["--prefetch", "--quick", "--json", str(path), "--commit", "abc"]) == 0
+    assert [product.shape.N for product in chain[0].products] == [5120, 2048, 12288, 2048, 1536, 2048]
+    assert {product.dtype for product in chain[0].products} == {"fp8"}
+    assert chain[0].flags == "--xla_gpu_enable_command_buffer="
+    record = json.loads(path.read_text())
+    head = {"command", "chip", "driver", "versions", "commit", "date"}
+    assert set(record) == {*head, "products", "kernels", "rounds", "choices"}
+    assert record["products"]["down"] == "128,4,768,2048 fp8"
+    plain, best, *rest = record["choices"]
+    assert len(rest) == 9
+    assert plain["prefetch"]["QKV"] == {"mode": "none", "overlap": None, "prefetch": None}
+    assert best["speedup"] == pytest.approx(100 / 88)
+    assert best["verdict"] == "gain"
+    assert best["in_command_buffers"]["verdict"] == "no gain"
+    out, err = capsys.readouterr()
+    title, shapes, header, _, baseline, first, *_ = out.splitlines()
+    assert "a chain of 12 kernels, 20 rounds" in title
+    assert shapes.startswith("QKV 1,64,2048,5120 fp8; output")
+    assert header.split()[:6] == ["QKV", "output", "FFN1", "FFN2", "gate/up", "down"]
+    assert baseline.split()[:8] == [*["none"] * 6, "100.000", "0.000"]
+    assert "1.136" in first
+    assert "combinations of the best" in err
+
+
+def test_prefetch_of_given_products_without_a_gain(chain, monkeypatch, capsys):
+    monkeypatch.setattr(tune_prefetch, "QUICK_GRID", (PLAIN, Prefetch("l2", 1.0, 1.0)))
+    assert run(tune.main, ["--prefetch", "--quick", *SHAPE, "--dtype", "bf16", "--json", "-"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["products"] == {"8,48,7168,2048 bf16": "8,48,7168,2048 bf16"}
+    plain, other = record["choices"]
+    assert (plain["us"], other["us"]) == (100, 100)
+    assert other["verdict"] == "no gain"
+    low, high = other["speedup_ci95"]
+    assert low < 1 < high
+
+
+def test_a_prefetch_search_ends_in_time(chain, capsys):
+    assert run(tune.main, ["--prefetch", "--minutes", "1e-12"]) == 2
+    err = capsys.readouterr().err
+    assert "left out after 0 s: product 1 of 6" in err
+    assert "error: no choice could be timed" in err
+
+
+def test_command_buffers_that_cannot_be_timed_leave_the_rest(chain, monkeypatch, capsys):
+    sample = tune_prefetch.ChainTimer.sample
+
+    def fails(self, choices, rounds, *, in_command_buffers=False):
+        if in_command_buffers:
+            raise ValueError("the time line lacks kernels")
+        return sample(self, choices, rounds)
+
+    monkeypatch.setattr(tune_prefetch.ChainTimer, "sample", fails)
+    assert run(tune.main, ["--prefetch", "--quick", *SHAPE]) == 0
+    out, err = capsys.readouterr()
+    assert "not timed with command buffers: the time line lacks kernels" in err
+    assert out.splitlines()[-1].split()[-2:] == ["-", "-"]
 
 
 @pytest.mark.parametrize("dtype", list(PRODUCT_DTYPES))

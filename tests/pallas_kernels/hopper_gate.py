@@ -29,6 +29,7 @@ from pallas_kernels.combine import combine
 from pallas_kernels.gated_activation import gated_activation, gated_activation_in_8_bits
 from pallas_kernels.gated_activation.gradients import pulled, pulled_with_columns
 from pallas_kernels.grouped_matmul import grouped_gate_up, grouped_matmul, grouped_matmul_of_columns
+from pallas_kernels.on_gpu.prefetch import Prefetch, prefetching
 from pallas_kernels.plan import Plan, make_plan, unsorted_plan
 from pallas_kernels.quantize import QTensor, dequantize, quantize
 from pallas_kernels.quantize_columns import quantize_columns
@@ -159,6 +160,17 @@ def serving(num_tokens: int) -> Case:
     return lambda x, params: moe(x, params, config)[0], x, jax.eval_shape(lambda p: quantize_params(p, config), params)
 
 
+def early(case: Case, *prefetch: Any) -> Case:
+    """A case whose kernels start before those before them have ended."""
+    function, *args = case
+
+    def run(*args: Any) -> Any:
+        with prefetching(Prefetch(*prefetch)):
+            return function(*args)
+
+    return run, *args
+
+
 CASES: dict[str, Callable[[], Case]] = {
     "decode": lambda: product(8, 48, 7168, 2048, dtype="bf16"),
     "decode fp8": lambda: product(8, 48, 7168, 2048, dtype="fp8"),
@@ -276,6 +288,25 @@ CASES: dict[str, Callable[[], Case]] = {
     ),
     "training in fp8": lambda: training_step(
         precision="w8a8", quantization=Quantization(gradient_dtype="float8_e4m3fn")
+    ),
+    "early decode fp8": lambda: early(product(8, 48, 7168, 2048, dtype="fp8"), "smem", 1.0, 1.0),
+    "early decode": lambda: early(product(8, 48, 7168, 2048, dtype="bf16"), "l2", 0.0, 0.5),
+    "early gate/up fp8 to fp8": lambda: early(
+        product(8, 48, 7168, 4096, dtype="fp8", fused=True, result_in_8_bits=True), "smem", 0.5, 0.5
+    ),
+    "early gate/up fp8 blocks": lambda: early(
+        product(128, 3, 2048, 1536, dtype="fp8-blocks", fused=True, result_in_8_bits=True), "smem", 1.0, 1.0
+    ),
+    "early prefill fp8": lambda: early(product(8, 4096, 7168, 4096, dtype="fp8"), "pdl", 0.5),
+    "early rms_norm": lambda: early(
+        (
+            lambda x, weight: rms_norm_in_8_bits(x, weight, backend="pallas_gpu").in_8_bits,
+            array("bfloat16", 16, 4096),
+            array("float32", 4096),
+        ),
+        "smem",
+        1.0,
+        1.0,
     ),
     "experts in fp8": lambda: (
         lambda *args: fused_experts(*args, quantization=Quantization()),

@@ -1,15 +1,20 @@
 """What the tests of GPU kernels on a machine without a GPU share."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.on_gpu.prefetch import alone
 from pallas_kernels.plan import Plan
 
 
+@contextlib.contextmanager
 def interpreted(*, detect_races: bool = True):
     """A context in which kernels for NVIDIA GPUs run on the CPU, and fail where threads race."""
-    return plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=detect_races))
+    with alone(True), plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=detect_races)):
+        yield
 
 
 def lower_for_cuda(function, *args) -> None:

@@ -73,6 +73,14 @@ KERNELS = {
         "rms_norm 2880": ["rms_norm"],
         "rms_norm in blocks": ["rms_norm"],
     },
+    "before the one before has ended": {
+        "early decode fp8": ["grouped_matmul"],
+        "early decode": ["grouped_matmul"],
+        "early gate/up fp8 to fp8": ["grouped_gate_up"],
+        "early gate/up fp8 blocks": ["grouped_gate_up"],
+        "early prefill fp8": ["grouped_matmul"],
+        "early rms_norm": ["rms_norm"],
+    },
     "a layer's training": {
         "training step": [
             "combine",

@@ -57,6 +57,13 @@ class Walk:
     column_tiles: int
     strip: int
 
+    @property
+    def expected_tiles(self) -> int:
+        """How many tiles there are if the rows are spread evenly over the groups."""
+        groups = min(self.num_groups, self.num_rows)
+        rows = -(-self.num_rows // groups)
+        return groups * -(-rows // self.block_m) * self.column_tiles
+
     def for_each(self, sizes_ref, first: jax.Array, step: jax.Array | int, body: Callable[[Tile, Any], Any], carry):
         """Calls `carry = body(tile, carry)` for the tiles first, first + step, …; returns the last carry."""
 

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.backend import Unsupported
 from pallas_kernels.chips import get_chip
@@ -17,10 +16,12 @@ from pallas_kernels.grouped_matmul import grouped_gate_up, grouped_gate_up_in_8_
 from pallas_kernels.grouped_matmul.gpu.hopper import drhs, tiling
 from pallas_kernels.grouped_matmul.gpu.hopper import kernel as hopper
 from pallas_kernels.grouped_matmul.gpu.hopper.problem import Config, Problem
+from pallas_kernels.on_gpu.prefetch import Prefetch
 from pallas_kernels.on_gpu.smem import single_view
 from pallas_kernels.quantize import dequantize
 from tests.helpers import LIMIT, normal, relative_error
 from tests.pallas_kernels.grouped_matmul.grouped import dense_drhs, dense_gate_up, dense_matmul, operands, quantized
+from tests.pallas_kernels.kernels_gpu import interpreted
 
 SIZES = (5, 0, 70, 1)
 
@@ -34,7 +35,7 @@ def simulated(monkeypatch, config):
         "pallas_kernels.grouped_matmul.gpu.hopper.grouped_product",
         lambda *args, **kwargs: two_cores(*args, **(kwargs | {"num_blocks": 2})),
     )
-    with single_view(True), plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+    with single_view(True), interpreted():
         yield
 
 
@@ -73,6 +74,49 @@ def test_on_a_simulated_gpu(monkeypatch, rng, config, fused, k_major, lhs_scalin
     assert not np.asarray(out[sum(SIZES) :]).any()
 
 
+AHEAD = [
+    # name, config, rows, sizes, N. Two blocks guess that they begin with their own columns of group 0, or where there
+    # is one tile of columns, with group 0 and 1.
+    ("right", Config(64, 64, 3, 1, 2), 80, SIZES, 128),
+    ("whole tile", Config(64, 64, 6, 1, 2), 80, SIZES, 128),
+    ("two warpgroups", Config(64, 128, 3, 2, 2), 80, SIZES, 256),
+    ("rows of two warpgroups", Config(128, 64, 2, 2, 2), 80, SIZES, 128),
+    ("wrong", Config(64, 64, 3, 1, 2), 80, (0, 5, 70, 1), 128),
+    ("one right, one wrong", Config(64, 64, 3, 1, 1), 80, SIZES, 64),
+    ("no tile for a guess", Config(64, 64, 3, 1, 1), 5, (5, 0), 64),
+    ("no guess for a tile", Config(64, 64, 3, 1, 1), 10, (5,), 64),
+    ("no rows in any group", Config(64, 64, 3, 1, 1), 10, (0, 0), 64),
+]
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+@pytest.mark.parametrize(("config", "rows", "sizes", "columns"), [c[1:] for c in AHEAD], ids=[c[0] for c in AHEAD])
+@pytest.mark.quick("wrong-1.0", "one right, one wrong-0.5")
+def test_weights_before_the_wait_on_a_simulated_gpu(monkeypatch, rng, config, rows, sizes, columns, share):
+    """Four steps a tile."""
+    lhs, rhs, bias = operands(rng, (rows, 512, columns, len(sizes)))
+    lhs, rhs = quantized(lhs, scaling="per_row"), quantized(rhs, scaling="per_channel")
+    run = functools.partial(grouped_matmul, backend="pallas_gpu", transpose_rhs=True)
+    early = dataclasses.replace(config, prefetch=Prefetch("smem", overlap=0.5, prefetch=share))
+    with simulated(monkeypatch, early):
+        out = jax.jit(run)(lhs, rhs.mT, jnp.array(sizes, jnp.int32), bias=bias)
+    assert relative_error(out, dense_matmul(lhs, rhs, sizes, bias)) < LIMIT["bfloat16"]
+    assert not np.asarray(out[sum(sizes) :]).any()
+
+
+def test_weights_before_the_wait_with_scales_in_blocks_on_a_simulated_gpu(monkeypatch, rng):
+    sizes = 5, 0, 3
+    lhs, rhs, bias = operands(rng, (12, 512, 256, len(sizes)))
+    lhs, rhs = quantized(lhs, scaling="1x128"), quantized(rhs, scaling="128x128").mT
+    run = functools.partial(grouped_gate_up_in_8_bits, transpose_rhs=True)
+    arguments = lhs, rhs, jnp.array(sizes, jnp.int32)
+    with simulated(monkeypatch, Config(64, 128, 3, 1, 2, Prefetch("smem", overlap=1.0, prefetch=1.0))):
+        out = jax.jit(functools.partial(run, backend="pallas_gpu"))(*arguments, bias=bias)
+    expected = run(*arguments, bias=bias, backend="xla")
+    assert relative_error(out.scale, expected.scale) < LIMIT["float32"]
+    assert (out.values == expected.values).mean() > 0.999
+
+
 @pytest.mark.parametrize("num_groups", [40, 64, 150, 256, 300])
 @pytest.mark.quick("40", "150")
 def test_fewer_rows_than_groups_on_a_simulated_gpu(monkeypatch, rng, num_groups):
@@ -108,7 +152,7 @@ def test_relu2_on_a_simulated_gpu(monkeypatch, rng):
     ],
     ids=str,
 )
-@pytest.mark.quick("*warpgroups=1, strip=2)-1x128-128x128")
+@pytest.mark.quick("*warpgroups=1, strip=2, *-1x128-128x128")
 def test_result_in_8_bits_on_a_simulated_gpu(monkeypatch, rng, config, lhs_scaling, rhs_scaling):
     lhs, rhs, bias = operands(rng, (80, 512, 512, len(SIZES)))
     lhs, rhs = quantized(lhs, scaling=lhs_scaling), quantized(rhs, scaling=rhs_scaling).mT
@@ -147,7 +191,7 @@ def test_gradient_of_the_weights_on_a_simulated_gpu(rng):
         config=drhs.Config(block_n=64, num_stages=3, strip=2),
         num_blocks=2,
     )
-    with single_view(True), plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+    with single_view(True), interpreted():
         out = jax.jit(run)(lhs, dout, ends - jnp.array(SIZES), ends)
     assert relative_error(out, dense_drhs(lhs, dout, SIZES, len(SIZES))) < LIMIT["float32"]
     assert not np.asarray(out[1]).any()

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.on_gpu.prefetch import Prefetch
 from pallas_kernels.quantize import dequantize
 from pallas_kernels.rms_norm import reference
 from pallas_kernels.rms_norm.gpu import Config, rms_norm, rms_norm_pullback
@@ -39,6 +40,18 @@ def test_interpreted(rng, columns, dtype, has_residual):
     fine = jnp.array([0, 1, 3, 4, 5, 6])
     assert relative_error(y[fine], expected[fine]) < LIMIT[dtype]
     assert same_bits(total, sums)
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+@pytest.mark.quick("0.5")
+def test_a_weight_before_the_wait_interpreted(rng, share):
+    """Of three strips."""
+    x, weight = normal(rng, 3, 3072, dtype="bfloat16"), normal(rng, 3072)
+    early = Config(blocks=3, prefetch=Prefetch("smem", overlap=0.5, prefetch=share))
+    with interpreted():
+        y, _ = rms_norm(x, weight, None, **options("bfloat16"), config=early)
+    expected, _ = reference.rms_norm(x, weight, None, **options("bfloat16"))
+    assert relative_error(y, expected) < LIMIT["bfloat16"]
 
 
 @pytest.mark.parametrize("scaling", ["1x128", "per_row"])

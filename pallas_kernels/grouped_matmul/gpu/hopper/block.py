@@ -48,6 +48,9 @@ class Shape:
       steps: steps of one sweep.
       k_major: whether K is the minor dimension of rhs.
       copied_sizes: sizes of groups that are copied into shared memory, rounded up; 0 if they are read where they lie.
+      can_guess: whether each group may have one row tile, so that a block's first tile can be told without the sizes.
+      steps_ahead: steps of a block's first tile whose weights are fetched before the kernel waits for the one before.
+      launch_step: the step at which a block allows the next kernel; None if it never does.
       walk: the tiles.
     """
 
@@ -64,32 +67,42 @@ class Shape:
     steps: int
     k_major: bool
     copied_sizes: int
+    can_guess: bool
+    steps_ahead: int
+    launch_step: int | None
     walk: Walk
 
     @classmethod
-    def of(cls, inputs: Inputs, epilogue: Epilogue, config: Config, k_major: bool) -> "Shape":
+    def of(cls, inputs: Inputs, epilogue: Epilogue, config: Config, k_major: bool, num_blocks: int) -> "Shape":
         """The sizes of a product."""
         num_rows, depth = inputs.lhs.shape
         windows = 2 if epilogue.activation else 1
         out_columns, sweep_width = inputs.rhs.shape[1 if k_major else 2] // windows, config.block_n // windows
         width = SCALE_BLOCK if epilogue.requantizes else sweep_width
         block_k = SWIZZLE // inputs.lhs.dtype.itemsize
-        num_sizes = inputs.group_sizes.shape[0]
+        num_sizes, num_groups = inputs.group_sizes.shape[0], inputs.rhs.shape[0]
+        walk = Walk(num_sizes, num_rows, config.block_m, pl.cdiv(out_columns, width), config.strip)
+        sweeps, steps = width // sweep_width, pl.cdiv(depth, block_k)
+        can_guess = num_sizes == num_groups and num_rows <= num_groups * config.block_m
+        tiles = pl.cdiv(walk.expected_tiles, num_blocks)
         return cls(
             num_rows=num_rows,
-            num_groups=inputs.rhs.shape[0],
+            num_groups=num_groups,
             windows=windows,
             out_columns=out_columns,
             width=width,
-            sweeps=width // sweep_width,
+            sweeps=sweeps,
             sweep_width=sweep_width,
             wg_width=sweep_width // config.column_groups,
             wg_columns=config.block_n // config.column_groups,
             block_k=block_k,
-            steps=pl.cdiv(depth, block_k),
+            steps=steps,
             k_major=k_major,
             copied_sizes=_copied_sizes(num_sizes),
-            walk=Walk(num_sizes, num_rows, config.block_m, pl.cdiv(out_columns, width), config.strip),
+            can_guess=can_guess,
+            steps_ahead=config.prefetch.ahead(min(config.num_stages, steps)) if can_guess else 0,
+            launch_step=config.prefetch.begun(tiles * sweeps * steps),
+            walk=walk,
         )
 
 
@@ -119,6 +132,7 @@ class Scratch(NamedTuple):
       announcements: of the block's tiles.
       group_sizes: of all groups, [copied_sizes]; None where they are not copied.
       sizes_full: barrier, complete when they have been copied.
+      ahead: [steps_ahead] barriers, complete when weights that were loaded before the wait have landed in their slots.
       out_scales: largest magnitudes and scales of the rows of an FP8 result, [warpgroups, 64].
       shared_scales: barrier between the column groups, twice a tile: their largest magnitudes in `out_scales` have been
         written, and have been read.
@@ -138,6 +152,7 @@ class Scratch(NamedTuple):
     announcements: Announcements
     group_sizes: Any
     sizes_full: Any
+    ahead: Any
     out_scales: Any
     shared_scales: Any
 
@@ -151,7 +166,9 @@ class Scratch(NamedTuple):
         row_scales = config.block_m + VECTOR_SLACK
         by_row, by_column = epilogue.lhs_scale == "row", epilogue.rhs_scale == "channel"
         side = by_row + shape.windows * (by_column + (inputs.bias is not None))
-        loads = config.row_groups + config.column_groups * shape.windows + (epilogue.lhs_scale == "block")
+        of_weights = config.column_groups * shape.windows
+        loads = config.row_groups + of_weights + (epilogue.lhs_scale == "block")
+        ahead = shape.steps_ahead if config.prefetch.mode == "smem" else 0
         out_chunk = min(SWIZZLE // epilogue.out_dtype.itemsize, shape.sweeps * shape.wg_width)
         sides = shape.windows * shape.width
         return cls(
@@ -169,13 +186,20 @@ class Scratch(NamedTuple):
             announcements=Announcements.describe(groups),
             group_sizes=plgpu.SMEM((shape.copied_sizes,), jnp.int32) if shape.copied_sizes else None,
             sizes_full=plgpu.Barrier() if shape.copied_sizes else None,
+            ahead=plgpu.Barrier(num_arrivals=of_weights, num_barriers=ahead) if ahead else None,
             out_scales=plgpu.SMEM((groups, WGMMA_ROWS), jnp.float32) if epilogue.requantizes else None,
             shared_scales=plgpu.Barrier(num_arrivals=groups) if epilogue.requantizes else None,
         )
 
 
 class Block:
-    """One block at work, on the device: what each of its warpgroups knows."""
+    """One block at work, on the device: what each of its warpgroups knows.
+
+    Attributes:
+      first_group: the group of rhs[0], from `begin` on.
+    """
+
+    first_group: jax.Array
 
     def __init__(
         self,
@@ -189,9 +213,13 @@ class Block:
     ):
         self.inputs, self.outs, self.scratch = inputs, outs, scratch
         self.epilogue, self.config, self.shape, self.stage = epilogue, config, shape, stage
-        self.first_group = inputs.group_offset[0]
         self.lhs_tiles = Views.of(scratch.lhs)
         self.rhs_tiles = Views.of(scratch.rhs) if shape.k_major else Views(scratch.rhs, scratch.rhs)
+
+    def begin(self):
+        """Waits for the kernel before this one; until then nothing may be touched that it reads or writes."""
+        self.config.prefetch.wait()
+        self.first_group = self.inputs.group_offset[0]
 
     def weights_of(self, tile: Tile):
         """The index into rhs of the tile's group, and whether rhs holds it."""

@@ -58,7 +58,7 @@ def grouped_product(
       [M, N], or [M, N/2] with an activation; rows that no group of rhs owns are zeros. When the result is FP8, a pair
       of it and its scales, float32 [N/128, M] (N/256 with an activation), M rounded up to a multiple of 4.
     """
-    shape = Shape.of(inputs, epilogue, config, k_major)
+    shape = Shape.of(inputs, epilogue, config, k_major, num_blocks)
     scratch = Scratch.describe(inputs, epilogue, config, shape)
     if shape.copied_sizes:
         padding = (0, shape.copied_sizes - inputs.group_sizes.shape[0])
@@ -84,6 +84,8 @@ def grouped_product(
             if config.warpgroups > 1:
                 plgpu.set_max_registers(40, action="decrease")
             loader = Loader(*block)
+            loader.fetch_ahead(number)
+            loader.begin()
             loader.copy_sizes()
             loader.prefetch(number)
             sizes = operands.group_sizes
@@ -98,6 +100,7 @@ def grouped_product(
 
             none = jnp.int32(0)
             count, loaded = shape.walk.for_each(sizes, number, num_blocks, load, (none, (none, none)))
+            loader.finish()
             tiles.end(count)
             loader.drain(*loaded)
 

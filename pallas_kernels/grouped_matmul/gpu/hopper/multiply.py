@@ -53,6 +53,7 @@ class Multiplier(Block):
 
     def __init__(self, *args: Any):
         super().__init__(*args)
+        self.begin()  # there is nothing to do earlier
         self.warpgroup = lax.axis_index("warpgroup")
         splits_rows = self.config.column_groups == 1
         self.row_group = self.warpgroup if splits_rows else 0

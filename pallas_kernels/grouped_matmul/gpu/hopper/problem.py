@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple
 import jax.numpy as jnp
 
 from pallas_kernels.activations import Activation
+from pallas_kernels.on_gpu.prefetch import PLAIN, Prefetch
 
 WGMMA_ROWS = 64
 """Rows of a math warpgroup."""
@@ -54,6 +55,7 @@ class Config:
       num_stages: buffers in the ring, each 128 bytes of K deep.
       warpgroups: math warpgroups, 1 or 2.
       strip: column tiles visited for one row tile before the next.
+      prefetch: when the kernel starts, and which weights it fetches before the one ahead of it has ended.
     """
 
     block_m: int
@@ -61,6 +63,7 @@ class Config:
     num_stages: int
     warpgroups: int
     strip: int
+    prefetch: Prefetch = PLAIN
 
     @property
     def row_groups(self) -> int:

@@ -11,6 +11,7 @@ from pallas_kernels.chips import Chip
 from pallas_kernels.grouped_matmul.gpu.hopper.block import FEW_SIZES, MOST_COPIED_SIZES
 from pallas_kernels.grouped_matmul.gpu.hopper.problem import SCALE_BLOCK, WGMMA_ROWS, Config, Problem
 from pallas_kernels.grouped_matmul.gpu.hopper.tuned_table import Key, tuned_configs
+from pallas_kernels.on_gpu.prefetch import with_prefetch
 from pallas_kernels.on_gpu.smem import SWIZZLE
 from pallas_kernels.tracing.override import Override
 
@@ -26,6 +27,10 @@ forced = Override[Config]("forced")
 
 def pick(chip: Chip, problem: Problem) -> Config:
     """The configuration for the problem: as it was measured, where the chip has a table that says so, else modelled."""
+    return with_prefetch(_pick(chip, problem))
+
+
+def _pick(chip: Chip, problem: Problem) -> Config:
     if (config := forced.get()) is not None:
         return config
     tuned = tuned_configs(chip.name).get(Key.of(problem))

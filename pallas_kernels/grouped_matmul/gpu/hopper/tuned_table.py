@@ -7,7 +7,7 @@ and that of the model's choice in the same run.
       {"operand": "bfloat16", "block_scales": false, "fused": false, "result_in_8_bits": false, "num_groups": 8,
        "rows": 64, "depth": 7168, "columns": 2048, "config": {"block_m": 64, ...}, "us": ..., "model_us": ...}, ...]}
 
-A chip without a file has no entries.
+A chip without a file has no entries. Of a configuration a table holds what cuts the work, the fields of `TILES`.
 """
 
 import dataclasses
@@ -19,6 +19,9 @@ from types import MappingProxyType
 from typing import Any
 
 from pallas_kernels.grouped_matmul.gpu.hopper.problem import Config, Problem
+
+TILES = tuple(field.name for field in dataclasses.fields(Config) if field.name != "prefetch")
+"""Fields of a configuration."""
 
 
 @dataclasses.dataclass(frozen=True)
