@@ -9,6 +9,7 @@ from there.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -182,15 +183,17 @@ class Rows:
 
 def to_words(x: jax.Array) -> jax.Array:
     """[rows, H] as [rows / packing, H] uint32, the first of the rows that share a word in its low end."""
-    packing = _WORD // x.dtype.itemsize
-    grouped = x.reshape(-1, packing, x.shape[1]).swapaxes(1, 2)
-    return lax.bitcast_convert_type(grouped if packing > 1 else grouped[..., 0], jnp.uint32)
+    # By shifts: a conversion to words of another width XLA's CPU backend gets wrong where rows were just rounded.
+    width = 8 * x.dtype.itemsize
+    bits = lax.bitcast_convert_type(x, f"uint{width}").astype(jnp.uint32).reshape(-1, 8 * _WORD // width, x.shape[1])
+    return functools.reduce(lax.bitwise_or, [bits[:, i] << (width * i) for i in range(bits.shape[1])])
 
 
 def from_words(words: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
     """The inverse of `to_words`."""
-    rows = lax.bitcast_convert_type(words, dtype)
-    return rows if rows.ndim == 2 else rows.swapaxes(1, 2).reshape(-1, words.shape[1])
+    width = 8 * jnp.dtype(dtype).itemsize
+    bits = jnp.stack([words >> shift for shift in range(0, 8 * _WORD, width)], axis=1)
+    return lax.bitcast_convert_type(bits.reshape(-1, words.shape[1]).astype(f"uint{width}"), dtype)
 
 
 def _taken(dtype: jnp.dtype) -> jnp.dtype:

@@ -127,6 +127,23 @@ def test_layer_equals_the_dense_oracle_on_simulated_tpus(precision, dtype):
         check_layer(dataclasses.replace(ON_TPU, precision=precision, dtype=jnp.dtype(dtype)), ep=2)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "quantization",
+    [
+        Quantization(gradient_dtype="float8_e4m3fn", weights_gradient_dtype="float8_e4m3fn"),
+        Quantization(dtype="int8"),
+    ],
+    ids=["FP8", "INT8"],
+)
+def test_training_in_8_bits_on_a_simulated_tpu(quantization):
+    """In FP8 both ways, as v7x multiplies, and in INT8 forward alone, as the others do."""
+    config = dataclasses.replace(ON_TPU, precision="w8a8", quantization=quantization)
+    with interpreted():
+        y, gradients, _ = layer(config, 1)
+    _assert_close((y, gradients), oracle(config, quantized=False), 8e-2)
+
+
 def test_values_equal_the_dense_oracles_on_simulated_tpus():
     config = dataclasses.replace(ON_TPU, precision="w8a8")
     params, x, _ = problem(config)

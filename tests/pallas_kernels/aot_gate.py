@@ -13,10 +13,12 @@ from bench.measure.errors import describe
 from bench.tpu.libtpu import LONGEST_REASON, serve
 from bench.tpu.pallas_calls import find_kernels
 from bench.tpu.slices import parse_slice
+from moejax import MoEConfig, MoEParams, Partition, Quantization, moe
 from pallas_kernels.all_to_all import Blocks, all_to_all
+from pallas_kernels.columns import Columns
 from pallas_kernels.combine import combine
 from pallas_kernels.dispatch import dispatch
-from pallas_kernels.grouped_matmul import grouped_gate_up, grouped_matmul
+from pallas_kernels.grouped_matmul import grouped_gate_up, grouped_matmul, grouped_matmul_of_columns
 from pallas_kernels.plan import Plan
 from pallas_kernels.quantize import QTensor, dequantize
 from pallas_kernels.rms_norm import rms_norm, rms_norm_in_8_bits
@@ -25,6 +27,7 @@ from tests.helpers import gradients
 
 GROUPS, TOKENS, TOP_K, HIDDEN, WIDTH = 8, 40, 4, 1024, 512
 ROWS = TOKENS * TOP_K
+ONE_CHIP = Partition(expert=None)
 LARGE = 65536  # tokens that no VMEM holds
 
 
@@ -44,7 +47,35 @@ def cases(array, chip, mesh) -> dict:
         rows = grouped_matmul(dispatch(x, plan, **on_tpu), rhs, sizes, **on_tpu)
         return combine(rows, plan, weights, **on_tpu)
 
+    def training_step(x, router, gate_up, down, direction):
+        """In the 8 bits that the chip multiplies: all products in FP8, or the forward pass in INT8."""
+        quantization = Quantization(dtype=eight)
+        if eight != "int8":
+            quantization = Quantization(gradient_dtype=eight, weights_gradient_dtype=eight)
+        config = MoEConfig(HIDDEN, WIDTH, GROUPS, TOP_K, precision="w8a8", quantization=quantization, **on_tpu)
+        params = MoEParams(router={"kernel": router}, gate_up=gate_up, down=down)
+        y, pullback = jax.vjp(lambda x, params: moe(x, params, config, partition=ONE_CHIP)[0], x, params)
+        return y, pullback(direction)
+
     return {
+        "training step": (
+            training_step,
+            array((TOKENS, HIDDEN), "bfloat16"),
+            array((HIDDEN, GROUPS), "float32"),
+            array((GROUPS, HIDDEN, 2, WIDTH), "float32"),
+            array((GROUPS, WIDTH, HIDDEN), "float32"),
+            array((TOKENS, HIDDEN), "bfloat16"),
+        ),
+        "gradient of weights in 8 bits": (
+            lambda lhs, left, dout, right, sizes: grouped_matmul_of_columns(
+                Columns(lhs, left), Columns(dout, right), sizes, backend="pallas_tpu"
+            ),
+            array((2880, 4096), eight),
+            array((32, 2880), "float32"),
+            array((1536, 4096), "float8_e5m2"),
+            array((32, 1536), "float32"),
+            groups,
+        ),
         "dispatch": (lambda x, plan: dispatch(x, plan, **on_tpu), array((TOKENS, HIDDEN), "bfloat16"), plan),
         "dispatch 8 bits": (lambda x, plan: dispatch(x, plan, **on_tpu), array((TOKENS, HIDDEN), eight), plan),
         "dispatch float16": (lambda x, plan: dispatch(x, plan, **on_tpu), array((TOKENS, HIDDEN), "float16"), plan),

@@ -8,6 +8,7 @@ TOPOLOGIES = ["v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"]
 KERNELS = {
     "each kernel": {
         "dispatch 8 bits": ["dispatch"],
+        "gradient of weights in 8 bits": ["grouped_matmul_drhs_8_bits"],
         "in shard_map": ["combine", "combine_dweights", "dispatch", "grouped_matmul", "grouped_matmul_drhs"],
         "gate/up fp8 blocks K-major": ["grouped_gate_up"],
         "all_to_all": ["all_to_all"],
@@ -49,3 +50,15 @@ def test_kernels_compile(part):
     job = {"topologies": TOPOLOGIES, "cases": list(KERNELS[part])}
     answers = run_job("tests.pallas_kernels.aot_gate", job, timeout=500)
     assert answers == dict.fromkeys(TOPOLOGIES, KERNELS[part])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(libtpu_version() is None, reason="libtpu is not installed (EXTRAS=aot)")
+def test_a_training_step_in_8_bits_compiles():
+    """All of its products are in FP8 on v7x; elsewhere INT8 forward, BF16 backward."""
+    answers = run_job(
+        "tests.pallas_kernels.aot_gate", {"topologies": TOPOLOGIES, "cases": ["training step"]}, timeout=500
+    )
+    moves = ["combine", "dispatch", "grouped_matmul"]
+    expected = {topology: {"training step": [*moves, "grouped_matmul_drhs"]} for topology in TOPOLOGIES}
+    assert answers == expected | {"tpu7x:2x2x1": {"training step": [*moves, "grouped_matmul_drhs_8_bits"]}}

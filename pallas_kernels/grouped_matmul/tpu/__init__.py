@@ -1,4 +1,6 @@
-"""Grouped matrix products on TPUs, in Pallas (Mosaic): `kernel` has the product, `drhs` the gradient of the weights.
+"""Grouped matrix products on TPUs, in Pallas (Mosaic).
+
+`kernel` has the product, `drhs` the gradient of the weights, `of_columns` the same in 8 bits.
 
     operands                        scales
     BF16, float32, and mixes        -
@@ -19,7 +21,7 @@ from pallas_kernels.backend import Unsupported
 from pallas_kernels.chips import Chip
 from pallas_kernels.columns import Columns
 from pallas_kernels.cost import grouped_gate_up_cost, grouped_matmul_cost
-from pallas_kernels.grouped_matmul.tpu import drhs, tiling
+from pallas_kernels.grouped_matmul.tpu import drhs, of_columns, tiling
 from pallas_kernels.grouped_matmul.tpu.kernel import grouped_product
 from pallas_kernels.grouped_matmul.tpu.math import Arithmetic
 from pallas_kernels.grouped_matmul.tpu.memory import Inputs
@@ -127,8 +129,10 @@ def grouped_matmul_drhs(
 def grouped_matmul_of_columns(
     lhs: Columns, dout: Columns, group_sizes: jax.Array, *, out_dtype: jax.typing.DTypeLike
 ) -> jax.Array:
-    """There is none: `grouped_matmul_drhs` takes rows as they lie, and they need no transposed copy."""
-    raise Unsupported("grouped_matmul_of_columns: TPUs have no kernel of it; multiply rows in BF16 there")
+    """See `pallas_kernels.grouped_matmul.grouped_matmul_of_columns`."""
+    chip, out = tpu_chip(), jnp.dtype(out_dtype)
+    _check_float("out_dtype", out)
+    return of_columns.grouped_drhs(lhs, dout, group_sizes, out, chip, vmem_limit_bytes=tiling.vmem_limit(chip))
 
 
 def _product(

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.backend import Unsupported
+from pallas_kernels.chips import get_chip
 from pallas_kernels.columns import (
     BLOCK,
     Columns,
@@ -16,12 +17,15 @@ from pallas_kernels.columns import (
 )
 from pallas_kernels.grouped_matmul import grouped_matmul_of_columns
 from pallas_kernels.grouped_matmul.gpu.hopper import drhs_8_bits
+from pallas_kernels.grouped_matmul.tpu import of_columns
 from pallas_kernels.on_gpu.smem import single_view
 from pallas_kernels.quantize_columns import quantize_columns
+from pallas_kernels.tracing.target import targeting
 from tests.helpers import LIMIT, float64, normal, raises_saying, relative_error
 from tests.pallas_kernels.backends import every_backend
 from tests.pallas_kernels.grouped_matmul.grouped import group_rows, limit_in_8_bits, random_sizes
 from tests.pallas_kernels.kernels_gpu import interpreted, lower_for_cuda
+from tests.pallas_kernels.kernels_tpu import interpreted as interpreted_on_tpu
 
 backend = every_backend("grouped_matmul")
 
@@ -70,7 +74,7 @@ def dense(lhs: Columns, dout: Columns, sizes) -> np.ndarray:
 
 @pytest.mark.parametrize("out_dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("dtypes", [(E4M3, E4M3), (E4M3, E5M2)], ids=["e4m3", "e5m2"])
-@pytest.mark.quick("*xla-e4m3-float32", "*xla-e5m2-bfloat16", "pallas_gpu-*")
+@pytest.mark.quick("*xla-e4m3-float32", "*xla-e5m2-bfloat16", "pallas_gpu-*", "pallas_tpu-e5m2-float32")
 def test_the_product(backend, rng, dtypes, out_dtype):
     run = jax.jit(functools.partial(grouped_matmul_of_columns, preferred_element_type=out_dtype, backend=backend))
     for sizes in (*SIZES, random_sizes(rng, 5, M)):
@@ -80,6 +84,21 @@ def test_the_product(backend, rng, dtypes, out_dtype):
         assert out.dtype == out_dtype
         assert relative_error(out, dense(lhs, dout, sizes)) < limit_in_8_bits(backend, out_dtype)
         assert not np.asarray(out)[np.asarray(sizes) == 0].any()
+
+
+@pytest.mark.parametrize("dtypes", [(E4M3, E4M3), (E5M2, E5M2), ("int8", "int8"), (E4M3, E5M2)], ids="-".join)
+@pytest.mark.parametrize("chip", ["v6e", "v7x"])
+@pytest.mark.quick("v7x-float8_e4m3fn-*n")
+def test_tiles_on_a_simulated_tpu(rng, chip, dtypes):
+    """Several, the last ones narrower, multiplied in 8 bits where the chip does that and in BF16 elsewhere."""
+    sizes, chip = jnp.array([3, 0, 200]), get_chip(chip)
+    lhs, dout = operands(rng, sizes, (256, 320, 200), dtypes)
+    with interpreted_on_tpu(), targeting(chip):
+        out = of_columns.grouped_drhs(
+            lhs, dout, sizes, jnp.dtype("float32"), chip, vmem_limit_bytes=2**24, largest_tile=128
+        )
+    assert relative_error(out, dense(lhs, dout, sizes)) < LIMIT["float32"]
+    assert not np.asarray(out)[1].any()
 
 
 CONFIGS = [
