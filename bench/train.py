@@ -76,12 +76,11 @@ def main(argv: Sequence[str]) -> int:
         else:
             _train_variants(variants, settings, corpus, head, args)
         runs = _runs_of(args.out, variants)
-        if not runs and args.pause_after is not None:
-            print("paused before a run began: give --pause-after more minutes", file=sys.stderr)
-            return _PAUSED
-        diverged = report(args.out, runs, args.json)
-    finished = sum(run.end is not None and run.head["seed"] < args.seeds for run in runs)
-    return 1 if failed or diverged else _PAUSED if finished < len(variants) * args.seeds else 0
+        left = len(variants) * args.seeds - sum(run.end is not None and run.head["seed"] < args.seeds for run in runs)
+        diverged = report(args.out, runs, args.json) if runs else False
+    if left:
+        print(f"{left} runs are not finished: the same command goes on with --resume", file=sys.stderr)
+    return 1 if failed or diverged else _PAUSED if left else 0
 
 
 def _runs_of(folder: pathlib.Path, variants: Sequence[Variant] | None = None) -> list[Run]:
@@ -145,6 +144,10 @@ def _train_variants(
 ) -> None:
     """Compiles the variants that have runs to do, and does them, until all are done or --pause-after is over."""
     watch, turns = Stopwatch(), my_turns(args.out)
+
+    def is_over() -> bool:
+        return args.pause_after is not None and watch.seconds > 60 * args.pause_after
+
     finished = {name for name, run in read_runs(args.out / FILE_NAME).items() if run.end is not None}
     # Seed by seed, so that what is done when a run is cut short compares all routers.
     todo = [(each, seed) for seed in range(args.seeds) for each in variants if run_name(each, seed) not in finished]
@@ -153,15 +156,14 @@ def _train_variants(
         wanted = list(dict.fromkeys(variant for variant, _ in todo))
         progress = Progress(len(wanted))
         for variant in wanted:
+            if is_over():
+                return
             progress.show(len(learners), f"compiling {variant.name}")
             learners[variant] = compile_learner(variant, settings, corpus)
     if args.minutes is not None:
         seconds = 60 * args.minutes - watch.seconds
         settings = fit_steps(settings, list(learners.values()), args.seeds, corpus, seconds)
         head = {**head, "settings": settings.record()}
-
-    def is_over() -> bool:
-        return args.pause_after is not None and watch.seconds > 60 * args.pause_after
 
     progress = Progress(len(todo) * settings.steps)
     for number, (variant, seed) in enumerate(todo):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import pathlib
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -45,9 +44,6 @@ def report(folder: pathlib.Path, runs: Sequence[Run], json_path: str | None) -> 
         routers = [dataclasses.asdict(row) for row in shown]
         write_json({"settings": head["settings"], "routers": routers, "over_time": over_time}, json_path)
     say_report(folder)
-    left = sum(run.end is None for run in runs)
-    if left:
-        print(f"{left} of the runs are unfinished: the command that made them goes on with --resume", file=sys.stderr)
     return any(row.diverged for row in shown)
 
 

@@ -196,7 +196,7 @@ def test_routers_and_precisions_make_variants():
 def test_a_pause_leaves_runs_for_later(call, tmp_path, capsys):
     pause = ["--routers", "hash", "--seeds", "1", "--pause-after"]
     assert call(*pause, "1e-9") == 3
-    assert "paused before a run began" in capsys.readouterr().err
+    assert "1 runs are not finished: the same command goes on with --resume" in capsys.readouterr().err
     assert call(*pause, "10") == 0
     assert read_runs(tmp_path / "out" / FILE_NAME)["hash-seed0"].end is not None
 
