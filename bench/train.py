@@ -1,12 +1,11 @@
-"""Which router learns better, and at what price, in a small transformer over bytes.
+"""Which router and precision learn better, and at what price, in a small transformer over bytes.
 
-A small transformer over bytes is trained on the same text, for the same tokens, once with each router and seed. Records
-go to train.jsonl (see `bench.training.records`), the report beside it (see `bench.plot`).
+It is trained on the same text, for the same tokens, once with each router, precision and seed. Records go to
+train.jsonl (see `bench.training.records`), the report beside it (see `bench.plot`).
 """
 
 import argparse
 import contextlib
-import dataclasses
 import pathlib
 import shutil
 import sys
@@ -15,162 +14,92 @@ from typing import Any
 
 import jax
 
-from bench.command.parser import make_parser, run
-from bench.command.values import NAMES, natural_int, output_file, output_folder, positive_float, positive_int
+from bench.command.parser import run
+from bench.command.values import positive_int
 from bench.inputs.corpus import Corpus, load_corpus
 from bench.measure.clock import Stopwatch
-from bench.plot import say_report
 from bench.processes.side_by_side import my_share, my_turns, prepare_jobs, run_side_by_side
 from bench.record.files import holding
-from bench.record.json_files import write_json
 from bench.record.progress import Progress
 from bench.record.provenance import chip_name, provenance
-from bench.record.tables import format_table
 from bench.training.checkpoints import latest_step, open_checkpoints, require_orbax
 from bench.training.learner import Learner
-from bench.training.records import FILE_NAME, read_runs, run_name
+from bench.training.options import settings_of, training_parser, variants_of
+from bench.training.records import FILE_NAME, Run, read_runs, run_name
+from bench.training.report import report
 from bench.training.runs import compile_learner, fit_steps, train
-from bench.training.settings import ROUTERS, Settings
-from bench.training.table import HEADERS, summaries, table_rows, warnings_of
+from bench.training.settings import Settings, Variant
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 _CHECKPOINTS = "checkpoints"
 
-_KINDS = ("quick", "cpu", "accelerator")
-_SIZES: tuple[tuple[str, str, str, tuple[float, ...]], ...] = (
-    ("--hidden", "hidden_size", "H, width of a token", (64, 128, 512)),
-    ("--intermediate", "intermediate_size", "I, width of an expert", (64, 128, 512)),
-    ("--experts", "num_experts", "E, experts of a layer", (8, 8, 16)),
-    ("--top-k", "top_k", "K, experts a token (1 with the switch router, whatever this is)", (2, 2, 2)),
-    ("--layers", "num_layers", "blocks of attention and experts", (2, 4, 6)),
-    ("--heads", "num_heads", "heads of the attention", (4, 4, 8)),
-    ("--batch", "batch_size", "sequences in a step", (8, 16, 32)),
-    ("--length", "length", "bytes of a sequence", (128, 256, 512)),
-    ("--steps", "steps", "steps of each run", (100, 1000, 2000)),
-    ("--evaluations", "evaluations", "looks at the held-out text", (5, 10, 10)),
-    ("--learning-rate", "learning_rate", "the peak", (3e-3, 2e-3, 1e-3)),
-)
-"""Options that are fields of `Settings`: what they mean, and their defaults for each of `_KINDS`."""
+_PAUSED = 3
+"""The exit status when --pause-after left runs unfinished."""
 
 
 def main(argv: Sequence[str]) -> int:
-    """Trains, records, prints the table, and makes the report; 1 when a run diverged."""
-    args = _parser().parse_args(argv)
-    names = list(dict.fromkeys(args.routers or ROUTERS))
-    if unknown := [name for name in names if name not in ROUTERS]:
-        raise ValueError(f"--routers must be some of {', '.join(ROUTERS)}; got {unknown[0]!r}")
-    prepare_jobs(args.jobs)
-    if args.checkpoint_every:
+    """Trains, records, prints the table, and makes the report; 1 when a run diverged, 3 when some are to go on."""
+    args = training_parser().parse_args(argv)
+    if args.report is not None:
+        return int(report(args.report, _runs_of(args.report), args.json))
+    variants = variants_of(args.routers, args.precisions)
+    prepare_jobs(args.jobs if args.devices == "1" else max(2, args.jobs))  # before jax takes the devices' memory
+    devices = _count_devices(args.devices)
+    jobs = max(args.jobs, devices)
+    if args.checkpoint_every or args.pause_after:
         require_orbax()
-    if args.minutes is not None and (args.resume or args.steps is not None or args.jobs > 1):
+    if args.minutes is not None and (args.resume or args.steps is not None or jobs > 1):
         raise ValueError(
             "--minutes finds the steps, so it goes without --steps; without --resume, which needs the steps that the "
-            "runs began with; and without --jobs, whose processes have to know them beforehand: pass --steps"
+            "runs began with; and without --jobs and --devices, whose processes have to know them beforehand: pass "
+            "--steps"
         )
     if args.resume and args.overwrite:
         raise ValueError("--resume keeps the runs in --out and --overwrite removes them; pass one of the two")
-    settings = _settings(args)
+    settings = settings_of(args)
     corpus = load_corpus(args.text, settings.length)
     corpus.held_out_batches(settings.batch_size, 1)
 
     head = {
         **provenance("bench.train", argv, chip_name(), _PACKAGES, args.commit),
-        "settings": dataclasses.asdict(settings),
+        "settings": settings.record(),
         "text": {"source": corpus.source, "sha256": corpus.sha256, "bytes": corpus.num_bytes},
     }
     if (share := my_share()) is not None:
-        _train_routers(share.of(names), settings, corpus, head, args)
+        _train_variants(share.of(variants), settings, corpus, head, args)
         return 0
     with holding(args.out):
         _prepare(args, head)
         failed = False
-        if args.jobs > 1:
-            failed = any(run_side_by_side("bench.train", argv, args.jobs, args.out))
+        if jobs > 1:
+            failed = any(run_side_by_side("bench.train", argv, jobs, args.out, devices))
         else:
-            settings = _train_routers(names, settings, corpus, head, args)
-        diverged = _report(args, names, settings, corpus, head)
-    return 1 if failed or diverged else 0
+            _train_variants(variants, settings, corpus, head, args)
+        runs = _runs_of(args.out, variants)
+        left = len(variants) * args.seeds - sum(run.end is not None and run.head["seed"] < args.seeds for run in runs)
+        diverged = report(args.out, runs, args.json) if runs else False
+    if left:
+        print(f"{left} runs are not finished: the same command goes on with --resume", file=sys.stderr)
+    return 1 if failed or diverged else _PAUSED if left else 0
 
 
-def _report(
-    args: argparse.Namespace, names: Sequence[str], settings: Settings, corpus: Corpus, head: dict[str, Any]
-) -> bool:
-    """Prints and writes what came of the routers' runs; returns whether one diverged."""
-    runs = [run for run in read_runs(args.out / FILE_NAME).values() if run.head["router"] in names]
-    shown = summaries(runs)
-    if args.json != "-":
-        tokens = settings.steps * settings.batch_size * settings.length
-        sizes = f"{settings.num_layers} layers, hidden {settings.hidden_size}, {settings.num_experts} experts"
-        budget = f"{settings.steps:,} steps, {tokens:,} bytes a run of {corpus.source}"
-        print(f"{head['chip']}, commit {head['commit']}; {sizes}, {budget}")
-        print(format_table(HEADERS, table_rows(shown)))
-        for line in warnings_of(shown):
-            print(line)
-    if args.json is not None:
-        write_json(
-            {"settings": dataclasses.asdict(settings), "routers": [dataclasses.asdict(row) for row in shown]}, args.json
-        )
-    say_report(args.out)
-    return any(row.diverged for row in shown)
+def _runs_of(folder: pathlib.Path, variants: Sequence[Variant] | None = None) -> list[Run]:
+    return [run for run in read_runs(folder / FILE_NAME).values() if variants is None or run.variant in variants]
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = make_parser(
-        "bench.train",
-        "Trains a small transformer over bytes with each router, on the same text for the same tokens, and compares "
-        f"the loss on held-out text and the speed. Routers: {', '.join(ROUTERS)}. Sizes have defaults for --quick "
-        "(2 CPU cores, under 5 minutes for all routers), a CPU and an accelerator.",
-        (
-            "--quick",
-            "--routers softmax,switch,loss_free --seeds 5 --out results/three",
-            "--text tinystories.txt --minutes 25 --out results/tiny",
-            "--steps 5000 --checkpoint-every 500 --out results/long            (and with --resume, if it was stopped)",
-            "--steps 500 --jobs 10 --out results/gpu            (on a machine with one GPU and many cores)",
-            "--hidden 1024 --layers 8 --experts 64 --top-k 4 --batch 64 --length 1024 --steps 5000",
-        ),
-    )
-    add = parser.add_argument
-    add("--routers", type=NAMES, metavar="NAME,...", help="train these only (default: all)")
-    add(
-        "--seeds",
-        type=positive_int,
-        default=3,
-        metavar="N",
-        help="runs of each router, seeds 0 to N − 1 (default: %(default)s)",
-    )
-    add("--text", type=pathlib.Path, metavar="PATH", help="file or folder (default: sources of the standard library)")
-    add("--out", type=output_folder, default="results", metavar="DIR", help="default: %(default)s")
-    add("--quick", action="store_true", help="a tiny model and few steps")
-    for option, name, meaning, values in _SIZES:
-        shown = ", ".join(map(str, values))
-        kind, metavar = (positive_int, "N") if isinstance(values[0], int) else (positive_float, "X")
-        add(option, type=kind, dest=name, metavar=metavar, help=f"{meaning} (default: {shown})")
-    add("--minutes", type=positive_float, help="as many steps, the same for every run, as all runs fit into")
-    add(
-        "--jobs",
-        type=positive_int,
-        default=1,
-        metavar="N",
-        help="processes that trace and compile their routers side by side and train one at a time (default: "
-        "%(default)s): on an accelerator one for each router, if there are as many CPU cores",
-    )
-    add("--capacity-factor", type=positive_float, metavar="X", help="of experts (default: drop nothing)")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32 on a CPU, bfloat16 elsewhere")
-    add("--backend", default="auto", help="of the layer's operators (default: %(default)s)")
-    add("--checkpoint-every", type=natural_int, default=0, metavar="N", help="keep the state of every run each N steps")
-    add("--resume", action="store_true", help="add to the runs in DIR: finished ones stay, others go on or begin")
-    add("--overwrite", action="store_true", help="remove the runs in DIR first")
-    add("--json", type=output_file, metavar="PATH", help="write the table to PATH as JSON, - for standard output only")
-    add("--commit", help="the commit to record (default: what git says)")
-    return parser
+def _count_devices(wanted: str) -> int:
+    """How many devices to train on.
 
-
-def _settings(args: argparse.Namespace) -> Settings:
-    on_cpu = jax.default_backend() == "cpu"
-    kind = _KINDS.index("quick" if args.quick else "cpu" if on_cpu else "accelerator")
-    sizes: dict[str, Any] = {name: getattr(args, name) or values[kind] for _, name, _, values in _SIZES}
-    dtype = args.dtype or ("float32" if on_cpu else "bfloat16")
-    return Settings(**sizes, dtype=dtype, backend=args.backend, capacity_factor=args.capacity_factor)
+    Raises:
+      ValueError: there are not so many.
+    """
+    if my_share() is not None:
+        return 1
+    there = jax.local_device_count()
+    number = there if wanted == "all" else positive_int(wanted) if wanted.isdecimal() and int(wanted) else 0
+    if not 1 <= number <= there:
+        raise ValueError(f"--devices must be all or a number from 1 to {there}, the devices there are; got {wanted!r}")
+    return number
 
 
 def _prepare(args: argparse.Namespace, head: dict[str, Any]) -> None:
@@ -210,37 +139,46 @@ def _what_made(head: dict[str, Any]) -> dict[str, Any]:
     return {"chip": head["chip"], "text": head["text"]["sha256"], **head["settings"]}
 
 
-def _train_routers(
-    names: Sequence[str], settings: Settings, corpus: Corpus, head: dict[str, Any], args: argparse.Namespace
-) -> Settings:
-    """Compiles the routers that have runs to do, and does them; the settings with the steps that --minutes found."""
+def _train_variants(
+    variants: Sequence[Variant], settings: Settings, corpus: Corpus, head: dict[str, Any], args: argparse.Namespace
+) -> None:
+    """Compiles the variants that have runs to do, and does them, until all are done or --pause-after is over."""
     watch, turns = Stopwatch(), my_turns(args.out)
+
+    def is_over() -> bool:
+        return args.pause_after is not None and watch.seconds > 60 * args.pause_after
+
     finished = {name for name, run in read_runs(args.out / FILE_NAME).items() if run.end is not None}
     # Seed by seed, so that what is done when a run is cut short compares all routers.
-    todo = [(name, seed) for seed in range(args.seeds) for name in names if run_name(name, seed) not in finished]
-    learners: dict[str, Learner] = {}
+    todo = [(each, seed) for seed in range(args.seeds) for each in variants if run_name(each, seed) not in finished]
+    learners: dict[Variant, Learner] = {}
     with turns.beside():
-        routers = list(dict.fromkeys(name for name, _ in todo))
-        progress = Progress(len(routers))
-        for name in routers:
-            progress.show(len(learners), f"compiling {name}")
-            learners[name] = compile_learner(name, settings, corpus)
+        wanted = list(dict.fromkeys(variant for variant, _ in todo))
+        progress = Progress(len(wanted))
+        for variant in wanted:
+            if is_over():
+                return
+            progress.show(len(learners), f"compiling {variant.name}")
+            learners[variant] = compile_learner(variant, settings, corpus)
     if args.minutes is not None:
         seconds = 60 * args.minutes - watch.seconds
         settings = fit_steps(settings, list(learners.values()), args.seeds, corpus, seconds)
-        head = {**head, "settings": dataclasses.asdict(settings)}
-    progress = Progress(len(todo) * settings.steps)
-    for number, (name, seed) in enumerate(todo):
+        head = {**head, "settings": settings.record()}
 
-        def show(step: int, line: str, number: int = number, name: str = name, seed: int = seed) -> None:
+    progress = Progress(len(todo) * settings.steps)
+    for number, (variant, seed) in enumerate(todo):
+
+        def show(step: int, line: str, number: int = number, name: str = variant.name, seed: int = seed) -> None:
             if sys.stderr.isatty() or step % settings.evaluate_every == 0:
                 progress.show(number * settings.steps + step, f"{name}, seed {seed}, step {step}: {line}")
 
-        folder = args.out / _CHECKPOINTS / run_name(name, seed)
-        keeps = args.checkpoint_every or folder.exists()
+        folder = args.out / _CHECKPOINTS / run_name(variant, seed)
+        keeps = args.checkpoint_every or args.pause_after or folder.exists()
         with turns.alone(), open_checkpoints(folder) if keeps else contextlib.nullcontext() as checkpoints:
+            if is_over():
+                return
             train(
-                learners[name],
+                learners[variant],
                 seed,
                 settings,
                 corpus,
@@ -248,9 +186,9 @@ def _train_routers(
                 head,
                 checkpoints=checkpoints,
                 checkpoint_every=args.checkpoint_every,
+                is_over=is_over,
                 show=show,
             )
-    return settings
 
 
 if __name__ == "__main__":

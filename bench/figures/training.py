@@ -1,6 +1,6 @@
-"""Figures of `bench.train`: held-out curves, quality against speed, and the experts' load over training."""
+"""Figures of `bench.train`: held-out curves, the cost of precisions, quality against speed, and the experts' load."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -8,17 +8,21 @@ import numpy as np
 from bench.figures.section import INK, Section, drawing, svg_of
 from bench.measure.samples import Interval
 from bench.record.tables import Cell
+from bench.training.over_time import busiest_load, by_variant, least_entropy, precision_differences
 from bench.training.records import FILE_NAME, Run
-from bench.training.table import HEADERS, RouterSummary, by_router, summaries, table_rows, warnings_of
+from bench.training.settings import BASELINE_PRECISION
+from bench.training.table import HEADERS, RouterSummary, summaries, table_rows, warnings_of
 
 _CURVES, _PARETO, _LOAD = "Held-out loss over training", "Quality against speed", "Load of the experts over training"
+_PRECISIONS, _BALANCE = "What a precision costs over training", "Balance of the experts over training"
 _MAX_LAYERS = 3
 
 
 def sections(runs: Mapping[str, Run]) -> list[Section]:
-    """The three figures, each with its reason where it cannot be drawn."""
-    rows = summaries(runs.values())
-    return [_pareto(rows), _curves(list(runs.values())), _load(list(runs.values()))]
+    """The figures, each with its reason where it cannot be drawn; that of precisions only if there are several."""
+    every = list(runs.values())
+    costs = [_precisions(every)] if any(precision_differences(every).values()) else []
+    return [_pareto(summaries(every)), _curves(every), *costs, _balance(every), _load(every)]
 
 
 def _missing(name: str, title: str, what: str) -> Section:
@@ -63,21 +67,17 @@ def _pareto(rows: Sequence[RouterSummary]) -> Section:
 
 
 def _curves(runs: Sequence[Run]) -> Section:
-    curves = {router: curve for router, group in by_router(runs).items() if (curve := _curve(group))}
+    curves = {each.name: curve for each, group in by_variant(runs).items() if (curve := _curve(group))}
     if not curves:
         return _missing("curves", _CURVES, "no look at held-out text")
-    causal = {run.head["router"]: run.head["causal"] for run in runs}
+    causal = {run.variant.name: run.head["causal"] for run in runs}
     table: list[list[Cell]] = []
     with drawing("curves") as pyplot:
         figure, axes = pyplot.subplots(figsize=(8, 5))
         colours = _colours(pyplot, curves)
         for router, curve in curves.items():
-            drawn = curve[1:] or curve
-            tokens, means = [place for place, _ in drawn], np.array([value.mean for _, value in drawn])
-            style = "-" if causal[router] else "--"
-            axes.plot(tokens, means, style, color=colours[router], marker=".", label=router)
-            half = np.array([value.half or 0.0 for _, value in drawn])
-            axes.fill_between(tokens, means - half, means + half, color=colours[router], alpha=0.12, linewidth=0)
+            drawn = dict(curve[1:] or curve)
+            _band(axes, list(drawn), list(drawn.values()), colours[router], router, "-" if causal[router] else "--")
             table += [[router, place, value.mean, value.half] for place, value in curve]
         axes.set_xlabel("tokens (bytes) trained on")
         axes.set_ylabel("held-out loss, nats a byte")
@@ -101,8 +101,75 @@ def _curve(runs: Sequence[Run]) -> list[tuple[int, Interval]]:
     return [(place, Interval.of(values)) for place, values in sorted(losses.items()) if len(values) == len(runs)]
 
 
+def _precisions(runs: Sequence[Run]) -> Section:
+    found = precision_differences(runs)
+    table: list[list[Cell]] = []
+    with drawing("precisions") as pyplot:
+        figure, axes = pyplot.subplots(figsize=(8, 4))
+        colours = _colours(pyplot, [variant.name for variant in found])
+        for variant, differences in found.items():
+            places = [step for step, values in sorted(differences.items()) if step and values]
+            means = [Interval.of(differences[step]) for step in places]
+            _band(axes, places, means, colours[variant.name], variant.name)
+            table += [[variant.name, step, each.mean, each.half] for step, each in zip(places, means, strict=True)]
+        axes.axhline(0.0, color=INK, linewidth=0.8)
+        axes.set_xlabel("steps")
+        axes.set_ylabel("difference of held-out loss, nats a byte")
+        axes.legend(fontsize=8)
+        svg = svg_of(figure)
+    text = (
+        f"Held-out loss less that in {BASELINE_PRECISION} with the same router and seed, which saw the same data: "
+        "means over seeds, with their 95 % confidence. Above the line, the precision costs quality."
+    )
+    return Section("precisions", _PRECISIONS, text, svg, ("router", "step", "difference", "± 95 %"), table)
+
+
+def _balance(runs: Sequence[Run]) -> Section:
+    groups = {each: group for each, group in by_variant(runs).items() if _over_looks(group, busiest_load)}
+    if not groups:
+        return _missing("balance", _BALANCE, "no look at held-out text after the first step")
+    table: list[list[Cell]] = []
+    with drawing("balance") as pyplot:
+        figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+        colours = _colours(pyplot, [variant.name for variant in groups])
+        for variant, group in groups.items():
+            entropies, busiest = _over_looks(group, least_entropy), _over_looks(group, busiest_load)
+            for axes, figures in ((left, entropies), (right, busiest)):
+                means = [each.mean for each in figures.values()]
+                axes.plot(list(figures), means, color=colours[variant.name], marker=".", label=variant.name)
+            table += [[variant.name, step, entropies[step].mean, busiest[step].mean] for step in entropies]
+        left.set_ylabel("least entropy of a layer's load")
+        right.set_ylabel("load of the busiest expert, over the mean")
+        right.set_yscale("log")
+        left.set_xlabel("steps")
+        right.set_xlabel("steps")
+        right.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1.0))
+        svg = svg_of(figure)
+    text = "Of held-out text, the worst layer: means over seeds. 1 is a balanced load."
+    return Section("balance", _BALANCE, text, svg, ("router", "step", "least entropy", "busiest"), sorted(table))
+
+
+def _over_looks(runs: Sequence[Run], figure: Callable[[Mapping[str, Any]], float]) -> dict[int, Interval]:
+    """A figure of "held_out" records at each look after the first, where it is finite."""
+    found: dict[int, list[float]] = {}
+    for run in runs:
+        for look in run.held_out:
+            if look["step"] and np.isfinite(value := figure(look)):
+                found.setdefault(look["step"], []).append(value)
+    return {step: Interval.of(values) for step, values in sorted(found.items())}
+
+
+def _band(
+    axes: Any, places: Sequence[int], values: Sequence[Interval], colour: Any, label: str, style: str = "-"
+) -> None:
+    """A line of means within their confidence."""
+    means, half = np.array([each.mean for each in values]), np.array([each.half or 0.0 for each in values])
+    axes.plot(places, means, style, color=colour, marker=".", label=label)
+    axes.fill_between(places, means - half, means + half, color=colour, alpha=0.12, linewidth=0)
+
+
 def _load(runs: Sequence[Run]) -> Section:
-    firsts = [group[0] for group in by_router(runs).values() if len(group[0].held_out) > 1]
+    firsts = [group[0] for group in by_variant(runs).values() if len(group[0].held_out) > 1]
     if not firsts:
         return _missing("load", _LOAD, "no run with two looks at held-out text")
     num_layers = len(firsts[0].held_out[0]["load"])
@@ -123,7 +190,7 @@ def _load(runs: Sequence[Run]) -> Section:
                 image = axes.imshow(share[:, layer].T, aspect="auto", interpolation="nearest", **scale)
                 axes.set_yticks([0, experts - 1])
                 axes.set_xticks(places, [str(run.held_out[place]["step"]) for place in places])
-            row[0].set_ylabel(run.head["router"], rotation=0, ha="right", va="center")
+            row[0].set_ylabel(run.variant.name, rotation=0, ha="right", va="center")
         for axes, layer in zip(grid[0], layers, strict=True):
             axes.set_title(f"layer {layer}", fontsize=9)
         for axes in grid[-1]:
@@ -135,7 +202,7 @@ def _load(runs: Sequence[Run]) -> Section:
         "is a balanced load. The table gives the entropy of each layer's load at the end, 1 when balanced, 0 when one "
         "expert takes all."
     )
-    lasts = [(run.head["router"], run.held_out[-1]) for run in firsts]
+    lasts = [(run.variant.name, run.held_out[-1]) for run in firsts]
     table = [[router, look["step"], *look["load_entropy"]] for router, look in lasts]
     return Section("load", _LOAD, text, svg, ("router", "step", *(f"layer {n}" for n in range(num_layers))), table)
 

@@ -1,6 +1,6 @@
-"""One command in several processes: each does its share, prepares beside the others and measures alone.
+"""One command in several processes: each does its share, prepares beside the others and measures alone on its device.
 
-Who may measure is what `bench.processes.turns` settles.
+Who may measure is what `bench.processes.turns` settles, for each device by itself.
 
 Tracing and lowering are Python, of which a process runs one thread at a time; compiling takes all CPU cores there are.
 """
@@ -19,6 +19,8 @@ from bench.processes.turns import Turns
 
 _TURNS = ".turns"
 _SHARE = "MOEJAX_BENCH_SHARE"
+_DEVICE = "MOEJAX_BENCH_DEVICE"
+_VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +47,8 @@ def my_share() -> Share | None:
 
 
 def my_turns(folder: pathlib.Path) -> Turns:
-    """Turns with the other processes that `run_side_by_side` started for the folder, if this is one of them."""
-    return Turns(folder / _TURNS if my_share() else None)
+    """Turns with those that `run_side_by_side` started for the folder and the same device, if this is one of them."""
+    return Turns(folder / _TURNS / os.environ[_DEVICE] if my_share() else None)
 
 
 def prepare_jobs(jobs: int) -> None:
@@ -62,15 +64,16 @@ def prepare_jobs(jobs: int) -> None:
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 
-def run_side_by_side(module: str, argv: Sequence[str], jobs: int, folder: pathlib.Path) -> list[int]:
+def run_side_by_side(module: str, argv: Sequence[str], jobs: int, folder: pathlib.Path, devices: int = 1) -> list[int]:
     """Runs `python -m {module} {argv}` in `jobs` processes that write to `folder`; their exit statuses.
 
-    What they print of their results is left to whoever reads the records.
+    What they print of their results is left to whoever reads the records. Of several GPUs each process sees one, to
+    which processes are dealt in turn.
     """
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", module, *argv],
-            env={**child_environment(), _SHARE: f"{number}/{jobs}"},
+            env={**child_environment(), _SHARE: f"{number}/{jobs}", **device_environment(number % devices, devices)},
             stdout=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C is for this process alone, which says so once and ends the others
         )
@@ -83,3 +86,11 @@ def run_side_by_side(module: str, argv: Sequence[str], jobs: int, folder: pathli
             process.kill()
             process.wait()
         shutil.rmtree(folder / _TURNS, ignore_errors=True)
+
+
+def device_environment(number: int, devices: int) -> dict[str, str]:
+    """What tells a process its device, of the GPUs that this process sees."""
+    if devices == 1:
+        return {_DEVICE: "0"}
+    visible = os.environ.get(_VISIBLE, ",".join(map(str, range(devices)))).split(",")
+    return {_DEVICE: str(number), _VISIBLE: visible[number]}

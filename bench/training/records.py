@@ -1,6 +1,6 @@
 """The records of `bench.train`: one JSON object a line in train.jsonl, told apart by "kind".
 
-    {"kind": "run", "run": "switch-seed0", "router": "switch", "seed": 0, "settings": {...}, "resumed_from": 0, ...}
+    {"kind": "run", "run": "switch-seed0", "router": "switch", "precision": "w16a16", "seed": 0, "settings": {...}, ...}
     {"kind": "held_out", "run": "switch-seed0", "step": 0, "loss": 5.61, "load": [[...], ...], ...}
     {"kind": "step", "run": "switch-seed0", "step": 10, "loss": 4.2, "tokens_per_second": 30000.0, ...}
     {"kind": "end", "run": "switch-seed0", "step": 300, "held_out_loss": 2.3, "collapsed_layers": [], ...}
@@ -11,10 +11,12 @@ what the first wrote beyond that step is void.
 
 Of a step record, each figure is the mean over the steps since the record before it: loss, aux_loss (the routers'
 losses, weighted), gradient_norm, ms_per_step, tokens_per_second, drop_rate (of all assignments), and for each layer
-load_cv and load_entropy (normalised to 1). A held_out record holds the loss over held-out sequences, the same every
-time, and of all of them together the tokens, the drop_rate, the unrouted_rate (of a layer's tokens, those that no
-expert took), and for each layer load (assignments of each expert), load_cv and load_entropy. An end record holds what
-`bench.training.runs.summary` states.
+load_cv, load_entropy (normalised to 1) and load_max (of the busiest expert, over the mean). A held_out record holds the
+loss over held-out sequences, the same every time, and of all of them together the tokens, the drop_rate, the
+unrouted_rate (of a layer's tokens, those that no expert took), for each layer load (assignments of each expert),
+load_cv, load_entropy and load_max, and what the model can do (`bench.training.skills`): words, word_accuracy, brackets
+and bracket_accuracy. An end record holds what `bench.training.runs.summary` states. Records of before there were
+precisions and skills lack them.
 """
 
 import dataclasses
@@ -25,6 +27,7 @@ from typing import Any
 
 from bench.record.fields import Expected
 from bench.record.json_files import append_records, read_records
+from bench.training.settings import BASELINE_PRECISION, Variant
 
 FILE_NAME = "train.jsonl"
 
@@ -53,7 +56,7 @@ _EXPECTED: Mapping[str, Expected] = {
 
 @dataclasses.dataclass
 class Run:
-    """The records of one router with one seed, in order.
+    """The records of one variant with one seed, in order.
 
     Attributes:
       head: the "run" record, of the last resumption if there was one.
@@ -66,6 +69,11 @@ class Run:
     steps: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     held_out: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     end: dict[str, Any] | None = None
+
+    @property
+    def variant(self) -> Variant:
+        """Router and precision."""
+        return Variant(self.head["router"], self.head.get("precision", BASELINE_PRECISION))
 
     @property
     def last_step(self) -> int:
@@ -82,9 +90,9 @@ class Run:
         )
 
 
-def run_name(router: str, seed: int) -> str:
+def run_name(variant: Variant, seed: int) -> str:
     """The name of a run in its records."""
-    return f"{router}-seed{seed}"
+    return f"{variant.name}-seed{seed}"
 
 
 def append(path: pathlib.Path, record: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""One router trained with one seed: steps, looks at the held-out text, records, checkpoints."""
+"""One variant trained with one seed: steps, looks at the held-out text, records, checkpoints."""
 
 import dataclasses
 import math
@@ -12,9 +12,9 @@ import numpy as np
 from bench.inputs.corpus import Corpus
 from bench.measure.clock import Stopwatch
 from bench.training.checkpoints import Checkpoints
-from bench.training.learner import Learner, Metrics, State, learning_rates
+from bench.training.learner import MOST_STEPS, Learner, State, learning_rates
 from bench.training.records import Run, append, read_runs, run_name
-from bench.training.settings import Settings, count_parameters
+from bench.training.settings import Settings, Variant, count_parameters
 
 COLLAPSED_ENTROPY = 0.5
 """A layer whose held-out load ends below this entropy (of 1) has collapsed: most tokens go to few experts."""
@@ -22,28 +22,49 @@ COLLAPSED_ENTROPY = 0.5
 _STEPS_SHARE = 0.9  # of the time of all runs; looks at the held-out text and checkpoints need the rest
 
 
-def compile_learner(router: str, settings: Settings, corpus: Corpus) -> Learner:
-    """Makes the model with this router, and runs both its programs once on a state that is thrown away.
+def compile_learner(variant: Variant, settings: Settings, corpus: Corpus) -> Learner:
+    """Makes the model, and runs both its programs once on a state that is thrown away.
 
     Raises:
-      ValueError: the settings do not suit the router.
+      ValueError: the settings do not suit the router or the precision.
     """
-    learner = Learner(router, settings)
+    learner = Learner(variant, settings)
     watch = Stopwatch()
-    state, _ = learner.step(learner.start(0), corpus.train_batch(settings.batch_size, seed=0, step=0), 0.0)
-    jax.block_until_ready(learner.evaluate(state, corpus.held_out_batches(settings.batch_size, 1)))
+    state, _ = advance(learner, learner.start(0), settings, corpus, jax.device_put(corpus.train), 0, np.zeros(1))
+    held_out = corpus.held_out_batches(settings.batch_size, settings.held_out_batches)
+    jax.block_until_ready(learner.look(state, jax.device_put(held_out)))
     learner.compile_seconds = watch.seconds
     return learner
 
 
+def advance(
+    learner: Learner,
+    state: State,
+    settings: Settings,
+    corpus: Corpus,
+    text: jax.Array,
+    seed: int,
+    rates: np.ndarray,
+    done: int = 0,
+) -> tuple[State, dict[str, Any]]:
+    """Trains a step for each of the learning rates, from the step `done` on; the new state and the means of figures."""
+    sums: list[dict[str, jax.Array]] = []
+    for first in range(0, len(rates), MOST_STEPS):
+        part = rates[first : first + MOST_STEPS]
+        steps = range(done + first, done + first + len(part))
+        places = corpus.train_places(settings.batch_size, seed=seed, steps=steps)
+        state, found = learner.advance(state, text, places, part)
+        sums.append(found)
+    total = jax.tree.map(lambda *parts: sum(parts) / len(rates), *jax.device_get(sums))
+    return state, {name: value.tolist() for name, value in total.items()}
+
+
 def seconds_a_step(learner: Learner, settings: Settings, corpus: Corpus, steps: int = 5) -> float:
     """What a step takes, by a short run that is thrown away."""
-    state = learner.start(0)
-    batches = [corpus.train_batch(settings.batch_size, seed=0, step=step) for step in range(steps)]
+    state, text = learner.start(0), jax.device_put(corpus.train)
+    jax.block_until_ready((state, text))
     watch = Stopwatch()
-    for batch in batches:
-        state, metrics = learner.step(state, batch, 0.0)
-    jax.block_until_ready(metrics)
+    advance(learner, state, settings, corpus, text, 0, np.zeros(steps))
     return watch.seconds / steps
 
 
@@ -73,12 +94,13 @@ def train(
     *,
     checkpoints: Checkpoints | None = None,
     checkpoint_every: int = 0,
+    is_over: Callable[[], bool] = lambda: False,
     show: Callable[[int, str], None] = lambda step, line: None,
-) -> None:
+) -> bool:
     """Trains until `settings.steps` are done or the loss is no longer finite, and records in a file what happens.
 
     Args:
-      learner: of the router.
+      learner: of the router and precision.
       seed: of the parameters, the routers' noise and the order of the text.
       settings: of all runs.
       corpus: the text.
@@ -86,22 +108,27 @@ def train(
       head: what the "run" record says beyond this run's own figures.
       checkpoints: where states are kept, and the latest is gone on from; None for nowhere.
       checkpoint_every: steps from one checkpoint to the next, 0 for none.
+      is_over: whether to stop before the end, after a checkpoint; asked now and then.
       show: told the steps done and a line about them.
+
+    Returns:
+      Whether the run is finished.
     """
-    name = run_name(learner.router, seed)
+    name = run_name(learner.variant, seed)
     state = learner.start(seed)
     done = 0
     if checkpoints is not None and checkpoints.latest is not None:
         done = checkpoints.latest
         state = checkpoints.restore(done, state)
-    held_out = corpus.held_out_batches(settings.batch_size, settings.held_out_batches)
+    text = jax.device_put(corpus.train)
+    held_out = jax.device_put(corpus.held_out_batches(settings.batch_size, settings.held_out_batches))
 
     def note(kind: str, **figures: Any) -> None:
         append(file, {"kind": kind, "run": name, **figures})
 
     note(
         "run",
-        router=learner.router,
+        **dataclasses.asdict(learner.variant),
         seed=seed,
         causal=state.model.causal,
         resumed_from=done,
@@ -116,25 +143,27 @@ def train(
     stops = [settings.log_every, settings.evaluate_every, *([checkpoint_every] if checkpoint_every else [])]
     finite = True
     while done < settings.steps and finite:
-        until = min(settings.steps, *(done // every * every + every for every in stops))
-        metrics = []
+        looks = [look for look in settings.looks if look > done]
+        until = min(settings.steps, *looks, *(done // every * every + every for every in stops))
         watch = Stopwatch()
-        for step in range(done, until):
-            batch = corpus.train_batch(settings.batch_size, seed=seed, step=step)
-            state, found = learner.step(state, batch, rates[step])
-            metrics.append(found)
-        jax.block_until_ready(metrics)
+        state, figures = advance(learner, state, settings, corpus, text, seed, rates[done:until], done)
         seconds = watch.seconds / (until - done)
         done = until
-        figures = _step_figures(metrics, seconds, settings)
+        figures["ms_per_step"] = seconds * 1e3
+        figures["tokens_per_second"] = settings.batch_size * settings.length / seconds
         finite = math.isfinite(figures["loss"])
         note("step", step=done, learning_rate=float(rates[done - 1]), **figures)
         show(done, _line(figures))
-        if not finite or done % settings.evaluate_every == 0 or done == settings.steps:
+        if not finite or settings.looks_after(done):
             note("held_out", step=done, **_held_out_figures(learner, state, held_out))
-        if finite and checkpoints is not None and checkpoint_every and done % checkpoint_every == 0:
+        stops_here = finite and done < settings.steps and is_over()
+        is_time = checkpoint_every and done % checkpoint_every == 0
+        if finite and checkpoints is not None and (is_time or stops_here):
             checkpoints.save(done, state)
+        if stops_here:
+            return False
     note("end", step=done, **summary(read_runs(file)[name], settings))
+    return True
 
 
 def summary(run: Run, settings: Settings) -> dict[str, Any]:
@@ -143,7 +172,8 @@ def summary(run: Run, settings: Settings) -> dict[str, Any]:
     Returns:
       held_out_loss and bits_per_byte at the end; ms_per_step, median and 95th percentile over the step records, and
       tokens_per_second at the median; drop_rate and load_cv in training, means over the steps; of the last look at the
-      held-out text load_entropy for each layer, unrouted_rate, collapsed_layers and collapsed; active_parameters,
+      held-out text load_entropy for each layer, unrouted_rate, word_accuracy, bracket_accuracy, collapsed_layers and
+      collapsed; active_parameters,
       those that a token is multiplied with, an expert's as often as tokens were given to it and not dropped; diverged,
       whether the loss ceased to be finite.
     """
@@ -163,6 +193,8 @@ def summary(run: Run, settings: Settings) -> dict[str, Any]:
         "load_cv": float(np.mean([step["load_cv"] for step in run.steps])),
         "load_entropy": last["load_entropy"],
         "unrouted_rate": last["unrouted_rate"],
+        "word_accuracy": last["word_accuracy"],
+        "bracket_accuracy": last["bracket_accuracy"],
         "collapsed_layers": collapsed,
         "collapsed": bool(collapsed),
         "active_parameters": round(run.head["parameters"] - routed * (1 - choices / settings.num_experts)),
@@ -170,23 +202,20 @@ def summary(run: Run, settings: Settings) -> dict[str, Any]:
     }
 
 
-def _step_figures(metrics: Sequence[Metrics], seconds: float, settings: Settings) -> dict[str, Any]:
-    """Means over the steps."""
-    each = jax.device_get([found.figures() for found in metrics])
-    means = {name: np.mean([figures[name] for figures in each], axis=0).tolist() for name in each[0]}
-    return {**means, "ms_per_step": seconds * 1e3, "tokens_per_second": settings.batch_size * settings.length / seconds}
-
-
-def _held_out_figures(learner: Learner, state: State, batches: np.ndarray) -> dict[str, Any]:
-    found = learner.evaluate(state, batches)
+def _held_out_figures(learner: Learner, state: State, batches: jax.Array) -> dict[str, Any]:
+    found, skills = jax.device_get(learner.look(state, batches))
     figures = {name: np.asarray(value).tolist() for name, value in found.figures().items()}
-    kept = {name: figures[name] for name in ("loss", "drop_rate", "load_cv", "load_entropy")}
+    kept = {name: figures[name] for name in ("loss", "drop_rate", "load_cv", "load_entropy", "load_max")}
     tokens = batches[:, :, 1:].size
     return {
         **kept,
         "tokens": tokens,
         "load": np.asarray(found.load.tokens_per_expert).tolist(),
         "unrouted_rate": float(np.mean(found.load.unrouted)) / tokens,
+        "words": int(skills.words),
+        "word_accuracy": int(skills.words_right) / max(1, int(skills.words)),
+        "brackets": int(skills.brackets),
+        "bracket_accuracy": int(skills.brackets_right) / max(1, int(skills.brackets)),
     }
 
 

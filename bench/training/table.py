@@ -1,13 +1,14 @@
-"""The routers of a training run beside each other: means over seeds with their confidence, and what is amiss."""
+"""Routers and precisions beside each other: means over seeds with their confidence, and what is amiss."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from bench.measure.samples import Interval
 from bench.record.tables import Cell
+from bench.training.over_time import by_variant
 from bench.training.records import Run
 
 _BASELINE = "softmax"
@@ -16,23 +17,24 @@ Finished = Mapping[str, Any]
 """The "run" and the "end" record of a run together."""
 
 HEADERS = (
-    "router", "seeds", "held-out loss", "± 95 %", f"against {_BASELINE}", "± 95 %", "bits/byte", "ms/step", "tokens/s",
-    "drops %", "load CV", "least entropy", "M params", "M active", "notes",
+    "router", "seeds", "held-out loss", "± 95 %", f"against {_BASELINE}", "± 95 %", "bits/byte", "words %",
+    "brackets %", "ms/step", "tokens/s", "drops %", "load CV", "least entropy", "M params", "M active", "notes",
 )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class RouterSummary:
-    """A router over its finished runs.
+    """A router in a precision, over its finished runs.
 
     Attributes:
-      router: its name.
+      router: the name of the variant.
       causal: whether a token's output depends on no later token.
       seeds: finished runs.
       held_out_loss: in nats a byte, of the runs that did not diverge; None if all did.
       against_baseline: the same less that of the plain softmax router with the same seed, which saw the same data; so
         it can be sure where the intervals of two losses overlap. None for that router, or without seeds in common.
       ms_per_step: of each run the median.
+      word_accuracy, bracket_accuracy: of `bench.training.skills`, means over the runs; None if not counted.
       bits_per_byte, tokens_per_second, drop_rate, load_cv: means over the runs.
       least_entropy: of the held-out load at the end, over layers and runs; None if it is not finite.
       unrouted_rate: share of the held-out tokens of a layer that no expert took, likewise.
@@ -48,6 +50,8 @@ class RouterSummary:
     against_baseline: Interval | None
     ms_per_step: Interval
     bits_per_byte: float | None
+    word_accuracy: float | None
+    bracket_accuracy: float | None
     tokens_per_second: float
     drop_rate: float
     load_cv: float
@@ -59,22 +63,14 @@ class RouterSummary:
     diverged: tuple[int, ...]
 
 
-def by_router(runs: Iterable[Run]) -> dict[str, list[Run]]:
-    """The runs of each router."""
-    groups: dict[str, list[Run]] = {}
-    for run in runs:
-        groups.setdefault(run.head["router"], []).append(run)
-    return groups
-
-
-def summaries(runs: Iterable[Run]) -> list[RouterSummary]:
-    """A summary of each router that has finished runs: first those that are causal, by held-out loss."""
+def summaries(runs: Sequence[Run]) -> list[RouterSummary]:
+    """A summary of each variant that has finished runs: first those that are causal, by held-out loss."""
     finished = {
-        router: [{**run.head, **run.end} for run in group if run.end is not None]
-        for router, group in by_router(runs).items()
+        variant.name: [{**run.head, **run.end} for run in group if run.end is not None]
+        for variant, group in by_variant(runs).items()
     }
     baseline = _losses(finished.get(_BASELINE, ()))
-    found = [_summary(router, group, baseline) for router, group in finished.items() if group]
+    found = [_summary(name, group, baseline) for name, group in finished.items() if group]
     return sorted(found, key=lambda row: (not row.causal, row.held_out_loss.mean if row.held_out_loss else np.inf))
 
 
@@ -87,6 +83,8 @@ def table_rows(rows: Sequence[RouterSummary]) -> list[list[Cell]]:
             *_cells(row.held_out_loss),
             *_cells(row.against_baseline),
             row.bits_per_byte,
+            None if row.word_accuracy is None else 100 * row.word_accuracy,
+            None if row.bracket_accuracy is None else 100 * row.bracket_accuracy,
             row.ms_per_step.mean,
             round(row.tokens_per_second),
             100 * row.drop_rate,
@@ -149,6 +147,8 @@ def _summary(router: str, runs: Sequence[Finished], baseline: Mapping[int, float
         held_out_loss=loss,
         against_baseline=Interval.of(differences) if differences and router != _BASELINE else None,
         ms_per_step=Interval.of([run["ms_per_step"] for run in runs]),
+        word_accuracy=mean("word_accuracy") if "word_accuracy" in runs[0] else None,
+        bracket_accuracy=mean("bracket_accuracy") if "bracket_accuracy" in runs[0] else None,
         bits_per_byte=None if loss is None else loss.mean / float(np.log(2)),
         tokens_per_second=mean("tokens_per_second"),
         drop_rate=mean("drop_rate"),

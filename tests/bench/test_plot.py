@@ -12,6 +12,7 @@ from bench.command.parser import run
 from bench.plot import REPORT, main
 from bench.record.json_files import append_records
 from bench.train import main as train_main
+from bench.training.records import FILE_NAME
 from tests.bench.training.tiny_runs import SIZES
 
 needs_matplotlib = pytest.mark.skipif(
@@ -48,7 +49,7 @@ def test_report_holds_every_figure(results, tmp_path, capsys):
     assert run(main, [str(results), "--svg", str(figures)]) == 0
     assert capsys.readouterr().out.splitlines()[0] == f"wrote {results / REPORT}"
     page = (results / REPORT).read_text()
-    names = ["pareto", "curves", "load", "permute", "bandwidth", "split"]
+    names = ["pareto", "curves", "balance", "load", "permute", "bandwidth", "split"]
     assert {path.stem for path in figures.iterdir()} == set(names)
     assert page.count("<svg") == len(names)
     # One size of the layer has one number of experts, so there is no line to draw, and the report says so.
@@ -66,6 +67,16 @@ def test_report_holds_every_figure(results, tmp_path, capsys):
 
     assert run(main, [str(results)]) == 0
     assert (results / REPORT).read_text() == page
+
+    # The same runs once more, said to be of another precision: they are compared with those of before.
+    lines = (results / FILE_NAME).read_text()
+    other = re.sub(r'"run": "(\w+)-seed', r'"run": "\1-w8a8-seed', lines.replace('"w16a16"', '"w8a8"'))
+    (results / FILE_NAME).write_text(lines + other)
+    assert run(main, [str(results)]) == 0
+    page = (results / REPORT).read_text()
+    assert "What a precision costs" in page
+    assert page.count("<svg") == len(names) + 1
+    assert re.search(r"<td>softmax-w8a8</td>(<td[^>]*>(2|4)[.0]*</td>)(<td[^>]*>0[.0]*</td>){2}", page)
 
 
 @needs_matplotlib

@@ -12,14 +12,16 @@ from bench.measure.samples import Interval
 from bench.record.files import holding
 from bench.train import main
 from bench.training.checkpoints import latest_step, open_checkpoints
+from bench.training.options import training_parser, variants_of
 from bench.training.records import FILE_NAME, Run, read_runs
 from bench.training.runs import compile_learner, fit_steps, seconds_a_step, summary, train
+from bench.training.settings import Variant
 from bench.training.table import summaries, table_rows, warnings_of
 from tests.bench.training.tiny_runs import SETTINGS, SIZES, corpus
 
 HEAD = {
     **{"command": "", "chip": "CPU", "commit": "abc", "date": "2026-01-01", "versions": {}, "text": {"sha256": ""}},
-    "settings": dataclasses.asdict(SETTINGS),
+    "settings": SETTINGS.record(),
 }
 
 
@@ -33,7 +35,7 @@ def losses(run_: Run) -> list[tuple[int, float]]:
 
 @pytest.fixture(scope="module")
 def learner():
-    return compile_learner("noisy_top_k", SETTINGS, corpus())
+    return compile_learner(Variant("noisy_top_k"), SETTINGS, corpus())
 
 
 @pytest.mark.slow
@@ -41,7 +43,7 @@ def test_a_run_that_resumes_equals_one_that_was_not_interrupted(tmp_path, learne
     text = corpus()
     whole, parts = tmp_path / "whole.jsonl", tmp_path / "parts.jsonl"
     with open_checkpoints(tmp_path / "whole") as checkpoints:
-        train(learner, 3, SETTINGS, text, whole, HEAD, checkpoints=checkpoints, checkpoint_every=3)
+        assert train(learner, 3, SETTINGS, text, whole, HEAD, checkpoints=checkpoints, checkpoint_every=3)
 
     def stop(step: int, line: str) -> None:
         assert "tokens/s, drops 0.0 %, load CV" in line
@@ -52,10 +54,13 @@ def test_a_run_that_resumes_equals_one_that_was_not_interrupted(tmp_path, learne
         train(learner, 3, SETTINGS, text, parts, HEAD, checkpoints=checkpoints, checkpoint_every=3, show=stop)
     with open_checkpoints(tmp_path / "parts") as checkpoints:
         assert checkpoints.latest == 3
-        train(learner, 3, SETTINGS, text, parts, HEAD, checkpoints=checkpoints, checkpoint_every=3)
+        assert not train(learner, 3, SETTINGS, text, parts, HEAD, checkpoints=checkpoints, is_over=lambda: True)
+    with open_checkpoints(tmp_path / "parts") as checkpoints:
+        assert checkpoints.latest == 4
+        assert train(learner, 3, SETTINGS, text, parts, HEAD, checkpoints=checkpoints)
 
     expected, found = read_runs(whole)["noisy_top_k-seed3"], read_runs(parts)["noisy_top_k-seed3"]
-    assert found.head["resumed_from"] == 3
+    assert found.head["resumed_from"] == 4
     assert losses(found) == losses(expected)
     assert [record["step"] for record in found.steps] == list(range(1, 9))
     assert [record["step"] for record in found.held_out] == [0, 4, 8]
@@ -115,6 +120,15 @@ def test_command(call, tmp_path, capsys, monkeypatch):
     assert record.end is not None
     assert record.end["collapsed_layers"] == [0, 1]
 
+    assert record.variant == Variant("hash")
+    assert 0 <= record.end["word_accuracy"] <= 1
+
+    # The same can be shown again.
+    assert run(main, ["--report", str(tmp_path / "out"), "--json", "-"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["routers"] == json.loads(table.read_text())["routers"]
+    assert [len(rows) for rows in shown["over_time"].values()] == [2, 0, 2]
+
     # What is there is kept unless one says otherwise; a further seed can join it, other settings cannot.
     assert call("--routers", "hash") == 2
     assert "holds 2 runs already; --resume adds to them, --overwrite removes" in capsys.readouterr().err
@@ -129,18 +143,22 @@ def test_command(call, tmp_path, capsys, monkeypatch):
 @pytest.mark.slow
 def test_processes_side_by_side_train_the_same(call, tmp_path):
     found = []
-    for jobs in ("1", "2"):
-        assert call("--routers", "hash,softmax", "--seeds", "1", "--jobs", jobs, "--overwrite") == 0
+    for how in (("--jobs", "1"), ("--jobs", "2"), ("--devices", "2")):
+        assert call("--routers", "hash,softmax", "--seeds", "1", *how, "--overwrite") == 0
         runs = read_runs(tmp_path / "out" / FILE_NAME)
         found.append({name: losses(run_) for name, run_ in runs.items()})
-    assert found[0] == found[1]
+    assert found[0] == found[1] == found[2]
     assert set(found[0]) == {"hash-seed0", "softmax-seed0"}
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--routers", "hash,best"], "--routers must be some of softmax, "),
+        (["--routers", "hash,best"], "--routers must be some of all, softmax, "),
+        (["--routers", "hash:w4a4"], "a precision must be one of w16a16, w8a8, w8a8g8; got 'w4a4'"),
+        (["--routers", "hash", "--precisions", "w8a8"], "precision 'w8a8' does not fit hidden_size=16"),
+        (["--devices", "99"], "--devices must be all or a number from 1 to 32, the devices there are; got '99'"),
+        (["--report", "/nowhere"], "/nowhere/train.jsonl has no runs: python -m bench.train --out /nowhere makes some"),
         (["--routers", "best"], "got 'best'"),
         (["--seeds", "0"], "--seeds: must be a whole number of at least 1, got '0'"),
         (["--minutes", "5"], "--minutes finds the steps, so it goes without --steps"),
@@ -163,6 +181,24 @@ def test_bad_input_is_a_line_that_says_what_to_do(call, capsys, arguments, messa
     assert call(*arguments) == 2
     err = capsys.readouterr().err.splitlines()
     assert message in err[-1]
+
+
+def test_routers_and_precisions_make_variants():
+    def named(*arguments: str) -> list[str]:
+        args = training_parser().parse_args(arguments)
+        return [variant.name for variant in variants_of(args.routers, args.precisions)]
+
+    assert named("--routers=hash,softmax:w8a8") == ["hash", "softmax-w8a8"]
+    assert named("--routers=hash,switch:w8a8", "--precisions=w16a16,w8a8g8") == ["hash", "hash-w8a8g8", "switch-w8a8"]
+    assert named("--routers=all,softmax:w8a8,hash") == [*named(), "softmax-w8a8"]
+
+
+def test_a_pause_leaves_runs_for_later(call, tmp_path, capsys):
+    pause = ["--routers", "hash", "--seeds", "1", "--pause-after"]
+    assert call(*pause, "1e-9") == 3
+    assert "1 runs are not finished: the same command goes on with --resume" in capsys.readouterr().err
+    assert call(*pause, "10") == 0
+    assert read_runs(tmp_path / "out" / FILE_NAME)["hash-seed0"].end is not None
 
 
 def test_a_folder_is_for_one_run_at_a_time(call, tmp_path, capsys):
@@ -211,11 +247,18 @@ def test_lines_that_are_no_records_are_refused(tmp_path):
             read_runs(path)
 
 
-def a_run(loss: float | None, router: str = "softmax", seed: int = 0) -> Run:
-    head = {"router": router, "seed": seed, "causal": True, "parameters": 100, "expert_parameters": 80}
+def a_run(loss: float | None, router: str = "softmax", seed: int = 0, precision: str = "w16a16") -> Run:
+    head = {
+        "router": router,
+        "precision": precision,
+        "seed": seed,
+        "causal": True,
+        "parameters": 100,
+        "expert_parameters": 80,
+    }
     step = {"step": 1, "loss": loss, "ms_per_step": 2.0, "drop_rate": 0.1, "load_cv": [0.5, 0.7]}
     look = {"step": 1, "loss": loss, "load": [[4] * 8] * 2, "tokens": 16, "load_entropy": [1.0, 1.0]}
-    look |= {"drop_rate": 0.0, "unrouted_rate": 0.0}
+    look |= {"drop_rate": 0.0, "unrouted_rate": 0.0, "word_accuracy": 0.5, "bracket_accuracy": 0.25}
     run = Run(head, [step], [look])
     run.end = summary(run, SETTINGS)
     return run
@@ -262,6 +305,8 @@ def test_losses_are_compared_with_those_of_the_same_seed():
     assert best.router == "hash"
     assert best.against_baseline == Interval.of([1.8 - 2.0, 1.2 - 1.5])
     assert baseline.against_baseline is None
+    in_8_bits = summaries([*softmax, a_run(2.25, seed=0, precision="w8a8")])[1]
+    assert (in_8_bits.router, in_8_bits.against_baseline) == ("softmax-w8a8", Interval.of([0.25]))
     with_more = {row.router: row for row in summaries([*softmax, *hashed])}
     assert with_more["hash"].against_baseline == best.against_baseline
     assert summaries(hashed)[0].against_baseline is None

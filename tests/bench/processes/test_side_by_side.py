@@ -9,6 +9,8 @@ import time
 
 import pytest
 
+from bench.processes.side_by_side import device_environment
+
 PARENT = """
 import pathlib, signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background processes ignore it
@@ -56,3 +58,11 @@ def test_they_end_with_the_process_that_started_them(how, tmp_path):
     assert wait_until(lambda: not any(map(is_running, children)))
     if how == "SIGINT":
         assert (parent.returncode, err) == (130, "interrupted\n")
+
+
+def test_processes_are_dealt_to_the_gpus_that_are_visible(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert "CUDA_VISIBLE_DEVICES" not in device_environment(0, 1)
+    assert device_environment(1, 2)["CUDA_VISIBLE_DEVICES"] == "1"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    assert [device_environment(each, 2)["CUDA_VISIBLE_DEVICES"] for each in (0, 1)] == ["5", "7"]

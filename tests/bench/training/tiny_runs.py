@@ -33,4 +33,5 @@ def corpus() -> Corpus:
     rng = np.random.default_rng(0)
     words = rng.choice([b"expert ", b"router ", b"token ", b"layer "], size=4000)
     text = np.frombuffer(b"".join(words), np.uint8)
-    return Corpus(text[: len(text) // 200 * 200].reshape(-1, 200), SETTINGS.length, "words", "")
+    chunks = text[: len(text) // 200 * 200].reshape(-1, 200)
+    return Corpus(chunks[:-6], chunks[-6:], SETTINGS.length, "words", "")
