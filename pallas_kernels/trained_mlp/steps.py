@@ -37,9 +37,9 @@ def as_is(w: Operand, k_major: bool) -> Operands:
     return {"rhs": w, "rhs_face": None, "transpose_rhs": k_major, "face_transposed": k_major}
 
 
-def moving(weights: Operands, direction: jax.Array) -> Operands:
-    """`direction` in the place of weights."""
-    return as_is(direction, weights["face_transposed"])
+def moving(weights: Operands, direction: jax.Array, settings: Settings) -> Operands:
+    """`direction` in the place of weights, in the dtype of rows, beside which kernels take no other."""
+    return as_is(direction.astype(settings.dtype), weights["face_transposed"])
 
 
 def groups(plan: Plan) -> Operands:

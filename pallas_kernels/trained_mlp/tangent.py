@@ -79,7 +79,9 @@ def _move(backend: str, *, pre: jax.Array, gate_up: Operands, down: Operands, **
         rows = dispatched(backend, x=moves["x"].astype(settings.dtype), plan=plan)
         terms.append(multiplied(backend, rows, gate_up, operands))
     if moves["gate_up"] is not None:
-        terms.append(multiplied(backend, tokens_again(backend, operands), moving(gate_up, moves["gate_up"]), operands))
+        terms.append(
+            multiplied(backend, tokens_again(backend, operands), moving(gate_up, moves["gate_up"], settings), operands)
+        )
     if moves["gate_up_bias"] is not None:
         ones = jnp.ones((pre.shape[0], 1), settings.dtype)
         terms.append(multiplied(backend, ones, as_is(moves["gate_up_bias"][:, None], False), operands))
@@ -100,7 +102,7 @@ def _move(backend: str, *, pre: jax.Array, gate_up: Operands, down: Operands, **
     if moves["down"] is not None:
         h, _ = activated(backend, pre, operands)
         assert h is not None, "it was asked for"
-        found.append(multiplied(backend, h, moving(down, moves["down"]), operands))
+        found.append(multiplied(backend, h, moving(down, moves["down"], settings), operands))
     return summed(backend, found, plan, operands["out_dtype"])
 
 
