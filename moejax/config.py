@@ -104,6 +104,7 @@ class MoEConfig:
         )
         self.router.check(self.num_experts, self.top_k)
         require(self.precision in PRECISIONS, "precision", " or ".join(map(repr, PRECISIONS)), self.precision)
+        require(isinstance(self.quantization, Quantization), "quantization", "a Quantization", self.quantization)
         if self.capacity_factor is not None:
             is_number = isinstance(self.capacity_factor, numbers.Real) and not isinstance(self.capacity_factor, bool)
             is_fit = is_number and 0 < self.capacity_factor < math.inf

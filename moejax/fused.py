@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from moejax.checks import require
 from moejax.experts import ExpertMath, ExpertWeights
 from moejax.packing import GateUpOrder, Layout, split_gate_up
 from moejax.routed_experts import routed_experts
@@ -69,6 +70,8 @@ def fused_experts(
       ValueError: shapes or dtypes do not fit, or `transport` is unknown.
     """
     check_transport(transport)
+    is_known = quantization is None or isinstance(quantization, Quantization)
+    require(is_known, "quantization", "a Quantization, or None for products as operands come", quantization)
     w1, b1 = _gate_first(w1, b1, layout, gate_up_order)
     _check(hidden_states, w1, w2, topk_weights, topk_ids, b1, b2, layout)
     num_local, ep = w1.shape[0], 1 if ep_axis is None else jax.lax.axis_size(ep_axis)

@@ -163,34 +163,37 @@ class Quantization:
     weights_gradient_dtype: QDtype | None = None
 
     def __post_init__(self):
-        for dtype in (self.dtype, self.gradient_dtype, self.weights_gradient_dtype):
-            if dtype is not None:
-                check_qdtype(dtype)
-        block_shape(self.lhs_scaling)
-        block_shape(self.rhs_scaling)
+        for field in ("dtype", "gradient_dtype", "weights_gradient_dtype"):
+            if (dtype := getattr(self, field)) is not None:
+                object.__setattr__(self, field, check_qdtype(dtype, field))
+        for field in ("lhs_scaling", "rhs_scaling"):
+            block_shape(getattr(self, field), field)
 
 
-def check_qdtype(dtype: jax.typing.DTypeLike) -> str:
+def check_qdtype(dtype: jax.typing.DTypeLike, argument: str = "dtype") -> str:
     """The name of an 8-bit dtype; raises ValueError when `dtype` is none of those that can be quantised to."""
-    name = jnp.dtype(dtype).name
+    try:
+        name = jnp.dtype(dtype).name
+    except TypeError:
+        name = repr(dtype)
     if name not in _LARGEST:
-        raise ValueError(f"dtype must be one of {', '.join(_LARGEST)}, got {name}")
+        raise ValueError(f"{argument} must be one of {', '.join(_LARGEST)}, got {name}")
     return name
 
 
-def block_shape(scaling: Scaling) -> tuple[int | None, int | None]:
+def block_shape(scaling: Scaling, argument: str = "scaling") -> tuple[int | None, int | None]:
     """Rows and columns that one scale covers; None stands for the whole dimension.
 
     Raises:
       ValueError: `scaling` is neither a name of `NAMED_BLOCKS` nor of the form "RxC" with positive numbers.
     """
-    if scaling in NAMED_BLOCKS:
+    if isinstance(scaling, str) and scaling in NAMED_BLOCKS:
         return NAMED_BLOCKS[scaling]
-    rows, cross, columns = scaling.partition("x")
+    rows, cross, columns = scaling.partition("x") if isinstance(scaling, str) else ("", "", "")
     if cross and rows.isdecimal() and columns.isdecimal() and int(rows) and int(columns):
         return int(rows), int(columns)
     raise ValueError(
-        f"unknown scaling {scaling!r}; expected one of {', '.join(NAMED_BLOCKS)}, or rows x columns such as '1x128'"
+        f"unknown {argument} {scaling!r}; expected one of {', '.join(NAMED_BLOCKS)}, or rows x columns such as '1x128'"
     )
 
 

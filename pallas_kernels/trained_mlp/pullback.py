@@ -99,7 +99,7 @@ def _through_activation(
     }
     of_pre = asked & {"x", "gate_up", "gate_up_bias"}
     in_8_bits_alone = rounds_to is not None and rounds_to == settings.weights_gradients_round_to
-    if in_8_bits_alone and {"gate_up", "down"} <= asked and "gate_up_bias" not in asked:
+    if in_8_bits_alone and asked & {"gate_up", "down"} and "gate_up_bias" not in asked:
         in_8_bits, factor, result, drow_weights = activation.pulled_with_columns(
             backend, **common, group_sizes=operands["plan"].group_sizes, in_8_bits=rounds_to
         )

@@ -106,13 +106,26 @@ def test_widths_that_do_not_divide_into_scale_blocks(changes, message):
     ("make", "message"),
     [
         (lambda: Quantization(dtype="int4"), "dtype must be one of float8_e4m3fn, float8_e5m2, int8, got int4"),
-        (lambda: Quantization(lhs_scaling="0x128"), "unknown scaling '0x128'"),
-        (lambda: Quantization(rhs_scaling="blocks"), "unknown scaling 'blocks'"),
+        (lambda: Quantization(gradient_dtype="fp8"), "gradient_dtype must be one of float8_e4m3fn, float8_e5m2, int8"),
+        (
+            lambda: Quantization(weights_gradient_dtype="bfloat16"),
+            "weights_gradient_dtype must be one of float8_e4m3fn",
+        ),
+        (lambda: Quantization(lhs_scaling="0x128"), "unknown lhs_scaling '0x128'"),
+        (lambda: Quantization(lhs_scaling=128), "unknown lhs_scaling 128"),
+        (lambda: Quantization(rhs_scaling="blocks"), "unknown rhs_scaling 'blocks'"),
+        (lambda: MoEConfig(**GOOD, quantization="int8"), "quantization must be a Quantization"),
     ],
 )
 def test_quantization_is_checked(make, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         make()
+
+
+def test_dtypes_are_kept_by_name():
+    assert Quantization(dtype=jnp.int8, gradient_dtype=jnp.dtype("float8_e5m2")) == Quantization(
+        "int8", gradient_dtype="float8_e5m2"
+    )
 
 
 def test_replacing_a_field_checks_again():

@@ -24,6 +24,7 @@ from moejax import (
 )
 from moejax.experts import expert_mlp, math_of, shared_mlp
 from moejax.params import EXPERT_FIELDS, EXPERT_WEIGHTS, check_params
+from pallas_kernels.quantize import ToRound
 from tests.helpers import LIMIT, float64, normal, relative_error, same_bits
 from tests.moejax.layers import random_params
 
@@ -336,3 +337,13 @@ def test_parameters_without_a_shared_expert_stay_so(rng):
     config = dataclasses.replace(config_in_8_bits("fp8-blocks"), shared_intermediate_size=0)
     served = quantize_params(random_params(config, rng), config)
     assert served.shared_gate_up is served.shared_down is None
+
+
+@pytest.mark.parametrize(("scaling", "is_late"), [("1x128", True), ("per_row", False), ("per_tensor", False)])
+def test_who_rounds_tokens(rng, scaling, is_late):
+    """Whoever copies them, if their scales are those that it gives, and nobody else takes them."""
+    config = MoEConfig(128, 128, 4, 2, precision="w8a8", quantization=Quantization(lhs_scaling=scaling))
+    serving, x = dataclasses.replace(math_of(config), stays_in_8_bits=True), normal(rng, 4, 128)
+    assert isinstance(serving.rounded(x, late=True), ToRound) == is_late
+    for other in (serving.rounded(x), math_of(config).rounded(x, late=True)):
+        assert not isinstance(other, ToRound)

@@ -261,7 +261,7 @@ def test_block_shape():
 
 @pytest.mark.parametrize("scaling", ["", "x", "1x", "x128", "0x128", "1x0", "axb", "1x128x2", "-1x8", "per_block"])
 def test_unknown_scalings(scaling):
-    message = ["unknown scaling", repr(scaling), "per_tensor, per_row, per_channel", "'1x128'"]
+    message = ["unknown", "scaling", repr(scaling), "per_tensor, per_row, per_channel", "'1x128'"]
     with raises_saying(ValueError, *message):
         block_shape(scaling)
     with raises_saying(ValueError, *message):

@@ -1,5 +1,6 @@
 """Experts in training, as one operator: against every expert on every token, forward, backward and twice."""
 
+import collections
 import functools
 import itertools
 
@@ -12,7 +13,7 @@ from pallas_kernels.activations import gated_halves
 from pallas_kernels.plan import make_plan
 from pallas_kernels.quantize import Quantization
 from pallas_kernels.quantize_rows import rounded
-from pallas_kernels.trained_mlp import Settings, trained_mlp
+from pallas_kernels.trained_mlp import Settings, pullback, trained_mlp
 from tests.helpers import normal, raises_saying, relative_error, same_bits
 
 T, K, E, H, WIDTH = 96, 2, 4, 128, 128
@@ -79,7 +80,7 @@ SUBSETS = [c for n in (1, 5) for c in itertools.combinations(range(5), n)] + [(0
 
 
 @pytest.mark.parametrize("moving", SUBSETS, ids=lambda m: "+".join(NAMES[i] for i in m))
-@pytest.mark.quick("x+weights+gate_up+down+bias", "weights")
+@pytest.mark.quick("x+weights+gate_up+down+bias", "weights", "down")
 def test_derivatives_of_any_operands(rng, moving):
     primals, directions, dy = operands(rng), operands(rng), normal(rng, T, H)
     if 4 not in moving:
@@ -110,7 +111,7 @@ QUANTIZATIONS = {
 
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 @pytest.mark.parametrize("name", QUANTIZATIONS)
-@pytest.mark.quick("dx+dw-", "dw-bias")
+@pytest.mark.quick("dx+dw-", "dx+dw-bias")
 def test_gradients_in_8_bits(rng, name, bias):
     x, weights, gate_up, down, b = operands(rng, "bfloat16")
     primals, dy = (x, weights, gate_up, down, b if bias else None), normal(rng, T, H)
@@ -137,7 +138,30 @@ def test_gradients_of_weights_do_not_depend_on_what_else_takes_one(rng):
 
         return jax.jit(lambda: jax.vjp(of_moving, *(primals[i] for i in moving))[1](dy))()
 
-    assert same_bits(gradients(2, 3), gradients(0, 1, 2, 3)[2:])
+    of_all = gradients(0, 1, 2, 3)
+    assert same_bits(gradients(2, 3), of_all[2:])
+    assert same_bits(gradients(2), of_all[2:3])
+
+
+def test_every_factor_is_rounded_to_its_own_dtype(rng, monkeypatch):
+    """Activations to one, cotangents of rows to another, those for gradients of weights to a third."""
+    found = collections.Counter()
+
+    def spied(name, function):
+        def run(*args, **options):
+            found[name, jnp.dtype(options.get("dtype", args[1] if len(args) > 1 else None)).name] += 1
+            return function(*args, **options)
+
+        return run
+
+    for name in ("rows_in_8_bits", "quantize_columns"):
+        monkeypatch.setattr(pullback, name, spied(name, getattr(pullback, name)))
+    quantization = Quantization(gradient_dtype="float8_e5m2", weights_gradient_dtype="int8")
+    primals = operands(rng, "bfloat16")
+    jax.make_jaxpr(lambda: jax.vjp(functools.partial(ours, quantization=quantization), *primals)[1](jnp.ones((T, H))))()
+    # dy by tokens; x and h, then dy and the cotangent of pre-activations, by columns.
+    expected = {("rows_in_8_bits", "float8_e5m2"): 1, ("quantize_columns", FP8): 2, ("quantize_columns", "int8"): 2}
+    assert found == expected
 
 
 def test_what_is_kept_for_the_gradient(rng):
