@@ -8,13 +8,13 @@ TOPOLOGIES = ["v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"]
 KERNELS = {
     "each kernel": {
         "dispatch 8 bits": ["dispatch"],
-        "gradient of weights in 8 bits": ["grouped_matmul_drhs_8_bits"],
         "in shard_map": ["combine", "combine_dweights", "dispatch", "grouped_matmul", "grouped_matmul_drhs"],
         "gate/up fp8 blocks K-major": ["grouped_gate_up"],
         "all_to_all": ["all_to_all"],
         "rms_norm gradients": ["rms_norm", "rms_norm_pullback"],
     },
     "others": {
+        "gradient of weights in 8 bits": ["grouped_matmul_drhs_8_bits"],
         "rms_norm 2880": ["rms_norm", "rms_norm_pullback"],
         "rms_norm e4m3 blocks": ["rms_norm"],
         "rms_norm e5m2": ["rms_norm"],

@@ -61,6 +61,7 @@ def test_a_layer_is_timed_by_the_wall_clock(name):
 
 
 @pytest.mark.parametrize("name", ["qwen3-train-bf16", "qwen3-train-fp8"])
+@pytest.mark.quick("qwen3-train-fp8")
 def test_a_training_step_is_right(name):
     case = dataclasses.replace(CASES[name], shape=GemmShape(8, 16, 128, 128))
     ours, peers = measure_case(case, repeats=1, with_peers=True)

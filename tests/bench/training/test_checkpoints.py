@@ -34,7 +34,7 @@ def test_what_was_saved_is_restored(folder):
 
 
 @pytest.mark.parametrize("damage", ["cut off", "a bit"])
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of what Orbax had begun to read
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # see pyproject.toml
 def test_damage_is_one_line(folder, damage):
     largest = max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
     data = bytearray(largest.read_bytes())

@@ -91,6 +91,7 @@ def dense_dbias(dout, group_sizes, num_groups: int, group_offset: int = 0) -> np
     return dense_drhs(np.ones((dout.shape[0], 1)), dout, group_sizes, num_groups, group_offset)[:, 0]
 
 
+@np.errstate(over="ignore")  # an exponential without bound makes a logistic function of zero
 def gated(gate: np.ndarray, up: np.ndarray, activation: str, limit: float | None = None) -> np.ndarray:
     """The activations by their formulas, in float64."""
     if limit is not None:

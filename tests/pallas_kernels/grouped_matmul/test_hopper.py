@@ -104,6 +104,7 @@ def test_weights_before_the_wait_on_a_simulated_gpu(monkeypatch, rng, config, ro
     assert not np.asarray(out[sum(sizes) :]).any()
 
 
+@pytest.mark.slow
 def test_weights_before_the_wait_with_scales_in_blocks_on_a_simulated_gpu(monkeypatch, rng):
     sizes = 5, 0, 3
     lhs, rhs, bias = operands(rng, (12, 512, 256, len(sizes)))

@@ -234,8 +234,8 @@ def test_gradient_of_the_weights_in_small_tiles(rng, blocks, dtype):
     assert not np.asarray(out)[np.asarray(sizes) == 0].any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fused", [False, True], ids=["matmul", "gate_up"])
-@pytest.mark.quick("matmul")
 def test_stages_run_and_only_the_whole_gives_the_product(rng, fused):
     lhs, rhs, _ = operands(rng, (96, 64, 512, 4), jnp.bfloat16)
     sizes = jnp.asarray([40, 3, 0, 50], jnp.int32)
