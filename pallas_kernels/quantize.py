@@ -66,9 +66,31 @@ class QTensor:
         return QTensor(self.values.mT, self.scale.mT)
 
 
+@dataclasses.dataclass(frozen=True)
+class _OfArray:
+    """What goes by the shape of the array that it holds."""
+
+    array: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the array."""
+        return self.array.shape
+
+    @property
+    def ndim(self) -> int:
+        """The rank of the array."""
+        return self.array.ndim
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The dtype of the array."""
+        return self.array.dtype
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Rounded:
+class Rounded(_OfArray):
     """An array with what it is in 8 bits: products take the 8 bits, and gradients pass the rounding to the array.
 
     Of the array, nothing is computed but what someone takes of it.
@@ -80,29 +102,13 @@ class Rounded:
         weights, take it then.
     """
 
-    array: jax.Array
     in_8_bits: QTensor
     is_widened: bool = dataclasses.field(default=False, metadata={"static": True})
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of the array."""
-        return self.array.shape
-
-    @property
-    def ndim(self) -> int:
-        """The rank of the array."""
-        return self.array.ndim
-
-    @property
-    def dtype(self) -> jnp.dtype:
-        """The dtype of the array."""
-        return self.array.dtype
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class ToRound:
+class ToRound(_OfArray):
     """An array that whoever copies it to experts rounds to 8 bits, with scales "1x128", before that or on the way.
 
     No gradient passes.
@@ -112,23 +118,7 @@ class ToRound:
       qdtype: of 8 bits.
     """
 
-    array: jax.Array
     qdtype: QDtype = dataclasses.field(metadata={"static": True})
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of the array."""
-        return self.array.shape
-
-    @property
-    def ndim(self) -> int:
-        """The rank of the array."""
-        return self.array.ndim
-
-    @property
-    def dtype(self) -> jnp.dtype:
-        """The dtype of the array."""
-        return self.array.dtype
 
 
 Operand = jax.Array | QTensor

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.plan import Plan
-from pallas_kernels.quantize import QTensor, quantize
+from pallas_kernels.quantize import QTensor
+from pallas_kernels.quantize_rows.reference import quantize_rows
 
 
 def dispatch[Rows: jax.Array | QTensor](x: Rows, plan: Plan) -> Rows:
@@ -23,7 +24,7 @@ def dispatch[Rows: jax.Array | QTensor](x: Rows, plan: Plan) -> Rows:
 
 def dispatch_rounded(x: jax.Array, plan: Plan, *, dtype: jnp.dtype) -> QTensor:
     """See `pallas_kernels.dispatch.dispatch`, of a `ToRound`."""
-    return dispatch(quantize(x, dtype, scaling="1x128"), plan)
+    return dispatch(quantize_rows(x, dtype=dtype), plan)
 
 
 def dispatch_weighted(x: jax.Array, plan: Plan, weights: jax.Array, *, out_dtype: jax.typing.DTypeLike) -> jax.Array:

@@ -24,7 +24,8 @@ from pallas_kernels.dispatch import reference
 from pallas_kernels.on_tpu.device import tpu_chip
 from pallas_kernels.on_tpu.row_copies import SUBLANES, Rows, Steps, pipelined
 from pallas_kernels.plan import Plan
-from pallas_kernels.quantize import QTensor, quantize
+from pallas_kernels.quantize import QTensor
+from pallas_kernels.quantize_rows.reference import quantize_rows
 from pallas_kernels.stage import Stage
 from pallas_kernels.tracing.varying import result_varying_as
 
@@ -51,7 +52,7 @@ def dispatch(x: jax.Array | QTensor, plan: Plan) -> jax.Array | QTensor:
 
 def dispatch_rounded(x: jax.Array, plan: Plan, *, dtype: jnp.dtype) -> jax.Array | QTensor:
     """See `pallas_kernels.dispatch.dispatch`, of a `ToRound`: XLA rounds."""
-    return dispatch(quantize(x, dtype, scaling="1x128"), plan)
+    return dispatch(quantize_rows(x, dtype=dtype), plan)
 
 
 def dispatch_weighted(x: jax.Array, plan: Plan, weights: jax.Array, *, out_dtype: jax.typing.DTypeLike) -> jax.Array:

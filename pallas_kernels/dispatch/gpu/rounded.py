@@ -21,13 +21,13 @@ from pallas_kernels.on_gpu.rounding import FLOATS, FP8, rounded_in_blocks
 from pallas_kernels.on_gpu.strips import cut_in_blocks, for_each, launch, store
 from pallas_kernels.plan import Plan
 from pallas_kernels.quantize import QTensor
-from pallas_kernels.quantize_rows import quantize_rows
+from pallas_kernels.quantize_rows import SCALING, rows_in_8_bits
 
 _FEW_BYTES = 1 << 24
 """Of rows as they are read, which pass in as little time as a launch takes."""
 
-_BLOCK, _LEAST_COLUMNS = 128, 1024
-"""Elements that have one scale, and those of the shortest row that has a strip."""
+_LEAST_COLUMNS = 1024
+"""Of the shortest row that has a strip."""
 
 _BLOCKS_PER_CORE = 8
 
@@ -37,11 +37,11 @@ def dispatch_rounded(x: jax.Array, plan: Plan, *, dtype: jnp.dtype) -> jax.Array
     chip = hopper_chip("dispatch")
     num_tokens, columns = x.shape
     num_rows = plan.order.shape[0]
-    is_rounded_here = x.dtype.name in FLOATS and dtype.name in FP8
-    if not is_rounded_here or num_rows == 0 or num_tokens == 0:
+    if num_rows == 0 or num_tokens == 0:
         return reference.dispatch_rounded(x, plan, dtype=dtype)
-    if columns < _LEAST_COLUMNS or num_rows * columns * x.dtype.itemsize > _FEW_BYTES:
-        return dispatch(quantize_rows(x, dtype, backend="pallas_gpu"), plan)
+    fits = x.dtype.name in FLOATS and dtype.name in FP8 and columns >= _LEAST_COLUMNS
+    if not fits or num_rows * columns * x.dtype.itemsize > _FEW_BYTES:
+        return dispatch(rows_in_8_bits(x, dtype, scaling=SCALING, backend="pallas_gpu"), plan)
     strips, top_k = cut_in_blocks("dispatch", columns), plan.inverse.shape[1]
     units = num_rows * strips.count
     programs = min(units, _most_programs(chip))

@@ -22,6 +22,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.backend import Unsupported
 from pallas_kernels.chips import MIB, Chip
 from pallas_kernels.grouped_matmul.group_sizes import bounds
+from pallas_kernels.grouped_matmul.tpu.visits import visits_of
 from pallas_kernels.tracing.varying import result_varying_as
 
 
@@ -219,11 +220,5 @@ class _Visits:
         blocks = pl.cdiv(num_rows, block_m)
         first = jnp.minimum(begin // block_m, blocks - 1)
         visits = jnp.where(end > begin, pl.cdiv(end, block_m) - first, 1)
-        last = jnp.cumsum(visits, dtype=jnp.int32)
-        number = jnp.arange(blocks + num_groups, dtype=jnp.int32)
-        group = jnp.searchsorted(last, number, side="right", method="compare_all").astype(jnp.int32)
-        known = jnp.minimum(group, num_groups - 1)
-        block = jnp.minimum(first[known] + number - (last - visits)[known], blocks - 1)
-        edge = jnp.full(1, -1, jnp.int32)
-        group = jnp.concatenate([edge, jnp.where(group < num_groups, group, -1), edge])
-        return cls(group, block, begin, end, last[-1])
+        group, block, count = visits_of(first, visits, blocks)
+        return cls(group, block, begin, end, count)

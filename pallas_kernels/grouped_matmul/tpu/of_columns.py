@@ -19,6 +19,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.chips import Chip
 from pallas_kernels.columns import BLOCK, Columns, first_blocks
+from pallas_kernels.grouped_matmul.tpu.visits import visits_of
 from pallas_kernels.tracing.varying import result_varying_as
 
 _LARGEST_TILE = 1024
@@ -131,14 +132,7 @@ class _Visits:
     @classmethod
     def of(cls, group_sizes: jax.Array, num_blocks: int) -> "_Visits":
         """Those of groups that lie in so many blocks."""
-        num_groups, first = group_sizes.shape[0], first_blocks(group_sizes)
+        first = first_blocks(group_sizes)
         blocks = first[1:] - first[:-1]
-        visits = jnp.maximum(blocks, 1)
-        last = jnp.cumsum(visits, dtype=jnp.int32)
-        number = jnp.arange(num_blocks + num_groups, dtype=jnp.int32)
-        group = jnp.searchsorted(last, number, side="right", method="compare_all").astype(jnp.int32)
-        known = jnp.minimum(group, num_groups - 1)
-        block = jnp.minimum(first[known] + number - (last - visits)[known], num_blocks - 1)
-        edge = jnp.full(1, -1, jnp.int32)
-        group = jnp.concatenate([edge, jnp.where(group < num_groups, group, -1), edge])
-        return cls(group, block, (blocks > 0).astype(jnp.int32), last[-1])
+        group, block, count = visits_of(first[:-1], jnp.maximum(blocks, 1), num_blocks)
+        return cls(group, block, (blocks > 0).astype(jnp.int32), count)

@@ -13,8 +13,8 @@ After the last step of a tile the accumulators are read, which waits for the las
 With block scales every product has an accumulator of its own, which is scaled and added to the total at the place of
 "release" (see `_sum_by_block`). Without them, one accumulator sums up the whole of K. What lies between the end of a
 product and the start of the next one should be no more than these sums, as the other warpgroup has the tensor cores for
-as long only: the fence after the reading of scales, which costs as much as a third of the sums, comes while the product
-runs. An accumulator that is made right before its product is not cleared by instructions of its own.
+as long only: the fence after the reading of scales, which waits for all warps, comes while the product runs. An
+accumulator that is made right before its product is not cleared by instructions of its own.
 
 A tile ends with `_finish` (side_full -> scales, bias, activation -> side_empty) and `store_rows`, which goes through
 staging buffers of the warpgroup's own, and waits for its own stores instead of at a barrier.
