@@ -9,9 +9,13 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.moved_rows import dispatched
-from pallas_kernels.plan import Plan
+from pallas_kernels.plan import Plan, check_choices, in_int32, make_plan, tight_plan
 from pallas_kernels.primitive import Operands, Operator
 from pallas_kernels.quantize import Copied, QTensor, Rounded, Rows, ToRound, check_row_scales
+from pallas_kernels.tracing.concrete import is_less
+
+_MOST_ASSIGNMENTS = 1024
+"""As many as each block of a kernel may compare with its own."""
 
 
 @overload
@@ -53,6 +57,39 @@ def dispatch(x: Copied, plan: Plan, *, backend: str = "auto") -> Rows:
     return dispatched(backend, x=x, plan=plan)
 
 
+def plan_and_dispatch(
+    x: ToRound, topk_ids: jax.Array, num_groups: int, *, backend: str = "auto"
+) -> tuple[Plan, QTensor]:
+    """`make_plan`, tight, and `dispatch` by it: of few tokens in one kernel on a GPU.
+
+    Args:
+      x: [T, H]. No gradient passes.
+      topk_ids: integer [T, K], as `make_plan` takes them.
+      num_groups: G.
+      backend: "auto", "xla", "pallas_tpu" or "pallas_gpu".
+
+    Returns:
+      The plan, and rows [T·K, H], of which those without an assignment are zeros.
+
+    Raises:
+      ValueError: `topk_ids` is not an integer matrix with a row for each token, or `num_groups` is not positive.
+    """
+    check_choices(topk_ids, num_groups)
+    if x.ndim != 2 or x.shape[0] != topk_ids.shape[0]:
+        raise ValueError(f"x must be [T, H] with the T = {topk_ids.shape[0]} tokens of topk_ids, got {list(x.shape)}")
+    if not is_less(topk_ids.size, _MOST_ASSIGNMENTS + 1):
+        plan = make_plan(topk_ids, num_groups, backend=backend)
+        return plan, dispatch(x, plan, backend=backend)
+    by_group, rows = planned_and_dispatched(
+        backend,
+        x=jax.lax.stop_gradient(x.array),
+        topk_ids=in_int32(topk_ids, num_groups),
+        num_groups=num_groups,
+        dtype=jnp.dtype(x.qdtype),
+    )
+    return tight_plan(by_group, topk_ids.shape), rows
+
+
 def _rounded_jvp(backend: str, operands: Operands, tangents: Operands) -> tuple[Any, Any]:
     raise TypeError("dispatch() of a ToRound cannot be differentiated: 8-bit cotangents lose the gradient")
 
@@ -60,4 +97,7 @@ def _rounded_jvp(backend: str, operands: Operands, tangents: Operands) -> tuple[
 dispatched_rounded = Operator("dispatch", "dispatch_rounded", jvp=_rounded_jvp)
 """`dispatch` of a `ToRound` as a primitive."""
 
-__all__ = ["dispatch"]
+planned_and_dispatched = Operator("dispatch", "plan_and_dispatch", jvp=_rounded_jvp)
+"""`plan_and_dispatch` as a primitive; the plan as `counting_sort` has it."""
+
+__all__ = ["dispatch", "plan_and_dispatch"]

@@ -3,7 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.plan import Plan
+from pallas_kernels.plan import Plan, tight_plan
+from pallas_kernels.plan.counting_sort import Sorted, counting_sort
 from pallas_kernels.quantize import QTensor
 from pallas_kernels.quantize_rows.reference import quantize_rows
 
@@ -25,6 +26,14 @@ def dispatch[Rows: jax.Array | QTensor](x: Rows, plan: Plan) -> Rows:
 def dispatch_rounded(x: jax.Array, plan: Plan, *, dtype: jnp.dtype) -> QTensor:
     """See `pallas_kernels.dispatch.dispatch`, of a `ToRound`."""
     return dispatch(quantize_rows(x, dtype=dtype), plan)
+
+
+def plan_and_dispatch(
+    x: jax.Array, topk_ids: jax.Array, *, num_groups: int, dtype: jnp.dtype
+) -> tuple[Sorted, QTensor]:
+    """See `pallas_kernels.dispatch.plan_and_dispatch`."""
+    by_group = counting_sort(topk_ids.reshape(-1), num_groups, backend="xla")
+    return by_group, dispatch_rounded(x, tight_plan(by_group, topk_ids.shape), dtype=dtype)
 
 
 def dispatch_weighted(x: jax.Array, plan: Plan, weights: jax.Array, *, out_dtype: jax.typing.DTypeLike) -> jax.Array:

@@ -23,7 +23,8 @@ from pallas_kernels.cost import dispatch_cost
 from pallas_kernels.dispatch import reference
 from pallas_kernels.on_tpu.device import tpu_chip
 from pallas_kernels.on_tpu.row_copies import SUBLANES, Rows, Steps, pipelined
-from pallas_kernels.plan import Plan
+from pallas_kernels.plan import Plan, tight_plan
+from pallas_kernels.plan.counting_sort import Sorted, counting_sort
 from pallas_kernels.quantize import QTensor
 from pallas_kernels.quantize_rows.reference import quantize_rows
 from pallas_kernels.stage import Stage
@@ -53,6 +54,14 @@ def dispatch(x: jax.Array | QTensor, plan: Plan) -> jax.Array | QTensor:
 def dispatch_rounded(x: jax.Array, plan: Plan, *, dtype: jnp.dtype) -> jax.Array | QTensor:
     """See `pallas_kernels.dispatch.dispatch`, of a `ToRound`: XLA rounds."""
     return dispatch(quantize_rows(x, dtype=dtype), plan)
+
+
+def plan_and_dispatch(
+    x: jax.Array, topk_ids: jax.Array, *, num_groups: int, dtype: jnp.dtype
+) -> tuple[Sorted, jax.Array | QTensor]:
+    """See `pallas_kernels.dispatch.plan_and_dispatch`: one after the other."""
+    by_group = counting_sort(topk_ids.reshape(-1), num_groups, backend="pallas_tpu")
+    return by_group, dispatch_rounded(x, tight_plan(by_group, topk_ids.shape), dtype=dtype)
 
 
 def dispatch_weighted(x: jax.Array, plan: Plan, weights: jax.Array, *, out_dtype: jax.typing.DTypeLike) -> jax.Array:

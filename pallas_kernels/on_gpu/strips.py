@@ -9,7 +9,7 @@ is computed of a block.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -212,8 +212,10 @@ def for_each(first, step: int, count: int, fetch: Callable[[Any], Any], body: Ca
     lax.fori_loop(0, rounds, one_round, (first, fetch(first)))
 
 
-def launch(body: Callable[..., None], out: Any, *inputs: jax.Array, name: str, blocks: int):
-    """Runs `body(*inputs, out)` in `blocks` blocks of one warpgroup, which share no memory that they write.
+def launch(
+    body: Callable[..., None], out: Any, *inputs: jax.Array, name: str, blocks: int, scratch: Sequence[Any] = ()
+):
+    """Runs `body(*inputs, out, *scratch)` in `blocks` blocks of one warpgroup, which share no memory that they write.
 
     Args:
       body: gets references.
@@ -221,10 +223,12 @@ def launch(body: Callable[..., None], out: Any, *inputs: jax.Array, name: str, b
       *inputs: arrays.
       name: of the kernel.
       blocks: how many.
+      scratch: what each of them has for itself.
     """
     return plgpu.kernel(
         body,
         out_type=out,
+        scratch_types=scratch,
         grid=(blocks,),
         grid_names=("block",),
         kernel_name=name,

@@ -18,7 +18,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.plan.counting_sort import counting_sort
+from pallas_kernels.plan.counting_sort import Sorted, counting_sort
 from pallas_kernels.plan.ids import as_ids, in_int32
 from pallas_kernels.tracing.concrete import is_less
 
@@ -61,29 +61,36 @@ def make_plan(topk_ids: jax.Array, num_groups: int, *, capacity: int | None = No
     Raises:
       ValueError: `topk_ids` is not an integer matrix, or `num_groups` or `capacity` is not positive.
     """
-    if topk_ids.ndim != 2 or not jnp.issubdtype(topk_ids.dtype, jnp.integer):
-        raise ValueError(f"topk_ids must be an integer array [T, K], got {topk_ids.dtype}{list(topk_ids.shape)}")
-    if num_groups < 1:
-        raise ValueError(f"num_groups must be at least 1, got {num_groups}")
+    check_choices(topk_ids, num_groups)
     if capacity is not None and is_less(capacity, 1):
         raise ValueError(f"capacity must be at least 1 row a group, got {capacity}; use None for no limit")
     num_tokens, top_k = topk_ids.shape
     ids = in_int32(topk_ids, num_groups)
     if capacity is None:
-        rows, order, group_sizes = counting_sort(ids.reshape(-1), num_groups, backend=backend)
-        inverse = rows.reshape(num_tokens, top_k)
-    else:  # First choices first.
-        rows, order, group_sizes = counting_sort(ids.T.reshape(-1), num_groups, backend=backend)
-        inverse = rows.reshape(top_k, num_tokens).T
-        stride = jnp.asarray(jax.core.max_dim(num_tokens, 1), jnp.int32)
-        order = jnp.where(order < 0, -1, order % stride * top_k + order // stride)
-    offsets = jnp.cumsum(group_sizes, dtype=jnp.int32) - group_sizes
-    plan = Plan(order, inverse, group_sizes, offsets, jnp.zeros((), jnp.int32))
-    if capacity is None:
-        return plan
+        return tight_plan(counting_sort(ids.reshape(-1), num_groups, backend=backend), (num_tokens, top_k))
+    # First choices first.
+    rows, order, group_sizes = counting_sort(ids.T.reshape(-1), num_groups, backend=backend)
+    stride = jnp.asarray(jax.core.max_dim(num_tokens, 1), jnp.int32)
+    order = jnp.where(order < 0, -1, order % stride * top_k + order // stride)
+    plan = tight_plan(Sorted(rows.reshape(top_k, num_tokens).T, order, group_sizes), (num_tokens, top_k))
     padded = take_slots(plan, ids, capacity)
     dropped = group_sizes.sum(dtype=jnp.int32) - padded.group_sizes.sum(dtype=jnp.int32)
     return dataclasses.replace(padded, dropped=dropped)
+
+
+def check_choices(topk_ids: jax.Array, num_groups: int) -> None:
+    """Raises ValueError unless `topk_ids` is an integer matrix and `num_groups` positive."""
+    if topk_ids.ndim != 2 or not jnp.issubdtype(topk_ids.dtype, jnp.integer):
+        raise ValueError(f"topk_ids must be an integer array [T, K], got {topk_ids.dtype}{list(topk_ids.shape)}")
+    if num_groups < 1:
+        raise ValueError(f"num_groups must be at least 1, got {num_groups}")
+
+
+def tight_plan(by_group: Sorted, shape: tuple[int, ...]) -> Plan:
+    """The plan in which the T·K assignments of `shape` [T, K] lie as they are sorted."""
+    rows, order, group_sizes = by_group
+    offsets = jnp.cumsum(group_sizes, dtype=jnp.int32) - group_sizes
+    return Plan(order, rows.reshape(shape), group_sizes, offsets, jnp.zeros((), jnp.int32))
 
 
 def take_slots(plan: Plan, topk_ids: jax.Array, slots: int, begin: jax.Array | int = 0) -> Plan:
@@ -131,4 +138,14 @@ def unsorted_plan(topk_ids: jax.Array) -> Plan:
     return Plan(order, order.reshape(topk_ids.shape), is_made.astype(jnp.int32), numbers, jnp.zeros((), jnp.int32))
 
 
-__all__ = ["Plan", "as_ids", "each_choice", "in_int32", "make_plan", "take_slots", "unsorted_plan"]
+__all__ = [
+    "Plan",
+    "as_ids",
+    "check_choices",
+    "each_choice",
+    "in_int32",
+    "make_plan",
+    "take_slots",
+    "tight_plan",
+    "unsorted_plan",
+]

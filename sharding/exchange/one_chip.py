@@ -9,13 +9,13 @@ from typing import Any
 import jax
 
 from pallas_kernels.combine import combine
-from pallas_kernels.dispatch import dispatch
+from pallas_kernels.dispatch import dispatch, plan_and_dispatch
 from pallas_kernels.moved_rows import in_order
 from pallas_kernels.plan import Plan, make_plan
-from pallas_kernels.quantize import Copied, Rows
+from pallas_kernels.quantize import Copied, Rows, ToRound
 from pallas_kernels.tracing.named import named
 from sharding.exchange.room import bounded
-from sharding.exchange.transport import PLAN_NAME, WeighingExperts, in_one_round
+from sharding.exchange.transport import PLAN_NAME, Experts, WeighingExperts, in_one_round
 from sharding.exchange.way import Way
 from sharding.tensor_parallel import gather_tokens, sum_tokens
 
@@ -47,7 +47,27 @@ def combine_slots(
     return sum_tokens(y, way.columns_over).astype(preferred_element_type) if way.columns_over else y
 
 
-exchange = in_one_round(plan_rows, send, give_back, combine_slots)
+_exchange = in_one_round(plan_rows, send, give_back, combine_slots)
+
+
+def exchange(
+    x: Copied,
+    topk_weights: jax.Array,
+    topk_ids: jax.Array,
+    experts: Experts,
+    params: Any,
+    way: Way,
+    *,
+    preferred_element_type: jax.typing.DTypeLike,
+) -> jax.Array:
+    """See `sharding.exchange.exchange`."""
+    dtype = preferred_element_type
+    if isinstance(x, ToRound) and way.counted_choices is None and not way.columns_over:
+        plan, rows = plan_and_dispatch(x, topk_ids, way.placement.num_experts, backend=way.backend)
+        slots = experts(params, rows, plan.group_sizes)
+        return combine_slots(slots, plan, topk_weights, way, preferred_element_type=dtype)
+    sent: Any = x  # perhaps a `ToRound` still, which `send` takes
+    return _exchange(sent, topk_weights, topk_ids, experts, params, way, preferred_element_type=dtype)
 
 
 def sum_of_weighed_rows(

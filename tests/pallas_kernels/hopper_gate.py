@@ -26,12 +26,13 @@ from pallas_kernels.all_to_all import all_to_all, make_routes
 from pallas_kernels.chips import get_chip
 from pallas_kernels.columns import Columns, padded_rows
 from pallas_kernels.combine import combine
+from pallas_kernels.dispatch import dispatch
 from pallas_kernels.gated_activation import gated_activation, gated_activation_in_8_bits
 from pallas_kernels.gated_activation.gradients import pulled, pulled_with_columns
 from pallas_kernels.grouped_matmul import grouped_gate_up, grouped_matmul, grouped_matmul_of_columns
 from pallas_kernels.on_gpu.prefetch import Prefetch, prefetching
 from pallas_kernels.plan import Plan, make_plan, unsorted_plan
-from pallas_kernels.quantize import QTensor, dequantize, quantize
+from pallas_kernels.quantize import QTensor, ToRound, dequantize, quantize
 from pallas_kernels.quantize_columns import quantize_columns
 from pallas_kernels.quantize_rows import quantize_rows
 from pallas_kernels.quantize_transpose import quantize_transpose
@@ -39,6 +40,7 @@ from pallas_kernels.rms_norm import rms_norm, rms_norm_in_8_bits
 from pallas_kernels.routed_mlp import routed_mlp
 from pallas_kernels.tracing.target import targeting
 from tests.helpers import gradients
+from tests.pallas_kernels.kernels_gpu import abstract_plan
 
 TARGET = """
 platform_name: "CUDA"
@@ -317,6 +319,11 @@ CASES: dict[str, Callable[[], Case]] = {
         array("int32", 384, 1),
     ),
     "serving in fp8": lambda: serving(64),
+    "tokens rounded as they are copied": lambda: (
+        lambda x, plan: dispatch(ToRound(x, "float8_e4m3fn"), plan, backend="pallas_gpu"),
+        array("bfloat16", 256, 2048),
+        abstract_plan(256, 8),
+    ),
     "eight tokens in fp8": lambda: serving(8),
     "experts of one token by row": lambda: (
         lambda *args: routed_mlp(*args, activation="swigluoai", activation_limit=7.0, backend="pallas_gpu"),

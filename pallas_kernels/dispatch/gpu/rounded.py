@@ -39,8 +39,7 @@ def dispatch_rounded(x: jax.Array, plan: Plan, *, dtype: jnp.dtype) -> jax.Array
     num_rows = plan.order.shape[0]
     if num_rows == 0 or num_tokens == 0:
         return reference.dispatch_rounded(x, plan, dtype=dtype)
-    fits = x.dtype.name in FLOATS and dtype.name in FP8 and columns >= _LEAST_COLUMNS
-    if not fits or num_rows * columns * x.dtype.itemsize > _FEW_BYTES:
+    if not takes_few(x, dtype, num_rows=num_rows):
         return dispatch(rows_in_8_bits(x, dtype, scaling=SCALING, backend="pallas_gpu"), plan)
     strips, top_k = cut_in_blocks("dispatch", columns), plan.inverse.shape[1]
     units = num_rows * strips.count
@@ -70,6 +69,13 @@ def dispatch_rounded(x: jax.Array, plan: Plan, *, dtype: jnp.dtype) -> jax.Array
     ]
     values, scale = launch(body, outs, strips.view(x), plan.order, name="dispatch_rounded", blocks=programs)
     return QTensor(values.reshape(num_rows, columns), scale.T)
+
+
+def takes_few(x: jax.Array, dtype: jnp.dtype, *, num_rows: int) -> bool:
+    """Whether rows of x are few, and long enough, to be rounded as they are copied."""
+    columns = x.shape[1]
+    fits = x.dtype.name in FLOATS and dtype.name in FP8 and columns >= _LEAST_COLUMNS
+    return fits and num_rows * columns * x.dtype.itemsize <= _FEW_BYTES
 
 
 def _most_programs(chip: Chip) -> int:

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels.combine import combine
-from pallas_kernels.dispatch import dispatch
+from pallas_kernels.dispatch import dispatch, plan_and_dispatch
+from pallas_kernels.plan import make_plan
 from pallas_kernels.quantize import QTensor, ToRound, dequantize, quantize
 from tests.helpers import LIMIT, float64, normal, raises_saying, relative_error, same_bits
 from tests.pallas_kernels.backends import every_backend
@@ -60,6 +61,30 @@ def test_rows_are_rounded_on_the_way(backend, rng, shape, dtype):
     plan = random_plan(rng, *shape[:3], capacity=7)
     rows = jitted(dispatch, backend=backend)(ToRound(x, dtype), plan)
     assert same_bits(rows, jitted(dispatch, backend="xla")(quantize(x, dtype, scaling="1x128"), plan))
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "int8"])
+@pytest.mark.parametrize("shape", [(37, 3, 5, 1152), (64, 8, 20, 256), (600, 2, 4, 1024)], ids=str)
+@pytest.mark.quick("*-float8_e4m3fn")
+def test_planned_and_rounded_on_the_way(backend, rng, shape, dtype):
+    """Few tokens and many: as one after the other."""
+    num_tokens, top_k, num_groups, columns = shape
+    x = normal(rng, num_tokens, columns, dtype="bfloat16")
+    ids = jnp.asarray(rng.integers(-1, num_groups + 1, (num_tokens, top_k)), jnp.uint32)
+    plan, rows = jax.jit(lambda x: plan_and_dispatch(ToRound(x, dtype), ids, num_groups, backend=backend))(x)
+    right = make_plan(ids, num_groups, backend="xla")
+    assert same_bits(plan, right)
+    assert same_bits(rows, jitted(dispatch, backend="xla")(quantize(x, dtype, scaling="1x128"), right))
+
+
+def test_errors_of_planning_and_dispatching():
+    x = ToRound(jnp.zeros((3, 128)), "float8_e4m3fn")
+    with raises_saying(ValueError, "x must be", "T = 4 tokens of topk_ids", "[3, 128]"):
+        plan_and_dispatch(x, jnp.zeros((4, 2), jnp.int32), 3)
+    with raises_saying(ValueError, "topk_ids must be an integer array", "float32[3, 2]"):
+        plan_and_dispatch(x, jnp.zeros((3, 2)), 3)
+    with raises_saying(ValueError, "num_groups must be at least 1, got 0"):
+        plan_and_dispatch(x, jnp.zeros((3, 2), jnp.int32), 0)
 
 
 def test_no_gradient_passes_what_is_rounded_on_the_way(rng):

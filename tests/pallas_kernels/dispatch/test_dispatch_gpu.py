@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 
 from pallas_kernels.dispatch import reference
-from pallas_kernels.dispatch.gpu import Config, copies, dispatch, dispatch_rounded, dispatch_rows, dispatch_weighted
+from pallas_kernels.dispatch.gpu import (
+    Config,
+    copies,
+    dispatch,
+    dispatch_rounded,
+    dispatch_rows,
+    dispatch_weighted,
+    plan_and_dispatch,
+)
 from pallas_kernels.quantize import QTensor
 from tests.helpers import normal, raises_saying
 from tests.pallas_kernels.kernels_gpu import abstract_plan, interpreted, lower_for_cuda
@@ -123,6 +131,62 @@ def test_rounded_lowers_for_cuda(num_tokens, columns):
     lower_for_cuda(
         lambda *args: dispatch_rounded(*args, dtype=jnp.dtype("float8_e4m3fn")), x, abstract_plan(num_tokens, 8)
     )
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "top_k", "num_groups", "columns", "of", "dtype"),
+    [
+        (5, 3, 4, 1024, "float32", "float8_e4m3fn"),
+        (1, 1, 1, 2048, "bfloat16", "float8_e4m3fn"),
+        (33, 2, 70, 1536, "float16", "float8_e5m2"),  # two tiles of keys, and of groups
+        (10, 7, 3, 1024, "bfloat16", "float8_e4m3fn"),  # the choices of a token lie in both
+    ],
+    ids=str,
+)
+@pytest.mark.quick("5-*", "10-*")
+def test_planned_interpreted(rng, num_tokens, top_k, num_groups, columns, of, dtype):
+    """As one after the other: rows of no group, and numbers that no expert has; NaN stays in its block."""
+    ids = jnp.asarray(rng.integers(-1, num_groups + 1, (num_tokens, top_k)), jnp.int32)
+    x = normal(rng, num_tokens, columns, dtype=of).at[num_tokens // 2, 130].set(jnp.nan)
+    of_all = {"num_groups": num_groups, "dtype": jnp.dtype(dtype)}
+    with interpreted(detect_races=columns % 1024 == 0):  # else what two strips share is written twice
+        by_group, rows = plan_and_dispatch(x, ids, **of_all)
+    right_by_group, right = reference.plan_and_dispatch(x, ids, **of_all)
+    jax.tree.map(np.testing.assert_array_equal, by_group, right_by_group)
+    np.testing.assert_array_equal(rows.values.astype("float32"), right.values.astype("float32"))
+    np.testing.assert_array_equal(rows.scale, right.scale)
+
+
+@pytest.mark.parametrize("choice", [0, 1, -1], ids=["all on one expert", "on another", "none"])
+def test_planned_where_tokens_choose_alike(choice, rng):
+    ids, x = jnp.full((9, 2), choice, jnp.int32).at[:, 1].set(-1), normal(rng, 9, 1024)
+    of_all = {"num_groups": 3, "dtype": jnp.dtype("float8_e4m3fn")}
+    with interpreted():
+        found = plan_and_dispatch(x, ids, **of_all)
+    right = reference.plan_and_dispatch(x, ids, **of_all)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a.astype("float32"), b.astype("float32")), found, right)
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "top_k", "columns", "dtype", "kernels"),
+    [
+        (64, 8, 2048, "float8_e4m3fn", ["plan_and_dispatch"]),
+        (9, 8, 7168, "float8_e5m2", ["plan_and_dispatch"]),
+        (64, 17, 2048, "float8_e4m3fn", ["counting_sort", "dispatch_rounded"]),
+        (1024, 1, 16384, "float8_e4m3fn", ["counting_sort", "quantize_rows", "dispatch"]),
+        (64, 8, 512, "float8_e4m3fn", ["counting_sort", "quantize_rows", "dispatch"]),
+    ],
+    ids=str,
+)
+@pytest.mark.quick("64-8-2048-*", "64-17-*")
+def test_planned_lowers_for_cuda(num_tokens, top_k, columns, dtype, kernels):
+    """In one kernel where that takes it, else one after the other."""
+    x, ids = jax.ShapeDtypeStruct((num_tokens, columns), "bfloat16"), jax.ShapeDtypeStruct((num_tokens, top_k), "int32")
+    text = str(jax.make_jaxpr(lambda x, ids: plan_and_dispatch(x, ids, num_groups=128, dtype=jnp.dtype(dtype)))(x, ids))
+    for kernel in kernels:
+        assert kernel in text
+    assert ("counting_sort" in text) == ("counting_sort" in kernels)
+    lower_for_cuda(lambda x, ids: plan_and_dispatch(x, ids, num_groups=128, dtype=jnp.dtype(dtype)), x, ids)
 
 
 def test_short_rows_are_refused():

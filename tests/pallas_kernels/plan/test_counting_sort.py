@@ -7,6 +7,7 @@ import pytest
 
 from pallas_kernels.plan import gpu as kernels
 from pallas_kernels.plan.counting_sort import counting_sort
+from pallas_kernels.plan.gpu import many
 from tests.helpers import same_bits
 from tests.pallas_kernels.backends import every_backend
 from tests.pallas_kernels.kernels_gpu import interpreted, lower_for_cuda
@@ -97,7 +98,7 @@ def test_few_keys_on_a_simulated_gpu(rng, num_keys, num_groups):
 
 def test_many_keys_on_a_simulated_gpu(rng, monkeypatch):
     monkeypatch.setattr(kernels, "_FEW_KEYS", 64)
-    monkeypatch.setattr(kernels, "_CHUNK", 128)
+    monkeypatch.setattr(many, "_CHUNK", 128)
     keys = jnp.asarray(rng.integers(-1, 71, 140), jnp.int32)
     with interpreted():
         check(keys, 70, "pallas_gpu")

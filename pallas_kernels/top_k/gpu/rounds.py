@@ -1,0 +1,76 @@
+"""K rounds of finding the largest number of each row, of rows that a warpgroup holds in its registers."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+_SMALLEST = float(jnp.finfo(jnp.float32).tiny)
+_LOWEST = float(jnp.finfo(jnp.float32).min)
+
+
+Spread = Callable[[jax.Array, int], jax.Array]
+"""How a number of each row becomes a tile of rows of so many columns."""
+
+
+class Chosen(NamedTuple):
+    """What the rounds found, each a number of each row.
+
+    Attributes:
+      ids: int32, of each round.
+      weights: float32, of each round.
+      total: what the weights are to be divided by; None for nothing.
+    """
+
+    ids: list[jax.Array]
+    weights: list[jax.Array]
+    total: Any
+
+
+class Rounds(NamedTuple):
+    """What is asked of the rounds.
+
+    Attributes:
+      k: how many there are.
+      normalize: whether the weights of a row are divided by their sum.
+      softmax: whether the rows are logits, and the weights their softmax.
+    """
+
+    k: int
+    normalize: bool
+    softmax: bool = False
+
+    def __call__(self, remaining: jax.Array, layout: Any, spread: Spread) -> Chosen:
+        """Ids and weights of the K largest of rows of scores, in this layout."""
+        num_experts = remaining.shape[1]
+        expert = plgpu.broadcasted_iota(jnp.int32, remaining.shape, 1, layout=layout)
+        ids: list[jax.Array] = []
+        weights: list[jax.Array] = []
+        first = jnp.max(remaining, axis=1)
+        of_chosen: Any = 0.0
+        of_all: Any = None
+        if self.softmax and self.normalize:  # a NaN, which a maximum passes over, or nothing
+            of_chosen = jnp.sum(jnp.where(remaining == remaining, 0.0, jnp.nan), axis=1)
+        elif self.softmax:
+            of_all = jnp.sum(jnp.exp(remaining - spread(first, num_experts)), axis=1)
+        if self.softmax:  # logits of -inf rank before those that were chosen
+            remaining = jnp.maximum(remaining, _LOWEST)
+        for i in range(self.k):
+            best = jnp.max(remaining, axis=1) if i else first
+            place = jnp.min(jnp.where(remaining == spread(best, num_experts), expert, num_experts - 1), axis=1)
+            remaining = jnp.where(expert == spread(place, num_experts), -jnp.inf, remaining)
+            ids.append(place)
+            weights.append(jnp.exp(best - first) if self.softmax else best)
+            of_chosen = of_chosen + weights[-1]
+        if not self.normalize:
+            return Chosen(ids, weights, of_all)
+        # Those of a softmax are at least 1; of other scores, all that are chosen may underflow.
+        return Chosen(ids, weights, of_chosen if self.softmax else jnp.maximum(of_chosen, _SMALLEST))
+
+
+def along_rows(value: jax.Array, width: int) -> jax.Array:
+    """See `Spread`, of a layout that needs no more."""
+    return lax.broadcast_in_dim(value, (value.shape[0], width), (0,))
