@@ -1,4 +1,4 @@
-"""Figures of `bench.train`: held-out curves, the cost of precisions, quality against speed, and the experts' load."""
+"""Figures of `bench.train`: held-out curves, what routers and precisions cost, quality against speed, experts' load."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -8,21 +8,27 @@ import numpy as np
 from bench.figures.section import INK, Section, drawing, svg_of
 from bench.measure.samples import Interval
 from bench.record.tables import Cell
-from bench.training.over_time import busiest_load, by_variant, least_entropy, precision_differences
+from bench.training.over_time import (
+    Differences,
+    busiest_load,
+    by_variant,
+    least_entropy,
+    precision_differences,
+    router_differences,
+)
 from bench.training.records import FILE_NAME, Run
-from bench.training.settings import BASELINE_PRECISION
+from bench.training.settings import BASELINE_PRECISION, BASELINE_ROUTER
 from bench.training.table import HEADERS, RouterSummary, summaries, table_rows, warnings_of
 
 _CURVES, _PARETO, _LOAD = "Held-out loss over training", "Quality against speed", "Load of the experts over training"
-_PRECISIONS, _BALANCE = "What a precision costs over training", "Balance of the experts over training"
+_BALANCE = "Balance of the experts over training"
 _MAX_LAYERS = 3
 
 
 def sections(runs: Mapping[str, Run]) -> list[Section]:
-    """The figures, each with its reason where it cannot be drawn; that of precisions only if there are several."""
+    """The figures, each with its reason where it cannot be drawn; those of differences only where there are some."""
     every = list(runs.values())
-    costs = [_precisions(every)] if any(precision_differences(every).values()) else []
-    return [_pareto(summaries(every)), _curves(every), *costs, _balance(every), _load(every)]
+    return [_pareto(summaries(every)), _curves(every), *_costs(every), _balance(every), _load(every)]
 
 
 def _missing(name: str, title: str, what: str) -> Section:
@@ -101,27 +107,47 @@ def _curve(runs: Sequence[Run]) -> list[tuple[int, Interval]]:
     return [(place, Interval.of(values)) for place, values in sorted(losses.items()) if len(values) == len(runs)]
 
 
-def _precisions(runs: Sequence[Run]) -> Section:
-    found = precision_differences(runs)
+def _costs(runs: Sequence[Run]) -> list[Section]:
+    by_router, by_precision = router_differences(runs), precision_differences(runs)
+    causal = {run.variant.name: run.head["causal"] for run in runs}
+    sections = []
+    if any(by_router.values()):
+        title, less = "What a router costs over training", f"of {BASELINE_ROUTER} with the same precision and seed"
+        sections.append(_differences("routers", title, by_router, causal, less))
+    if any(by_precision.values()):
+        title, less = "What a precision costs over training", f"in {BASELINE_PRECISION} with the same router and seed"
+        # Among all variants, the precisions of a router would have almost the same colour.
+        shown = {variant.name: causal[variant.name] for variant in by_precision}
+        sections.append(_differences("precisions", title, by_precision, shown, less))
+    return sections
+
+
+def _differences(name: str, title: str, found: Differences, causal: Mapping[str, bool], less: str) -> Section:
+    intervals = {
+        variant.name: {step: Interval.of(values) for step, values in sorted(differences.items()) if step and values}
+        for variant, differences in found.items()
+    }
+    # The legend names lines in the order in which they end, from the top.
+    drawn = sorted(
+        (each for each in intervals.items() if each[1]), key=lambda each: list(each[1].values())[-1].mean, reverse=True
+    )
     table: list[list[Cell]] = []
-    with drawing("precisions") as pyplot:
+    with drawing(name) as pyplot:
         figure, axes = pyplot.subplots(figsize=(8, 4))
-        colours = _colours(pyplot, [variant.name for variant in found])
-        for variant, differences in found.items():
-            places = [step for step, values in sorted(differences.items()) if step and values]
-            means = [Interval.of(differences[step]) for step in places]
-            _band(axes, places, means, colours[variant.name], variant.name)
-            table += [[variant.name, step, each.mean, each.half] for step, each in zip(places, means, strict=True)]
+        colours = _colours(pyplot, causal)
+        for variant, means in drawn:
+            _band(axes, list(means), list(means.values()), colours[variant], variant, "-" if causal[variant] else "--")
+            table += [[variant, step, each.mean, each.half] for step, each in means.items()]
         axes.axhline(0.0, color=INK, linewidth=0.8)
         axes.set_xlabel("steps")
         axes.set_ylabel("difference of held-out loss, nats a byte")
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1.0))
         svg = svg_of(figure)
     text = (
-        f"Held-out loss less that in {BASELINE_PRECISION} with the same router and seed, which saw the same data: "
-        "means over seeds, with their 95 % confidence. Above the line, the precision costs quality."
+        f"Held-out loss less that {less}, which saw the same data: means over seeds, with their 95 % confidence. Above "
+        "the line, it costs quality. Dashed: not causal, the loss knows the future."
     )
-    return Section("precisions", _PRECISIONS, text, svg, ("router", "step", "difference", "± 95 %"), table)
+    return Section(name, title, text, svg, ("router", "step", "difference", "± 95 %"), table)
 
 
 def _balance(runs: Sequence[Run]) -> Section:

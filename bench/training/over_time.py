@@ -1,4 +1,4 @@
-"""How runs compare after a while and later: loss with its rank, the cost of a precision, balance of the experts."""
+"""How runs compare after a while and later: loss, its rank, what a router or a precision costs, balance of experts."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -8,10 +8,13 @@ import numpy as np
 from bench.measure.samples import Interval
 from bench.record.tables import Cell
 from bench.training.records import Run
-from bench.training.settings import BASELINE_PRECISION, Variant
+from bench.training.settings import BASELINE_ROUTER, Variant
 
 Table = tuple[list[str], list[list[Cell]]]
 """Headers and rows."""
+
+Differences = Mapping[Variant, Mapping[int, Sequence[float]]]
+"""Of a variant, after each number of steps, its loss less that of another with the same seed, for each such seed."""
 
 _MOST_STEPS_SHOWN = 5
 
@@ -66,11 +69,11 @@ def loss_table(runs: Sequence[Run]) -> Table:
     return ["router", *(header for step in steps for header in (f"{step:,}", f"rank at {step:,}"))], rows
 
 
-def difference_table(runs: Sequence[Run]) -> Table:
-    """Of each variant in another precision the loss less that in the usual one, seed by seed, with 95 % intervals."""
+def difference_table(runs: Sequence[Run], differences: Differences) -> Table:
+    """The mean of the differences of each variant, with its 95 % interval and how many seeds there are."""
     steps = steps_shown(runs)
     rows: list[list[Cell]] = []
-    for variant, found in precision_differences(runs).items():
+    for variant, found in differences.items():
         row: list[Cell] = [variant.name]
         for step in steps:
             values = found.get(step, [])
@@ -79,13 +82,23 @@ def difference_table(runs: Sequence[Run]) -> Table:
     return ["router", *(header for step in steps for header in (f"{step:,}", f"seeds at {step:,}"))], rows
 
 
-def precision_differences(runs: Sequence[Run]) -> dict[Variant, dict[int, list[float]]]:
-    """After each number of steps, loss less that of the same router and seed in the usual precision."""
+def router_differences(runs: Sequence[Run]) -> Differences:
+    """Of each router in each precision, from the plain softmax router in the same precision."""
+    return _differences(runs, lambda variant: Variant(BASELINE_ROUTER, variant.precision))
+
+
+def precision_differences(runs: Sequence[Run]) -> Differences:
+    """Of each router in each other precision, from the same router in the usual one."""
+    return _differences(runs, lambda variant: Variant(variant.router))
+
+
+def _differences(runs: Sequence[Run], baseline_of: Callable[[Variant], Variant]) -> Differences:
     groups = by_variant(runs)
     found = {}
     for variant, group in groups.items():
-        usual = losses_after(groups.get(Variant(variant.router), ()))
-        if variant.precision != BASELINE_PRECISION and usual:
+        baseline = baseline_of(variant)
+        usual = losses_after(groups.get(baseline, ()))
+        if variant != baseline and usual:
             found[variant] = {
                 step: [loss - usual[step][seed] for seed, loss in losses.items() if seed in usual.get(step, {})]
                 for step, losses in losses_after(group).items()

@@ -8,9 +8,15 @@ from typing import Any
 from bench.plot import say_report
 from bench.record.json_files import write_json
 from bench.record.tables import format_table
-from bench.training.over_time import balance_table, difference_table, loss_table
+from bench.training.over_time import (
+    balance_table,
+    difference_table,
+    loss_table,
+    precision_differences,
+    router_differences,
+)
 from bench.training.records import FILE_NAME, Run
-from bench.training.settings import BASELINE_PRECISION
+from bench.training.settings import BASELINE_PRECISION, BASELINE_ROUTER
 from bench.training.table import HEADERS, summaries, table_rows, warnings_of
 
 
@@ -25,7 +31,12 @@ def report(folder: pathlib.Path, runs: Sequence[Run], json_path: str | None) -> 
     shown = summaries(runs)
     tables = {
         "held-out loss after so many steps, and its rank among causal routers in the same precision": loss_table(runs),
-        f"held-out loss less that in {BASELINE_PRECISION} with the same seed": difference_table(runs),
+        f"held-out loss less that of {BASELINE_ROUTER} in the same precision with the same seed": difference_table(
+            runs, router_differences(runs)
+        ),
+        f"held-out loss less that in {BASELINE_PRECISION} with the same seed": difference_table(
+            runs, precision_differences(runs)
+        ),
         "least entropy of a layer's load / load of its busiest expert over the mean": balance_table(runs),
     }
     head = runs[0].head

@@ -15,6 +15,7 @@ from moejax.params import EXPERT_FIELDS
 from moejax.routers import ROUTERS
 
 BASELINE_PRECISION = "w16a16"
+BASELINE_ROUTER = "softmax"
 
 PRECISIONS: Mapping[str, Mapping[str, Any]] = {
     BASELINE_PRECISION: {},

@@ -10,14 +10,13 @@ from bench.measure.samples import Interval
 from bench.record.tables import Cell
 from bench.training.over_time import by_variant
 from bench.training.records import Run
-
-_BASELINE = "softmax"
+from bench.training.settings import BASELINE_ROUTER
 
 Finished = Mapping[str, Any]
 """The "run" and the "end" record of a run together."""
 
 HEADERS = (
-    "router", "seeds", "held-out loss", "± 95 %", f"against {_BASELINE}", "± 95 %", "bits/byte", "words %",
+    "router", "seeds", "held-out loss", "± 95 %", f"against {BASELINE_ROUTER}", "± 95 %", "bits/byte", "words %",
     "brackets %", "ms/step", "tokens/s", "drops %", "load CV", "least entropy", "M params", "M active", "notes",
 )  # fmt: skip
 
@@ -69,7 +68,7 @@ def summaries(runs: Sequence[Run]) -> list[RouterSummary]:
         variant.name: [{**run.head, **run.end} for run in group if run.end is not None]
         for variant, group in by_variant(runs).items()
     }
-    baseline = _losses(finished.get(_BASELINE, ()))
+    baseline = _losses(finished.get(BASELINE_ROUTER, ()))
     found = [_summary(name, group, baseline) for name, group in finished.items() if group]
     return sorted(found, key=lambda row: (not row.causal, row.held_out_loss.mean if row.held_out_loss else np.inf))
 
@@ -145,7 +144,7 @@ def _summary(router: str, runs: Sequence[Finished], baseline: Mapping[int, float
         causal=runs[0]["causal"],
         seeds=len(runs),
         held_out_loss=loss,
-        against_baseline=Interval.of(differences) if differences and router != _BASELINE else None,
+        against_baseline=Interval.of(differences) if differences and router != BASELINE_ROUTER else None,
         ms_per_step=Interval.of([run["ms_per_step"] for run in runs]),
         word_accuracy=mean("word_accuracy") if "word_accuracy" in runs[0] else None,
         bracket_accuracy=mean("bracket_accuracy") if "bracket_accuracy" in runs[0] else None,

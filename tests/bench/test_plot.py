@@ -49,13 +49,14 @@ def test_report_holds_every_figure(results, tmp_path, capsys):
     assert run(main, [str(results), "--svg", str(figures)]) == 0
     assert capsys.readouterr().out.splitlines()[0] == f"wrote {results / REPORT}"
     page = (results / REPORT).read_text()
-    names = ["pareto", "curves", "balance", "load", "permute", "bandwidth", "split"]
+    names = ["pareto", "curves", "routers", "balance", "load", "permute", "bandwidth", "split"]
     assert {path.stem for path in figures.iterdir()} == set(names)
     assert page.count("<svg") == len(names)
     # One size of the layer has one number of experts, so there is no line to draw, and the report says so.
     assert "no layer with two numbers of experts at one size" in page
     assert page.count("Left out") == 1
     assert "soft_moe (not causal)" in page
+    assert "Held-out loss less that of softmax with the same precision and seed" in page
     assert "gate_up" in page
     assert "python -m bench.train --hidden=16" in page
     # Nothing is fetched: addresses are names of formats only. Ink follows the page.

@@ -127,7 +127,7 @@ def test_command(call, tmp_path, capsys, monkeypatch):
     assert run(main, ["--report", str(tmp_path / "out"), "--json", "-"]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert shown["routers"] == json.loads(table.read_text())["routers"]
-    assert [len(rows) for rows in shown["over_time"].values()] == [2, 0, 2]
+    assert [len(rows) for rows in shown["over_time"].values()] == [2, 1, 0, 2]
 
     # What is there is kept unless one says otherwise; a further seed can join it, other settings cannot.
     assert call("--routers", "hash") == 2

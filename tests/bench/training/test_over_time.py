@@ -1,6 +1,13 @@
 """Tables over time, of records made by hand."""
 
-from bench.training.over_time import balance_table, difference_table, loss_table, steps_shown
+from bench.training.over_time import (
+    balance_table,
+    difference_table,
+    loss_table,
+    precision_differences,
+    router_differences,
+    steps_shown,
+)
 from bench.training.records import Run
 
 
@@ -42,10 +49,22 @@ def test_losses_have_intervals_and_causal_routers_a_rank():
 
 
 def test_precisions_are_compared_seed_by_seed():
-    headers, rows = difference_table(RUNS)
+    headers, rows = difference_table(RUNS, precision_differences(RUNS))
     assert headers == ["router", "10", "seeds at 10", "20", "seeds at 20"]
     assert rows == [["softmax-w8a8", "0.0500 ± 0.6353", 2, "0.3000 ± 2.5412", 2]]
-    assert difference_table(RUNS[:4])[1] == []
+    assert precision_differences(RUNS[:4]) == {}
+
+
+def test_routers_are_compared_with_softmax_in_the_same_precision_seed_by_seed():
+    other = a_run({0: 5.5, 10: 3.0, 20: 2.0}, "hash", precision="w8a8", seed=1)
+    runs = [*RUNS, other]
+    _, rows = difference_table(runs, router_differences(runs))
+    assert rows == [
+        ["hash", "-0.1000", 1, "0.3000", 1],
+        ["soft_moe", "-2.0000", 1, "-1.0000", 1],
+        ["hash-w8a8", "-0.2000", 1, "-0.3000", 1],
+    ]
+    assert router_differences(RUNS[2:4]) == {}
 
 
 def test_balance_is_that_of_the_worst_layer():
