@@ -1,7 +1,7 @@
 """Pictures of what the other commands recorded, in one HTML file.
 
 The folder holds train.jsonl, sweep.jsonl, layer.jsonl, permute.jsonl and comm.jsonl of the commands that are called so,
-or some of them. A figure whose data is missing is left out, and the report says why.
+layers.json of `bench.gpu`, or some of them. A figure whose data is missing is left out, and the report says why.
 """
 
 import html
@@ -13,7 +13,7 @@ from typing import Any
 from bench.command.parser import make_parser, run
 from bench.command.values import output_folder
 from bench.exchange import records as exchange_records
-from bench.figures import exchange, one_chip, training
+from bench.figures import exchange, one_chip, timeline, training
 from bench.figures.section import Section, require_matplotlib, standalone
 from bench.one_chip.records import read_lines
 from bench.record.files import write_whole
@@ -45,10 +45,10 @@ def main(argv: Sequence[str]) -> None:
         "bench.plot",
         f"Makes one self-contained page, {REPORT} in the folder, of the records in it: time and bandwidth against "
         "experts and k, the layer's split, quality against speed, held-out curves, the experts' load over training, "
-        "and what moving tokens between chips costs.",
+        "what moving tokens between chips costs, and when each kernel of a layer runs.",
         ("results", "docs/results/h200 --svg docs/results"),
     )
-    parser.add_argument("results", type=pathlib.Path, help="the folder with the .jsonl files of the benches")
+    parser.add_argument("results", type=pathlib.Path, help="the folder with the files of the benches")
     parser.add_argument(
         "--svg", type=output_folder, metavar="DIR", help="write each figure to DIR as well, as NAME.svg"
     )
@@ -74,15 +74,17 @@ def write_report(folder: pathlib.Path) -> tuple[pathlib.Path, list[Section]]:
     runs = read_runs(folder / FILE_NAME)
     records = [record for name in _ONE_CHIP_FILES for record in read_lines(folder / name)]
     moved = exchange_records.read_lines(folder / exchange_records.FILE_NAME)
-    if not runs and not records and not moved:
-        files = FILE_NAME, *_ONE_CHIP_FILES, exchange_records.FILE_NAME
+    layers = timeline.read(folder / timeline.FILE_NAME)
+    lines = timeline.sections(layers)
+    if not runs and not records and not moved and not lines:
+        files = FILE_NAME, *_ONE_CHIP_FILES, exchange_records.FILE_NAME, timeline.FILE_NAME
         raise ValueError(
             f"{folder} has none of {', '.join(files)} with records in it; make some with "
             f"python -m bench.train --quick --out {folder}"
         )
     others = [*training.sections(runs), *one_chip.sections(records)] if runs or records else []
-    sections = [*others, *exchange.sections(moved)]
-    write_whole(folder / REPORT, _page(sections, _origins(runs, [*records, *moved])))
+    sections = [*others, *exchange.sections(moved), *lines]
+    write_whole(folder / REPORT, _page(sections, _origins(runs, [*records, *moved], layers)))
     return folder / REPORT, sections
 
 
@@ -94,9 +96,12 @@ def say_report(folder: pathlib.Path) -> None:
         print(f"no {folder / REPORT}: {reason}", file=sys.stderr)
 
 
-def _origins(runs: Mapping[str, Run], records: Sequence[Mapping[str, Any]]) -> list[list[Cell]]:
+def _origins(
+    runs: Mapping[str, Run], records: Sequence[Mapping[str, Any]], layers: Mapping[str, Any] | None
+) -> list[list[Cell]]:
     """What was run where, each once."""
-    heads = [(run.head, run.head["date"]) for run in runs.values()] + [(record, record["time"]) for record in records]
+    dated = [run.head for run in runs.values()] + ([] if layers is None else [layers])
+    heads = [(head, head["date"]) for head in dated] + [(record, record["time"]) for record in records]
     rows: dict[tuple[str, str, str], list[Cell]] = {}
     for head, time in heads:
         versions = ", ".join(f"{name} {version}" for name, version in head["versions"].items() if version)

@@ -14,14 +14,15 @@ import jax
 import jax.numpy as jnp
 
 from bench.hopper.peers import Implementation, backward_bf16_peers, layer_fp8_peers, matmul_bf16_peers, matmul_fp8_peers
-from bench.inputs.weights import normal
+from bench.inputs.weights import make_params, normal
 from bench.model.shapes import GemmShape
 from bench.one_chip.dispatch_combine import dispatch_and_combine
-from moejax import MoEConfig, Quantization, fused_experts, route
+from moejax import MoEConfig, Quantization, fused_experts, get_preset, moe, route, with_changes
 from pallas_kernels.activations import gated_halves
 from pallas_kernels.grouped_matmul import Operand, grouped_gate_up_in_8_bits, grouped_matmul
 from pallas_kernels.plan import make_plan
 from pallas_kernels.quantize import QTensor, Scaling, dequantize, quantize
+from sharding.mesh import make_mesh
 
 PERMUTE_EXPERTS, PERMUTE_TOP_K = 128, 2
 LAYER_TOP_K = 8
@@ -185,6 +186,35 @@ def whole_layer(
         calls=num_layers,
         # A rounding that falls on the other side may change the choice of experts in the layers that follow.
         checked=(x, weights[:1]),
+    )
+
+
+def layer_of_preset(s: GemmShape, preset: str, num_tokens: int, num_layers: int) -> CaseData:
+    """The same with the layer of a preset, its weights in 8 bits: biases, activation and rounding are the model's.
+
+    The shape has the groups that the tokens read, and the sizes of a layer.
+    """
+    config = with_changes(get_preset(preset, precision="w8a8"), hidden_size=s.K, intermediate_size=s.N)
+    mesh = make_mesh(1, devices=jax.devices()[:1])
+
+    @functools.partial(jax.jit, static_argnames="backend")
+    def one_layer(x, params, backend):
+        return x + moe(x, params, with_changes(config, backend=backend))[0]
+
+    def layers(x, all_params, backend="auto"):
+        for params in all_params:
+            x = one_layer(x, params, backend=backend)
+        return x
+
+    x = normal(0, (num_tokens, config.hidden_size))
+    params = [make_params(config, mesh, seed) for seed in range(num_layers)]
+    return CaseData(
+        (x, params),
+        _ours(layers),
+        (),
+        lambda x, params: layers(x, params, backend="xla").astype(jnp.float32),
+        calls=num_layers,
+        checked=(x, params[:1]),
     )
 
 

@@ -17,6 +17,7 @@ from bench.hopper.case_data import (
     CaseData,
     backward_bf16,
     layer_fp8,
+    layer_of_preset,
     matmul_bf16,
     matmul_fp8,
     permute,
@@ -108,14 +109,26 @@ def _moves(tokens: int, top_k: int, hidden: int) -> tuple[Cost, ...]:
     return dispatch_cost(tokens, tokens * top_k, hidden), combine_cost(tokens, tokens * top_k, hidden)
 
 
+def _chosen(num_experts: int, top_k: int, tokens: int) -> int:
+    """How many experts so many tokens choose on average, if each choice is as likely."""
+    return round(num_experts * (1 - (1 - top_k / num_experts) ** tokens))
+
+
+def _gpt_oss(tokens: int, num_layers: int) -> dict[str, Any]:
+    """A chain of layers of gpt-oss-120b, of which few tokens choose some experts only; weights in FP8."""
+    shape = GemmShape(_chosen(128, 4, tokens), 1, 2880, 2880)
+    build = functools.partial(layer_of_preset, preset="gpt-oss-120b", num_tokens=tokens, num_layers=num_layers)
+    products, moves = layer_products(shape, "fp8"), _moves(tokens, 4, shape.K)
+    return {"shape": shape, "dtype": "fp8", "build": build, "products": products, "moves": moves}
+
+
 def _layer(layer: GemmShape, tokens: int, dtype: Literal["fp8", "bf16"], num_layers: int) -> dict[str, Any]:
     """A chain of layers forward, router and all, on so many tokens; in FP8 weights are rounded beforehand."""
     in_8_bits, choices = dtype == "fp8", tokens * LAYER_TOP_K
     build = functools.partial(whole_layer, in_8_bits=in_8_bits, num_layers=num_layers)
     shape = dataclasses.replace(layer, M=max(1, choices // layer.G))
     if choices < 2 * layer.G:
-        chosen = round(layer.G * (1 - (1 - LAYER_TOP_K / layer.G) ** tokens))  # of the experts, on average
-        shape = dataclasses.replace(layer, G=chosen, M=1)
+        shape = dataclasses.replace(layer, G=_chosen(layer.G, LAYER_TOP_K, tokens), M=1)
         build = functools.partial(build, num_tokens=tokens, num_experts=layer.G)
     products = layer_products(shape, "fp8-blocks" if in_8_bits else "bf16", result_in_8_bits=in_8_bits)
     moves = _moves(tokens, LAYER_TOP_K, shape.K)
@@ -163,6 +176,8 @@ _TABLE = (
     Case("qwen3-fp8-1", **_layer(_QWEN3, 1, "fp8", 24), goal=Goal("µs", 50, 30), note=f"{_WHOLE}, one token"),
     Case("qwen3-fp8-8", **_layer(_QWEN3, 8, "fp8", 8), goal=Goal("µs", 120, 100), note="the same, 8 tokens"),
     Case("qwen3-fp8-64", **_layer(_QWEN3, 64, "fp8", 8), goal=Goal("µs", 177, 158), note="the same, 64 tokens"),
+    Case("gpt-oss-fp8-1", **_gpt_oss(1, 8), goal=Goal("µs", 75, 50), note="gpt-oss-120b's, one token"),
+    Case("gpt-oss-fp8-8", **_gpt_oss(8, 4), goal=Goal("µs", 320, 270), note="the same, 8 tokens"),
     Case("qwen3-bf16-16384", **_layer(_QWEN3, 16384, "bf16", 3), goal=Goal("µs", 2500, 2000), note="16384 tokens"),
     Case("qwen3-bf16-32768", **_layer(_QWEN3, 32768, "bf16", 3), goal=Goal("TFLOP/s", 510, 560), note="32768 tokens"),
     Case("deepseek-fp8", **_layer(_DEEPSEEK, 4096, "fp8", 3), goal=Goal("µs", 3900, 3400), note="DeepSeek-V3's"),

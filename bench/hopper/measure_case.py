@@ -13,6 +13,7 @@ from bench.hopper.ceilings import Ceilings
 from bench.hopper.peers import Implementation, from_torch
 from bench.measure.clock import copies_of, kernel_times, rotated, torch_times, torch_wait, wall_times
 from bench.measure.errors import check, describe, relative_error
+from bench.measure.timeline import last_call, recorded
 from pallas_kernels.chips import Chip
 
 _GOALS_CHIP = "h200"
@@ -20,7 +21,8 @@ _GOALS_CHIP = "h200"
 Outcome = dict[str, Any]
 """What came of an implementation, for JSON: its times in µs, its error and the configuration that was the fastest.
 
-Where nothing did, "error" is the reason.
+Where nothing did, "error" is the reason. Of what is timed by the wall clock on a GPU, "timeline" has the launches of
+one call, as the profiler saw them.
 """
 
 
@@ -63,6 +65,7 @@ def attempt(
         return error
 
     def measure(name: str) -> Outcome:
+        timeline: list[dict[str, Any]] = []
         function = implementation.functions[name]
         in_torch = implementation.package == "torch"
         if calls is not None:
@@ -71,6 +74,9 @@ def attempt(
             error = worst([from_torch(result) if in_torch else result])
             wait = torch_wait if in_torch else jax.block_until_ready
             time = wall_times(program, *args[0], repeats=repeats, calls=calls, wait=wait)
+            if not in_torch and jax.default_backend() == "gpu":
+                launches = recorded(lambda: jax.block_until_ready(program(*args[0])))
+                timeline = [dataclasses.asdict(launch) for launch in last_call(launches, calls)]
         elif in_torch:
             error = worst(from_torch(function(*one)) for one in args)
             time = torch_times(function, args, repeats=repeats)
@@ -85,6 +91,7 @@ def attempt(
             "relative_error": error,
             "configuration": name,
             "kernels": list(time.kernels),
+            "timeline": timeline,
         }
 
     outcomes: list[Outcome] = []

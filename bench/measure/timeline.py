@@ -64,6 +64,13 @@ def launches_in(data: jax.profiler.ProfileData) -> list[Launch]:
     return sorted(launches, key=lambda launch: launch.begin_us)
 
 
+def last_call(launches: Sequence[Launch], calls: int) -> list[Launch]:
+    """The launches of the last of so many calls that launch alike, in µs since it began."""
+    own = launches[len(launches) - len(launches) // calls :]
+    begin = own[0].begin_us if own else 0.0
+    return [Launch(launch.name, launch.begin_us - begin, launch.end_us - begin) for launch in own]
+
+
 def spans(launches: Sequence[Launch], length: int) -> list[float]:
     """µs of each run of a chain of `length` kernels, given the launches of several runs, one after the other.
 

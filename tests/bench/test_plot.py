@@ -1,6 +1,7 @@
 """The report: figures of records that real, tiny runs made."""
 
 import importlib.util
+import json
 import re
 import shutil
 
@@ -113,10 +114,36 @@ def test_what_moving_tokens_costs(tmp_path):
 
 
 @needs_matplotlib
+def test_when_each_kernel_of_a_layer_runs(tmp_path):
+    names = ["top_k_mosaic_gpu_kernel", "loop_add_fusion", "combine_mosaic_gpu_kernel"]
+    line = [{"name": name, "begin_us": 10.0 * i, "end_us": 10.0 * i + 5} for i, name in enumerate(names)]
+    origin = {"date": "2026-01-01", "command": "python -m bench.gpu", "chip": "a chip", "commit": "abc", "versions": {}}
+    cases = {"one": {"timeline": line}, "other": {"timeline": []}, "wrong": {"error": "ValueError: no"}}
+    (tmp_path / "layers.json").write_text(json.dumps({**origin, "cases": cases}))
+    assert run(main, [str(tmp_path)]) == 0
+    page = (tmp_path / REPORT).read_text()
+    assert page.count("<svg") == 1
+    for text in ("one: 25.0 µs", "top_k", "XLA&#x27;s"):
+        assert f">{text}<" in page or f">{text.replace('&#x27;', chr(39))}<" in page
+    assert '<td>one</td><td>combine</td><td class="number">20.000</td><td class="number">5.000</td>' in page
+    assert "other" not in page
+    assert "python -m bench.gpu" in page
+
+
+@needs_matplotlib
+def test_a_record_without_time_lines_is_no_figure(tmp_path, capsys):
+    (tmp_path / "layers.json").write_text('{"cases": {}}')
+    assert run(main, [str(tmp_path)]) == 2
+    (tmp_path / "layers.json").write_text("[]")
+    assert run(main, [str(tmp_path)]) == 2
+    assert "layers.json is no record of bench.gpu: it has no cases" in capsys.readouterr().err
+
+
+@needs_matplotlib
 def test_an_empty_folder_is_refused(tmp_path, capsys):
     assert run(main, [str(tmp_path)]) == 2
     assert (
-        "has none of train.jsonl, sweep.jsonl, layer.jsonl, permute.jsonl, comm.jsonl with records in it"
+        "has none of train.jsonl, sweep.jsonl, layer.jsonl, permute.jsonl, comm.jsonl, layers.json with records in it"
         in capsys.readouterr().err
     )
 

@@ -51,7 +51,7 @@ def test_moving_rows_is_right(times):
     assert max(ours["relative_error"], peers["xla"]["relative_error"]) < 1e-3
 
 
-@pytest.mark.parametrize("name", ["qwen3-fp8-8", "qwen3-fp8-64", "qwen3-bf16-16384"])
+@pytest.mark.parametrize("name", ["qwen3-fp8-8", "qwen3-fp8-64", "gpt-oss-fp8-1", "qwen3-bf16-16384"])
 @pytest.mark.slow
 def test_a_layer_is_timed_by_the_wall_clock(name):
     case = dataclasses.replace(CASES[name], shape=GemmShape(16, 4, 256, 128))

@@ -4,7 +4,7 @@ import jax
 import pytest
 from jax.profiler import ProfileData
 
-from bench.measure.timeline import Launch, launches_in, recorded, spans
+from bench.measure.timeline import Launch, last_call, launches_in, recorded, spans
 
 RECORDING = """
 planes { name: "/host:CPU" lines { name: "Stream #1" events { metadata_id: 1 duration_ps: 1 } } }
@@ -40,6 +40,15 @@ def test_a_span_counts_gaps_and_counts_overlaps_once():
     gap = [Launch("a", 10, 12), Launch("b", 15, 20)]
     overlap = [Launch("a", 30, 36), Launch("b", 33, 35)]
     assert spans([*gap, *overlap], 2) == [10, 6]
+
+
+def test_the_last_of_several_calls_begins_at_0():
+    launches = [
+        Launch("before", 1, 2),
+        *(Launch(name, t, t + 2) for t in (5, 15) for name, t in (("a", t), ("b", t + 3))),
+    ]
+    assert last_call(launches, 2) == [Launch("a", 0, 2), Launch("b", 3, 5)]
+    assert last_call([], 2) == []
 
 
 @pytest.mark.parametrize("count", [0, 3])
