@@ -58,8 +58,8 @@ def sections(record: Record | None) -> list[Section]:
         if launch["end_us"] - launch["begin_us"] >= _LEAST_SHARE * _end(line)
     ]
     text = (
-        f"{record['chip']}, commit {record['commit']}. The kernels of the last layer of a chain, or of a training step, by "
-        "jax's profiler, under which there are gaps that are not there without it."
+        f"{record['chip']}, commit {record['commit']}. The kernels of the last layer of a chain, or of a training "
+        "step, by jax's profiler, under which there are gaps that are not there without it."
     )
     headers = "case", "kernel", "begins at µs", "µs"
     return [Section("timelines", "The kernels of a layer", text, svg, headers, rows)]

@@ -20,7 +20,16 @@ from moejax.losses import router_losses
 from moejax.param import Param
 from moejax.router import Routing, check_logits, forced, lowest, poison, without
 from moejax.routers.base import Decision, Given, Params, Router, gate_logits, gate_table
-from pallas_kernels.top_k import softmax_top_k, softmax_weights_at, top_k, top_k_ids, weights_at
+from pallas_kernels.top_k import (
+    Groups,
+    limited_to_groups,
+    ranked_top_k,
+    softmax_top_k,
+    softmax_weights_at,
+    top_k,
+    top_k_ids,
+    weights_at,
+)
 from sharding.tokens import Tokens
 
 if TYPE_CHECKING:
@@ -107,11 +116,17 @@ class TopKRouter(Router):
         check_logits(logits)
         k, backend = config.top_k, config.backend
         scores, is_softmax = _SCORES[self.scoring](logits), self.scoring == "softmax"
+        of_call: dict[str, Any] = {"normalize": self.normalize_topk, "backend": backend}
         if correction_bias is None and self.num_groups == 1 and topk_ids is None:
             choose, ranking = (softmax_top_k, logits) if is_softmax else (top_k, scores)
-            weights, ids = choose(ranking, k, normalize=self.normalize_topk, backend=backend)
+            weights, ids = choose(ranking, k, **of_call)
+        elif topk_ids is None and not is_softmax:
+            ranking = self._ranking(logits, scores, correction_bias)
+            weights, ids = ranked_top_k(scores, ranking, k, groups=self._groups, **of_call)
         else:
             ranking = self._ranking(logits, scores, correction_bias)
+            if self._groups is not None:
+                ranking = limited_to_groups(ranking, self._groups)
             if topk_ids is None:
                 ids = top_k_ids(ranking, k, backend=backend)
             else:
@@ -141,23 +156,19 @@ class TopKRouter(Router):
         return {"correction_bias": params["correction_bias"] + self.update_rate * direction}
 
     def _ranking(self, logits: jax.Array, scores: jax.Array, correction_bias: jax.Array | None) -> jax.Array:
-        """What the choice goes by, where it is not the scores alone, or in part given; takes no gradient."""
+        """What the choice goes by, but for groups, where it is not the scores alone, or in part given; no gradient."""
         if self.scoring == "softmax" and correction_bias is None and self.num_groups == 1:
             # As `softmax_top_k` ranks: many a softmax is 0. What is `without` choice ranks below even −inf.
             return jax.lax.stop_gradient(jnp.maximum(logits, lowest(logits.dtype) / 2))
         ranking = jax.lax.stop_gradient(scores)
         if correction_bias is not None:
             ranking += jax.lax.stop_gradient(correction_bias.astype(jnp.float32))
-        return self._limit_to_groups(ranking) if self.num_groups > 1 else ranking
+        return ranking
 
-    def _limit_to_groups(self, ranking: jax.Array) -> jax.Array:
-        """Masks the experts outside each token's best groups."""
-        num_tokens = ranking.shape[0]
-        grouped = ranking.reshape(num_tokens, self.num_groups, -1)
-        best, _ = jax.lax.top_k(grouped, min(self.group_score_k, grouped.shape[-1]))
-        _, groups = jax.lax.top_k(best.sum(-1), self.topk_groups)
-        allowed = (groups[:, :, None] == jnp.arange(self.num_groups)).any(1)
-        return jnp.where(allowed[:, :, None], grouped, lowest(ranking.dtype)).reshape(num_tokens, -1)
+    @property
+    def _groups(self) -> Groups | None:
+        """The limit of the choice, if there is one."""
+        return None if self.num_groups == 1 else Groups(self.num_groups, self.topk_groups, self.group_score_k)
 
 
 def route(

@@ -213,14 +213,19 @@ def for_each(first, step: int, count: int, fetch: Callable[[Any], Any], body: Ca
 
 
 def launch(
-    body: Callable[..., None], out: Any, *inputs: jax.Array, name: str, blocks: int, scratch: Sequence[Any] = ()
+    body: Callable[..., None],
+    out: Any,
+    *inputs: jax.Array | None,
+    name: str,
+    blocks: int,
+    scratch: Sequence[Any] = (),
 ):
     """Runs `body(*inputs, out, *scratch)` in `blocks` blocks of one warpgroup, which share no memory that they write.
 
     Args:
       body: gets references.
       out: the shape of the result, or a list of several, each of which `body` gets.
-      *inputs: arrays.
+      *inputs: arrays, or None, which `body` gets as it is.
       name: of the kernel.
       blocks: how many.
       scratch: what each of them has for itself.

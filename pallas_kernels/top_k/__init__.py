@@ -2,6 +2,7 @@
 
 scores [T, E] -> ids [T, K], best first, and weights [T, K]; among equal scores the lower number wins.
 logits [T, E] -> the same, of their softmax.
+scores, ranking [T, E] -> the same, with ids by the ranking, perhaps within the best groups of experts.
 """
 
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.primitive import Operands, Operator, zero_tangent
+from pallas_kernels.top_k.groups import Groups, limited_to_groups
 from pallas_kernels.top_k.places import taken
 from pallas_kernels.top_k.reference import softmax_weights_at, weights_at
 from pallas_kernels.tracing.concrete import is_less
@@ -44,6 +46,42 @@ def top_k(scores: jax.Array, k: int, *, normalize: bool = False, backend: str = 
     """
     _check(scores, k)
     return TopK(*_top_k(backend, scores=scores, k=k, normalize=normalize))
+
+
+def ranked_top_k(
+    scores: jax.Array,
+    ranking: jax.Array,
+    k: int,
+    *,
+    groups: Groups | None = None,
+    normalize: bool = False,
+    backend: str = "auto",
+) -> TopK:
+    """Where the `k` largest numbers of each row of `ranking` are, and the scores at these places.
+
+    Args:
+      scores: float32 [T, E]; not negative where they are to be normalised.
+      ranking: float32 [T, E], what the choice goes by. Takes no gradient.
+      k: 1 … E, of groups no more than those that are kept have.
+      groups: a token chooses from its best groups alone; None for no limit.
+      normalize: whether the weights of a row are divided by their sum.
+      backend: "auto", "xla", "pallas_tpu" or "pallas_gpu".
+
+    Returns:
+      TopK. The gradient passes through the weights. A row of NaN gets valid places, which ones is not said.
+
+    Raises:
+      ValueError: `scores` and `ranking` are not floating-point matrices of one shape, `k` is out of range, or the
+        groups are not equal parts of E.
+    """
+    _check(scores, k)
+    _check(ranking, k, name="ranking")
+    if scores.shape != ranking.shape:
+        raise ValueError(f"ranking must have the shape of scores, {list(scores.shape)}, got {list(ranking.shape)}")
+    if groups is not None:
+        groups.check(scores.shape[1], k)
+    ranking = jax.lax.stop_gradient(ranking)
+    return TopK(*_ranked_top_k(backend, scores=scores, ranking=ranking, k=k, groups=groups, normalize=normalize))
 
 
 def softmax_top_k(logits: jax.Array, k: int, *, normalize: bool = False, backend: str = "auto") -> TopK:
@@ -94,6 +132,16 @@ def _top_k_jvp(backend: str, operands: Operands, tangents: Operands) -> tuple[An
     return (weights, ids), (dweights, zero_tangent(ids))
 
 
+def _ranked_top_k_jvp(backend: str, operands: Operands, tangents: Operands) -> tuple[Any, Any]:
+    weights, ids = _ranked_top_k(backend, **operands)
+
+    def chosen(scores: jax.Array) -> jax.Array:
+        return weights_at(scores, ids, normalize=operands["normalize"])
+
+    _, dweights = jax.jvp(chosen, (operands["scores"],), (tangents["scores"],))
+    return (weights, ids), (dweights, zero_tangent(ids))
+
+
 def _softmax_top_k_jvp(backend: str, operands: Operands, tangents: Operands) -> tuple[Any, Any]:
     weights, ids = _softmax_top_k(backend, **operands)
     if operands["normalize"]:  # a softmax of K numbers, of which the weights say all, NaN too
@@ -110,6 +158,7 @@ def _softmax_top_k_jvp(backend: str, operands: Operands, tangents: Operands) -> 
 
 
 _top_k = Operator("top_k", "top_k", jvp=_top_k_jvp)
+_ranked_top_k = Operator("top_k", "ranked_top_k", jvp=_ranked_top_k_jvp)
 _softmax_top_k = Operator("top_k", "softmax_top_k", jvp=_softmax_top_k_jvp)
 _top_k_ids = Operator("top_k", "top_k_ids")
 
@@ -121,4 +170,14 @@ def _check(scores: jax.Array, k: int, *, name: str = "scores") -> None:
         raise ValueError(f"k must be 1 to E = {scores.shape[1]}, got {k}")
 
 
-__all__ = ["TopK", "softmax_top_k", "softmax_weights_at", "top_k", "top_k_ids", "weights_at"]
+__all__ = [
+    "Groups",
+    "TopK",
+    "limited_to_groups",
+    "ranked_top_k",
+    "softmax_top_k",
+    "softmax_weights_at",
+    "top_k",
+    "top_k_ids",
+    "weights_at",
+]

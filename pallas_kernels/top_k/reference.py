@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.top_k.groups import Groups, limited_to_groups
 from pallas_kernels.top_k.places import taken
 
 
@@ -16,6 +17,14 @@ def softmax_top_k(logits: jax.Array, k: int, *, normalize: bool) -> tuple[jax.Ar
     """See `pallas_kernels.top_k.softmax_top_k`."""
     ids = top_k_ids(logits, k)
     return softmax_weights_at(logits, ids, normalize=normalize), ids
+
+
+def ranked_top_k(
+    scores: jax.Array, ranking: jax.Array, k: int, *, groups: Groups | None, normalize: bool
+) -> tuple[jax.Array, jax.Array]:
+    """See `pallas_kernels.top_k.ranked_top_k`."""
+    ids = top_k_ids(ranking if groups is None else limited_to_groups(ranking, groups), k)
+    return weights_at(scores, ids, normalize=normalize), ids
 
 
 def top_k_ids(scores: jax.Array, k: int) -> jax.Array:

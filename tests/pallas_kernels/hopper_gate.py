@@ -38,6 +38,7 @@ from pallas_kernels.quantize_rows import quantize_rows
 from pallas_kernels.quantize_transpose import quantize_transpose
 from pallas_kernels.rms_norm import rms_norm, rms_norm_in_8_bits
 from pallas_kernels.routed_mlp import routed_mlp
+from pallas_kernels.top_k import Groups, ranked_top_k
 from pallas_kernels.tracing.target import targeting
 from tests.helpers import gradients
 from tests.pallas_kernels.kernels_gpu import abstract_plan
@@ -319,6 +320,10 @@ CASES: dict[str, Callable[[], Case]] = {
         array("int32", 384, 1),
     ),
     "serving in fp8": lambda: serving(64),
+    "choice within groups": lambda: (
+        lambda *scores: ranked_top_k(*scores, 8, groups=Groups(8, 4, 2), normalize=True, backend="pallas_gpu"),
+        *(array("float32", 64, 256),) * 2,
+    ),
     "tokens rounded as they are copied": lambda: (
         lambda x, plan: dispatch(ToRound(x, "float8_e4m3fn"), plan, backend="pallas_gpu"),
         array("bfloat16", 256, 2048),

@@ -23,6 +23,7 @@ KERNELS = {
             "plan_and_dispatch",
             "top_k",
         ],
+        "choice within groups": ["top_k"],
         "tokens rounded as they are copied": ["dispatch_rounded"],
         "eight tokens in fp8": ["quantize_rows", "routed_mlp", "top_k"],
         "exchange": ["all_to_all", "counting_sort", "make_routes"],

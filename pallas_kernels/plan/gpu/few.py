@@ -12,20 +12,17 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.plan.gpu.tiles import (
+from pallas_kernels.on_gpu.compared import (
     COLUMNS,
     ROWS,
     TILE,
     along_columns,
     along_rows,
-    in_tiles,
-    ints,
-    launch,
-    scatter,
     smem,
     vector_iota,
     zeros,
 )
+from pallas_kernels.plan.gpu.tiles import in_tiles, ints, launch, scatter
 
 
 def sort_few(keys: jax.Array, num_groups: int) -> list[jax.Array]:

@@ -10,21 +10,18 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.plan.gpu.tiles import (
+from pallas_kernels.on_gpu.compared import (
     COLUMNS,
     ROWS,
     TILE,
     along_columns,
     along_rows,
-    in_tiles,
-    ints,
     iota,
-    launch,
-    scatter,
     smem,
     vector_iota,
     zeros,
 )
+from pallas_kernels.plan.gpu.tiles import in_tiles, ints, launch, scatter
 
 _CHUNK = 512
 """Keys of a chunk."""

@@ -1,4 +1,4 @@
-"""64 keys as a column and 64 as a row of a tile, in a warpgroup's registers: what the sorts are made of."""
+"""What the sorts of keys are made of."""
 
 from typing import Any
 
@@ -8,11 +8,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-TILE = 64
-"""Keys that are compared with as many others at a time."""
-
-ROWS, COLUMNS = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
-"""The layouts of vectors along the rows and along the columns of a tile."""
+from pallas_kernels.on_gpu.compared import TILE
 
 _STORES_AT_ONCE = 8
 
@@ -38,39 +34,9 @@ def scatter(out: Any, places: Any, values: Any) -> None:
     plgpu.commit_smem()
 
 
-def zeros() -> jax.Array:
-    """A tile of zeros."""
-    return plgpu.layout_cast(jnp.zeros((TILE, TILE), jnp.int32), plgpu.Layout.WGMMA)
-
-
-def iota(axis: int) -> jax.Array:
-    """The numbers of a tile's rows (0), or of its columns (1)."""
-    return plgpu.broadcasted_iota(jnp.int32, (TILE, TILE), axis, layout=plgpu.Layout.WGMMA)
-
-
-def vector_iota(layout: Any = ROWS) -> jax.Array:
-    """The numbers of 64 rows, or columns."""
-    return plgpu.broadcasted_iota(jnp.int32, (TILE,), 0, layout=layout)
-
-
-def along_rows(vector: jax.Array) -> jax.Array:
-    """A tile with a number for each row."""
-    return lax.broadcast_in_dim(vector, (TILE, TILE), (0,))
-
-
-def along_columns(vector: jax.Array) -> jax.Array:
-    """A tile with a number for each column."""
-    return lax.broadcast_in_dim(vector, (TILE, TILE), (1,))
-
-
 def ints(*shape: int) -> jax.ShapeDtypeStruct:
     """The shape of a result."""
     return jax.ShapeDtypeStruct(shape, jnp.int32)
-
-
-def smem(*shape: int) -> Any:
-    """Integers in shared memory."""
-    return plgpu.SMEM(shape, jnp.int32)
 
 
 def launch(body: Any, out_type: Any, scratch: list[Any], *, blocks: int) -> Any:

@@ -13,6 +13,7 @@ from pallas_kernels.on_gpu.device import require_hopper
 from pallas_kernels.top_k import reference
 from pallas_kernels.top_k.gpu import rows, tiles
 from pallas_kernels.top_k.gpu.rounds import Rounds
+from pallas_kernels.top_k.groups import Groups, limited_to_groups
 
 _MOST_EXPERTS = 256  # two registers a thread for each, of 255
 _COPIED_BYTES = 128  # in multiples of which the copy engine fills shared memory
@@ -34,6 +35,20 @@ def softmax_top_k(logits: jax.Array, k: int, *, normalize: bool) -> tuple[jax.Ar
         return reference.softmax_top_k(logits, k, normalize=normalize)
     ids, weights = _choose(logits, Rounds(k, normalize, softmax=True))
     return weights, ids
+
+
+def ranked_top_k(
+    scores: jax.Array, ranking: jax.Array, k: int, *, groups: Groups | None, normalize: bool
+) -> tuple[jax.Array, jax.Array]:
+    """See `pallas_kernels.top_k.ranked_top_k`; what does not fit into one kernel is left to XLA in part."""
+    _require(ranking)
+    if groups is not None and not rows.fits_groups(ranking, groups):
+        ranking, groups = limited_to_groups(ranking, groups), None
+    if scores.dtype == jnp.float32 and rows.fits(ranking):
+        ids, weights = rows.choose(scores, Rounds(k, normalize), with_weights=True, ranking=ranking, groups=groups)
+        return weights, ids
+    ids = top_k_ids(ranking, k)
+    return reference.weights_at(scores, ids, normalize=normalize), ids
 
 
 def top_k_ids(scores: jax.Array, k: int) -> jax.Array:
@@ -68,4 +83,4 @@ def _choose(scores: jax.Array, rounds: Rounds, *, with_weights: bool = True) -> 
     return way.choose(scores, rounds, with_weights=with_weights)
 
 
-__all__ = ["softmax_top_k", "top_k", "top_k_ids"]
+__all__ = ["ranked_top_k", "softmax_top_k", "top_k", "top_k_ids"]

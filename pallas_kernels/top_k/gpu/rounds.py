@@ -43,8 +43,8 @@ class Rounds(NamedTuple):
     normalize: bool
     softmax: bool = False
 
-    def __call__(self, remaining: jax.Array, layout: Any, spread: Spread) -> Chosen:
-        """Ids and weights of the K largest of rows of scores, in this layout."""
+    def __call__(self, remaining: jax.Array, layout: Any, spread: Spread, scores: jax.Array | None = None) -> Chosen:
+        """Ids of the K largest of rows, in this layout, and their weights: of `scores`, where these are given."""
         num_experts = remaining.shape[1]
         expert = plgpu.broadcasted_iota(jnp.int32, remaining.shape, 1, layout=layout)
         ids: list[jax.Array] = []
@@ -61,8 +61,11 @@ class Rounds(NamedTuple):
         for i in range(self.k):
             best = jnp.max(remaining, axis=1) if i else first
             place = jnp.min(jnp.where(remaining == spread(best, num_experts), expert, num_experts - 1), axis=1)
-            remaining = jnp.where(expert == spread(place, num_experts), -jnp.inf, remaining)
+            is_chosen = expert == spread(place, num_experts)
+            remaining = jnp.where(is_chosen, -jnp.inf, remaining)
             ids.append(place)
+            if scores is not None:
+                best = jnp.sum(jnp.where(is_chosen, scores, 0.0), axis=1)
             weights.append(jnp.exp(best - first) if self.softmax else best)
             of_chosen = of_chosen + weights[-1]
         if not self.normalize:

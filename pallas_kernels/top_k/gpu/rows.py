@@ -1,7 +1,7 @@
 """Rows of a power of two scores, each in neighbouring threads of a warp: a block for a few of them.
 
-A thread has 8 scores of one row, so that a round takes it few instructions, and as many blocks as can work at a time
-share the tokens.
+A thread has 8 or 16 scores of one row, so that a round takes it few instructions, and as many blocks as can work at a
+time share the tokens.
 """
 
 from typing import Any
@@ -12,35 +12,91 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.on_gpu.strips import in_blocks, launch, rows_in_blocks, spread, store
+from pallas_kernels.on_gpu.compared import TILE
+from pallas_kernels.on_gpu.strips import in_blocks, launch, rows_in_blocks, store
+from pallas_kernels.top_k.gpu.groups import Memory, find_kept
 from pallas_kernels.top_k.gpu.rounds import Rounds
+from pallas_kernels.top_k.groups import Groups
 
-_LEAST_EXPERTS = 8
-_MOST_EXPERTS = 128  # of rows that a warp has two of
+_LEAST_EXPERTS, _MOST_EXPERTS = 8, 256
+_LEAST_ROWS = 8  # of a block, two for each warp
+_LOWEST = float(jnp.finfo(jnp.float32).min)
 
 
 def fits(scores: jax.Array) -> bool:
     """Whether there are such rows, and as many as a block takes."""
     num_tokens, num_experts = scores.shape
     is_power = num_experts.bit_count() == 1 and _LEAST_EXPERTS <= num_experts <= _MOST_EXPERTS
-    return is_power and num_tokens >= rows_in_blocks(num_experts)
+    return is_power and num_tokens >= _rows(num_experts)
 
 
-def choose(scores: jax.Array, rounds: Rounds, *, with_weights: bool) -> list[jax.Array]:
-    """Ids [T, K], and their weights [T, K] if wanted."""
+def fits_groups(scores: jax.Array, groups: Groups) -> bool:
+    """Whether a block takes rows with all of their groups, too."""
     num_tokens, num_experts = scores.shape
-    rows, layout = rows_in_blocks(num_experts), in_blocks(num_experts)
+    if not fits(scores) or TILE % groups.num_groups or num_experts // groups.num_groups % 8:
+        return False
+    tokens = TILE // groups.num_groups
+    return tokens % _rows(num_experts) == 0 and num_tokens >= tokens
 
-    def body(scores, ids, *weights):
+
+def choose(
+    scores: jax.Array,
+    rounds: Rounds,
+    *,
+    with_weights: bool,
+    ranking: jax.Array | None = None,
+    groups: Groups | None = None,
+) -> list[jax.Array]:
+    """Ids [T, K], and their weights [T, K] if wanted: scores where `ranking`, if given, is best within the groups."""
+    num_tokens, num_experts = scores.shape
+    rows = _rows(num_experts) if groups is None else TILE // groups.num_groups
+    layout = _layout(num_experts)
+    by, of = (scores, None) if ranking is None else (ranking, scores)
+    by_group = None if groups is None else by.reshape(-1, num_experts // groups.num_groups)
+
+    def spread(value: jax.Array, width: int) -> jax.Array:
+        return plgpu.layout_cast(lax.broadcast_in_dim(value, (value.shape[0], width), (0,)), layout)
+
+    def within_groups(ranked: jax.Array, by_group: Any, first, memory: Memory) -> jax.Array:
+        """What the choice goes by, with the lowest number outside the best groups."""
+        assert groups is not None
+        of_tokens = pl.ds(first * groups.num_groups, TILE)
+        tile = plgpu.load(by_group.at[of_tokens], layout=plgpu.Layout.WGMMA, optimized=False)
+        find_kept(tile, groups, memory)
+        bits = plgpu.load(memory.bits.at[:rows], layout=layout.reduce((1,)), optimized=False)
+        expert = plgpu.broadcasted_iota(jnp.int32, ranked.shape, 1, layout=layout)
+        group = lax.div(expert, num_experts // groups.num_groups)
+        return jnp.where((spread(bits, num_experts) >> group) & 1 == 1, ranked, _LOWEST)
+
+    def body(by, of, by_group, ids, *refs):
         # The last block starts early enough to end with the rows: what two blocks share they both find.
-        tokens = pl.ds(jnp.minimum(lax.axis_index("block") * rows, num_tokens - rows), rows)
-        chosen = rounds(plgpu.load(scores.at[tokens], layout=layout, optimized=False), layout, spread)
-        for i, place in enumerate(chosen.ids):
+        first = jnp.minimum(lax.axis_index("block") * rows, num_tokens - rows)
+        tokens = pl.ds(first, rows)
+        ranked = plgpu.load(by.at[tokens], layout=layout, optimized=False)
+        weighed = None if of is None else plgpu.load(of.at[tokens], layout=layout, optimized=False)
+        if groups is not None:
+            ranked = within_groups(ranked, by_group, first, refs[-1])
+        chosen = rounds(ranked, layout, spread, weighed)
+        for i, (place, weight) in enumerate(zip(chosen.ids, chosen.weights, strict=True)):
             store(ids.at[tokens, i], place)
             if with_weights:
-                weight = chosen.weights[i]
-                store(weights[0].at[tokens, i], weight if chosen.total is None else weight / chosen.total)
+                store(refs[0].at[tokens, i], weight if chosen.total is None else weight / chosen.total)
 
-    dtypes: tuple[Any, ...] = (jnp.int32, jnp.float32) if with_weights else (jnp.int32,)
-    outs = [jax.ShapeDtypeStruct((num_tokens, rounds.k), dtype) for dtype in dtypes]
-    return launch(body, outs, scores, name="top_k", blocks=pl.cdiv(num_tokens, rows))
+    outs = [jax.ShapeDtypeStruct((num_tokens, rounds.k), jnp.int32)]
+    if with_weights:
+        outs.append(jax.ShapeDtypeStruct((num_tokens, rounds.k), jnp.float32))
+    scratch = [] if groups is None else [Memory.describe()]
+    return launch(body, outs, by, of, by_group, name="top_k", blocks=pl.cdiv(num_tokens, rows), scratch=scratch)
+
+
+def _rows(num_experts: int) -> int:
+    """Rows of which each thread of a warpgroup holds one vector."""
+    return max(_LEAST_ROWS, rows_in_blocks(num_experts))
+
+
+def _layout(num_experts: int) -> Any:
+    if rows_in_blocks(num_experts) >= _LEAST_ROWS:
+        return in_blocks(num_experts)
+    vector = num_experts * _LEAST_ROWS // 128
+    tiling = plgpu.Tiling(((_LEAST_ROWS, num_experts), (_LEAST_ROWS // 4, num_experts), (vector,)))
+    return plgpu.Layout.TILED(tiling, warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)

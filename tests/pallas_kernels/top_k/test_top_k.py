@@ -5,9 +5,18 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.on_gpu.smem import single_view
-from pallas_kernels.top_k import gpu, softmax_top_k, softmax_weights_at, top_k, top_k_ids
+from pallas_kernels.top_k import (
+    Groups,
+    gpu,
+    ranked_top_k,
+    softmax_top_k,
+    softmax_weights_at,
+    top_k,
+    top_k_ids,
+    weights_at,
+)
 from pallas_kernels.top_k.places import placed, taken
-from tests.helpers import LIMIT, normal, relative_error
+from tests.helpers import LIMIT, float64, normal, raises_saying, relative_error
 from tests.pallas_kernels.backends import every_backend
 from tests.pallas_kernels.kernels_gpu import interpreted
 
@@ -211,3 +220,109 @@ def test_no_expert_is_chosen_twice_where_few_logits_are_finite_interpreted(rng, 
     right = softmax_top_k(logits, 4, normalize=normalize, backend="xla")
     np.testing.assert_array_equal(ids, right.ids)
     assert relative_error(weights, right.weights) < LIMIT["float32"]
+
+
+GROUPS = [None, Groups(8, 4, 2), Groups(4, 1, 3), Groups(16, 5, 100), Groups(8, 8, 1)]
+
+
+def ranked(rng, tokens, experts):
+    """Scores, and a ranking of few different numbers: many are equal."""
+    scores = jax.nn.sigmoid(normal(rng, tokens, experts))
+    return scores, jnp.round(8 * (scores + 0.1 * normal(rng, experts))) / 8
+
+
+def chosen_by_hand(ranking, k, groups):
+    """The places of the best, token by token, the lower of equals first."""
+    ids = []
+    for row in np.asarray(ranking, np.float64):
+        if groups is not None:
+            parts = row.reshape(groups.num_groups, -1)
+            best = np.sort(parts, axis=1)[:, ::-1][:, : groups.ranked_by].sum(1)
+            kept = np.argsort(-best, kind="stable")[: groups.kept]
+            row = np.where(np.isin(np.arange(groups.num_groups), kept)[:, None], parts, -np.inf).reshape(-1)
+        ids.append(np.argsort(-row, kind="stable")[:k])
+    return np.stack(ids)
+
+
+@pytest.mark.parametrize("groups", GROUPS, ids=str)
+@pytest.mark.parametrize("shape", [(70, 256), (5, 64), (33, 160)], ids=str)
+@pytest.mark.quick("xla-*", "pallas_gpu*")
+def test_scores_where_a_ranking_is_best(backend, rng, shape, groups):
+    scores, ranking = ranked(rng, *shape)
+
+    def weights_of(scores):
+        return ranked_top_k(scores, ranking, 6, groups=groups, normalize=True, backend=backend)
+
+    weights, ids = jax.jit(weights_of)(scores)
+    right = chosen_by_hand(ranking, 6, groups)
+    np.testing.assert_array_equal(ids, right)
+    chosen = np.take_along_axis(float64(scores), right, axis=1)
+    assert relative_error(weights, chosen / chosen.sum(1, keepdims=True)) < LIMIT["float32"]
+    dweights = normal(rng, shape[0], 6)
+    (found,) = jax.vjp(lambda scores: weights_of(scores).weights, scores)[1](dweights)
+    (expected,) = jax.vjp(lambda scores: weights_at(scores, ids, normalize=True), scores)[1](dweights)
+    assert relative_error(found, expected) < LIMIT["float32"]
+
+
+@pytest.mark.parametrize(
+    ("shape", "groups"),
+    [
+        ((16, 256), Groups(8, 4, 2)),
+        ((19, 256), Groups(8, 1, 1)),
+        ((8, 128), Groups(8, 3, 40)),
+        ((20, 256), Groups(4, 2, 3)),
+        ((24, 256), None),
+        ((9, 32), None),
+        ((70, 24), None),
+        ((6, 160), Groups(8, 3, 2)),
+    ],
+    ids=str,
+)
+@pytest.mark.quick("(16,*", "(24, 256*", "(6,*")
+def test_a_ranking_interpreted(rng, shape, groups):
+    """Whole blocks and such that share rows, with groups in the kernel and before it."""
+    scores, ranking = ranked(rng, *shape)
+    with interpreted(detect_races=shape[0] % 8 == 0), single_view(True):
+        weights, ids = jax.jit(lambda *x: gpu.ranked_top_k(*x, 4, groups=groups, normalize=False))(scores, ranking)
+    np.testing.assert_array_equal(ids, chosen_by_hand(ranking, 4, groups))
+    np.testing.assert_array_equal(weights, np.take_along_axis(np.asarray(scores), np.asarray(ids), axis=1))
+
+
+def test_a_token_of_nan_gets_valid_places_interpreted(rng):
+    scores, ranking = ranked(rng, 8, 256)
+    ranking = ranking.at[3].set(jnp.nan)
+    with interpreted(), single_view(True):
+        _, ids = jax.jit(lambda *x: gpu.ranked_top_k(*x, 8, groups=Groups(8, 4, 2), normalize=True))(scores, ranking)
+    assert ((np.asarray(ids) >= 0) & (np.asarray(ids) < 256)).all()
+    others = np.arange(8) != 3
+    np.testing.assert_array_equal(ids[others], chosen_by_hand(ranking[others], 8, Groups(8, 4, 2)))
+
+
+@pytest.mark.parametrize(("tokens", "experts"), [(64, 256), (16384, 256), (8, 128)])
+@pytest.mark.quick("64-256")
+def test_a_ranking_lowers_for_cuda_without_a_sort(tokens, experts):
+    x = jax.ShapeDtypeStruct((tokens, experts), jnp.float32)
+    choose = jax.jit(lambda *x: gpu.ranked_top_k(*x, 8, groups=Groups(8, 4, 2), normalize=True))
+    text = choose.trace(x, x).lower(lowering_platforms=("cuda",)).as_text()
+    assert "mosaic_gpu" in text
+    assert "chlo.top_k" not in text
+
+
+@pytest.mark.parametrize(
+    ("groups", "words"),
+    [
+        (Groups(7, 1, 1), ("num_groups", "divisor of E = 64", "7")),
+        (Groups(8, 9, 1), ("kept", "1 to num_groups = 8", "9")),
+        (Groups(8, 4, 0), ("ranked_by", "at least 1", "0")),
+        (Groups(8, 1, 1), ("k must be at most the 8 experts of kept = 1 groups", "got 9")),
+    ],
+    ids=str,
+)
+def test_errors_of_groups(groups, words):
+    with raises_saying(ValueError, *words):
+        ranked_top_k(jnp.zeros((3, 64)), jnp.zeros((3, 64)), 9, groups=groups)
+
+
+def test_a_ranking_of_another_shape_is_refused():
+    with raises_saying(ValueError, "ranking must have the shape of scores, [3, 64]", "[3, 32]"):
+        ranked_top_k(jnp.zeros((3, 64)), jnp.zeros((3, 32)), 2)
