@@ -11,6 +11,7 @@ from moejax.experts import ExpertMath, ExpertWeights
 from moejax.packing import GateUpOrder, Layout, split_gate_up
 from moejax.routed_experts import routed_experts
 from pallas_kernels.activations import Activation
+from pallas_kernels.grouped_matmul.checks import check_kind
 from pallas_kernels.plan import in_int32
 from pallas_kernels.quantize import Operand, QTensor, Quantization
 from sharding.exchange import Way, check_transport
@@ -140,6 +141,8 @@ def _gate_first(
 def _check(x, w1: Operand, w2: Operand, topk_weights, topk_ids, b1, b2, layout: Layout) -> None:
     if x.ndim != 2 or jnp.dtype(x.dtype).name not in ("bfloat16", "float16", "float32"):
         raise ValueError(f"hidden_states must be BF16, FP16 or float32 [T, H], got {x.dtype}{list(x.shape)}")
+    check_kind("w1", w1)
+    check_kind("w2", w2)
     rows, columns = (1, 2) if layout == "out_in" else (2, 1)
     if w1.ndim != 3 or w1.shape[rows] % 2 or w1.shape[columns] != x.shape[1]:
         wanted = "[E, 2I, H]" if layout == "out_in" else "[E, H, 2I]"

@@ -140,10 +140,11 @@ class Quantization:
       lhs_scaling: scaling of the activations [M, K].
       rhs_scaling: scaling of the weights [G, K, N].
       gradient_dtype: 8-bit dtype to which the cotangent is rounded (by `lhs_scaling`) for the gradient of the
-        activations, float8_e5m2 say; None multiplies it as it comes.
+        activations, float8_e5m2 say, and with it for what follows from that gradient, as a router's does; None
+        multiplies it as it comes.
       weights_gradient_dtype: 8-bit dtype to which the cotangent is rounded for the gradient of the weights, a sum over
         the rows of a group: 128 of these have a scale for each feature. Activations are rounded to `dtype` likewise.
-        None multiplies both as they come; with it, there are no second derivatives.
+        None multiplies both as they come; with it, weights have no second derivatives.
     """
 
     dtype: QDtype = "float8_e4m3fn"

@@ -22,13 +22,7 @@ def check_operands(
         if operand.ndim != rank:
             layout = "[M, K]" if rank == 2 else ("[G, N, K]" if transpose_rhs else "[G, K, N]")
             raise ValueError(f"{name} must have shape {layout}, got {list(operand.shape)}")
-        if isinstance(operand, QTensor):
-            check_qtensor(name, operand)
-        elif not jnp.issubdtype(operand.dtype, jnp.floating) or operand.dtype.itemsize == 1:
-            raise ValueError(
-                f"{name} must be a BF16, FP16 or float32 array, or a QTensor (8-bit values with scales), got "
-                f"{operand.dtype}{list(operand.shape)}"
-            )
+        check_kind(name, operand)
     num_groups, depth, columns = rhs.shape if not transpose_rhs else (rhs.shape[0], rhs.shape[2], rhs.shape[1])
     if is_less(num_groups, 1):
         raise ValueError(f"rhs must hold the matrix of at least one group, got {list(rhs.shape)}")
@@ -44,6 +38,17 @@ def check_operands(
     if bias is not None and bias.shape != (num_groups, columns):
         raise ValueError(f"bias must have shape [G, N] = {[num_groups, columns]}, got {list(bias.shape)}")
     _check_values(group_sizes, group_offset, num_groups, lhs.shape[0])
+
+
+def check_kind(name: str, operand: Operand) -> None:
+    """Raises ValueError unless the operand `name` is an array of floats of 16 or 32 bits, or a QTensor."""
+    if isinstance(operand, QTensor):
+        check_qtensor(name, operand)
+    elif not jnp.issubdtype(operand.dtype, jnp.floating) or operand.dtype.itemsize == 1:
+        raise ValueError(
+            f"{name} must be a BF16, FP16 or float32 array, or a QTensor (8-bit values with scales), got "
+            f"{operand.dtype}{list(operand.shape)}"
+        )
 
 
 def check_gate_up(

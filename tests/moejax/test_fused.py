@@ -8,8 +8,9 @@ from jax.sharding import PartitionSpec
 
 from moejax import Quantization, fused_experts, make_mesh, pack_experts, quantize
 from pallas_kernels.chips import get_chip
+from pallas_kernels.quantize import QTensor
 from pallas_kernels.tracing.target import targeting
-from tests.helpers import LIMIT, float64, normal, relative_error
+from tests.helpers import LIMIT, float64, normal, raises_saying, relative_error
 from tests.pallas_kernels.grouped_matmul.grouped import gated, quantized, values
 from tests.sharding.exchange.exchanges import OTHERS
 
@@ -291,3 +292,11 @@ def test_errors(rng, change, message):
     arguments |= {name: jnp.zeros(shape) for name, shape in change.items()}
     with pytest.raises(ValueError, match=message):
         fused_experts(**arguments)
+
+
+def test_weights_of_a_dtype_that_is_not_multiplied_are_named(rng):
+    x, w1, w2, *choice = problem(rng)
+    with raises_saying(ValueError, "w1 must be a BF16, FP16 or float32 array, or a QTensor", "int32[8, 512, 128]"):
+        fused_experts(x, w1.astype(jnp.int32), w2, *choice)
+    with raises_saying(ValueError, "w2: scale [8, 3, 1] does not fit values [8, 128, 256]"):
+        fused_experts(x, w1, QTensor(w2.astype("float8_e4m3fn"), jnp.ones((8, 3, 1))), *choice)

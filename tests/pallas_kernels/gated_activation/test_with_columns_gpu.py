@@ -55,7 +55,7 @@ def assert_rows(rows, expected):
 @pytest.mark.parametrize("weighed", [False, True], ids=["", "weighed"])
 @pytest.mark.parametrize("formats", [(E4M3, E4M3), (E5M2, E4M3)], ids=["alike", "mixed"])
 @pytest.mark.parametrize("activation", ["silu", "swigluoai"])
-@pytest.mark.quick("silu-mixed-weighed-4")
+@pytest.mark.slow
 def test_whole_blocks_interpreted(rng, monkeypatch, activation, formats, weighed, config):
     """Nothing is stored twice, so that whatever is, and what is read too early, is an error."""
     programs(monkeypatch, 1)

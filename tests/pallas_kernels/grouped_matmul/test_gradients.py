@@ -81,7 +81,7 @@ def test_gradients_of_the_product(backend, rng, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.quick("pallas_tpu-bfloat16", "pallas_gpu-bfloat16")
+@pytest.mark.quick("xla-bfloat16", "pallas_gpu-bfloat16")
 def test_gradients_of_the_fused_product(backend, rng, dtype):
     lhs, rhs, bias, dout = problem(rng, dtype=dtype, width=N // 2)
     sizes = random_sizes(rng, G, M)
@@ -102,7 +102,7 @@ def test_gradients_on_aligned_shapes(backend, rng, rows):
 
 @pytest.mark.parametrize("limit", [None, 0.5])
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "swigluoai", "relu2"])
-@pytest.mark.quick("xla-silu-None", "xla-gelu-0.5", "xla-relu2-None", "xla-swigluoai-0.5")
+@pytest.mark.quick("xla-gelu-0.5", "xla-swigluoai-0.5")
 def test_gradients_of_every_activation(backend, rng, activation, limit):
     lhs, rhs, bias, dout = problem(rng, width=N // 2)
     sizes = random_sizes(rng, G, M - 6)
@@ -130,9 +130,7 @@ def test_every_pattern_of_empty_groups(backend, rng, share):
 
 @pytest.mark.parametrize(("shape", "dtype"), [((M, K, N), "float32"), ((M, 200, 192), "bfloat16")], ids=str)
 @pytest.mark.parametrize("used", [0, 1, 37, M - 1])
-@pytest.mark.quick(
-    "pallas_tpu-0-(70, 33, 22)-float32", "xla-37-(70, 200, 192)-bfloat16", "xla-37-(70, 33, 22)-float32", "pallas_gpu*"
-)
+@pytest.mark.quick("xla-37-(70, 200, 192)-bfloat16", "xla-37-(70, 33, 22)-float32", "pallas_gpu*")
 def test_nan_in_unowned_rows_reaches_no_gradient(backend, rng, used, shape, dtype):
     lhs, rhs, bias, dout = problem(rng, *shape, dtype=dtype)
     sizes = random_sizes(rng, G, used)
@@ -187,7 +185,7 @@ def test_gradients_keep_the_dtype_of_each_operand(backend, rng):
 @pytest.mark.parametrize(
     "quantization", [Quantization(), Quantization("int8", "per_row", "per_channel")], ids=lambda q: q.dtype
 )
-@pytest.mark.quick("xla-float8_e4m3fn-transposed", "pallas_tpu-int8-")
+@pytest.mark.quick("pallas_tpu-int8-")
 def test_gradients_pass_straight_through_the_rounding(backend, rng, quantization, transpose):
     lhs, rhs, bias, dout = problem(rng, 256, 256, 128, 4)
     sizes = random_sizes(rng, 4, 250)

@@ -158,7 +158,7 @@ def test_fused_activation(backend, rng, activation, limit):
     ("lhs_dtype", "rhs_dtype", "preferred"),
     [("bfloat16", "float32", None), ("bfloat16", "bfloat16", "float32"), ("float32", "bfloat16", "bfloat16")],
 )
-@pytest.mark.quick("*-bfloat16-bfloat16-float32")
+@pytest.mark.quick("xla-bfloat16-bfloat16-float32", "pallas_gpu-bfloat16-bfloat16-float32")
 def test_result_dtype(backend, rng, lhs_dtype, rhs_dtype, preferred):
     lhs, rhs, _ = operands(rng, AWKWARD)
     lhs, rhs = lhs.astype(lhs_dtype), rhs.astype(rhs_dtype)
@@ -169,7 +169,7 @@ def test_result_dtype(backend, rng, lhs_dtype, rhs_dtype, preferred):
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "int16"])
-@pytest.mark.quick("pallas_tpu-int16", "xla-uint8", "pallas_gpu*")
+@pytest.mark.quick("xla-*", "pallas_gpu*")
 def test_narrow_group_sizes_do_not_overflow(backend, rng, dtype):
     lhs, rhs, _ = operands(rng, (301, 16, 8, 4))
     sizes = jnp.asarray([90, 100, 60, 51], dtype)
@@ -188,7 +188,7 @@ def test_empty_operands(backend, rng, shape):
 
 
 @pytest.mark.parametrize("quantization", [None, Quantization()], ids=["float", "fp8"])
-@pytest.mark.quick("pallas_*-float")
+@pytest.mark.quick("xla-float", "pallas_gpu-float")
 def test_same_inputs_same_bits(backend, rng, quantization):
     lhs, rhs, bias = operands(rng, ALIGNED, jnp.bfloat16)
     sizes = random_sizes(rng, ALIGNED[3], ALIGNED[0])

@@ -72,7 +72,7 @@ def test_gradients(backend, rng, sizes, rows):
 
 
 @sizes_and_rows
-@pytest.mark.quick("xla-*", "pallas_tpu-negative")
+@pytest.mark.quick("xla-*")
 def test_a_window(backend, rng, sizes, rows):
     lhs, rhs, bias = operands(rng, (M, K, N, 3), "bfloat16")
     out = matmul(backend=backend)(lhs, rhs, jnp.array(sizes, jnp.int32), bias=bias, group_offset=jnp.int32(2))

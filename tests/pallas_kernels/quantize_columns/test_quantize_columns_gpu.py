@@ -24,7 +24,7 @@ def check(x, sizes, row_ids=None, dtype="float8_e4m3fn", config="one"):
 @pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
 @pytest.mark.parametrize("of", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("features", [128, 512])
-@pytest.mark.quick("512-bfloat16-*m3fn")
+@pytest.mark.slow
 def test_interpreted(rng, features, of, dtype):
     """With rows that no group owns, NaN all of them."""
     sizes = SIZES["ragged"]

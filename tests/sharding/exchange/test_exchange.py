@@ -159,7 +159,7 @@ def test_gradients_of_several_at_once(transport, rng):
 
 
 @pytest.mark.parametrize("problem", [EP8, *EVERY_TRANSPORT], ids=str)
-@pytest.mark.quick("dp2-ep4-T9-routed", "dp2-ep4-T9-hier*")
+@pytest.mark.quick("dp2-ep4-T9-routed")
 def test_rows_that_travel_in_fp8_are_rounded_once(problem, rng):
     problem = dataclasses.replace(problem, hidden=128, wire=Wire())
     _, weights, ids, factors = inputs(problem, rng)
