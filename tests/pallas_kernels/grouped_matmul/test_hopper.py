@@ -59,7 +59,7 @@ CASES = [
 @pytest.mark.parametrize(
     ("config", "fused", "k_major", "lhs_scaling", "rhs_scaling"), [c[1:] for c in CASES], ids=[c[0] for c in CASES]
 )
-@pytest.mark.slow
+@pytest.mark.quick("fp8-blocks-wide")
 def test_on_a_simulated_gpu(monkeypatch, rng, config, fused, k_major, lhs_scaling, rhs_scaling):
     lhs, rhs, bias = operands(rng, (80, 256, 256, len(SIZES)), jnp.bfloat16)
     lhs = lhs.at[sum(SIZES) :].set(jnp.nan)
@@ -72,6 +72,15 @@ def test_on_a_simulated_gpu(monkeypatch, rng, config, fused, k_major, lhs_scalin
         out = jax.jit(run)(lhs, rhs.mT if k_major else rhs, jnp.array(SIZES, jnp.int32), bias=bias)
     assert relative_error(out, oracle(lhs, rhs, SIZES, bias)) < LIMIT["bfloat16"]
     assert not np.asarray(out[sum(SIZES) :]).any()
+
+
+def test_steps_that_are_left_over_on_a_simulated_gpu(monkeypatch, rng):
+    """Of five steps with scales of blocks the tensor cores take four at once."""
+    lhs, rhs, _ = operands(rng, (80, 640, 128, len(SIZES)), jnp.bfloat16)
+    lhs, rhs = quantized(lhs, scaling="1x128"), quantized(rhs, scaling="128x128")
+    with simulated(monkeypatch, Config(64, 128, 3, 1, 1)):
+        out = grouped_matmul(lhs, rhs.mT, jnp.array(SIZES, jnp.int32), transpose_rhs=True, backend="pallas_gpu")
+    assert relative_error(out, dense_matmul(lhs, rhs, SIZES)) < LIMIT["bfloat16"]
 
 
 AHEAD = [
@@ -153,7 +162,7 @@ def test_relu2_on_a_simulated_gpu(monkeypatch, rng):
     ],
     ids=str,
 )
-@pytest.mark.quick("*warpgroups=1, strip=2, *-1x128-128x128")
+@pytest.mark.quick("*warpgroups=1, strip=2, *-1x128-128x128", "*block_n=256, num_stages=2, warpgroups=2*")
 def test_result_in_8_bits_on_a_simulated_gpu(monkeypatch, rng, config, lhs_scaling, rhs_scaling):
     lhs, rhs, bias = operands(rng, (80, 512, 512, len(SIZES)))
     lhs, rhs = quantized(lhs, scaling=lhs_scaling), quantized(rhs, scaling=rhs_scaling).mT
