@@ -99,12 +99,16 @@ class MoEConfig:
             require_integer(name, getattr(self, name), at_least=1)
         require_integer("shared_intermediate_size", self.shared_intermediate_size, at_least=0)
         require(self.top_k <= self.num_experts, "top_k", f"at most num_experts={self.num_experts}", self.top_k)
-        require(
-            isinstance(self.router, Router), "router", "a router of moejax.routers, such as TopKRouter()", self.router
+        wanted = (
+            "a router of moejax.routers, such as TopKRouter(); an entry of ROUTERS takes a config and makes one of it"
         )
+        require(isinstance(self.router, Router), "router", wanted, self.router)
         self.router.check(self.num_experts, self.top_k)
         require(self.precision in PRECISIONS, "precision", " or ".join(map(repr, PRECISIONS)), self.precision)
         require(isinstance(self.quantization, Quantization), "quantization", "a Quantization", self.quantization)
+        in_8_bits = self.quantization.gradient_dtype or self.quantization.weights_gradient_dtype
+        needed = "'w8a8' where quantization has a dtype of gradients"
+        require(in_8_bits is None or self.precision == "w8a8", "precision", needed, self.precision)
         if self.capacity_factor is not None:
             is_number = isinstance(self.capacity_factor, numbers.Real) and not isinstance(self.capacity_factor, bool)
             is_fit = is_number and 0 < self.capacity_factor < math.inf

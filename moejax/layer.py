@@ -123,6 +123,9 @@ class MoE(nnx.Module):
         Raises:
           ValueError: the mesh lacks an axis or would repeat work, or a size does not divide.
         """
+        if not isinstance(config, MoEConfig):
+            made = "get_preset('mixtral-8x7b') makes one of a name"
+            raise TypeError(f"config must be a MoEConfig, got {type(config).__name__}; {made}")
         self.config = config
         self.mesh = mesh
         self.partition = partition

@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from moejax.config import MoEConfig
 from moejax.param import Param
-from pallas_kernels.quantize import Operand, QTensor, block_shape, quantize
+from pallas_kernels.quantize import Operand, QTensor, block_shape, check_qtensor, quantize
 from sharding.mesh import has_explicit_axes, spec_in
 from sharding.partition import Axes
 from sharding.replicas import Replicas
@@ -180,9 +180,24 @@ def _check_one(name: str, value: Any, row: Param | None) -> None:
     shape = row.k_major(row.shape) if isinstance(value, QTensor) else row.shape
     if tuple(value.shape) != shape:
         raise ValueError(f"{name} must be {list(shape)}, got {list(value.shape)}{_hint(value, row, shape)}")
+    if isinstance(value, QTensor):
+        _check_blocks(name, value)
     is_float = jnp.issubdtype(value.dtype, jnp.floating) and value.dtype.itemsize >= 2
     if not isinstance(value, QTensor) and row.init is None and not is_float:
         raise ValueError(f"{name} must be BF16, FP16 or float32, or a QTensor for 8 bits, got {value.dtype}")
+
+
+def _check_blocks(name: str, value: QTensor) -> None:
+    """Raises ValueError for scales that are surely meant for other blocks than the equal ones that a QTensor has."""
+    check_qtensor(name, value)
+    blocks = [size // max(scales, 1) for size, scales in zip(value.shape[-2:], value.scale.shape[-2:], strict=True)]
+    sizes = zip(blocks, value.shape[-2:], strict=True)
+    if not all(block == size or block.bit_count() == 1 for block, size in sizes):
+        raise ValueError(
+            f"{name}: scale {list(value.scale.shape)} of values {list(value.shape)} means blocks of {blocks[0]} x "
+            f"{blocks[1]}; if those of the checkpoint are cut short at an edge, dequantise its weights before, or pad "
+            "them to whole blocks"
+        )
 
 
 def _hint(value: Operand, row: Param, shape: tuple[int, ...]) -> str:
@@ -201,6 +216,8 @@ def _hint(value: Operand, row: Param, shape: tuple[int, ...]) -> str:
 
 def quantize_params(params: MoEParams, config: MoEConfig) -> MoEParams:
     """Rounds the weights of all experts to 8 bits for serving, as QTensors (see `MoEParams`); the rest is unchanged."""
+    if not isinstance(params, MoEParams):
+        raise TypeError(f"params must be MoEParams, got {type(params).__name__}; of a layer, layer.params()")
     q = config.quantization
 
     def to_8_bits(weights: Operand | None, row: Param | None) -> Any:

@@ -39,7 +39,7 @@ def training(s: GemmShape, *, in_8_bits: bool) -> CaseData:
     }
     x, dy = (normal(seed, (tokens, s.K)) for seed in (0, 4))
     ours = Implementation("moejax", "moejax", {"": _step_of(functools.partial(_ours, config=config))})
-    in_bf16 = functools.partial(_ours, config=with_changes(config, precision="w16a16"))
+    in_bf16 = functools.partial(_ours, config=with_changes(config, precision="w16a16", quantization=Quantization()))
     in_jax = functools.partial(_in_jax, config=config)
     peers = (
         (Implementation("moejax, BF16", "moejax", {"": _step_of(in_bf16)}),)
@@ -51,7 +51,7 @@ def training(s: GemmShape, *, in_8_bits: bool) -> CaseData:
             ),
         )
     )
-    in_float32 = with_changes(config, precision="w16a16", dtype=jnp.float32, backend="xla")
+    in_float32 = with_changes(config, precision="w16a16", quantization=Quantization(), dtype=jnp.float32, backend="xla")
     reference = _step_of(functools.partial(_ours, config=in_float32))
     return CaseData(
         (x, weights, dy), ours, peers, reference, calls=1, checked=(x[:_CHECKED_TOKENS], weights, dy[:_CHECKED_TOKENS])

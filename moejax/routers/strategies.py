@@ -92,7 +92,10 @@ def soft_moe(config: "MoEConfig", **settings: Any) -> "MoEConfig":
 
 
 def chain_of_experts(config: "MoEConfig", *, passes: int = 2, **settings: Any) -> "MoEConfig":
-    """See `ChainRouter`: softmax routers, ⌈K / passes⌉ experts a token and pass; `settings` are those of each pass."""
+    """See `ChainRouter`: softmax routers, ⌈K / passes⌉ experts a token and pass; `settings` are those of each pass.
+
+    A K that `passes` does not divide is thus rounded up: of 3 choices become 4 in two passes.
+    """
     if passes < 1:
         raise ValueError(f"passes must be at least 1, got {passes}")
     own = {"load_balance_loss": 0.01, "normalize_topk": _normalizes(config)} | _kept(config, TopKRouter) | settings
@@ -111,6 +114,8 @@ def specialized(config: "MoEConfig", **settings: Any) -> "MoEConfig":
 
 
 def _with(config: "MoEConfig", kind: type[Router], settings: dict[str, Any], **changes: Any) -> "MoEConfig":
+    if not dataclasses.is_dataclass(config):
+        raise TypeError(f"config must be a MoEConfig, got {type(config).__name__}; of a layer, layer.config")
     return dataclasses.replace(config, router=kind(**_kept(config, kind) | settings), **changes)
 
 

@@ -5,8 +5,9 @@ import re
 
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 
-from moejax import ROUTERS, MoEConfig, Quantization, TopKRouter, with_changes
+from moejax import ROUTERS, MoE, MoEConfig, Quantization, TopKRouter, with_changes
 from tests.helpers import raises_saying
 
 GOOD = {"hidden_size": 256, "intermediate_size": 128, "num_experts": 8, "top_k": 2}
@@ -138,9 +139,22 @@ def test_replacing_a_field_checks_again():
 
 
 def test_a_router_that_is_none():
-    message = "router must be a router of moejax.routers, such as TopKRouter(), got 'softmax'"
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with raises_saying(ValueError, "router must be a router of moejax.routers, such as TopKRouter()", "got 'softmax'"):
         MoEConfig(**GOOD, router="softmax")
+    with raises_saying(ValueError, "an entry of ROUTERS takes a config and makes one of it", "got <function softmax"):
+        MoEConfig(**GOOD, router=ROUTERS["softmax"])
+    with raises_saying(TypeError, "config must be a MoEConfig, got MoE; of a layer, layer.config"):
+        ROUTERS["loss_free"](MoE(MoEConfig(**GOOD), rngs=nnx.Rngs(0)))
+
+
+@pytest.mark.parametrize("field", ["gradient_dtype", "weights_gradient_dtype"])
+def test_gradients_in_8_bits_need_weights_in_8_bits(field):
+    quantization = Quantization(**{field: "float8_e5m2"})
+    with raises_saying(
+        ValueError, "precision must be 'w8a8' where quantization has a dtype of gradients, got 'w16a16'"
+    ):
+        MoEConfig(**GOOD, quantization=quantization)
+    assert MoEConfig(256, 128, 8, 2, precision="w8a8", quantization=quantization).quantization == quantization
 
 
 def test_fields_that_nothing_has():

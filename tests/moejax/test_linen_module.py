@@ -68,6 +68,22 @@ def test_apply_equals_the_nnx_layer(variables, x):
     assert same_bits(jax.jit(moejax.linen.MoE(CONFIG).apply)(variables, x), expected)
 
 
+def test_state_that_is_boxed_moves_and_stays_boxed(x):
+    """As docs/training.md says: a mesh has linen box parameters."""
+    layer = moejax.linen.MoE(CONFIG)
+    with jax.set_mesh(make_mesh(ep=4, dp=2)):
+        variables = init(layer, x)
+        _, aux = jax.jit(layer.apply)(variables, x)
+    state = variables["RouterState"]["router"]
+    router = linen.unbox(variables["params"]["router"] | state)
+    moved = CONFIG.router.update(router, aux.load.tokens_per_expert)
+    after = linen.meta.replace_boxed(state, moved)
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    load = np.asarray(aux.load.tokens_per_expert, np.float64)
+    expected = CONFIG.router.update_rate * np.sign(load.mean() - load)
+    np.testing.assert_allclose(linen.unbox(after)["correction_bias"], expected, rtol=1e-6)
+
+
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 @pytest.mark.slow
 def test_partition_specs_and_gradients_over_a_mesh(axis_type, variables, x):

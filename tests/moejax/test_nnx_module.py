@@ -29,7 +29,7 @@ from moejax import (
 )
 from moejax.functional import axes_on
 from moejax.params import param_shapes
-from pallas_kernels.quantize import Quantization
+from pallas_kernels.quantize import QTensor, Quantization
 from tests.helpers import LIMIT, normal, raises_saying, relative_error, same_bits
 
 CONFIG = MoEConfig(
@@ -401,6 +401,32 @@ def test_update_goes_by_what_was_chosen_not_by_what_had_room(x):
     assert int(aux.load.dropped) > 0
     assert same_bits(capped.router["correction_bias"][...], plain.router["correction_bias"][...])
     assert np.asarray(plain.router["correction_bias"][...]).any()
+
+
+def test_a_name_is_no_configuration():
+    with raises_saying(
+        TypeError, "config must be a MoEConfig, got str; get_preset('mixtral-8x7b') makes one of a name"
+    ):
+        MoE("mixtral-8x7b", rngs=nnx.Rngs(0))
+
+
+def test_parameters_of_a_layer_are_not_the_layer(layer):
+    with raises_saying(TypeError, "params must be MoEParams, got MoE; of a layer, layer.params()"):
+        quantize_params(layer, layer.config)
+
+
+@pytest.mark.parametrize(("width", "blocks"), [(144, "72"), (192, "96"), (384, None)])
+def test_scales_of_blocks_that_an_edge_cuts_are_refused(rng, width, blocks):
+    """A QTensor has equal blocks: two scales for 144 columns are surely not of 72 each."""
+    config = MoEConfig(256, width, 4, 2)
+    params = MoE(config, rngs=nnx.Rngs(0)).params()
+    values = normal(rng, 4, 256, width).astype("float8_e4m3fn")
+    params = dataclasses.replace(params, down=QTensor(values, jnp.ones((4, 2, -(-width // 128)))))
+    if blocks is None:
+        assert MoE.from_params(params, config).down.get_value().shape == values.shape
+        return
+    with raises_saying(ValueError, "params.down: scale [4, 2, 2]", f"blocks of 128 x {blocks}", "dequantise"):
+        MoE.from_params(params, config)
 
 
 def test_update_takes_what_one_step_says(layer, x):

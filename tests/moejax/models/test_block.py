@@ -133,6 +133,13 @@ def test_a_mesh_that_would_repeat_work_is_refused():
         network(jnp.zeros((2, 3, 32)))
 
 
+def test_active_of_another_number_of_slots_is_named():
+    block, x = new_block(DENSE), jnp.zeros((4, 1, 32))
+    cache = KVCache.empty(ATTENTION, num_slots=4, max_length=8)
+    with raises_saying(ValueError, "active must be bool [4], got", "bool[3]"):
+        block.decode(x, cache, active=jnp.ones(3, bool))
+
+
 def test_parts_that_do_not_fit_together_are_refused():
     with raises_saying(ValueError, "feed_forward.hidden_size must be that of attention, 32, got 64"):
         BlockConfig(ATTENTION, MLPConfig(64, 16, dtype=jnp.float32))
