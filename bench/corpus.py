@@ -1,4 +1,4 @@
-"""Makes a text of some 50 MB, English and technical, for bench.train: the same wherever it is made.
+"""Makes a text of 58 MB, English and technical, for bench.train: the same wherever it is made.
 
 The text comes from packages of Debian 12 (`bench/inputs/recipe.py`), each checked by its SHA-256. Documents are
 separated by a zero byte; `bench.inputs.corpus` says which are held out.

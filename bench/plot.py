@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> None:
         f"Makes one self-contained page, {REPORT} in the folder, of the records in it: time and bandwidth against "
         "experts and k, the layer's split, quality against speed, held-out curves, the experts' load over training, "
         "what moving tokens between chips costs, and when each kernel of a layer runs.",
-        ("results", "docs/results/h200 --svg docs/results"),
+        ("results", "docs/results/h200 --svg docs/results/h200"),
     )
     parser.add_argument("results", type=pathlib.Path, help="the folder with the files of the benches")
     parser.add_argument(

@@ -6,7 +6,8 @@
 
 Without accelerators, --ep makes virtual CPU devices. A slot that no request occupies is masked: it takes no expert and
 is not sent anywhere. At the end every step is repeated with the same layer in BF16, to show what the rounding changed.
-The weights are random and there is no attention, so the text means nothing; attention belongs in `Decoder`.
+The weights are random and there is no attention, so the text means nothing; attention belongs in `Decoder`,
+and moejax.models.DecoderBlock has it.
 """
 
 import argparse
