@@ -34,10 +34,10 @@ def read(path: pathlib.Path) -> Record | None:
 
 def sections(record: Record | None) -> list[Section]:
     """The figure; none where no time line was recorded."""
-    lines = {
-        name: case["timeline"] for name, case in (record or {"cases": {}})["cases"].items() if case.get("timeline")
-    }
-    if record is None or not lines:
+    if record is None:
+        return []
+    lines = {name: case["timeline"] for name, case in record["cases"].items() if case.get("timeline")}
+    if not lines:
         return []
     names = sorted({_short(launch["name"]) for line in lines.values() for launch in line} - {_OTHERS})
     with drawing("timelines") as pyplot:

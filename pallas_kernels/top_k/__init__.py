@@ -123,17 +123,16 @@ def top_k_ids(scores: jax.Array, k: int, *, backend: str = "auto") -> jax.Array:
 
 
 def _top_k_jvp(backend: str, operands: Operands, tangents: Operands) -> tuple[Any, Any]:
-    weights, ids = _top_k(backend, **operands)
-
-    def chosen(scores: jax.Array) -> jax.Array:
-        return weights_at(scores, ids, normalize=operands["normalize"])
-
-    _, dweights = jax.jvp(chosen, (operands["scores"],), (tangents["scores"],))
-    return (weights, ids), (dweights, zero_tangent(ids))
+    return _jvp_of_scores(_top_k(backend, **operands), operands, tangents)
 
 
 def _ranked_top_k_jvp(backend: str, operands: Operands, tangents: Operands) -> tuple[Any, Any]:
-    weights, ids = _ranked_top_k(backend, **operands)
+    return _jvp_of_scores(_ranked_top_k(backend, **operands), operands, tangents)
+
+
+def _jvp_of_scores(choice: Any, operands: Operands, tangents: Operands) -> tuple[Any, Any]:
+    """A choice (weights, ids) whose weights are scores, and its tangent."""
+    weights, ids = choice
 
     def chosen(scores: jax.Array) -> jax.Array:
         return weights_at(scores, ids, normalize=operands["normalize"])

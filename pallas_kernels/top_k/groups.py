@@ -33,10 +33,11 @@ class Groups:
 
 
 def limited_to_groups(ranking: jax.Array, groups: Groups) -> jax.Array:
-    """`ranking` [T, E] with the lowest finite number for experts outside each token's best groups."""
-    grouped = ranking.reshape(ranking.shape[0], groups.num_groups, -1)
+    """`ranking` [T, E] with the lowest finite number for experts outside each token's best groups; −inf ranks above."""
+    num_tokens, num_experts = ranking.shape
+    grouped = ranking.reshape(num_tokens, groups.num_groups, num_experts // groups.num_groups)
     best, _ = jax.lax.top_k(grouped, min(groups.ranked_by, grouped.shape[-1]))
     _, kept = jax.lax.top_k(best.sum(-1), groups.kept)
     allowed = (kept[:, :, None] == jnp.arange(groups.num_groups)).any(1)
     lowest = jnp.finfo(ranking.dtype).min
-    return jnp.where(allowed[:, :, None], grouped, lowest).reshape(ranking.shape)
+    return jnp.where(allowed[:, :, None], jnp.maximum(grouped, lowest / 2), lowest).reshape(ranking.shape)

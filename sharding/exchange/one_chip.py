@@ -62,6 +62,7 @@ def exchange(
 ) -> jax.Array:
     """See `sharding.exchange.exchange`."""
     dtype = preferred_element_type
+    # What is to be rounded takes no gradient, so no policy of remat asks for names here.
     if isinstance(x, ToRound) and way.counted_choices is None and not way.columns_over:
         plan, rows = plan_and_dispatch(x, topk_ids, way.placement.num_experts, backend=way.backend)
         slots = experts(params, rows, plan.group_sizes)

@@ -126,6 +126,7 @@ def test_when_each_kernel_of_a_layer_runs(tmp_path):
     for text in ("one: 25.0 µs", "top_k", "XLA&#x27;s"):
         assert f">{text}<" in page or f">{text.replace('&#x27;', chr(39))}<" in page
     assert '<td>one</td><td>combine</td><td class="number">20.000</td><td class="number">5.000</td>' in page
+    assert page.count(">loop_add_fusion<") == 1  # in the table; in the picture it is one of XLA's
     assert "other" not in page
     assert "python -m bench.gpu" in page
 

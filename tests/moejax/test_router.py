@@ -136,6 +136,18 @@ def test_softmax_without_renormalising_keeps_the_probabilities(top_k, rng):
             np.testing.assert_allclose(routing.topk_weights[token], scores[ids], rtol=1e-5)
 
 
+def test_softmax_within_the_best_groups(rng):
+    """DeepSeek-V2: groups are ranked by their best score, and the weights are of the softmax over all experts."""
+    config = small(top_k=3, num_groups=4, topk_groups=2, group_score_k=1, normalize_topk=False)
+    logits = normal(rng, 16, 8)
+    routing = routed_logits(logits, config)
+    for token, row in enumerate(np.asarray(logits, np.float64)):
+        groups, _ = best(row.reshape(4, 2).max(1), 2)
+        ids, _ = best(np.where(np.isin(np.arange(8) // 2, groups), row, -np.inf), 3)
+        assert routing.topk_ids[token].tolist() == ids
+        np.testing.assert_allclose(routing.topk_weights[token], softmax(row)[ids], rtol=1e-5)
+
+
 def test_scaling_factor_multiplies_the_normalised_weights(rng):
     logits = normal(rng, 16, 8)
     plain, scaled = (routed_logits(logits, small(routed_scaling_factor=factor)) for factor in (1.0, 2.5))
@@ -229,6 +241,13 @@ def test_under_jit_nan_stays_with_its_token(router, rng):
     for ids in routing.topk_ids.tolist():
         assert len(set(ids)) == config.top_k
         assert all(0 <= e < config.num_experts for e in ids)
+
+
+def test_a_nan_token_where_a_bias_ranks(rng):
+    _, logits = with_nan(rng)
+    config = small(scoring="sigmoid", correction_bias=True, num_groups=4, topk_groups=2)
+    weights = routed_logits(logits, config, correction_bias=normal(rng, 8)).topk_weights
+    np.testing.assert_array_equal(np.isnan(weights), [[False] * 2, [True] * 2, [False] * 2, [True] * 2, [False] * 2])
 
 
 def test_logits_that_are_constants_under_jit(rng):

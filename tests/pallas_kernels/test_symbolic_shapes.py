@@ -9,12 +9,12 @@ from jax import export
 from pallas_kernels.backend import Unsupported
 from pallas_kernels.chips import get_chip
 from pallas_kernels.combine import combine
-from pallas_kernels.dispatch import dispatch
+from pallas_kernels.dispatch import dispatch, plan_and_dispatch
 from pallas_kernels.grouped_matmul import grouped_gate_up, grouped_gate_up_in_8_bits, grouped_matmul
 from pallas_kernels.plan import make_plan, take_slots
 from pallas_kernels.plan.counting_sort import counting_sort
-from pallas_kernels.quantize import Quantization, quantize
-from pallas_kernels.top_k import top_k, top_k_ids
+from pallas_kernels.quantize import Quantization, ToRound, quantize
+from pallas_kernels.top_k import Groups, ranked_top_k, top_k, top_k_ids
 from pallas_kernels.tracing.target import targeting
 from tests.helpers import LIMIT, normal, raises_saying, relative_error
 
@@ -57,6 +57,10 @@ FLOATS, IDS = (lambda t: ("float32", t, H)), (lambda t: ("int32", t, K))
 SIZES, WEIGHTS = (lambda _: ("int32", E)), (lambda _: ("float32", E, H, 2 * WIDTH))
 CASES = {
     "top_k_ids": (lambda scores: top_k_ids(scores, K, backend="xla"), lambda t: ("float32", t, E)),
+    "ranked_top_k": (
+        lambda scores: ranked_top_k(scores, -scores, K, groups=Groups(2, 1, 1), backend="xla"),
+        lambda t: ("float32", t, E),
+    ),
     "counting_sort": (lambda keys: counting_sort(keys, E, backend="xla"), lambda t: ("int32", 3 * t + 1)),
     "plan": (lambda ids: make_plan(ids, E, backend="xla"), lambda t: ("uint8", t, K)),
     "plan with a capacity": (lambda ids: make_plan(ids, E, capacity=3, backend="xla"), IDS),
@@ -64,6 +68,11 @@ CASES = {
     "slots": (lambda ids: take_slots(make_plan(ids, E, backend="xla"), ids, 3, begin=1), IDS),
     "dispatch in 8 bits": (
         lambda x, ids: dispatch(quantize(x, scaling="1x128"), make_plan(ids, E, backend="xla"), backend="xla"),
+        FLOATS,
+        IDS,
+    ),
+    "plan and dispatch": (
+        lambda x, ids: plan_and_dispatch(ToRound(x, "float8_e4m3fn"), ids, E, backend="xla"),
         FLOATS,
         IDS,
     ),

@@ -26,7 +26,7 @@ _MOST_CHOICES = 16
 """Rows of a token."""
 
 _MOST_GROUPS = 4096
-"""Whose numbers, times those of the keys, are numbers still."""
+"""As many as the sort takes: their numbers, times those of the keys, are far from what int32 holds."""
 
 
 def plan_and_dispatch(

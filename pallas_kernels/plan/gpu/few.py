@@ -22,7 +22,8 @@ from pallas_kernels.on_gpu.compared import (
     vector_iota,
     zeros,
 )
-from pallas_kernels.plan.gpu.tiles import in_tiles, ints, launch, scatter
+from pallas_kernels.on_gpu.strips import launch
+from pallas_kernels.plan.gpu.tiles import in_tiles, ints, scatter
 
 
 def sort_few(keys: jax.Array, num_groups: int) -> list[jax.Array]:
@@ -34,8 +35,13 @@ def sort_few(keys: jax.Array, num_groups: int) -> list[jax.Array]:
         few.copy()
         few.sort(lax.axis_index("block"), rows, order, group_sizes)
 
-    return launch(body, results(keys, num_groups), [Memory.describe(keys)], blocks=blocks_to_sort(keys, num_groups))(
-        keys
+    return launch(
+        body,
+        results(keys, num_groups),
+        keys,
+        name="counting_sort",
+        blocks=blocks_to_sort(keys, num_groups),
+        scratch=[Memory.describe(keys)],
     )
 
 

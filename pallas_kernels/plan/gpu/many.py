@@ -21,7 +21,8 @@ from pallas_kernels.on_gpu.compared import (
     vector_iota,
     zeros,
 )
-from pallas_kernels.plan.gpu.tiles import in_tiles, ints, launch, scatter
+from pallas_kernels.on_gpu.strips import launch
+from pallas_kernels.plan.gpu.tiles import in_tiles, ints, scatter
 
 _CHUNK = 512
 """Keys of a chunk."""
@@ -107,7 +108,11 @@ def sort_many(keys: jax.Array, num_groups: int) -> list[jax.Array]:
     return launch(
         body,
         [ints(keys.size), ints(keys.size), ints(num_groups)],
-        [
+        keys,
+        counts,
+        name="counting_sort",
+        blocks=chunks,
+        scratch=[
             smem(tiles, TILE),
             smem(group_tiles * TILE),
             smem(group_tiles * TILE),
@@ -115,8 +120,7 @@ def sort_many(keys: jax.Array, num_groups: int) -> list[jax.Array]:
             smem(TILE),
             plgpu.Barrier(),
         ],
-        blocks=chunks,
-    )(keys, counts)
+    )
 
 
 def _count_in_chunks(keys: jax.Array, chunks: int, group_tiles: int) -> jax.Array:
@@ -144,7 +148,9 @@ def _count_in_chunks(keys: jax.Array, chunks: int, group_tiles: int) -> jax.Arra
     counts = launch(
         body,
         ints(group_tiles * TILE * columns),
-        [smem(tiles, TILE), smem(TILE), smem(TILE), plgpu.Barrier()],
+        keys,
+        name="counting_sort",
         blocks=chunks,
-    )(keys)
+        scratch=[smem(tiles, TILE), smem(TILE), smem(TILE), plgpu.Barrier()],
+    )
     return counts.reshape(-1, columns)

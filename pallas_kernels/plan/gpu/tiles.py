@@ -37,18 +37,3 @@ def scatter(out: Any, places: Any, values: Any) -> None:
 def ints(*shape: int) -> jax.ShapeDtypeStruct:
     """The shape of a result."""
     return jax.ShapeDtypeStruct(shape, jnp.int32)
-
-
-def launch(body: Any, out_type: Any, scratch: list[Any], *, blocks: int) -> Any:
-    """The kernel, to be called with its operands; its blocks have one warpgroup each."""
-    return plgpu.kernel(
-        body,
-        out_type=out_type,
-        scratch_types=scratch,
-        grid=(blocks,),
-        grid_names=("block",),
-        kernel_name="counting_sort",
-        compiler_params=plgpu.CompilerParams(
-            lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
-        ),
-    )

@@ -9,8 +9,7 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 _SMALLEST = float(jnp.finfo(jnp.float32).tiny)
-_LOWEST = float(jnp.finfo(jnp.float32).min)
-
+LOWEST = float(jnp.finfo(jnp.float32).min)
 
 Spread = Callable[[jax.Array, int], jax.Array]
 """How a number of each row becomes a tile of rows of so many columns."""
@@ -56,10 +55,9 @@ class Rounds(NamedTuple):
             of_chosen = jnp.sum(jnp.where(remaining == remaining, 0.0, jnp.nan), axis=1)
         elif self.softmax:
             of_all = jnp.sum(jnp.exp(remaining - spread(first, num_experts)), axis=1)
-        if self.softmax:  # logits of -inf rank before those that were chosen
-            remaining = jnp.maximum(remaining, _LOWEST)
+        remaining = jnp.maximum(remaining, LOWEST)  # what is -inf ranks before what was chosen
         for i in range(self.k):
-            best = jnp.max(remaining, axis=1) if i else first
+            best = jnp.max(remaining, axis=1) if i else jnp.maximum(first, LOWEST)
             place = jnp.min(jnp.where(remaining == spread(best, num_experts), expert, num_experts - 1), axis=1)
             is_chosen = expert == spread(place, num_experts)
             remaining = jnp.where(is_chosen, -jnp.inf, remaining)

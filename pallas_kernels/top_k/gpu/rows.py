@@ -15,12 +15,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.on_gpu.compared import TILE
 from pallas_kernels.on_gpu.strips import in_blocks, launch, rows_in_blocks, store
 from pallas_kernels.top_k.gpu.groups import Memory, find_kept
-from pallas_kernels.top_k.gpu.rounds import Rounds
+from pallas_kernels.top_k.gpu.rounds import LOWEST, Rounds
 from pallas_kernels.top_k.groups import Groups
 
 _LEAST_EXPERTS, _MOST_EXPERTS = 8, 256
 _LEAST_ROWS = 8  # of a block, two for each warp
-_LOWEST = float(jnp.finfo(jnp.float32).min)
 
 
 def fits(scores: jax.Array) -> bool:
@@ -33,7 +32,7 @@ def fits(scores: jax.Array) -> bool:
 def fits_groups(scores: jax.Array, groups: Groups) -> bool:
     """Whether a block takes rows with all of their groups, too."""
     num_tokens, num_experts = scores.shape
-    if not fits(scores) or TILE % groups.num_groups or num_experts // groups.num_groups % 8:
+    if not fits(scores) or TILE % groups.num_groups:
         return False
     tokens = TILE // groups.num_groups
     return tokens % _rows(num_experts) == 0 and num_tokens >= tokens
@@ -58,7 +57,7 @@ def choose(
         return plgpu.layout_cast(lax.broadcast_in_dim(value, (value.shape[0], width), (0,)), layout)
 
     def within_groups(ranked: jax.Array, by_group: Any, first, memory: Memory) -> jax.Array:
-        """What the choice goes by, with the lowest number outside the best groups."""
+        """See `limited_to_groups`."""
         assert groups is not None
         of_tokens = pl.ds(first * groups.num_groups, TILE)
         tile = plgpu.load(by_group.at[of_tokens], layout=plgpu.Layout.WGMMA, optimized=False)
@@ -66,7 +65,7 @@ def choose(
         bits = plgpu.load(memory.bits.at[:rows], layout=layout.reduce((1,)), optimized=False)
         expert = plgpu.broadcasted_iota(jnp.int32, ranked.shape, 1, layout=layout)
         group = lax.div(expert, num_experts // groups.num_groups)
-        return jnp.where((spread(bits, num_experts) >> group) & 1 == 1, ranked, _LOWEST)
+        return jnp.where((spread(bits, num_experts) >> group) & 1 == 1, jnp.maximum(ranked, LOWEST / 2), LOWEST)
 
     def body(by, of, by_group, ids, *refs):
         # The last block starts early enough to end with the rows: what two blocks share they both find.

@@ -17,6 +17,7 @@ def test_all_cases_in_the_order_of_the_table():
 def test_of_few_tokens_only_the_experts_that_are_chosen_are_read():
     shapes = [CASES[name].shape for name in ("qwen3-fp8-1", "qwen3-fp8-8", "qwen3-fp8-64")]
     assert [shape.G for shape in shapes] == [8, 52, 128]
+    assert [CASES[name].shape.G for name in ("gpt-oss-fp8-1", "gpt-oss-fp8-8")] == [4, 29]
     weights = 8 * 3 * 2048 * 768
     assert weights < CASES["qwen3-fp8-1"].hbm_bytes < 1.02 * weights
 

@@ -89,8 +89,20 @@ def test_errors_of_planning_and_dispatching():
 
 def test_no_gradient_passes_what_is_rounded_on_the_way(rng):
     plan = random_plan(rng, 37, 3, 5)
-    function = lambda x: dispatch(ToRound(x, "float8_e4m3fn"), plan).scale.sum()  # noqa: E731
-    assert not np.asarray(jax.grad(function)(normal(rng, 37, 128))).any()
+    ids = plan.inverse % 5
+
+    def both(x):
+        x = ToRound(x, "float8_e4m3fn")
+        return dispatch(x, plan).scale.sum() + plan_and_dispatch(x, ids, 5)[1].scale.sum()
+
+    assert not np.asarray(jax.grad(both)(normal(rng, 37, 128))).any()
+
+
+def test_an_id_of_64_bits_is_no_other_group():
+    with jax.enable_x64(True):
+        ids = jnp.asarray([[0], [2**32 + 1]], jnp.int64)
+        plan, _ = plan_and_dispatch(ToRound(jnp.ones((2, 128), jnp.float32), "float8_e4m3fn"), ids, 4)
+    assert plan.inverse.tolist() == [[0], [-1]]
 
 
 def test_tokens_without_a_row_are_never_data(backend, rng):

@@ -222,13 +222,31 @@ def test_no_expert_is_chosen_twice_where_few_logits_are_finite_interpreted(rng, 
     assert relative_error(weights, right.weights) < LIMIT["float32"]
 
 
+@pytest.mark.parametrize("shape", [(8, 128), (70, 24)], ids=str)
+def test_no_expert_is_chosen_twice_where_few_scores_are_finite_interpreted(rng, shape):
+    """Of two finite ones, and of none."""
+    scores, ranking = normal(rng, *shape), normal(rng, *shape).at[:, 2:].set(-jnp.inf).at[3].set(-jnp.inf)
+
+    def choose(ranking):
+        return top_k_ids(ranking, 4, backend="pallas_gpu"), gpu.ranked_top_k(
+            scores, ranking, 4, groups=None, normalize=False
+        )
+
+    with interpreted(detect_races=shape[0] < 64), single_view(True):
+        ids, (weights, ranked_ids) = jax.jit(choose)(ranking)
+    right = sorted_ids(ranking, 4)
+    np.testing.assert_array_equal(ids, right)
+    np.testing.assert_array_equal(ranked_ids, right)
+    np.testing.assert_array_equal(weights, np.take_along_axis(np.asarray(scores), right, axis=1))
+
+
 GROUPS = [None, Groups(8, 4, 2), Groups(4, 1, 3), Groups(16, 5, 100), Groups(8, 8, 1)]
 
 
 def ranked(rng, tokens, experts):
-    """Scores, and a ranking of few different numbers: many are equal."""
+    """Scores, and a ranking of few different numbers: many are equal, most negative."""
     scores = jax.nn.sigmoid(normal(rng, tokens, experts))
-    return scores, jnp.round(8 * (scores + 0.1 * normal(rng, experts))) / 8
+    return scores, jnp.round(8 * (scores + 0.1 * normal(rng, experts))) / 8 - 1
 
 
 def chosen_by_hand(ranking, k, groups):
@@ -267,8 +285,8 @@ def test_scores_where_a_ranking_is_best(backend, rng, shape, groups):
 @pytest.mark.parametrize(
     ("shape", "groups"),
     [
-        ((16, 256), Groups(8, 4, 2)),
-        ((19, 256), Groups(8, 1, 1)),
+        ((19, 256), Groups(8, 4, 2)),
+        ((16, 256), Groups(8, 1, 1)),
         ((8, 128), Groups(8, 3, 40)),
         ((20, 256), Groups(4, 2, 3)),
         ((24, 256), None),
@@ -278,7 +296,7 @@ def test_scores_where_a_ranking_is_best(backend, rng, shape, groups):
     ],
     ids=str,
 )
-@pytest.mark.quick("(16,*", "(24, 256*", "(6,*")
+@pytest.mark.quick("(19,*", "(24, 256*", "(6,*")
 def test_a_ranking_interpreted(rng, shape, groups):
     """Whole blocks and such that share rows, with groups in the kernel and before it."""
     scores, ranking = ranked(rng, *shape)
@@ -286,6 +304,21 @@ def test_a_ranking_interpreted(rng, shape, groups):
         weights, ids = jax.jit(lambda *x: gpu.ranked_top_k(*x, 4, groups=groups, normalize=False))(scores, ranking)
     np.testing.assert_array_equal(ids, chosen_by_hand(ranking, 4, groups))
     np.testing.assert_array_equal(weights, np.take_along_axis(np.asarray(scores), np.asarray(ids), axis=1))
+
+
+def test_of_its_best_groups_a_token_chooses_even_what_is_infinitely_bad(rng):
+    scores, ranking = ranked(rng, 8, 256)
+    ranking, groups = ranking.at[:, 66:].set(-jnp.inf).at[:, :64].set(-jnp.inf), Groups(8, 1, 2)
+    ids = ranked_top_k(scores, ranking, 5, groups=groups, backend="xla").ids
+    with interpreted(), single_view(True):
+        _, in_kernel = jax.jit(lambda *x: gpu.ranked_top_k(*x, 5, groups=groups, normalize=False))(scores, ranking)
+    np.testing.assert_array_equal(np.sort(ids, axis=1), [[64, 65, 66, 67, 68]] * 8)
+    np.testing.assert_array_equal(in_kernel, ids)
+
+
+def test_no_tokens_choose_from_groups():
+    weights, ids = ranked_top_k(jnp.zeros((0, 64)), jnp.zeros((0, 64)), 4, groups=Groups(8, 2, 2))
+    assert weights.shape == ids.shape == (0, 4)
 
 
 def test_a_token_of_nan_gets_valid_places_interpreted(rng):
