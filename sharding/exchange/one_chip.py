@@ -63,7 +63,7 @@ def exchange(
     """See `sharding.exchange.exchange`."""
     dtype = preferred_element_type
     # What is to be rounded takes no gradient, so no policy of remat asks for names here.
-    if isinstance(x, ToRound) and way.counted_choices is None and not way.columns_over:
+    if isinstance(x, ToRound) and way.counted_choices is None:
         plan, rows = plan_and_dispatch(x, topk_ids, way.placement.num_experts, backend=way.backend)
         slots = experts(params, rows, plan.group_sizes)
         return combine_slots(slots, plan, topk_weights, way, preferred_element_type=dtype)
