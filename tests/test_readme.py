@@ -23,7 +23,7 @@ PAGES = {
     str(path.relative_to(ROOT)): path.read_text()
     for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md")))
 }
-THAT_RUN = ["README.md", "docs/serving.md"]
+THAT_RUN = ["README.md", "docs/loading.md", "docs/serving.md"]
 """Pages whose code is whole; that of the others has gaps which a reader fills."""
 
 NOT_THERE = ("moejax/routers/NAME.py", "sharding/exchange/NAME.py", "bench/NAME.py", "tests/bench/test_NAME.py")
