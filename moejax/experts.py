@@ -21,7 +21,7 @@ from pallas_kernels.grouped_matmul import (
     result_can_stay,
 )
 from pallas_kernels.quantize import Copied, QTensor, Quantization, Rows, ToRound, is_of_one_row
-from pallas_kernels.quantize_rows import SCALING, rounded, rows_in_8_bits
+from pallas_kernels.quantize_rows import SCALING, rounded
 from pallas_kernels.routed_mlp import pays, routed_mlp
 from pallas_kernels.tracing.named import named
 from pallas_kernels.tracing.unless_differentiated import unless_differentiated
@@ -174,11 +174,10 @@ class ExpertMath:
         """
         if not (isinstance(x, QTensor | ToRound) and isinstance(gate_up, QTensor) and isinstance(down, QTensor)):
             return None
-        rounded = functools.partial(_now, backend=self.backend)
-        if self.backend == "xla" or not pays(jax.eval_shape(rounded, x), topk_ids, gate_up, down):
+        if self.backend == "xla" or not pays(x, topk_ids, gate_up, down):
             return None
         return routed_mlp(
-            rounded(x),
+            x,
             topk_weights,
             topk_ids,
             gate_up,
@@ -190,10 +189,6 @@ class ExpertMath:
             out_dtype=preferred_element_type,
             backend=self.backend,
         )
-
-
-def _now(x: QTensor | ToRound, *, backend: str) -> QTensor:
-    return rows_in_8_bits(x.array, x.qdtype, scaling=SCALING, backend=backend) if isinstance(x, ToRound) else x
 
 
 def math_of(config: MoEConfig) -> ExpertMath:

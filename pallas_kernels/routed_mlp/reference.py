@@ -4,11 +4,17 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.activations import Activation, gated_halves
-from pallas_kernels.quantize import QTensor, dequantize, quantize, scaling_of_rows
+from pallas_kernels.quantize import QTensor, ToRound, dequantize, quantize, scaling_of_rows
+from pallas_kernels.quantize_rows import SCALING
+
+
+def in_8_bits(x: QTensor | ToRound) -> QTensor:
+    """What the kernel multiplies."""
+    return quantize(x.array, x.qdtype, scaling=SCALING) if isinstance(x, ToRound) else x
 
 
 def routed_mlp(
-    x: QTensor,
+    x: QTensor | ToRound,
     topk_weights: jax.Array,
     topk_ids: jax.Array,
     gate_up: QTensor,
@@ -23,6 +29,7 @@ def routed_mlp(
     """See `pallas_kernels.routed_mlp.routed_mlp`."""
     if topk_ids.size == 0:
         return jnp.zeros((x.shape[0], down.shape[1]), out_dtype)
+    x = in_8_bits(x)
     rows = dequantize(x)
 
     def of_expert(tensor: QTensor, expert: jax.Array) -> jax.Array:

@@ -10,11 +10,13 @@ from pallas_kernels.activations import Activation
 from pallas_kernels.backend import Unsupported
 from pallas_kernels.chips import Chip
 from pallas_kernels.on_gpu.device import hopper_chip
-from pallas_kernels.quantize import QTensor
+from pallas_kernels.quantize import QTensor, ToRound
 from pallas_kernels.routed_mlp.gpu.kernel import launch
 from pallas_kernels.routed_mlp.gpu.scratch import slots_that_fit
-from pallas_kernels.routed_mlp.gpu.sizes import BLOCK, CHOICES, TEAMS, TOKENS, WGMMA_ROWS, Config, Inputs, Sizes
+from pallas_kernels.routed_mlp.gpu.sizes import BLOCK, CHOICES, TEAMS, TOKENS, Config, Inputs, Sizes
+from pallas_kernels.routed_mlp.gpu.tokens import in_tiles
 from pallas_kernels.routed_mlp.gpu.walk import Phases
+from pallas_kernels.routed_mlp.reference import in_8_bits
 from pallas_kernels.stage import Stage
 
 _FP8 = ("float8_e4m3fn", "float8_e5m2")
@@ -24,7 +26,7 @@ _ONE_TILE = Config(columns=16, out_columns=16, slots=TEAMS, rows_ahead=TEAMS, bl
 
 
 def routed_mlp(
-    x: QTensor,
+    x: QTensor | ToRound,
     topk_weights: jax.Array,
     topk_ids: jax.Array,
     gate_up: QTensor,
@@ -44,12 +46,12 @@ def routed_mlp(
     `stage` is that of `pallas_kernels.stage`: of "comp" and "dma" the results mean nothing. `config` is for tuning.
     Unless `in_one_launch`, there are three kernels, and no block waits for another: for interpret mode.
     """
-    planned = plan_work(x, topk_ids, gate_up, down, config=config)
+    planned = plan_work(jax.eval_shape(in_8_bits, x), topk_ids, gate_up, down, config=config)
     sizes = dataclasses.replace(planned, activation=activation, activation_limit=activation_limit, stage=stage)
     hidden = sizes.hidden
     if 0 in (x.shape[0], topk_ids.shape[1]):
         return jnp.zeros((x.shape[0], hidden), out_dtype)
-    values, scale = _in_tiles(x, sizes)
+    values, scale = in_tiles(x, sizes)
     inputs = Inputs(
         topk_ids.reshape(-1),
         topk_weights.reshape(-1),
@@ -136,18 +138,6 @@ def _tiles(sizes: Sizes) -> Iterator[tuple[int, int]]:
             for out_columns in range(TOKENS, columns + 1, TOKENS):
                 if sizes.hidden % out_columns == 0 and (not sizes.by_block or BLOCK % out_columns == 0):
                     yield columns, out_columns
-
-
-def _in_tiles(x: QTensor, sizes: Sizes) -> tuple[jax.Array, jax.Array]:
-    """X as tiles of 8 rows and 128 columns, one below the other, and its scales likewise; zeros where nothing is."""
-    depth = sizes.x_rows // TOKENS
-    tokens = (0, TOKENS - sizes.num_tokens)
-    values = jnp.pad(x.values, (tokens, (0, depth * BLOCK - sizes.hidden)))
-    tiles = values.reshape(TOKENS, depth, BLOCK).transpose(1, 0, 2).reshape(-1, BLOCK)
-    if not sizes.by_block:
-        return tiles, jnp.pad(x.scale[:, 0], (0, WGMMA_ROWS - sizes.num_tokens))
-    scale = jnp.pad(x.scale, (tokens, (0, depth - x.scale.shape[1]))).T.reshape(-1)
-    return tiles, jnp.pad(scale, (0, -scale.shape[0] % WGMMA_ROWS))
 
 
 def _of_columns(weights: QTensor, sizes: Sizes) -> jax.Array:

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from pallas_kernels.activations import gated_halves
-from pallas_kernels.quantize import QTensor, dequantize, quantize
+from pallas_kernels.quantize import QTensor, ToRound, dequantize, quantize
 from pallas_kernels.routed_mlp import routed_mlp
-from tests.helpers import float64, normal, raises_saying, relative_error
+from tests.helpers import float64, normal, raises_saying, relative_error, same_bits
 from tests.pallas_kernels.backends import every_backend
 
 backend = every_backend("routed_mlp")
@@ -81,6 +81,15 @@ def test_with_biases_and_sizes_that_fit_no_tile(backend, rng):
     y = run(operands, backend, **activation)
     assert y.dtype == jnp.bfloat16
     assert relative_error(y, expected(operands, "rows", **activation)) < TOLERANCE
+
+
+@pytest.mark.parametrize("hidden", [256, 1024])
+def test_tokens_that_are_to_be_rounded(backend, rng, hidden):
+    operands, x = make(rng, 3, 2, hidden=hidden), normal(rng, 3, hidden, dtype="bfloat16")
+    y = run(operands | {"x": ToRound(x, "float8_e4m3fn")}, backend)
+    assert same_bits(y, run(operands | {"x": quantize(x, scaling="1x128")}, backend))
+    gradient = jax.grad(lambda x: run(operands | {"x": ToRound(x, "float8_e4m3fn")}, backend).astype("float32").sum())
+    assert not np.asarray(gradient(x)).any()
 
 
 def test_without_any_choice(backend, rng):

@@ -11,9 +11,10 @@ from moejax import MoEConfig, experts, moe, quantize_params
 from moejax.params import param_shapes
 from pallas_kernels.chips import get_chip
 from pallas_kernels.on_gpu.smem import single_view
-from pallas_kernels.quantize import QTensor
+from pallas_kernels.quantize import QTensor, ToRound, quantize
 from pallas_kernels.routed_mlp import gpu, pays
-from pallas_kernels.routed_mlp.gpu.sizes import Config
+from pallas_kernels.routed_mlp.gpu.sizes import Config, Sizes
+from pallas_kernels.routed_mlp.gpu.tokens import in_tiles
 from pallas_kernels.tracing.target import targeting
 from tests.helpers import normal, relative_error
 from tests.pallas_kernels.kernels_gpu import interpreted
@@ -37,6 +38,28 @@ def test_interpreted(tokens, top_k, sizes, config, rng):
     with interpreted(), single_view(True):
         y = jax.jit(lambda o: gpu.routed_mlp(**o, **PLAIN, config=config, in_one_launch=False))(operands)
     assert relative_error(y, expected(operands, sizes.get("scales", "blocks"))) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("tokens", "hidden", "of", "dtype"),
+    [
+        (1, 2048, "bfloat16", "float8_e4m3fn"),
+        (3, 1024, "float32", "float8_e5m2"),
+        (8, 1536, "float16", "float8_e4m3fn"),  # no whole number of the kernel's rows: rounded, then laid out
+        (5, 3072, "bfloat16", "float8_e4m3fn"),
+    ],
+    ids=str,
+)
+@pytest.mark.quick("1-*", "3-*")
+def test_tokens_in_tiles_interpreted(tokens, hidden, of, dtype, rng):
+    """As rounded before and laid out by XLA, zeros past the tokens too; NaN stays in its block."""
+    x = normal(rng, tokens, hidden, dtype=of).at[0, 130].set(jnp.nan)
+    sizes = Sizes(tokens, 4, hidden, 256, True, Config(16, 16, 2, 2, 1))
+    with interpreted():
+        tiles, scale = in_tiles(ToRound(x, dtype), sizes)
+    right, right_scale = in_tiles(quantize(x, dtype, scaling="1x128"), sizes)
+    np.testing.assert_array_equal(tiles.astype("float32"), right.astype("float32"))
+    np.testing.assert_array_equal(scale, right_scale)
 
 
 CORNERS = {
