@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from moejax.aux_output import MoEAux
 from moejax.layer import MoE
 from moejax.models.attention import Attention
-from moejax.models.cache import KVCache
+from moejax.models.cache import KVCache, check_cache
 from moejax.models.checks import check_step, check_tokens
 from moejax.models.config import BlockConfig, MLPConfig
 from moejax.models.masks import kept, real_tokens
@@ -135,6 +135,7 @@ class DecoderBlock(nnx.Module):
     ) -> tuple[jax.Array, MoEAux | None, KVCache]:
         """One more token in every active slot, x [S, 1, H]; see `Attention.decode`."""
         check_tokens(x, self.config.hidden_size)
+        check_cache(cache, self.config.attention)
         check_step(x, active, is_full=cache.is_full)
         mask = None if active is None else active[:, None]
         real = kept(x, mask)
