@@ -171,22 +171,8 @@ def whole_layer(
         y = fused_experts(x, w1, w2, routing.topk_weights, routing.topk_ids, quantization=quantization, backend=backend)
         return x + y
 
-    def layers(x, weights, backend="auto"):
-        for layer in weights:
-            x = one_layer(x, *layer, backend=backend)
-        return x
-
-    x = normal(0, (num_tokens, s.K))
     weights = [layer_of(1 + 3 * number) for number in range(num_layers)]
-    return CaseData(
-        (x, weights),
-        _ours(layers),
-        (),
-        lambda x, weights: layers(x, weights, backend="xla").astype(jnp.float32),
-        calls=num_layers,
-        # A rounding that falls on the other side may change the choice of experts in the layers that follow.
-        checked=(x, weights[:1]),
-    )
+    return _in_a_row(one_layer, normal(0, (num_tokens, s.K)), weights)
 
 
 def layer_of_preset(s: GemmShape, preset: str, num_tokens: int, num_layers: int) -> CaseData:
@@ -201,20 +187,26 @@ def layer_of_preset(s: GemmShape, preset: str, num_tokens: int, num_layers: int)
     def one_layer(x, params, backend):
         return x + moe(x, params, with_changes(config, backend=backend))[0]
 
-    def layers(x, all_params, backend="auto"):
-        for params in all_params:
-            x = one_layer(x, params, backend=backend)
+    weights = [(make_params(config, mesh, seed),) for seed in range(num_layers)]
+    return _in_a_row(one_layer, normal(0, (num_tokens, config.hidden_size)), weights)
+
+
+def _in_a_row(one_layer: Callable[..., jax.Array], x: jax.Array, weights: list[tuple[Any, ...]]) -> CaseData:
+    """The problem of layers one after the other, each one_layer(x, *its weights, backend=...) -> x."""
+
+    def layers(x, weights, backend="auto"):
+        for layer in weights:
+            x = one_layer(x, *layer, backend=backend)
         return x
 
-    x = normal(0, (num_tokens, config.hidden_size))
-    params = [make_params(config, mesh, seed) for seed in range(num_layers)]
     return CaseData(
-        (x, params),
+        (x, weights),
         _ours(layers),
         (),
-        lambda x, params: layers(x, params, backend="xla").astype(jnp.float32),
-        calls=num_layers,
-        checked=(x, params[:1]),
+        lambda x, weights: layers(x, weights, backend="xla").astype(jnp.float32),
+        calls=len(weights),
+        # A rounding that falls on the other side may change the choice of experts in the layers that follow.
+        checked=(x, weights[:1]),
     )
 
 

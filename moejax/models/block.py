@@ -12,7 +12,7 @@ from moejax.aux_output import MoEAux
 from moejax.layer import MoE
 from moejax.models.attention import Attention
 from moejax.models.cache import KVCache, check_cache
-from moejax.models.checks import check_step, check_tokens
+from moejax.models.checks import check_active, check_tokens
 from moejax.models.config import BlockConfig, MLPConfig
 from moejax.models.masks import kept, real_tokens
 from moejax.models.mlp import MLP
@@ -136,7 +136,7 @@ class DecoderBlock(nnx.Module):
         """One more token in every active slot, x [S, 1, H]; see `Attention.decode`."""
         check_tokens(x, self.config.hidden_size)
         check_cache(cache, self.config.attention)
-        check_step(x, active, is_full=cache.is_full)
+        check_active(active, cache.num_slots)  # all else `Attention.decode` looks at
         mask = None if active is None else active[:, None]
         real = kept(x, mask)
         attended, cache = self.attention.decode(self.attention_norm(real), cache, active=active)

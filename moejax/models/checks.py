@@ -51,15 +51,20 @@ def check_auto_axes(**arrays: jax.Array) -> None:
 
 def check_step(x: jax.Array, active: jax.Array | None, *, is_full: jax.Array) -> None:
     """Raises ValueError unless x [S, 1, H] has a token a slot, `active` is bool [S] or None, and there is room."""
-    require_arrays(active=active)
     (num_slots,) = is_full.shape
     wanted = f"[{num_slots}, 1, H], a token for each slot of the cache"
     require(x.shape[:2] == (num_slots, 1), "x", wanted, list(x.shape))
-    if active is not None:
-        _check_array("active", active, "bool", (num_slots,))
+    check_active(active, num_slots)
     if is_known((is_full, active)):
         full = np.flatnonzero(np.asarray(is_full) & (True if active is None else np.asarray(active)))
         require(full.size == 0, "active", "false for slots that are full", full.tolist())
+
+
+def check_active(active: jax.Array | None, num_slots: int) -> None:
+    """Raises ValueError unless `active` is bool [S] or None."""
+    require_arrays(active=active)
+    if active is not None:
+        _check_array("active", active, "bool", (num_slots,))
 
 
 def _check_array(name: str, array: jax.Array, kind: str, shape: tuple[int, ...]) -> None:

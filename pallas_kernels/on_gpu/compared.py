@@ -29,9 +29,9 @@ def vector_iota(layout: Any = ROWS) -> jax.Array:
     return plgpu.broadcasted_iota(jnp.int32, (TILE,), 0, layout=layout)
 
 
-def along_rows(vector: jax.Array) -> jax.Array:
-    """A tile with a number for each row."""
-    return lax.broadcast_in_dim(vector, (TILE, TILE), (0,))
+def along_rows(vector: jax.Array, width: int = TILE) -> jax.Array:
+    """A tile of so many columns with a number for each row."""
+    return lax.broadcast_in_dim(vector, (vector.shape[0], width), (0,))
 
 
 def along_columns(vector: jax.Array) -> jax.Array:

@@ -15,9 +15,14 @@ FP8 = ("float8_e4m3fn", "float8_e5m2")
 """What it is rounded to."""
 
 
+def is_rounded(of: jnp.dtype, to: jnp.dtype) -> bool:
+    """Whether the dtypes are of these."""
+    return of.name in FLOATS and to.name in FP8
+
+
 def require_fp8(operator: str, of: jnp.dtype, to: jnp.dtype) -> None:
     """Raises Unsupported, naming the operator, for dtypes that are not of these."""
-    if of.name not in FLOATS or to.name not in FP8:
+    if not is_rounded(of, to):
         raise Unsupported(
             f"{operator}: the kernel rounds {', '.join(FLOATS)} to {' or '.join(FP8)}, got {of.name} and {to.name}"
         )

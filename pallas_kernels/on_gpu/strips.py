@@ -19,6 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.backend import Unsupported
+from pallas_kernels.on_gpu.compared import along_rows
 
 WARPGROUP = 128
 """Threads of a warpgroup."""
@@ -26,6 +27,9 @@ WARPGROUP = 128
 _VECTOR_BYTES = 16
 _BLOCK, _BLOCKS = 128, 8
 """Elements of a block, and blocks of a strip, of which each warp has two."""
+
+LEAST_COLUMNS = _BLOCKS * _BLOCK
+"""Of the shortest row that `cut_in_blocks` cuts."""
 
 _BLOCK_VECTOR = 8
 """Elements of a vector of a block: those of 16 lanes are one block."""
@@ -49,6 +53,10 @@ class Strips:
     def count(self) -> int:
         """Strips in a row."""
         return pl.cdiv(self.vectors, self.width)
+
+    def place(self, number) -> tuple[Any, Any]:
+        """The row and the strip of it with this number, if all strips of all rows are counted."""
+        return lax.div(number, jnp.int32(self.count)), lax.rem(number, jnp.int32(self.count))
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -141,9 +149,9 @@ def rows_in_blocks(width: int) -> int:
     return WARPGROUP * _BLOCK_VECTOR // width
 
 
-def spread(value: jax.Array, width: int) -> jax.Array:
-    """A number of each row of a tile that has the layout `in_blocks(width)`, as such a tile."""
-    return plgpu.layout_cast(lax.broadcast_in_dim(value, (value.shape[0], width), (0,)), in_blocks(width))
+def spread(value: jax.Array, width: int, layout: Any = None) -> jax.Array:
+    """A number of each row of a tile that has this layout, else `in_blocks(width)`, as such a tile."""
+    return plgpu.layout_cast(along_rows(value, width), in_blocks(width) if layout is None else layout)
 
 
 def store(to, value: jax.Array) -> None:
@@ -160,10 +168,9 @@ def cut_in_blocks(operator: str, columns: int) -> Blocks:
     Raises:
       Unsupported: they are not whole blocks, or fewer than a strip has.
     """
-    if columns % _BLOCK or columns < _BLOCKS * _BLOCK:
-        least = _BLOCKS * _BLOCK
+    if columns % _BLOCK or columns < LEAST_COLUMNS:
         raise Unsupported(
-            f"{operator}: blocks of {_BLOCK} need rows of a multiple of it, from {least} on, got {columns}"
+            f"{operator}: blocks of {_BLOCK} need rows of a multiple of it, from {LEAST_COLUMNS} on, got {columns}"
         )
     return Blocks(columns // _BLOCK, _BLOCK, _BLOCKS)
 

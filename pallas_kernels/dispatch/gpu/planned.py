@@ -53,8 +53,7 @@ def plan_and_dispatch(
 
         @pl.when(block >= sorting)
         def _():
-            unit = block - sorting
-            token, strip = lax.div(unit, jnp.int32(strips.count)), lax.rem(unit, jnp.int32(strips.count))
+            token, strip = strips.place(block - sorting)
             rounded, scales = rounded_in_blocks(strips.load(x_ref, token, strip).astype(jnp.float32), dtype)
             for row, is_made in few.place(token * top_k, top_k):
                 store(scale.at[strips.window(strip), row], jnp.where(is_made, scales, 0.0))

@@ -17,17 +17,14 @@ from pallas_kernels.chips import Chip
 from pallas_kernels.dispatch import reference
 from pallas_kernels.dispatch.gpu.copies import dispatch
 from pallas_kernels.on_gpu.device import hopper_chip
-from pallas_kernels.on_gpu.rounding import FLOATS, FP8, rounded_in_blocks
-from pallas_kernels.on_gpu.strips import cut_in_blocks, for_each, launch, store
+from pallas_kernels.on_gpu.rounding import is_rounded, rounded_in_blocks
+from pallas_kernels.on_gpu.strips import LEAST_COLUMNS, cut_in_blocks, for_each, launch, store
 from pallas_kernels.plan import Plan
 from pallas_kernels.quantize import QTensor
 from pallas_kernels.quantize_rows import SCALING, rows_in_8_bits
 
 _FEW_BYTES = 1 << 24
 """Of rows as they are read, which pass in as little time as a launch takes."""
-
-_LEAST_COLUMNS = 1024
-"""Of the shortest row that has a strip."""
 
 _BLOCKS_PER_CORE = 8
 
@@ -46,17 +43,14 @@ def dispatch_rounded(x: jax.Array, plan: Plan, *, dtype: jnp.dtype) -> jax.Array
     programs = min(units, _most_programs(chip))
 
     def body(x_ref, order, values, scale):
-        def row_of(unit):
-            return lax.div(unit, jnp.int32(strips.count)), lax.rem(unit, jnp.int32(strips.count))
-
         def load(unit):
-            row, strip = row_of(unit)
+            row, strip = strips.place(unit)
             assignment = order[row]
             token = lax.div(jnp.maximum(assignment, 0), jnp.int32(top_k))
             return assignment, strips.load(x_ref, token, strip)
 
         def finish(unit, loaded):
-            (row, strip), (assignment, value) = row_of(unit), loaded
+            (row, strip), (assignment, value) = strips.place(unit), loaded
             rounded, scales = rounded_in_blocks(jnp.where(assignment >= 0, value.astype(jnp.float32), 0.0), dtype)
             strips.store(values, row, strip, rounded)
             store(scale.at[strips.window(strip), row], jnp.where(assignment >= 0, scales, 0.0))
@@ -74,8 +68,9 @@ def dispatch_rounded(x: jax.Array, plan: Plan, *, dtype: jnp.dtype) -> jax.Array
 def takes_few(x: jax.Array, dtype: jnp.dtype, *, num_rows: int) -> bool:
     """Whether rows of x are few, and long enough, to be rounded as they are copied."""
     columns = x.shape[1]
-    fits = x.dtype.name in FLOATS and dtype.name in FP8 and columns >= _LEAST_COLUMNS
-    return fits and num_rows * columns * x.dtype.itemsize <= _FEW_BYTES
+    return (
+        is_rounded(x.dtype, dtype) and columns >= LEAST_COLUMNS and num_rows * columns * x.dtype.itemsize <= _FEW_BYTES
+    )
 
 
 def _most_programs(chip: Chip) -> int:

@@ -10,30 +10,26 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.on_gpu.rounding import FLOATS, FP8, rounded_in_blocks
-from pallas_kernels.on_gpu.strips import cut_in_blocks, launch, store
+from pallas_kernels.on_gpu.rounding import is_rounded, rounded_in_blocks
+from pallas_kernels.on_gpu.strips import LEAST_COLUMNS, cut_in_blocks, launch, store
 from pallas_kernels.quantize import QTensor, ToRound
 from pallas_kernels.quantize_rows import SCALING, rows_in_8_bits
 from pallas_kernels.routed_mlp.gpu.sizes import BLOCK, TOKENS, WGMMA_ROWS, Sizes
-
-_LEAST_COLUMNS = 1024
-"""Of a row that has a strip."""
 
 
 def in_tiles(x: QTensor | ToRound, sizes: Sizes) -> tuple[jax.Array, jax.Array]:
     """Tiles of x [x_rows, 128] with zeros where nothing is, and scales: of the rows of a tile, or of the tokens."""
     if isinstance(x, QTensor):
         return _laid_out(x, sizes)
-    hidden, is_whole = sizes.hidden, sizes.x_rows * BLOCK == TOKENS * sizes.hidden
-    fits = x.dtype.name in FLOATS and x.qdtype in FP8 and hidden >= _LEAST_COLUMNS and is_whole
-    if not fits or sizes.x_rows % WGMMA_ROWS:
+    hidden, dtype = sizes.hidden, jnp.dtype(x.qdtype)
+    is_whole = sizes.x_rows * BLOCK == TOKENS * hidden and sizes.x_rows % WGMMA_ROWS == 0
+    if not (is_whole and is_rounded(x.dtype, dtype) and hidden >= LEAST_COLUMNS):
         return _laid_out(rows_in_8_bits(x.array, x.qdtype, scaling=SCALING, backend="pallas_gpu"), sizes)
 
-    strips, num_tokens, dtype = cut_in_blocks("routed_mlp", hidden), sizes.num_tokens, jnp.dtype(x.qdtype)
+    strips, num_tokens = cut_in_blocks("routed_mlp", hidden), sizes.num_tokens
 
     def body(x_ref, tiles, scale):
-        unit = lax.axis_index("block")
-        token, strip = lax.div(unit, jnp.int32(strips.count)), lax.rem(unit, jnp.int32(strips.count))
+        token, strip = strips.place(lax.axis_index("block"))
         window, is_there = strips.window(strip), token < num_tokens
         value = strips.load(x_ref, jnp.minimum(token, num_tokens - 1), strip).astype(jnp.float32)
         rounded, scales = rounded_in_blocks(jnp.where(is_there, value, 0.0), dtype)

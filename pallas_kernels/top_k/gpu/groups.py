@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.on_gpu.compared import COLUMNS, TILE, along_columns, along_rows, iota, smem
+from pallas_kernels.on_gpu.compared import COLUMNS, ROWS, TILE, along_columns, along_rows, iota, smem
+from pallas_kernels.top_k.gpu.rounds import first_place
 from pallas_kernels.top_k.groups import Groups
 
 
@@ -42,7 +43,7 @@ def find_kept(ranking: jax.Array, groups: Groups, memory: Memory) -> None:
     """Writes the bits of the tokens whose groups are the rows of `ranking` [64, experts of a group]."""
     memory.ranked_by[...] = _sum_of_best(ranking, groups.ranked_by)
     plgpu.commit_smem()
-    mine = along_rows(plgpu.load(memory.ranked_by, layout=plgpu.Layout.WGMMA.reduce(1)))
+    mine = along_rows(plgpu.load(memory.ranked_by, layout=ROWS))
     other = along_columns(plgpu.load(memory.ranked_by, layout=COLUMNS))
     of_same_token = lax.div(iota(0), groups.num_groups) == lax.div(iota(1), groups.num_groups)
     is_better = (other > mine) | ((other == mine) & (iota(1) < iota(0)))
@@ -57,13 +58,11 @@ def find_kept(ranking: jax.Array, groups: Groups, memory: Memory) -> None:
 
 def _sum_of_best(remaining: jax.Array, count: int) -> jax.Array:
     """The sum of the `count` largest numbers of each row."""
-    width = remaining.shape[1]
     column = plgpu.broadcasted_iota(jnp.int32, remaining.shape, 1, layout=plgpu.Layout.WGMMA)
     total = best = jnp.max(remaining, axis=1)
-    for _ in range(1, min(count, width)):
-        is_best = remaining == lax.broadcast_in_dim(best, remaining.shape, (0,))
-        place = jnp.min(jnp.where(is_best, column, width - 1), axis=1)
-        remaining = jnp.where(column == lax.broadcast_in_dim(place, column.shape, (0,)), -jnp.inf, remaining)
+    for _ in range(1, min(count, remaining.shape[1])):
+        _, is_taken = first_place(remaining, best, column, along_rows)
+        remaining = jnp.where(is_taken, -jnp.inf, remaining)
         best = jnp.max(remaining, axis=1)
         total = total + best
     return total

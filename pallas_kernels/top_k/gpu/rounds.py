@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 _SMALLEST = float(jnp.finfo(jnp.float32).tiny)
@@ -58,8 +57,7 @@ class Rounds(NamedTuple):
         remaining = jnp.maximum(remaining, LOWEST)  # what is -inf ranks before what was chosen
         for i in range(self.k):
             best = jnp.max(remaining, axis=1) if i else jnp.maximum(first, LOWEST)
-            place = jnp.min(jnp.where(remaining == spread(best, num_experts), expert, num_experts - 1), axis=1)
-            is_chosen = expert == spread(place, num_experts)
+            place, is_chosen = first_place(remaining, best, expert, spread)
             remaining = jnp.where(is_chosen, -jnp.inf, remaining)
             ids.append(place)
             if scores is not None:
@@ -72,6 +70,8 @@ class Rounds(NamedTuple):
         return Chosen(ids, weights, of_chosen if self.softmax else jnp.maximum(of_chosen, _SMALLEST))
 
 
-def along_rows(value: jax.Array, width: int) -> jax.Array:
-    """See `Spread`, of a layout that needs no more."""
-    return lax.broadcast_in_dim(value, (value.shape[0], width), (0,))
+def first_place(x: jax.Array, best: jax.Array, column: jax.Array, spread: Spread) -> tuple[jax.Array, jax.Array]:
+    """The first column of each row in which x is `best`, and whether each number of x is that one."""
+    width = x.shape[1]
+    place = jnp.min(jnp.where(x == spread(best, width), column, width - 1), axis=1)
+    return place, column == spread(place, width)

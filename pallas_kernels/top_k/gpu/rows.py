@@ -4,6 +4,7 @@ A thread has 8 or 16 scores of one row, so that a round takes it few instruction
 time share the tokens.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.on_gpu.compared import TILE
-from pallas_kernels.on_gpu.strips import in_blocks, launch, rows_in_blocks, store
+from pallas_kernels.on_gpu.strips import in_blocks, launch, rows_in_blocks, spread, store
 from pallas_kernels.top_k.gpu.groups import Memory, find_kept
 from pallas_kernels.top_k.gpu.rounds import LOWEST, Rounds
 from pallas_kernels.top_k.groups import Groups
@@ -50,11 +51,9 @@ def choose(
     num_tokens, num_experts = scores.shape
     rows = _rows(num_experts) if groups is None else TILE // groups.num_groups
     layout = _layout(num_experts)
+    along = functools.partial(spread, layout=layout)
     by, of = (scores, None) if ranking is None else (ranking, scores)
     by_group = None if groups is None else by.reshape(-1, num_experts // groups.num_groups)
-
-    def spread(value: jax.Array, width: int) -> jax.Array:
-        return plgpu.layout_cast(lax.broadcast_in_dim(value, (value.shape[0], width), (0,)), layout)
 
     def within_groups(ranked: jax.Array, by_group: Any, first, memory: Memory) -> jax.Array:
         """See `limited_to_groups`."""
@@ -65,7 +64,7 @@ def choose(
         bits = plgpu.load(memory.bits.at[:rows], layout=layout.reduce((1,)), optimized=False)
         expert = plgpu.broadcasted_iota(jnp.int32, ranked.shape, 1, layout=layout)
         group = lax.div(expert, num_experts // groups.num_groups)
-        return jnp.where((spread(bits, num_experts) >> group) & 1 == 1, jnp.maximum(ranked, LOWEST / 2), LOWEST)
+        return jnp.where((along(bits, num_experts) >> group) & 1 == 1, jnp.maximum(ranked, LOWEST / 2), LOWEST)
 
     def body(by, of, by_group, ids, *refs):
         # The last block starts early enough to end with the rows: what two blocks share they both find.
@@ -75,7 +74,7 @@ def choose(
         weighed = None if of is None else plgpu.load(of.at[tokens], layout=layout, optimized=False)
         if groups is not None:
             ranked = within_groups(ranked, by_group, first, refs[-1])
-        chosen = rounds(ranked, layout, spread, weighed)
+        chosen = rounds(ranked, layout, along, weighed)
         for i, (place, weight) in enumerate(zip(chosen.ids, chosen.weights, strict=True)):
             store(ids.at[tokens, i], place)
             if with_weights:
