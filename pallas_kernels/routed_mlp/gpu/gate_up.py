@@ -96,7 +96,17 @@ class GateUp(Multiplier):
                 rows=sizes.num_tokens,
                 column=place,
             )
+            if not sizes.by_block:
+                self._store_largest(h, hit, tile)
             return step, ahead
 
         first = scales(self.team, jnp.int32(0)) if sizes.by_block else []
         return lax.fori_loop(0, own_turns, one_tile, (step, first))[0]
+
+    def _store_largest(self, h, hit, tile) -> None:
+        """The largest number of each token of a tile of h, from which its scale will be made."""
+        buffer = self.scratch.h_largest.at[self.team]
+        buffer[...] = jnp.max(jnp.abs(h), axis=1)  # the tile before has left with its rows
+        plgpu.commit_smem()
+        first = pl.multiple_of(hit * self.sizes.up_groups * WGMMA_ROWS + tile * TOKENS, TOKENS)
+        plgpu.copy_smem_to_gmem(buffer.at[:TOKENS], self.between.largest.at[pl.ds(first, TOKENS)])

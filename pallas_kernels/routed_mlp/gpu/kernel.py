@@ -37,7 +37,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.routed_mlp.gpu.load import Loader
 from pallas_kernels.routed_mlp.gpu.scratch import Scratch
-from pallas_kernels.routed_mlp.gpu.sizes import BLOCK, TEAMS, Between, Inputs, Sizes
+from pallas_kernels.routed_mlp.gpu.sizes import BLOCK, TEAMS, WGMMA_ROWS, Between, Inputs, Sizes
 from pallas_kernels.routed_mlp.gpu.team import run_team
 from pallas_kernels.routed_mlp.gpu.walk import Phases
 
@@ -49,6 +49,7 @@ def launch(inputs: Inputs, sizes: Sizes, out_dtype: jnp.dtype, launches: list[Ph
     made: dict[str, Any] = {}
     shapes = {
         "h": jax.ShapeDtypeStruct((rows, BLOCK), jnp.float32),
+        "largest": jax.ShapeDtypeStruct((sizes.most_hits * sizes.up_groups * WGMMA_ROWS,), jnp.float32),
         "rounded": jax.ShapeDtypeStruct((rows, BLOCK), dtype),
         "scale": jax.ShapeDtypeStruct((rows,), jnp.float32),
         "y": jax.ShapeDtypeStruct((sizes.num_tokens, sizes.hidden), out_dtype),
@@ -62,7 +63,7 @@ def _launch(
     inputs: Inputs, made: dict[str, Any], shapes: dict[str, Any], sizes: Sizes, phases: Phases
 ) -> dict[str, Any]:
     makes = [
-        *(["h"] if phases.up else []),
+        *(["h", *([] if sizes.by_block else ["largest"])] if phases.up else []),
         *(["rounded", "scale"] if phases.rounding else []),
         *(["y"] if phases.down else []),
     ]

@@ -4,8 +4,6 @@ Down's weights depend on nothing that the block waits for: when gate/up's last t
 wait for each other's rows of h, they are already on their way.
 """
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -31,7 +29,7 @@ class Loader:
             self._copy_x()
         plgpu.barrier_wait(self.scratch.listed)
         num_hits = self.scratch.num_hits[0]
-        steps = (jnp.int32(0),) * TEAMS
+        steps = [jnp.int32(0)] * TEAMS
         if phases.up:
             steps = self._load_up(num_hits, steps)
         if phases.down:
@@ -51,44 +49,61 @@ class Loader:
         sizes, columns = self.sizes, self.sizes.config.columns
         begin, turns = share_of(self.block, num_hits * sizes.up_tiles, sizes)
 
-        def load_tile(turn, steps):
+        def of_turn(turn):
             hit, tile = up_tile(begin + turn, sizes)
-            weights = self.inputs.gate_up.at[self.scratch.experts[hit]]
-            team = lax.rem(turn, jnp.int32(TEAMS))
+            return self.inputs.gate_up.at[self.scratch.experts[hit]], tile * columns
 
-            def load_step(k, step):
-                slot = self._free_slot(team, step)
-                for i in range(sizes.up_depths):
-                    for half in range(2):
-                        rows = pl.ds(half * sizes.width + tile * columns, columns)
-                        source = weights.at[rows, _depth(k * sizes.up_depths + i)]
-                        self._copy(source, slot, (2 * i + half) * columns, step)
-                return step + 1
+        def load_step(slot, weights, column, k, step):
+            for i in range(sizes.up_depths):
+                for half in range(2):
+                    rows = pl.ds(half * sizes.width + column, columns)
+                    source = weights.at[rows, _depth(k * sizes.up_depths + i)]
+                    self._copy(source, slot, (2 * i + half) * columns, step)
 
-            return _advanced(team, steps, lambda step: lax.fori_loop(0, sizes.up_steps, load_step, step))
-
-        return lax.fori_loop(0, turns, load_tile, steps)
+        return self._load_turns(turns, sizes.up_steps, steps, of_turn, load_step)
 
     def _load_down(self, num_hits, steps):
         sizes, columns = self.sizes, self.sizes.config.out_columns
 
-        def load_expert(index, steps):
-            turn = lax.div(index, num_hits)
-            tile = self.block + turn * sizes.config.blocks
-            weights = self.inputs.down.at[self.scratch.experts[down_hit(self.block, index, num_hits)]]
-            team = lax.rem(index, jnp.int32(TEAMS))
+        def of_turn(index):
+            tile = self.block + lax.div(index, num_hits) * sizes.config.blocks
+            expert = self.scratch.experts[down_hit(self.block, index, num_hits)]
+            return self.inputs.down.at[expert], tile * columns
 
-            def load_step(k, step):
-                slot = self._free_slot(team, step)
-                for i in range(sizes.down_depths):
-                    source = weights.at[pl.ds(tile * columns, columns), _depth(k * sizes.down_depths + i)]
-                    self._copy(source, slot, i * sizes.config.columns, step)
-                return step + 1
+        def load_step(slot, weights, column, k, step):
+            for i in range(sizes.down_depths):
+                source = weights.at[pl.ds(column, columns), _depth(k * sizes.down_depths + i)]
+                self._copy(source, slot, i * sizes.config.columns, step)
 
-            return _advanced(team, steps, lambda step: lax.fori_loop(0, sizes.down_steps, load_step, step))
+        tiles = turns_of(self.block, jnp.int32(sizes.down_tiles), sizes.config.blocks)
+        return self._load_turns(tiles * num_hits, sizes.down_steps, steps, of_turn, load_step)
 
-        turns = turns_of(self.block, jnp.int32(sizes.down_tiles), sizes.config.blocks)
-        return lax.fori_loop(0, turns * num_hits, load_expert, steps)
+    def _load_turns(self, turns, steps_each: int, first_steps, of_turn, load_step):
+        """The slots of so many pieces of work, of which teams take one in turn; returns the steps of each team so far.
+
+        As many steps at a time as a team has slots, so that none waits for its team's turn.
+        """
+        own = self.sizes.config.slots // TEAMS
+
+        def load_together(together, _):
+            mine = [together * TEAMS + team for team in range(TEAMS)]
+            weights = [of_turn(jnp.minimum(turn, turns - 1)) for turn in mine]
+
+            def load_some(part, _):
+                begin = part * own
+                end = jnp.minimum(begin + own, steps_each)
+                for team, turn in enumerate(mine):
+
+                    def load_one(k, _, team=team):
+                        step = first_steps[team] + together * steps_each + k
+                        load_step(self._free_slot(team, step), *weights[team], k, step)
+
+                    lax.fori_loop(begin, jnp.where(turn < turns, end, begin), load_one, None)
+
+            lax.fori_loop(0, pl.cdiv(steps_each, own), load_some, None)
+
+        lax.fori_loop(0, turns_of(jnp.int32(0), turns, TEAMS), load_together, None)
+        return [step + turns_of(jnp.int32(team), turns, TEAMS) * steps_each for team, step in enumerate(first_steps)]
 
     def _free_slot(self, team, step):
         """The slot of a step, once the step that used it before has been read."""
@@ -116,12 +131,3 @@ class Loader:
 def _depth(tile):
     """The columns of weights that are a tile's."""
     return pl.ds(pl.multiple_of(tile * BLOCK, BLOCK), BLOCK)
-
-
-def _advanced(team, steps: tuple[jax.Array, ...], advance: Callable[[jax.Array], jax.Array]) -> tuple[jax.Array, ...]:
-    """`steps` with that of a team advanced."""
-    step = steps[-1]
-    for i, each in enumerate(steps[:-1]):
-        step = jnp.where(team == i, each, step)
-    step = advance(step)
-    return tuple(jnp.where(team == i, step, each) for i, each in enumerate(steps))

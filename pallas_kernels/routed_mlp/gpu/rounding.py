@@ -12,6 +12,9 @@ from pallas_kernels.quantize import clipped_to, finite_scale
 from pallas_kernels.routed_mlp.gpu.multiply import ROWS, Multiplier, along_rows
 from pallas_kernels.routed_mlp.gpu.sizes import BLOCK, TOKENS, WGMMA_ROWS
 
+_GROUPS_AT_ONCE = 8
+"""Of tiles, whose largest numbers are loaded together."""
+
 
 class Rounding(Multiplier):
     """A team at its rows."""
@@ -20,16 +23,9 @@ class Rounding(Multiplier):
         """Rounds the rows of a tile, and writes them and their scales."""
         sizes = self.sizes
         row = tile * WGMMA_ROWS
-        tiles = sizes.h_rows // WGMMA_ROWS
-        part = lax.rem(tile, jnp.int32(tiles))
-        h = self._h_of(row, part)
-        amax = jnp.max(jnp.abs(h), axis=1)
-        if not sizes.by_block:
-            first = row - part * WGMMA_ROWS
-            for i in range(tiles):
-                other = jnp.max(jnp.abs(self._h_of(first + i * WGMMA_ROWS, i)), axis=1)
-                amax = jnp.maximum(amax, other)
-            amax = self._largest_of_tokens(amax)
+        tiles = jnp.int32(sizes.h_rows // WGMMA_ROWS)
+        h = self._h_of(row, lax.rem(tile, tiles))
+        amax = jnp.max(jnp.abs(h), axis=1) if sizes.by_block else self._largest_of_tokens(lax.div(tile, tiles))
         dtype = self.between.rounded.dtype
         scale = finite_scale(amax, dtype)
         values = clipped_to(h * along_rows(1 / scale, BLOCK), dtype)
@@ -45,14 +41,29 @@ class Rounding(Multiplier):
         depth = part * TOKENS + lax.div(_iota(0), jnp.int32(TOKENS))
         return jnp.where(depth * BLOCK + _iota(1) < self.sizes.width, h, 0.0)
 
-    def _largest_of_tokens(self, amax):
-        """The largest of the numbers of rows that are 8 apart, those of a token, for each of them."""
-        buffer, first = self.scratch.row_scale, self.team * 2 * WGMMA_ROWS
+    def _largest_of_tokens(self, hit):
+        """The largest number of each token in all of its row of h, for each of 64 rows, of which every eighth is it."""
+        sizes, in_group = self.sizes, WGMMA_ROWS // TOKENS
+        tile = lax.div(plgpu.broadcasted_iota(jnp.int32, (WGMMA_ROWS,), 0, layout=ROWS), jnp.int32(TOKENS))
+
+        def larger(i, amax):
+            groups = [jnp.minimum(i * _GROUPS_AT_ONCE + j, sizes.up_groups - 1) for j in range(_GROUPS_AT_ONCE)]
+            for group in groups:
+                first = pl.multiple_of((hit * sizes.up_groups + group) * WGMMA_ROWS, WGMMA_ROWS)
+                window = self.between.largest.at[pl.ds(first, WGMMA_ROWS)]
+                values = plgpu.load(window, layout=ROWS, optimized=False)
+                # Nobody has written what would belong to tiles past the last one.
+                amax = jnp.maximum(amax, jnp.where(group * in_group + tile < sizes.up_tiles, values, 0.0))
+            return amax
+
+        none = plgpu.layout_cast(jnp.zeros((WGMMA_ROWS,), jnp.float32), ROWS)
+        amax = lax.fori_loop(0, pl.cdiv(sizes.up_groups, _GROUPS_AT_ONCE), larger, none)
+        buffer, begin = self.scratch.row_scale, self.team * 2 * WGMMA_ROWS
         for i in range(2):
-            buffer[pl.ds(first + i * WGMMA_ROWS, WGMMA_ROWS)] = amax
+            buffer[pl.ds(begin + i * WGMMA_ROWS, WGMMA_ROWS)] = amax
         plgpu.commit_smem()
         for i in range(TOKENS, WGMMA_ROWS, TOKENS):
-            amax = jnp.maximum(amax, plgpu.load(buffer.at[pl.ds(first + i, WGMMA_ROWS)], layout=ROWS))
+            amax = jnp.maximum(amax, plgpu.load(buffer.at[pl.ds(begin + i, WGMMA_ROWS)], layout=ROWS))
         plgpu.commit_smem()
         return amax
 

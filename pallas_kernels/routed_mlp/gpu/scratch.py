@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.on_gpu.smem import Views, swizzled
+from pallas_kernels.on_gpu.smem import Views, single_view, swizzled
 from pallas_kernels.routed_mlp.gpu.sizes import BLOCK, CHOICES, SLOT_ROWS, TEAMS, TOKENS, WGMMA_ROWS, Sizes
 
 MOST_COPIED = 256
@@ -24,11 +24,10 @@ class Scratch(NamedTuple):
       ring: of weights, [slots, SLOT_ROWS, BLOCK].
       full: [slots] barriers, complete when the copies of a slot have landed.
       empty: [slots] barriers, complete when a slot has been read.
-      x: all of x, and room for what lies in the tensor cores' way behind its last tile.
-      x_scale: of x, likewise.
+      lhs: `x` and `rows`, which take each other's place.
+      x_scale: of x.
       x_full: barrier, complete when x has landed.
-      rows: ring of the rows of h of an expert in 8 bits, [rows_ahead · h_rows, BLOCK] and room behind.
-      row_scale: their scales.
+      row_scale: of the rows of h.
       rows_full: [rows_ahead] barriers.
       listed: barrier, complete when the list of experts has been made.
       experts: int32 [CHOICES], the list.
@@ -38,6 +37,7 @@ class Scratch(NamedTuple):
       choice_numbers: int32 [CHOICES].
       token_weights: float32 [TOKENS, CHOICES], what each token gives each expert of the list.
       h_staging: of a tile of h on its way out.
+      h_largest: float32 [TEAMS, WGMMA_ROWS], the largest numbers of its rows likewise.
       rounded_staging: of rows in 8 bits on their way out.
       depth_sums: of each team, where it adds up what tiles of different depth gave, 8 columns at a time.
       y_share: what the second team has of a tile of y, 8 columns at a time.
@@ -50,10 +50,9 @@ class Scratch(NamedTuple):
     ring: Any
     full: Any
     empty: Any
-    x: Any
+    lhs: Any
     x_scale: Any
     x_full: Any
-    rows: Any
     row_scale: Any
     rows_full: Any
     listed: Any
@@ -64,6 +63,7 @@ class Scratch(NamedTuple):
     choice_numbers: Any
     token_weights: Any
     h_staging: Any
+    h_largest: Any
     rounded_staging: Any
     depth_sums: Any
     y_share: Any
@@ -72,19 +72,35 @@ class Scratch(NamedTuple):
     taken: Any
     y_staging: Any
 
+    @property
+    def x(self) -> Any:
+        """All of x, and room for what lies in the tensor cores' way behind its last tile."""
+        return self.lhs[0]
+
+    @property
+    def rows(self) -> Any:
+        """The ring of the rows of h of an expert in 8 bits, [rows_ahead · h_rows, BLOCK] and room behind.
+
+        Copies to it begin when all blocks have multiplied x.
+        """
+        return self.lhs[1]
+
     @classmethod
     def describe(cls, sizes: Sizes, dtype: jnp.dtype, out_dtype: jnp.dtype) -> "Scratch":
         """The types to allocate."""
         config, behind = sizes.config, WGMMA_ROWS - TOKENS
         h_columns = min(config.columns, BLOCK // 4)
+        lhs = [
+            swizzled((num_rows + behind, BLOCK), dtype, any_row=False)
+            for num_rows in (sizes.x_rows, config.rows_ahead * sizes.h_rows)
+        ]
         return cls(
             ring=swizzled((config.slots, SLOT_ROWS, BLOCK), dtype),
             full=plgpu.Barrier(num_arrivals=sizes.down_depths, num_barriers=config.slots),
             empty=plgpu.Barrier(num_barriers=config.slots),
-            x=swizzled((sizes.x_rows + behind, BLOCK), dtype, any_row=False),
+            lhs=lhs if single_view.get() else plgpu.RefUnion(*lhs),
             x_scale=plgpu.SMEM((sizes.x_rows + behind if sizes.by_block else WGMMA_ROWS,), jnp.float32),
             x_full=plgpu.Barrier(num_arrivals=pl.cdiv(sizes.x_rows, MOST_COPIED)),
-            rows=swizzled((config.rows_ahead * sizes.h_rows + behind, BLOCK), dtype, any_row=False),
             row_scale=plgpu.SMEM(
                 (max(config.rows_ahead * sizes.h_rows + behind, TEAMS * 2 * WGMMA_ROWS),), jnp.float32
             ),
@@ -99,6 +115,7 @@ class Scratch(NamedTuple):
             choice_numbers=plgpu.SMEM((CHOICES,), jnp.int32),
             token_weights=plgpu.SMEM((TOKENS, CHOICES), jnp.float32),
             h_staging=swizzled((TEAMS, 1, WGMMA_ROWS, h_columns), jnp.float32),
+            h_largest=plgpu.SMEM((TEAMS, WGMMA_ROWS), jnp.float32),
             rounded_staging=swizzled((TEAMS, 1, WGMMA_ROWS, BLOCK), dtype),
             depth_sums=swizzled((TEAMS, 2, 2 * WGMMA_ROWS, TOKENS), jnp.float32, any_row=False),
             y_share=swizzled((config.out_columns // TOKENS, WGMMA_ROWS, TOKENS), jnp.float32, any_row=False),
@@ -113,11 +130,13 @@ def slots_that_fit(sizes: Sizes, fast_memory_bytes: int) -> int:
     """Slots of the ring beside everything else."""
     config = sizes.config
     behind = WGMMA_ROWS - TOKENS
-    rows = sizes.x_rows + config.rows_ahead * sizes.h_rows + 2 * behind
+    rows_of_h = config.rows_ahead * sizes.h_rows
+    lhs = BLOCK * (max(sizes.x_rows, rows_of_h) + behind)
+    scales = 4 * (sizes.x_rows + rows_of_h + 2 * behind + 2 * TEAMS * WGMMA_ROWS)
     h_columns = min(config.columns, BLOCK // 4)
     staging = WGMMA_ROWS * (TEAMS * (4 * h_columns + BLOCK) + 2 * 4 * config.out_columns)
     depth_sums = TEAMS * 2 * 2 * WGMMA_ROWS * TOKENS * 4
-    left = fast_memory_bytes - _RESERVED_BYTES - rows * (BLOCK + 4) - staging - depth_sums
+    left = fast_memory_bytes - _RESERVED_BYTES - lhs - scales - staging - depth_sums
     return min(_MOST_SLOTS, left // (SLOT_ROWS * BLOCK)) // TEAMS * TEAMS
 
 

@@ -95,6 +95,11 @@ class Sizes:
         return pl.cdiv(self.width, self.config.columns)
 
     @property
+    def up_groups(self) -> int:
+        """Groups of eight tiles of h of an expert, of which the largest number of each token are WGMMA_ROWS numbers."""
+        return pl.cdiv(self.up_tiles, WGMMA_ROWS // TOKENS)
+
+    @property
     def down_depths(self) -> int:
         """Tiles of down's depth in a slot."""
         return SLOT_ROWS // self.config.columns
@@ -159,10 +164,13 @@ class Between(NamedTuple):
 
     Attributes:
       h: float32 [most_hits · h_rows, BLOCK].
+      largest: float32 [most_hits · up_groups · WGMMA_ROWS], the largest absolute value of each tile of h and token;
+        unless scales come by block, which are of what a tile of rows holds.
       rounded: the same in 8 bits.
       scale: float32 [most_hits · h_rows], of their rows.
     """
 
     h: Any
+    largest: Any
     rounded: Any
     scale: Any

@@ -133,7 +133,7 @@ def test_a_layer_takes_it_where_it_pays_and_no_gradient_is_asked_for(monkeypatch
         (1, 4, {}, "h100", True),
         (9, 2, {}, "h200", False),
         (8, 9, {"experts": 16}, "h200", False),
-        (2, 2, {"scales": "rows"}, "h200", False),
+        (2, 2, {"scales": "rows"}, "h200", True),
         (2, 2, {}, "v6e", False),
     ],
 )
