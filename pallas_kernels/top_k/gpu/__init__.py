@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from pallas_kernels.backend import Unsupported
 from pallas_kernels.on_gpu.device import require_hopper
 from pallas_kernels.top_k import reference
-from pallas_kernels.top_k.gpu import rows, tiles
+from pallas_kernels.top_k.gpu import few, rows, tiles
 from pallas_kernels.top_k.gpu.rounds import Rounds
 from pallas_kernels.top_k.groups import Groups, limited_to_groups
 
@@ -47,6 +47,9 @@ def ranked_top_k(
     if scores.dtype == jnp.float32 and rows.fits(ranking):
         ids, weights = rows.choose(scores, Rounds(k, normalize), with_weights=True, ranking=ranking, groups=groups)
         return weights, ids
+    if scores.dtype == jnp.float32 and few.fits(ranking):
+        ids, weights = few.choose(scores, Rounds(k, normalize), with_weights=True, ranking=ranking)
+        return weights, ids
     ids = top_k_ids(ranking, k)
     return reference.weights_at(scores, ids, normalize=normalize), ids
 
@@ -79,7 +82,7 @@ def _is_left_to_xla(scores: jax.Array) -> bool:
 
 def _choose(scores: jax.Array, rounds: Rounds, *, with_weights: bool = True) -> list[jax.Array]:
     """Ids [T, K], and their weights [T, K] if wanted."""
-    way = rows if rows.fits(scores) else tiles
+    way = next((way for way in (rows, few) if way.fits(scores)), tiles)
     return way.choose(scores, rounds, with_weights=with_weights)
 
 

@@ -26,8 +26,12 @@ _LEAST_ROWS = 8  # of a block, two for each warp
 def fits(scores: jax.Array) -> bool:
     """Whether there are such rows, and as many as a block takes."""
     num_tokens, num_experts = scores.shape
-    is_power = num_experts.bit_count() == 1 and _LEAST_EXPERTS <= num_experts <= _MOST_EXPERTS
-    return is_power and num_tokens >= _rows(num_experts)
+    return is_power(num_experts) and num_tokens >= of_block(num_experts)
+
+
+def is_power(num_experts: int) -> bool:
+    """Whether rows have a power of two scores, and threads hold them."""
+    return num_experts.bit_count() == 1 and _LEAST_EXPERTS <= num_experts <= _MOST_EXPERTS
 
 
 def fits_groups(scores: jax.Array, groups: Groups) -> bool:
@@ -36,7 +40,7 @@ def fits_groups(scores: jax.Array, groups: Groups) -> bool:
     if not fits(scores) or TILE % groups.num_groups:
         return False
     tokens = TILE // groups.num_groups
-    return tokens % _rows(num_experts) == 0 and num_tokens >= tokens
+    return tokens % of_block(num_experts) == 0 and num_tokens >= tokens
 
 
 def choose(
@@ -49,8 +53,8 @@ def choose(
 ) -> list[jax.Array]:
     """Ids [T, K], and their weights [T, K] if wanted: scores where `ranking`, if given, is best within the groups."""
     num_tokens, num_experts = scores.shape
-    rows = _rows(num_experts) if groups is None else TILE // groups.num_groups
-    layout = _layout(num_experts)
+    rows = of_block(num_experts) if groups is None else TILE // groups.num_groups
+    layout = layout_of(num_experts)
     along = functools.partial(spread, layout=layout)
     by, of = (scores, None) if ranking is None else (ranking, scores)
     by_group = None if groups is None else by.reshape(-1, num_experts // groups.num_groups)
@@ -87,12 +91,13 @@ def choose(
     return launch(body, outs, by, of, by_group, name="top_k", blocks=pl.cdiv(num_tokens, rows), scratch=scratch)
 
 
-def _rows(num_experts: int) -> int:
-    """Rows of which each thread of a warpgroup holds one vector."""
+def of_block(num_experts: int) -> int:
+    """Rows of a block."""
     return max(_LEAST_ROWS, rows_in_blocks(num_experts))
 
 
-def _layout(num_experts: int) -> Any:
+def layout_of(num_experts: int) -> Any:
+    """The layout of the rows of a block."""
     if rows_in_blocks(num_experts) >= _LEAST_ROWS:
         return in_blocks(num_experts)
     vector = num_experts * _LEAST_ROWS // 128
