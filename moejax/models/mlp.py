@@ -30,7 +30,7 @@ _LECUN = nnx.initializers.lecun_normal()
 _FEW_TOKENS = 64
 """As many as XLA's dots are as fast for on GPUs, or faster (H200, 2048 by 4096: 7.5 µs in place of 14.8 for down)."""
 
-_FEW_NUMBERS = 1 << 17
+_FEW_NUMBERS = 1 << 18
 """The same of the result of down, [T, H]: tiles of fewer leave most of a chip idle (128 tokens, 3072 by 768: 7.8 µs in
 place of 11.2)."""
 

@@ -19,7 +19,7 @@ from pallas_kernels.tracing.concrete import is_less
 
 _ONES = nnx.initializers.ones
 
-_FEW_NUMBERS = 1 << 14
+_FEW_NUMBERS = 1 << 17
 """Of so few, XLA makes a part of what comes before or after; a kernel of their own would be mostly launch."""
 
 
