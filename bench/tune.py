@@ -23,7 +23,7 @@ from bench.hopper.products import PRODUCT_DTYPES, Product, hopper_at_hand
 from bench.hopper.tune_measure import ConfigTimer
 from bench.hopper.tune_prefetch import DTYPE as CHAIN_DTYPE
 from bench.hopper.tune_prefetch import MINUTES as CHAIN_MINUTES
-from bench.hopper.tune_prefetch import add_options, layer_chain, tune_prefetch
+from bench.hopper.tune_prefetch import add_options, layer_chain, shape_chain, tune_prefetch
 from bench.hopper.tune_products import case_products, default_products
 from bench.hopper.tune_search import LEAST_GAIN, Outcome, search
 from bench.measure.errors import one_line
@@ -50,8 +50,8 @@ def main(argv: Sequence[str]) -> int:
     args = _parser().parse_args(argv)
     _check(args)
     if args.prefetch:
-        chain = {product.name: product for product in _products(args)} if args.shape else layer_chain(args, args.dtype)
-        return tune_prefetch(args, chain, argv)
+        links = shape_chain(_products(args), normed=args.normed) if args.shape else layer_chain(args, args.dtype)
+        return tune_prefetch(args, links, argv)
     products = _products(args)
     chip = hopper_at_hand()
     path = args.output or str(_TABLES / f"{chip.name}.json")
@@ -123,6 +123,7 @@ def _parser() -> argparse.ArgumentParser:
             "--prefetch --quick --model gpt-oss-120b --tokens 32",
             "--prefetch --products gate/up,down --dtype bf16",
             "--prefetch --shape 8,48,7168,2048 --shape 8,48,2048,7168",
+            "--prefetch --normed --shape 1,16,4096,512",
         ),
     )
     add = parser.add_argument
@@ -159,13 +160,13 @@ def _check(args: argparse.Namespace) -> None:
     """Fills in what was not given, and refuses options that do nothing together."""
     only_tiles = {"--output": args.output, "--exhaustive": args.exhaustive}
     only_layers = {"--model": args.model, "--tokens": args.tokens, "--products": args.products}
-    without = {**only_layers, "--json": args.json} if not args.prefetch else only_tiles
+    without = {**only_layers, "--normed": args.normed, "--json": args.json} if not args.prefetch else only_tiles
     if extra := [name for name, value in without.items() if value]:
         raise ValueError(f"{extra[0]} {'is not for' if args.prefetch else 'needs'} --prefetch")
     if args.shape and (extra := [name for name, value in only_layers.items() if value]):
         raise ValueError(f"--shape names all products of the chain; give it without {extra[0]}")
-    if args.prefetch and not args.shape and (args.fused or args.result_in_8_bits):
-        raise ValueError("--fused and --result-in-8-bits are for products of --shape")
+    if args.prefetch and not args.shape and (args.fused or args.result_in_8_bits or args.normed):
+        raise ValueError("--fused, --result-in-8-bits and --normed are for products of --shape")
     args.dtype = args.dtype or (CHAIN_DTYPE if args.prefetch else _DTYPE)
     args.minutes = args.minutes or (CHAIN_MINUTES if args.prefetch else _MINUTES)
 

@@ -1,6 +1,6 @@
-"""Times a chain of products on the device, each product with its own way to start early.
+"""Times a chain of products and norms on the device, each with its own way to start early.
 
-Products follow each other in one program, a kernel each, with nothing between them: a barrier that costs no kernel
+They follow each other in one program, a kernel each, with nothing between them: a barrier that costs no kernel
 keeps them in order. Each is lowered once for each value, and put into the programs of all choices as it is.
 
 The host needs longer for a launch than some of the kernels take. So the device is first held up by other work, while
@@ -17,8 +17,10 @@ import jax
 import jax.numpy as jnp
 from jax import export, lax
 
+from bench.hopper import norms, products
+from bench.hopper.norms import Norm
 from bench.hopper.prefetch_search import Choice
-from bench.hopper.products import Product, make_inputs
+from bench.hopper.products import Product
 from bench.measure.clock import copies_of
 from bench.measure.errors import describe
 from bench.measure.timeline import recorded, spans
@@ -37,7 +39,10 @@ _COMMAND_BUFFERS: dict[str, str | int | bool] = {
 
 _LEAST_REPEATS = 2  # of the products in a chain
 _HOLD_WIDTH, _HOLD_PRODUCTS = 8192, 3  # 4 ms on an H200
-_KERNELS = "grouped_"  # begins the names of the chain's kernels
+_KERNELS = "grouped_", "rms_norm"  # begin the names of the chain's kernels
+
+Link = Product | Norm
+"""What a chain consists of: each is one kernel."""
 
 
 def leave_out_command_buffers() -> None:
@@ -52,16 +57,16 @@ class ChainTimer:
     bit for bit those of the first choice of the first call, are left out; `say` takes a line on each.
 
     Args:
-      products: of the chain, in order. It goes through them several times, each time with other copies of the inputs
+      links: the chain, in order. It goes through them several times, each time with other copies of the inputs
         if they would fit the cache otherwise.
       say: takes a line.
     """
 
-    def __init__(self, products: Sequence[Product], say: Callable[[str], None]):
-        self._products, self._say = products, say
-        self._inputs = copies_of([jax.block_until_ready(make_inputs(product)) for product in products])
+    def __init__(self, links: Sequence[Link], say: Callable[[str], None]):
+        self._links, self._say = links, say
+        self._inputs = copies_of([jax.block_until_ready(_make_inputs(link)) for link in links])
         self._repeats = max(_LEAST_REPEATS, len(self._inputs))
-        self._kernels: dict[tuple[Product, Prefetch], Callable[..., Any]] = {}
+        self._kernels: dict[tuple[Link, Prefetch], Callable[..., Any]] = {}
         self._programs: dict[tuple[Choice, bool], Callable[..., Any]] = {}
         self._failed: set[tuple[Choice, bool]] = set()
         self._expected: Any = None
@@ -70,7 +75,7 @@ class ChainTimer:
     @property
     def num_kernels(self) -> int:
         """Kernels of the chain."""
-        return len(self._products) * self._repeats
+        return len(self._links) * self._repeats
 
     def sample(
         self, choices: Sequence[Choice], rounds: int, *, in_command_buffers: bool = False
@@ -126,7 +131,7 @@ class ChainTimer:
 
     def lower(self, choice: Choice) -> Any:
         """The program of a choice, to be compiled: takes the inputs of all products, gives the last results of each."""
-        kernels = [self._kernel(*each) for each in zip(self._products, choice, strict=True)]
+        kernels = [self._kernel(*each) for each in zip(self._links, choice, strict=True)]
 
         def chain(inputs: Sequence[Any]) -> list[Any]:
             results: list[Any] = []
@@ -139,16 +144,16 @@ class ChainTimer:
 
         return jax.jit(chain).trace(self._inputs).lower(lowering_platforms=("cuda",))
 
-    def _kernel(self, product: Product, prefetch: Prefetch) -> Callable[..., Any]:
-        """A product's kernel, lowered once."""
-        key = product, prefetch
+    def _kernel(self, link: Link, prefetch: Prefetch) -> Callable[..., Any]:
+        """A link's kernel, lowered once."""
+        key = link, prefetch
         if key not in self._kernels:
 
             def run(*operands: Any) -> Any:
                 with prefetching(prefetch):
-                    return product.run(*operands)
+                    return link.run(*operands)
 
-            shapes = jax.eval_shape(lambda: make_inputs(product))
+            shapes = jax.eval_shape(lambda: _make_inputs(link))
             self._kernels[key] = export.export(jax.jit(run), platforms=("cuda",))(*shapes).call
         return self._kernels[key]
 
@@ -163,6 +168,10 @@ class ChainTimer:
     def _leave_out(self, key: tuple[Choice, bool], error: Exception) -> None:
         self._failed.add(key)
         self._say(f"left out: {', '.join(map(str, key[0]))}: {describe(error)}")
+
+
+def _make_inputs(link: Link) -> tuple[Any, ...]:
+    return products.make_inputs(link) if isinstance(link, Product) else norms.make_inputs(link)
 
 
 @jax.jit

@@ -1,4 +1,4 @@
-"""What `bench.tune --prefetch` does: searches how the products of a chain start early, and tells what it brings.
+"""What `bench.tune --prefetch` does: searches how the links of a chain start early, and tells what it brings.
 
 The search (`prefetch_search`) and the clock (`prefetch_measure`) know nothing of each other; they meet here.
 """
@@ -13,7 +13,8 @@ import jax
 
 from bench.command.values import NAMES, output_file, positive_int
 from bench.hopper.decoder_chain import MODELS, PRODUCTS, decoder_products
-from bench.hopper.prefetch_measure import ChainTimer, leave_out_command_buffers
+from bench.hopper.norms import Norm
+from bench.hopper.prefetch_measure import ChainTimer, Link, leave_out_command_buffers
 from bench.hopper.prefetch_search import GRID, QUICK_GRID, Choice, Comparison, compare, search
 from bench.hopper.products import Product, ProductDtype, hopper_at_hand
 from bench.measure.errors import one_line
@@ -37,12 +38,12 @@ _SEARCH_SHARE = 0.8
 """Of the time, after which the search ends; the comparison of what it found takes some seconds."""
 
 
-def tune_prefetch(args: argparse.Namespace, products: Mapping[str, Product], argv: Sequence[str]) -> int:
+def tune_prefetch(args: argparse.Namespace, links: Mapping[str, Link], argv: Sequence[str]) -> int:
     """Searches, writes and prints.
 
     Args:
       args: the options of `add_options`, and `quick`, `minutes` and `commit`.
-      products: the chain, in order, each by its name.
+      links: the chain, in order, each by its name.
       argv: the command line, for the record.
 
     Raises:
@@ -50,7 +51,7 @@ def tune_prefetch(args: argparse.Namespace, products: Mapping[str, Product], arg
     """
     leave_out_command_buffers()
     chip = hopper_at_hand()
-    progress = Progress(len(products) + 4)  # two more parts of a search, and two comparisons
+    progress = Progress(len(links) + 4)  # two more parts of a search, and two comparisons
     done = 0
 
     def begin(part: str) -> None:
@@ -65,8 +66,8 @@ def tune_prefetch(args: argparse.Namespace, products: Mapping[str, Product], arg
         begin(part)
         return True
 
-    timer = ChainTimer(list(products.values()), progress.say)
-    choices = search(len(products), QUICK_GRID if args.quick else GRID, timer.sample, go_on)
+    timer = ChainTimer(list(links.values()), progress.say)
+    choices = search(len(links), QUICK_GRID if args.quick else GRID, timer.sample, go_on)
     if not choices:
         raise ValueError("no choice could be timed: see why above, or give more --minutes")
     rounds = _QUICK_ROUNDS if args.quick else _ROUNDS
@@ -82,15 +83,15 @@ def tune_prefetch(args: argparse.Namespace, products: Mapping[str, Product], arg
     progress.say(f"{progress.seconds:.0f} s")
     if args.json is not None:
         head = provenance("bench.tune", argv, jax.devices()[0].device_kind, ("jax", "jaxlib"), args.commit)
-        chosen = [_record(products, each, in_command_buffers.get(each.choice)) for each in compared]
-        shapes = {name: product.name for name, product in products.items()}
+        chosen = [_record(links, each, in_command_buffers.get(each.choice)) for each in compared]
+        shapes = {name: link.name for name, link in links.items()}
         what = {"products": shapes, "kernels": timer.num_kernels, "rounds": rounds, "choices": chosen}
         write_json({**head, **what}, args.json)
     if args.json != "-":
         print(f"{chip.name}; µs of a chain of {timer.num_kernels} kernels, {rounds} rounds, ± is 95 % confidence")
         if args.shape is None:
-            print("; ".join(f"{name} {product.name}" for name, product in products.items()))
-        print(table(list(products), compared, in_command_buffers))
+            print("; ".join(f"{name} {link.name}" for name, link in links.items()))
+        print(table(list(links), compared, in_command_buffers))
     return 0
 
 
@@ -100,10 +101,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--model", choices=MODELS, help=f"whose decoder layer (default: {_MODEL})")
     add("--tokens", type=positive_int, metavar="N", help=f"of a step (default: {_TOKENS})")
     add("--products", type=NAMES, metavar="NAME,...", help=f"of the chain (default: {','.join(PRODUCTS)})")
+    add("--normed", action="store_true", help="an RMSNorm before each product of --shape, rounded if that is in FP8")
     add("--json", type=output_file, metavar="PATH", help="write what was measured to PATH, - for standard output")
 
 
-def layer_chain(args: argparse.Namespace, dtype: ProductDtype) -> dict[str, Product]:
+def shape_chain(products: Sequence[Product], *, normed: bool) -> dict[str, Link]:
+    """The products of `--shape`, each with the norm before it if `normed`."""
+    pairs = [(Norm.before(product), product) if normed else (product,) for product in products]
+    return {link.name: link for pair in pairs for link in pair}
+
+
+def layer_chain(args: argparse.Namespace, dtype: ProductDtype) -> dict[str, Link]:
     """The products that the options of `add_options` ask for.
 
     Raises:
@@ -143,8 +151,8 @@ def _text(prefetch: Prefetch) -> str:
     return " ".join([prefetch.mode, *(f"{ratio:g}" for ratio in ratios)])
 
 
-def _record(products: Mapping[str, Product], each: Comparison, other: Comparison | None) -> dict[str, Any]:
-    values = {name: dataclasses.asdict(value) for name, value in zip(products, each.choice, strict=True)}
+def _record(links: Mapping[str, Link], each: Comparison, other: Comparison | None) -> dict[str, Any]:
+    values = {name: dataclasses.asdict(value) for name, value in zip(links, each.choice, strict=True)}
     return {"prefetch": values, **_figures(each), "in_command_buffers": None if other is None else _figures(other)}
 
 

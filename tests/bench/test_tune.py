@@ -112,7 +112,8 @@ def test_no_product_begins_after_the_time(gains, capsys):
             ["--prefetch", "--products", "QKV", *SHAPE],
             "--shape names all products of the chain; give it without --prod",
         ),
-        (["--prefetch", "--fused"], "--fused and --result-in-8-bits are for products of --shape"),
+        (["--prefetch", "--fused"], "--fused, --result-in-8-bits and --normed are for products of --shape"),
+        (["--normed", "--shape", "1,16,4096,512"], "--normed needs --prefetch"),
     ],
 )
 def test_errors(argv, message, capsys):

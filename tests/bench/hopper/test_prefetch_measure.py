@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from bench.hopper import prefetch_measure
+from bench.hopper import norms, prefetch_measure, products
+from bench.hopper.norms import Norm
 from bench.hopper.prefetch_measure import ChainTimer, leave_out_command_buffers
 from bench.hopper.products import Product
+from bench.hopper.tune_prefetch import shape_chain
 from bench.measure.timeline import Launch
 from bench.model.shapes import GemmShape
 from pallas_kernels.chips import get_chip
@@ -113,6 +115,22 @@ def test_a_chain_has_its_kernels_in_order_each_lowered_once():
     assert text.count("optimization_barrier") == NUM_KERNELS - 1
     assert text != other
     assert set(timer._kernels) == {(PRODUCTS[0], PLAIN), (PRODUCTS[1], SMEM), (PRODUCTS[1], PDL)}
+
+
+def test_a_norm_comes_before_its_product_and_rounds_as_that_wants_it():
+    (product,) = chosen = [Product(GemmShape(1, 16, 1024, 256), "fp8")]
+    chain = shape_chain(chosen, normed=True)
+    norm, after = chain.values()
+    assert (norm, after) == (Norm(16, 1024, "fp8"), product)
+    assert shape_chain(chosen, normed=False) == {product.name: product}
+    with targeting(get_chip("h200")):
+        text = ChainTimer([norm, after], print).lower((PDL, PLAIN)).as_text()
+        y = jax.eval_shape(norm.run, *jax.eval_shape(lambda: norms.make_inputs(norm)))
+    assert text.count("custom_call @mosaic_gpu") == 2
+    lhs = jax.eval_shape(lambda: products.make_inputs(product))[0]
+    assert [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(y[0])] == [
+        (leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(lhs)
+    ]
 
 
 def test_flags_that_are_there_stay(monkeypatch):
