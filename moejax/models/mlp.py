@@ -32,7 +32,7 @@ _FEW_TOKENS = 64
 
 _FEW_NUMBERS = 1 << 18
 """The same of the result of down, [T, H]: tiles of fewer leave most of a chip idle (128 tokens, 3072 by 768: 7.8 µs in
-place of 11.2)."""
+place of 11.2; 4096 by 2048: 9.2 in place of 14.6)."""
 
 
 class MLP(nnx.Module):
