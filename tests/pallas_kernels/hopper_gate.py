@@ -27,6 +27,7 @@ from pallas_kernels.chips import get_chip
 from pallas_kernels.columns import Columns, padded_rows
 from pallas_kernels.combine import combine
 from pallas_kernels.dispatch import dispatch
+from pallas_kernels.float32_matmul import float32_matmul
 from pallas_kernels.gated_activation import gated_activation, gated_activation_in_8_bits
 from pallas_kernels.gated_activation.gradients import pulled, pulled_with_columns
 from pallas_kernels.grouped_matmul import grouped_gate_up, grouped_matmul, grouped_matmul_of_columns
@@ -135,6 +136,12 @@ def columns(dtype: str, num_tokens: int, features: int, num_rows: int | None = N
         array("int32", 128),
         *ids,
     )
+
+
+def of_few_rows(num_rows: int, dtype: str, depth: int = 2880, columns: int = 128) -> Case:
+    """The router's product; `dtype` is that of its weights."""
+    shapes = array("bfloat16", num_rows, depth), array(dtype, depth, columns)
+    return functools.partial(float32_matmul, backend="pallas_gpu"), *shapes
 
 
 def activation_with_columns(activation: Activation, in_8_bits: str, limit: float | None = None) -> Case:
@@ -338,6 +345,11 @@ CASES: dict[str, Callable[[], Case]] = {
         QTensor(array("float8_e4m3fn", 128, 5760, 2880), array("float32", 128, 5760, 1)),
         QTensor(array("float8_e4m3fn", 128, 2880, 2880), array("float32", 128, 2880, 1)),
     ),
+    "one row": lambda: of_few_rows(1, "float32"),
+    "one row in bf16": lambda: of_few_rows(1, "bfloat16"),
+    "eight rows": lambda: of_few_rows(8, "float32"),
+    "eight rows in bf16": lambda: of_few_rows(8, "bfloat16"),
+    "eight rows, many columns": lambda: of_few_rows(8, "float32", 7168, 1024),
     "training step": training_step,
 }
 

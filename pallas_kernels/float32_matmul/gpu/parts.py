@@ -1,4 +1,4 @@
-"""The product on an NVIDIA GPU: as products of BF16 numbers, which its matrix units take.
+"""The product in parts: as products of BF16 numbers, which the matrix units of an NVIDIA GPU take.
 
 Outside of them float32 is multiplied twenty times slower. Products of BF16 numbers are exact in the float32
 accumulators, and a float32 number is the sum of three BF16 numbers, to the last bit but one; so with a factor that is
@@ -17,9 +17,6 @@ import jax.numpy as jnp
 
 from pallas_kernels.float32_matmul import reference
 from pallas_kernels.tracing.concrete import is_less
-
-TAKES_SYMBOLS = True
-"""Sizes need not be numbers, as there is no kernel to be cut for them; see `pallas_kernels.backend`."""
 
 _BITS = 7
 """Of the fraction of a BF16 number."""
