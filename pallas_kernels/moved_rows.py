@@ -3,11 +3,12 @@
     dispatched(x)          rows[r] = x[order[r] // K]                  transposed: combined, with weights of one
     spread(x, w)           rows[r] = w[order[r]] · x[order[r] // K]    transposed: combined, and weighed
     combined(rows, w)      out[t]  = Σ_k w[t, k] · rows[inverse[t, k]] transposed: spread, and weighed
+    onto(rows, w, x)       out[t]  = x[t] + combined(rows, w)[t]
     weighed(rows, dout)    dw[t, k] = ⟨dout[t], rows[inverse[t, k]]⟩   transposed: as combined, and combined itself
     in_order(w)            rows[r] = w[order[r]]                       transposed: by_choice
     by_choice(rows)        w[t, k] = rows[inverse[t, k]]               transposed: in_order
 
-All are linear in x, in rows, in weights, in dout; so these are all that derivatives of any order are made of.
+All but `onto` are linear in x, in rows, in weights, in dout; so derivatives of any order are made of these.
 """
 
 from typing import Any
@@ -16,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.plan import Plan
-from pallas_kernels.primitive import Operands, Operator, is_asked_for
+from pallas_kernels.primitive import Operands, Operator, is_asked_for, is_zero, zero_tangent
 
 
 def _dispatch_transpose(backend: str, drows: jax.Array, operands: Operands) -> Operands:
@@ -37,6 +38,17 @@ def _combine_transpose(backend: str, dout: jax.Array, operands: Operands) -> Ope
     if is_asked_for(rows):
         return {"rows": spread(backend, x=dout, plan=plan, weights=weights, out_dtype=rows.aval.dtype)}
     return {"weights": _weights_gradient(backend, rows, plan, dout, weights.aval.dtype)}
+
+
+def _onto_jvp(backend: str, operands: Operands, tangents: Operands) -> tuple[Any, Any]:
+    plan, out_dtype, residual = operands["plan"], operands["out_dtype"], tangents["residual"]
+    terms = [] if is_zero(residual) else [residual.astype(out_dtype)]
+    for name, other in (("rows", "weights"), ("weights", "rows")):
+        if not is_zero(tangents[name]):
+            moved = {name: tangents[name], other: operands[other]}
+            terms.append(combined(backend, plan=plan, out_dtype=out_dtype, **moved))
+    out = onto(backend, **operands)
+    return out, sum(terms[1:], start=terms[0]) if terms else zero_tangent(out)
 
 
 def _weigh_transpose(backend: str, dweights: jax.Array, operands: Operands) -> Operands:
@@ -86,6 +98,9 @@ spread = Operator("dispatch", "dispatch_weighted", linear_in=("x", "weights"), t
 
 combined = Operator("combine", "combine", linear_in=("rows", "weights"), transpose=_combine_transpose)
 """See `pallas_kernels.combine.combine`."""
+
+onto = Operator("combine", "combine_onto", jvp=_onto_jvp)
+"""See `pallas_kernels.combine.reference.combine_onto`."""
 
 weighed = Operator("combine", "combine_dweights", linear_in=("rows", "dout"), transpose=_weigh_transpose)
 """See `pallas_kernels.combine.reference.combine_dweights`."""

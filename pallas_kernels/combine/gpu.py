@@ -41,17 +41,37 @@ def combine(
     config: Config | None = None,
 ) -> jax.Array:
     """See `pallas_kernels.combine.combine`; `config` is for tuning."""
+    return _combine(rows, plan, weights, None, jnp.dtype(out_dtype), config)
+
+
+def combine_onto(
+    rows: jax.Array, plan: Plan, weights: jax.Array, residual: jax.Array, *, out_dtype: jax.typing.DTypeLike
+) -> jax.Array:
+    """See `pallas_kernels.combine.reference.combine_onto`."""
+    return _combine(rows, plan, weights, residual, jnp.dtype(out_dtype), None)
+
+
+def _combine(
+    rows: jax.Array,
+    plan: Plan,
+    weights: jax.Array,
+    residual: jax.Array | None,
+    out_dtype: jnp.dtype,
+    config: Config | None,
+) -> jax.Array:
     require_hopper("combine")
     num_tokens, top_k = plan.inverse.shape
     columns = rows.shape[1]
     config = config or _config(num_tokens)
     strips = cut("combine", columns, rows.dtype, config.vectors)
     if plan.inverse.size == 0 or rows.shape[0] == 0:
+        if residual is not None:
+            return residual.astype(out_dtype)
         return reference.combine(rows, plan, weights, out_dtype=out_dtype)
     units = num_tokens * strips.count
     blocks = min(config.blocks, units)
 
-    def body(rows_ref, inverse, weights_ref, out):
+    def body(rows_ref, inverse, weights_ref, residual_ref, out):
         def fetch(unit):
             token = lax.div(unit, jnp.int32(strips.count))
             return [(inverse[token, k], weights_ref[token, k]) for k in range(top_k)]
@@ -63,12 +83,15 @@ def combine(
                 share = strips.load(rows_ref, jnp.maximum(row, 0), strip).astype(jnp.float32) * weight
                 # The first share itself, not 0 plus it: a single choice keeps the sign of its zeros.
                 total = jnp.where(row >= 0, total + share if k else share, total)
+            if residual_ref is not None:
+                total += strips.load(residual_ref, token, strip).astype(jnp.float32)
             strips.store(out, token, strip, total.astype(out.dtype))
 
         for_each(lax.axis_index("block"), blocks, units, fetch, add_up)
 
-    out = jax.ShapeDtypeStruct((num_tokens, strips.vectors, strips.vector), jnp.dtype(out_dtype))
-    inputs = strips.view(rows), plan.inverse, weights.astype(jnp.float32)
+    out = jax.ShapeDtypeStruct((num_tokens, strips.vectors, strips.vector), out_dtype)
+    below = None if residual is None else strips.view(residual)
+    inputs = strips.view(rows), plan.inverse, weights.astype(jnp.float32), below
     return launch(body, out, *inputs, name="combine", blocks=blocks).reshape(num_tokens, columns)
 
 

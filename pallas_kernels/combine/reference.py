@@ -15,6 +15,14 @@ def combine(rows: jax.Array, plan: Plan, weights: jax.Array, *, out_dtype: jax.t
     return total.astype(out_dtype)
 
 
+def combine_onto(
+    rows: jax.Array, plan: Plan, weights: jax.Array, residual: jax.Array, *, out_dtype: jax.typing.DTypeLike
+) -> jax.Array:
+    """`combine` with `residual` [T, H] added before the sum is rounded."""
+    total = combine(rows, plan, weights, out_dtype=jnp.float32)
+    return (total + residual.astype(jnp.float32)).astype(out_dtype)
+
+
 def combine_dweights(rows: jax.Array, plan: Plan, dout: jax.Array) -> jax.Array:
     """The gradient of `combine` for its weights: ⟨dout[t], rows[inverse[t, k]]⟩, float32 [T, K]."""
     dout = dout.astype(jnp.float32)

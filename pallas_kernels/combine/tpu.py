@@ -69,9 +69,26 @@ def combine(
     looked_at = _look_at("combine", rows, out_dtype)
     if plan.inverse.size == 0 or rows.shape[0] == 0:
         return reference.combine(rows, plan, weights, out_dtype=out_dtype)
-    out = jax.ShapeDtypeStruct((plan.inverse.shape[0], looked_at.columns), jnp.dtype(out_dtype))
-    weights = weights.astype(jnp.float32)
-    y = _call(_combine_kernel, looked_at, rows, plan, weights, out, config, stage, name="combine")
+    return _combine(looked_at, rows, plan, [weights], jnp.dtype(out_dtype), config, stage)
+
+
+def combine_onto(
+    rows: jax.Array, plan: Plan, weights: jax.Array, residual: jax.Array, *, out_dtype: jax.typing.DTypeLike
+) -> jax.Array:
+    """See `pallas_kernels.combine.reference.combine_onto`; what it refuses, as `combine`."""
+    looked_at = _look_at("combine", rows, out_dtype, residual.dtype)
+    if plan.inverse.size == 0 or rows.shape[0] == 0:
+        return residual.astype(out_dtype)
+    padded = jnp.pad(residual, ((0, 0), (0, looked_at.columns - residual.shape[1])))
+    return _combine(looked_at, rows, plan, [weights, padded], jnp.dtype(out_dtype), None, "full")
+
+
+def _combine(looked_at: Rows, rows, plan: Plan, by_token, out_dtype: jnp.dtype, config: Config | None, stage: Stage):
+    """The sum by the weights in `by_token`, and onto what lies behind them there."""
+    weights, *residual = by_token
+    out = jax.ShapeDtypeStruct((plan.inverse.shape[0], looked_at.columns), out_dtype)
+    by_token = [weights.astype(jnp.float32), *residual]
+    y = _call(_combine_kernel, looked_at, rows, plan, by_token, out, config, stage, name="combine")
     return y[:, : rows.shape[1]]
 
 
@@ -84,18 +101,18 @@ def combine_dweights(
         return reference.combine_dweights(rows, plan, dout)
     out = jax.ShapeDtypeStruct(plan.inverse.shape, jnp.float32)
     dout = jnp.pad(dout, ((0, 0), (0, looked_at.columns - dout.shape[1])))
-    return _call(_dweights_kernel, looked_at, rows, plan, dout, out, config, stage, name="combine_dweights")
+    return _call(_dweights_kernel, looked_at, rows, plan, [dout], out, config, stage, name="combine_dweights")
 
 
-def _look_at(operator: str, rows: jax.Array, other: jax.typing.DTypeLike) -> Rows:
-    for dtype in (rows.dtype, jnp.dtype(other)):
+def _look_at(operator: str, rows: jax.Array, *others: jax.typing.DTypeLike) -> Rows:
+    for dtype in (rows.dtype, *(jnp.dtype(other) for other in others)):
         if dtype not in (jnp.bfloat16, jnp.float32):
             raise Unsupported(f"{operator}: TPUs compute in BF16 and float32, got {dtype.name}")
     return Rows.of(operator, rows, tpu_chip())
 
 
 def _call(kernel, looked_at: Rows, rows, plan: Plan, by_token, out, config: Config | None, stage: Stage, *, name: str):
-    """Runs `kernel` over blocks of tokens; `by_token` [T, …] and `out` [T, …] come in such blocks too."""
+    """Runs `kernel` over blocks of tokens; each of `by_token` [T, …] and `out` [T, …] come in such blocks too."""
     chip = tpu_chip()
     num_tokens, top_k = plan.inverse.shape
     config = config or Config(looked_at.rows_at_once(num_tokens, _TILE, factor=top_k), looked_at.is_resident)
@@ -107,7 +124,7 @@ def _call(kernel, looked_at: Rows, rows, plan: Plan, by_token, out, config: Conf
     scalars = functools.partial(pl.BlockSpec, (1, 1, top_k * block), memory_space=pltpu.SMEM)
     cost = combine_cost(num_tokens, plan.inverse.size, rows.shape[1], dtype=rows.dtype)
     seen = looked_at.viewed(rows)
-    blocks = (block, top_k), (block, by_token.shape[1]), (block, out.shape[1])
+    blocks = (block, top_k), *((block, each.shape[1]) for each in by_token), (block, out.shape[1])
     return pl.pallas_call(
         functools.partial(kernel, rows=looked_at, steps=steps, stage=stage),
         out_shape=result_varying_as(rows, out.shape, out.dtype),
@@ -116,7 +133,7 @@ def _call(kernel, looked_at: Rows, rows, plan: Plan, by_token, out, config: Conf
             scalars(lambda *at: (steps.ahead(*at), 0, 0)),
             scalars(lambda *at: (steps.now(*at), 0, 0)),
             pl.BlockSpec((block, top_k), lambda *at: (steps.now(*at), 0)),
-            pl.BlockSpec((block, by_token.shape[1]), lambda *at: (steps.result(*at), 0)),
+            *(pl.BlockSpec((block, each.shape[1]), lambda *at: (steps.result(*at), 0)) for each in by_token),
             looked_at.spec,
         ],
         out_specs=pl.BlockSpec((block, out.shape[1]), lambda *at: (steps.result(*at), 0)),
@@ -127,7 +144,7 @@ def _call(kernel, looked_at: Rows, rows, plan: Plan, by_token, out, config: Conf
         ),
         cost_estimate=pl.CostEstimate(flops=cost.flops, transcendentals=0, bytes_accessed=cost.hbm_bytes),
         name=name,
-    )(copies, copies, row, by_token, seen)
+    )(copies, copies, row, *by_token, seen)
 
 
 def _for_each_tile(row, rows: Rows, use) -> None:
@@ -151,9 +168,9 @@ def _for_each_tile(row, rows: Rows, use) -> None:
         use(tile, row[tile], choice)
 
 
-def _combine_kernel(
-    ahead, now, row, weights, source, out, buffers, semaphores, *, rows: Rows, steps: Steps, stage: Stage
-) -> None:
+def _combine_kernel(ahead, now, row, weights, *refs, rows: Rows, steps: Steps, stage: Stage) -> None:
+    *residual, source, out, buffers, semaphores = refs
+
     def add_up(buffer) -> None:
         def of_tile(tile, row, choice) -> None:
             for strip in rows.strips:
@@ -162,6 +179,8 @@ def _combine_kernel(
                     share = choice(buffer, k, strip) * weights[tile, pl.ds(k, 1)]
                     # The first share itself, not 0 plus it: a single choice keeps the sign of its zeros.
                     total = jnp.where(row[:, k : k + 1] >= 0, total + share if k else share, total)
+                for each in residual:
+                    total += each[tile, strip].astype(jnp.float32)
                 out[tile, strip] = total.astype(out.dtype)
 
         _for_each_tile(row, rows, of_tile)

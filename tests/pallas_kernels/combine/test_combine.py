@@ -119,6 +119,46 @@ def test_gradients(backend, rng, capacity, dtype):
     assert not np.asarray(dweights)[np.asarray(plan.inverse) < 0].any()
 
 
+@pytest.mark.parametrize(
+    ("dtype", "of_residual"), [("bfloat16", "bfloat16"), ("bfloat16", "float32"), ("float32",) * 2]
+)
+@pytest.mark.quick("*-bfloat16-float32", "xla-*")
+def test_a_sum_onto_a_residual_is_rounded_once(backend, rng, dtype, of_residual):
+    rows, plan, weights = problem(rng, 7, dtype=dtype)
+    residual = 100 * normal(rng, T, H, dtype=of_residual)
+    out = jitted(combine, backend=backend)(rows, plan, weights, residual=residual)
+    assert out.dtype == dtype
+    right = float64(residual) + summed(rows, plan, weights)
+    assert relative_error(out, right) < LIMIT[dtype]
+    alone = np.asarray(plan.inverse < 0).all(1)
+    assert alone.any()
+    np.testing.assert_array_equal(out[alone], residual[alone].astype(dtype))
+
+
+@pytest.mark.quick("xla")
+def test_gradients_of_a_sum_onto_a_residual(backend, rng):
+    rows, plan, weights = problem(rng, 7)
+    residual, dout = normal(rng, T, H), normal(rng, T, H)
+
+    def onto(rows, weights, residual):
+        return combine(rows, plan, weights, residual=residual, backend=backend)
+
+    of_sum = jax.vjp(lambda rows, weights: combine(rows, plan, weights, backend=backend), rows, weights)[1](dout)
+    drows, dweights, dresidual = jax.vjp(onto, rows, weights, residual)[1](dout)
+    assert same_bits(drows, of_sum[0])
+    assert same_bits(dweights, of_sum[1])
+    assert same_bits(dresidual, dout)
+    tangents = normal(rng, *rows.shape), normal(rng, *weights.shape), normal(rng, T, H)
+    _, dy = jax.jvp(onto, (rows, weights, residual), tangents)
+    assert (
+        relative_error(
+            (float64(dy) * dout).sum(),
+            sum((float64(a) * b).sum() for a, b in zip(tangents, (drows, dweights, dresidual), strict=True)),
+        )
+        < 1e-4
+    )
+
+
 @pytest.mark.quick("xla")
 def test_gradient_of_the_weights_has_their_dtype(backend, rng):
     rows, plan, weights = problem(rng)
@@ -167,6 +207,18 @@ def test_same_inputs_same_bits(backend, rng):
     rows, plan, weights = problem(rng, capacity=7, dtype=jnp.bfloat16)
     function = jitted(combine, backend=backend)
     assert same_bits(function(rows, plan, weights), function(rows, plan, weights))
+
+
+def test_a_residual_that_does_not_fit_is_refused():
+    plan = planned(jnp.zeros((3, 2), int), 1)
+    for residual in (
+        jnp.ones((3, 4)),
+        jnp.ones((2, 8)),
+        jnp.ones((3, 8), jnp.int32),
+        jnp.ones((3, 8), "float8_e4m3fn"),
+    ):
+        with raises_saying(ValueError, "residual", "[T, H] = [3, 8]", f"{residual.dtype}{list(residual.shape)}"):
+            combine(jnp.ones((6, 8)), plan, residual=residual)
 
 
 @pytest.mark.parametrize(

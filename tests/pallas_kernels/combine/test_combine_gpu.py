@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.combine import reference
-from pallas_kernels.combine.gpu import Config, combine, combine_dweights
+from pallas_kernels.combine.gpu import Config, combine, combine_dweights, combine_onto
 from tests.helpers import LIMIT, normal, raises_saying, relative_error
 from tests.pallas_kernels.kernels_gpu import abstract_plan, interpreted, lower_for_cuda
 from tests.pallas_kernels.plan.plans import planned
@@ -34,6 +34,16 @@ def test_interpreted(rng, capacity, dtype, out_dtype):
         out = combine(rows, plan, weights, out_dtype=out_dtype, config=SMALL)
     assert out.dtype == out_dtype
     assert relative_error(out, reference.combine(rows, plan, weights, out_dtype=out_dtype)) < LIMIT[out_dtype]
+
+
+@pytest.mark.parametrize("of_residual", ["bfloat16", "float32"])
+def test_onto_a_residual_interpreted(rng, of_residual):
+    rows, plan, weights = problem(rng, 512, "bfloat16", 4)
+    residual = normal(rng, 9, 512, dtype=of_residual)
+    with interpreted():
+        out = combine_onto(rows, plan, weights, residual, out_dtype=jnp.bfloat16)
+    right = reference.combine_onto(rows, plan, weights, residual, out_dtype=jnp.float32)
+    assert relative_error(out, right) < LIMIT["bfloat16"]
 
 
 def test_strips_that_overlap(rng):

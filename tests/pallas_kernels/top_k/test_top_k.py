@@ -198,9 +198,7 @@ def test_no_gradient_is_scattered(rng, normalize):
 
 
 @pytest.mark.parametrize("normalize", [False, True])
-@pytest.mark.parametrize(
-    ("tokens", "experts", "k"), [(70, 24, 3), (2, 64, 10), (24, 128, 8), (2, 128, 4), (7, 32, 6)]
-)
+@pytest.mark.parametrize(("tokens", "experts", "k"), [(70, 24, 3), (2, 64, 10), (24, 128, 8), (2, 128, 4), (7, 32, 6)])
 @pytest.mark.quick("70-24-3-False", "2-64-10-True", "24-128-8-*", "2-128-4-*", "7-32-6-True")
 def test_the_softmax_interpreted(rng, tokens, experts, k, normalize):
     logits = normal(rng, tokens, experts).at[1, 5].set(jnp.nan).at[0, :8].set(-jnp.inf)
