@@ -4,6 +4,9 @@ import math
 import numbers
 import operator
 
+import jax
+import jax.numpy as jnp
+
 
 def require(condition: bool, name: str, expected: str, got: object) -> None:
     """Raises ValueError unless `condition`."""
@@ -16,6 +19,19 @@ def require_arrays(**arrays: object) -> None:
     for name, value in arrays.items():
         if value is not None and not (hasattr(value, "shape") and hasattr(value, "dtype")):
             raise TypeError(f"{name} must be an array, got {type(value).__name__}")
+
+
+def check_residual(residual: jax.Array | None, x: jax.Array) -> None:
+    """Raises TypeError or ValueError unless `residual`, if given, can be added to what a layer makes of x [..., H]."""
+    require_arrays(residual=residual)
+    if residual is None:
+        return
+    is_alike = residual.shape == x.shape and jnp.dtype(residual.dtype).name in ("bfloat16", "float16", "float32")
+    if not is_alike:
+        raise ValueError(
+            f"residual must be BF16, FP16 or float32 {list(x.shape)}, of the shape of x, got "
+            f"{residual.dtype}{list(residual.shape)}"
+        )
 
 
 def require_integer(name: str, value: object, at_least: int) -> None:

@@ -17,7 +17,7 @@ from flax.core import spmd
 from jax.sharding import Mesh, PartitionSpec
 
 from moejax.aux_output import MoEAux
-from moejax.checks import require_arrays, require_integer
+from moejax.checks import check_residual, require_arrays, require_integer
 from moejax.config import MoEConfig
 from moejax.on_chip import Held, PerToken, Settings, experts_on_chip, layer_on_chip, whole_scales
 from moejax.params import MoEParams, check_expert_params, check_params, param_specs, param_table
@@ -35,6 +35,7 @@ def moe(
     params: MoEParams,
     config: MoEConfig,
     *,
+    residual: jax.Array | None = None,
     mask: jax.Array | None = None,
     token_ids: jax.Array | None = None,
     topk_ids: jax.Array | None = None,
@@ -48,6 +49,8 @@ def moe(
       x: [..., H], BF16, FP16 or float32; the last dimension before H is the sequence.
       params: see `MoEParams`; whole arrays, of any sharding.
       config: the layer.
+      residual: of the shape of x, BF16, FP16 or float32, what y is added to, as a decoder block does; None for nothing.
+        Where one chip has all experts, the kernel that sums a token's experts up adds it.
       mask: bool [...], true for real tokens; None if all are. What is masked takes no expert and no capacity, counts in
         no loss and no load, and comes out as zeros.
       token_ids: integer [...], for routers that go by them; negative for none.
@@ -69,9 +72,10 @@ def moe(
     """
     require_arrays(token_ids=token_ids, topk_ids=topk_ids)
     check_input(x, config, mask)
+    check_residual(residual, x)
     check_params(params, config)
     _check_router(params, x)
-    per_token = PerToken(x, _checked_token_ids(token_ids, x), _checked_choices(topk_ids, x, config))
+    per_token = PerToken(x, residual, _checked_token_ids(token_ids, x), _checked_choices(topk_ids, x, config))
     of_tokens, (losses, load) = _run(
         layer_on_chip, per_token, params, Settings(config), mask=mask, key=key, mesh=mesh, partition=partition
     )
@@ -86,6 +90,7 @@ def moe_experts(
     params: MoEParams,
     config: MoEConfig,
     *,
+    residual: jax.Array | None = None,
     max_choices: int | None = None,
     mask: jax.Array | None = None,
     mesh: AnyMesh | None = None,
@@ -99,6 +104,7 @@ def moe_experts(
       topk_ids: integer [..., K], numbers of experts; an id outside [0, E) makes no choice.
       params: see `MoEParams`; the router's are not looked at and may be None.
       config: the layer; its router plays no part.
+      residual: as for `moe`.
       max_choices: an upper bound of the choices that are made, that is, of ids in [0, E); None for T·K. Where most
         are −1 it saves the memory of their rows. Choices beyond the bound are left out without notice.
       mask: as for `moe`, like the arguments that follow.
@@ -113,6 +119,7 @@ def moe_experts(
     """
     require_arrays(topk_weights=topk_weights, topk_ids=topk_ids)
     check_input(x, config, mask)
+    check_residual(residual, x)
     params = dataclasses.replace(params, router=None)
     check_expert_params(params, config)
     if (
@@ -133,7 +140,7 @@ def moe_experts(
     if config.scale_inputs and topk_ids.shape[-1] != 1:
         raise ValueError(f"config.scale_inputs=True needs one choice a token, got K = {topk_ids.shape[-1]}")
     per_token = PerToken(
-        x, topk_ids=in_int32(topk_ids, config.num_experts), topk_weights=topk_weights.astype(jnp.float32)
+        x, residual, topk_ids=in_int32(topk_ids, config.num_experts), topk_weights=topk_weights.astype(jnp.float32)
     )
     settings = Settings(config, max_choices)
     return _run(experts_on_chip, per_token, params, settings, mask=mask, key=None, mesh=mesh, partition=partition)

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moejax.checks import require
+from moejax.checks import check_residual, require
 from moejax.experts import ExpertMath, ExpertWeights
 from moejax.packing import GateUpOrder, Layout, split_gate_up
 from moejax.routed_experts import routed_experts
@@ -28,6 +28,7 @@ def fused_experts(
     *,
     b1: jax.Array | None = None,
     b2: jax.Array | None = None,
+    residual: jax.Array | None = None,
     activation: Activation = "silu",
     activation_limit: float | None = None,
     quantization: Quantization | None = None,
@@ -51,6 +52,7 @@ def fused_experts(
       topk_ids: integer [T, K]; an id outside [0, E) makes no choice.
       b1: [E, 2I] in the order of w1, or None.
       b2: [E, H] or None.
+      residual: [T, H], floating point of 16 or 32 bits, what the sum is added to; None for nothing.
       activation: silu, gelu, gelu_tanh, swigluoai or relu2.
       activation_limit: clamp before the activation, or None.
       quantization: how activations (and weights that are not QTensors) are rounded to 8 bits; None multiplies operands
@@ -75,6 +77,7 @@ def fused_experts(
     require(is_known, "quantization", "a Quantization, or None for products as operands come", quantization)
     w1, b1 = _gate_first(w1, b1, layout, gate_up_order)
     _check(hidden_states, w1, w2, topk_weights, topk_ids, b1, b2, layout)
+    check_residual(residual, hidden_states)
     num_local, ep = w1.shape[0], 1 if ep_axis is None else jax.lax.axis_size(ep_axis)
     names = () if ep_axis is None else (ep_axis,)
     axes = Axes(expert=names, tokens=names, sizes=tuple((name, ep) for name in names))
@@ -83,7 +86,7 @@ def fused_experts(
     run = functools.partial(_run, k_major=layout == "out_in", way=way)
     params = {"w1": w1, "w2": w2, "b1": b1, "b2": b2}
     return math.serve_or_train(
-        run, hidden_states, topk_weights.astype(jnp.float32), in_int32(topk_ids, num_local * ep), params
+        run, hidden_states, topk_weights.astype(jnp.float32), in_int32(topk_ids, num_local * ep), params, residual
     )
 
 
@@ -93,6 +96,7 @@ def _run(
     topk_weights: jax.Array,
     topk_ids: jax.Array,
     params: dict[str, Any],
+    residual: jax.Array | None,
     *,
     k_major: bool,
     way: Way,
@@ -110,10 +114,11 @@ def _run(
             preferred_element_type=x.dtype,
         )
         if y is not None:
-            return y
+            return y if residual is None else (y + residual).astype(x.dtype)
 
     weights = ExpertWeights(params["w1"], params["w2"], *biases, (k_major,) * 2)
-    return routed_experts(math, rows_of_x, topk_weights, topk_ids, weights, way, preferred_element_type=x.dtype)
+    operands = math, rows_of_x, topk_weights, topk_ids, weights, way
+    return routed_experts(*operands, residual=residual, preferred_element_type=x.dtype)
 
 
 def _gate_first(

@@ -202,6 +202,7 @@ class MoE(nnx.Module):
         self,
         x: jax.Array,
         *,
+        residual: jax.Array | None = None,
         mask: jax.Array | None = None,
         token_ids: jax.Array | None = None,
         topk_ids: jax.Array | None = None,
@@ -211,6 +212,7 @@ class MoE(nnx.Module):
 
         Args:
           x: [..., H], BF16, FP16 or float32; the last dimension before H is the sequence.
+          residual: of the shape of x, what y is added to; None for nothing.
           mask: bool [...], true for real tokens; None if all are.
           token_ids: integer [...], for routers that go by them.
           topk_ids: integer [..., K], choices to repeat, −1 where the router is to choose.
@@ -232,6 +234,7 @@ class MoE(nnx.Module):
             x,
             self.params(),
             self.config,
+            residual=residual,
             mask=mask,
             token_ids=token_ids,
             topk_ids=topk_ids,

@@ -73,12 +73,14 @@ class PerToken:
 
     Attributes:
       x: [..., H].
+      residual: [..., H], what y is added to, or None.
       token_ids: int32 [..., 1] or None.
       topk_ids: int32 [..., K], choices to be made again, or for `experts_on_chip` those that were made; or None.
       topk_weights: float32 [..., K], for `experts_on_chip`.
     """
 
     x: jax.Array
+    residual: jax.Array | None = None
     token_ids: jax.Array | None = None
     topk_ids: jax.Array | None = None
     topk_weights: jax.Array | None = None
@@ -93,7 +95,7 @@ def layer_on_chip(
     params = gathered(held.params, settings, axes)
     experts = LayerExperts(config, axes, params, held.mlp_rank)
     ids = per_token.token_ids
-    given = Given(None if ids is None else ids[:, 0], held.key, per_token.topk_ids)
+    given = Given(None if ids is None else ids[:, 0], held.key, per_token.topk_ids, per_token.residual)
     router = params.router or {}
     y, outcome = config.router.apply(x, router, config, tokens, given, experts)
     y = tokens.keep(y).astype(per_token.x.dtype)
@@ -109,7 +111,9 @@ def experts_on_chip(
     assert per_token.topk_ids is not None
     assert per_token.topk_weights is not None
     ids = tokens.keep(per_token.topk_ids, -1)
-    y, dropped = experts(x, per_token.topk_weights, ids, tokens, max_choices=settings.max_choices)
+    y, dropped = experts(
+        x, per_token.topk_weights, ids, tokens, max_choices=settings.max_choices, residual=per_token.residual
+    )
     return tokens.keep(y).astype(per_token.x.dtype), dropped
 
 
@@ -178,6 +182,7 @@ class LayerExperts:
         max_choices: int | None = None,
         with_shared: bool = True,
         limited: bool = True,
+        residual: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """See `moejax.routers.base.Experts`."""
         config = self.config
@@ -196,7 +201,7 @@ class LayerExperts:
         way = way_of(config, self.axes, num_slots=num_slots, max_choices=max_choices, max_rows=max_rows)
         params = self.params if with_shared else {name: self.params[name] for name in EXPERT_FIELDS}
         run = functools.partial(_apply_experts, config=config, way=way)
-        y = math_of(config).serve_or_train(run, x, topk_weights, slots, params)
+        y = math_of(config).serve_or_train(run, x, topk_weights, slots, params, residual)
         return y.astype(x.dtype), dropped
 
     def shared(self, x: jax.Array) -> jax.Array | None:
@@ -210,17 +215,18 @@ def _apply_experts(
     topk_weights: jax.Array,
     topk_ids: jax.Array,
     params: dict[str, Any],
+    residual: jax.Array | None,
     *,
     config: MoEConfig,
     way: Way,
 ) -> jax.Array:
-    """What the experts make of x [T, H], the shared one too if `params` have it."""
-    has_shared = params.get("shared_gate_up") is not None
-    y = Stages(config, way, math).routed(
-        x, topk_weights, topk_ids, params, preferred_element_type=jnp.float32 if has_shared else x.dtype
-    )
+    """What the experts make of x [T, H], the shared one too if `params` have it, added to `residual`."""
     shared = _shared_expert(x, params, math, config, way.axes)
-    return y if shared is None else y + shared
+    if shared is not None:
+        residual = shared if residual is None else shared + residual
+    return Stages(config, way, math).routed(
+        x, topk_weights, topk_ids, params, residual=residual, preferred_element_type=x.dtype
+    )
 
 
 def _shared_expert(

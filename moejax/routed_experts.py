@@ -21,6 +21,7 @@ def routed_experts(
     weights: ExpertWeights,
     way: Way,
     *,
+    residual: jax.Array | None = None,
     preferred_element_type: jax.typing.DTypeLike,
 ) -> jax.Array:
     """`sharding.exchange.exchange` by experts; for a gradient they weigh rows before down if all of them are here.
@@ -34,6 +35,7 @@ def routed_experts(
       topk_ids: int32 [T, K].
       weights: of the experts of this chip.
       way: how rows travel.
+      residual: [T, H], what the sum is added to, or None.
       preferred_element_type: of the result.
 
     Returns:
@@ -43,7 +45,7 @@ def routed_experts(
     is_elsewhere = way.axes.ep > 1 or (bias is not None and way.axes.tp > 1)
     if is_elsewhere or not (math.trains and fits(math.quantization, width)):
         operands = x, topk_weights, topk_ids, functools.partial(_experts, math), weights, way
-        return exchange(*operands, preferred_element_type=preferred_element_type)
+        return exchange(*operands, residual=residual, preferred_element_type=preferred_element_type)
     assert not isinstance(x, ToRound), "no gradient passes it"
     settings = Settings(
         math.activation, math.activation_limit, math.quantization, weights.k_major, jnp.dtype(math.dtype)
@@ -55,11 +57,11 @@ def routed_experts(
         topk_ids,
         dataclasses.replace(weights, down_bias=None),
         way,
-        preferred_element_type=preferred_element_type if bias is None else jnp.float32,
+        preferred_element_type=preferred_element_type if bias is None and residual is None else jnp.float32,
     )
-    if bias is None:
-        return y
-    return (y + _weighed_bias(topk_weights, topk_ids, bias)).astype(preferred_element_type)
+    if bias is not None:
+        y += _weighed_bias(topk_weights, topk_ids, bias)
+    return (y if residual is None else y + residual).astype(preferred_element_type)
 
 
 def _experts(math: ExpertMath, weights: ExpertWeights, rows: Rows, group_sizes: jax.Array) -> jax.Array:

@@ -112,6 +112,7 @@ class Stages:
         topk_ids: jax.Array,
         params: dict[str, Any],
         *,
+        residual: jax.Array | None = None,
         preferred_element_type: jax.typing.DTypeLike,
     ) -> jax.Array:
         """Stages 2 to 7: Σ_k topk_weights[t, k] · expert[topk_ids[t, k]](x[t]), [T, H].
@@ -121,6 +122,7 @@ class Stages:
           topk_weights: float32 [T, K].
           topk_ids: int32 [T, K], −1 for no choice.
           params: the `EXPERT_FIELDS` of MoEParams by name, of the experts of this chip.
+          residual: [T, H], what the sum is added to, or None.
           preferred_element_type: of the sum.
         """
         inputs, topk_weights = self.inputs(x, topk_weights)
@@ -135,7 +137,7 @@ class Stages:
                 preferred_element_type=preferred_element_type,
             )
             if y is not None:
-                return y
+                return y if residual is None else (y + residual).astype(preferred_element_type)
 
         return routed_experts(
             self.math,
@@ -144,6 +146,7 @@ class Stages:
             topk_ids,
             expert_weights(of_experts, self.math),
             self.way,
+            residual=residual,
             preferred_element_type=preferred_element_type,
         )
 

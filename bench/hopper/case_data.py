@@ -168,8 +168,8 @@ def whole_layer(
     @functools.partial(jax.jit, static_argnames="backend")  # lowers one layer for all of them
     def one_layer(x, router, w1, w2, backend):
         routing = route(x, router, config)
-        y = fused_experts(x, w1, w2, routing.topk_weights, routing.topk_ids, quantization=quantization, backend=backend)
-        return x + y
+        chosen = routing.topk_weights, routing.topk_ids
+        return fused_experts(x, w1, w2, *chosen, residual=x, quantization=quantization, backend=backend)
 
     weights = [layer_of(1 + 3 * number) for number in range(num_layers)]
     return _in_a_row(one_layer, normal(0, (num_tokens, s.K)), weights)
@@ -185,7 +185,7 @@ def layer_of_preset(s: GemmShape, preset: str, num_tokens: int, num_layers: int)
 
     @functools.partial(jax.jit, static_argnames="backend")
     def one_layer(x, params, backend):
-        return x + moe(x, params, with_changes(config, backend=backend))[0]
+        return moe(x, params, with_changes(config, backend=backend), residual=x)[0]
 
     weights = [(make_params(config, mesh, seed),) for seed in range(num_layers)]
     return _in_a_row(one_layer, normal(0, (num_tokens, config.hidden_size)), weights)

@@ -150,5 +150,4 @@ class DecoderBlock(nnx.Module):
         normed, x = self.feed_forward_norm(attended, residual=x)
         if isinstance(self.feed_forward, MLP):
             return x + self.feed_forward(normed, mask=mask), None
-        y, aux = self.feed_forward(normed, mask=mask, **of_experts)
-        return x + y, aux
+        return self.feed_forward(normed, residual=x, mask=mask, **of_experts)

@@ -35,11 +35,13 @@ class Given:
       token_ids: int32 [T], ids in a vocabulary, negative for none; None if the caller gave none.
       key: for noise, while training with a router that is `noisy`; None otherwise.
       topk_ids: int32 [T, K], choices that are to be made again, −1 where the router is free; None for none.
+      residual: [T, H], what `Router.apply` adds its y to; None for nothing.
     """
 
     token_ids: jax.Array | None = None
     key: jax.Array | None = None
     topk_ids: jax.Array | None = None
+    residual: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,10 +92,11 @@ class Experts(Protocol):
         max_choices: int | None = None,
         with_shared: bool = True,
         limited: bool = True,
+        residual: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """The weighted sum for x [T, H], and int32 [E], choices that were dropped over all chips.
 
-        `with_shared` adds the shared expert, `limited` heeds the capacity.
+        `with_shared` adds the shared expert, `limited` heeds the capacity; the sum is added to `residual` [T, H].
         """
 
     def shared(self, x: jax.Array) -> jax.Array | None:
@@ -148,14 +151,22 @@ class Router:
     def apply(
         self, x: jax.Array, params: Params, config: "MoEConfig", tokens: Tokens, given: Given, experts: Experts
     ) -> tuple[jax.Array, Outcome]:
-        """The whole layer on the tokens x [T, H] of this chip: y [T, H] and what to say of it.
+        """The whole layer on the tokens x [T, H] of this chip: y [T, H], onto `given.residual`, and what to say of it.
 
         Here: `route`, then the experts. A router that is more than a choice of experts does it otherwise.
         """
         decision = self.route(x, params, config, tokens, given)
         ids = tokens.keep(decision.routing.topk_ids, -1)
         weights = decision.routing.topk_weights
-        y, dropped = experts(x, weights, ids, tokens, max_choices=decision.max_choices, limited=decision.limited)
+        y, dropped = experts(
+            x,
+            weights,
+            ids,
+            tokens,
+            max_choices=decision.max_choices,
+            limited=decision.limited,
+            residual=given.residual,
+        )
         return y, Outcome(ids, weights, decision.losses, load_of(ids, dropped, config.num_experts, tokens))
 
     def update(self, params: Params, load: jax.Array) -> dict[str, Any]:

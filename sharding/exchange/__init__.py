@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.quantize import Copied
+from sharding.exchange import one_chip
 from sharding.exchange.between_chips import LATER_ROUNDS
 from sharding.exchange.one_chip import sum_of_weighed_rows
 from sharding.exchange.pick import check_transport, pick_transport, transport_name
@@ -37,6 +38,7 @@ def exchange(
     params: Any,
     way: Way,
     *,
+    residual: jax.Array | None = None,
     preferred_element_type: jax.typing.DTypeLike = jnp.float32,
 ) -> jax.Array:
     """Σ_k topk_weights[t, k] · expert[topk_ids[t, k]](x[t]) for this chip's tokens.
@@ -50,6 +52,7 @@ def exchange(
       experts: applies the L local experts; where their width is split, gives partial sums.
       params: their parameters, a pytree that `experts` understands.
       way: how rows travel.
+      residual: [T, H], floating point, what the sum is added to; None for nothing.
       preferred_element_type: dtype of the sum, which is made in float32 all the same.
 
     Returns:
@@ -59,9 +62,13 @@ def exchange(
       ValueError: `way.transport` is unknown.
     """
     sent: Any = x  # a `ToRound` only where it is copied
-    return pick_transport(way).exchange(
-        sent, topk_weights, topk_ids, experts, params, way, preferred_element_type=preferred_element_type
-    )
+    operands = sent, topk_weights, topk_ids, experts, params, way
+    if residual is None:
+        return pick_transport(way).exchange(*operands, preferred_element_type=preferred_element_type)
+    if way.is_on_one_chip:
+        return one_chip.exchange(*operands, residual=residual, preferred_element_type=preferred_element_type)
+    y = pick_transport(way).exchange(*operands, preferred_element_type=jnp.float32)
+    return (y + residual).astype(preferred_element_type)
 
 
 __all__ = [

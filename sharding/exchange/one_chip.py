@@ -15,7 +15,7 @@ from pallas_kernels.plan import Plan, make_plan
 from pallas_kernels.quantize import Copied, Rows, ToRound
 from pallas_kernels.tracing.named import named
 from sharding.exchange.room import bounded
-from sharding.exchange.transport import PLAN_NAME, Experts, WeighingExperts, in_one_round
+from sharding.exchange.transport import PLAN_NAME, Experts, WeighingExperts, there_and_back
 from sharding.exchange.way import Way
 from sharding.tensor_parallel import gather_tokens, sum_tokens
 
@@ -38,16 +38,19 @@ def give_back(rows: jax.Array, plan: Plan, way: Way) -> jax.Array:
 
 
 def combine_slots(
-    slots: jax.Array, plan: Plan, topk_weights: jax.Array, way: Way, *, preferred_element_type: jax.typing.DTypeLike
+    slots: jax.Array,
+    plan: Plan,
+    topk_weights: jax.Array,
+    way: Way,
+    *,
+    residual: jax.Array | None = None,
+    preferred_element_type: jax.typing.DTypeLike,
 ) -> jax.Array:
-    """[C, H] -> the weighted sums [T, H] of this chip's tokens."""
+    """[C, H] -> the weighted sums [T, H] of this chip's tokens, onto `residual` if no chip has a part of the sums."""
     weights = gather_tokens(topk_weights, way.columns_over)
     dtype = slots.dtype if way.columns_over else preferred_element_type
-    y = combine(slots, plan, weights, preferred_element_type=dtype, backend=way.backend)
+    y = combine(slots, plan, weights, residual=residual, preferred_element_type=dtype, backend=way.backend)
     return sum_tokens(y, way.columns_over).astype(preferred_element_type) if way.columns_over else y
-
-
-_exchange = in_one_round(plan_rows, send, give_back, combine_slots)
 
 
 def exchange(
@@ -58,17 +61,20 @@ def exchange(
     params: Any,
     way: Way,
     *,
+    residual: jax.Array | None = None,
     preferred_element_type: jax.typing.DTypeLike,
 ) -> jax.Array:
-    """See `sharding.exchange.exchange`."""
-    dtype = preferred_element_type
+    """See `sharding.exchange.exchange`; with a `residual` no other chip has a part of the tokens."""
     # What is to be rounded takes no gradient, so no policy of remat asks for names here.
     if isinstance(x, ToRound) and way.counted_choices is None:
         plan, rows = plan_and_dispatch(x, topk_ids, way.placement.num_experts, backend=way.backend)
         slots = experts(params, rows, plan.group_sizes)
-        return combine_slots(slots, plan, topk_weights, way, preferred_element_type=dtype)
-    sent: Any = x  # perhaps a `ToRound` still, which `send` takes
-    return _exchange(sent, topk_weights, topk_ids, experts, params, way, preferred_element_type=dtype)
+    else:
+        plan = plan_rows(topk_ids, way)
+        slots = there_and_back(send, give_back, x, plan, experts, params, way)
+    return combine_slots(
+        slots, plan, topk_weights, way, residual=residual, preferred_element_type=preferred_element_type
+    )
 
 
 def sum_of_weighed_rows(

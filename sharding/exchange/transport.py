@@ -91,32 +91,6 @@ class Transport(Protocol):
         """Σ_k topk_weights[t, k] · the slot of choice (t, k), in float32 and in the order of k -> [T, H]."""
 
 
-def in_one_round(
-    plan_rows: Callable[..., Any],
-    send: Callable[..., Any],
-    give_back: Callable[..., Any],
-    combine_slots: Callable[..., jax.Array],
-) -> Exchange:
-    """The `exchange` of a transport that takes these four functions of its one after the other."""
-
-    def exchange(
-        x: Rows,
-        topk_weights: jax.Array,
-        topk_ids: jax.Array,
-        experts: Experts,
-        params: Any,
-        way: Way,
-        *,
-        preferred_element_type: jax.typing.DTypeLike,
-    ) -> jax.Array:
-        """See `sharding.exchange.exchange`."""
-        plan = plan_rows(topk_ids, way)
-        slots = there_and_back(send, give_back, x, plan, experts, params, way)
-        return combine_slots(slots, plan, topk_weights, way, preferred_element_type=preferred_element_type)
-
-    return exchange
-
-
 def there_and_back(
     send: Callable[..., Any],
     give_back: Callable[..., jax.Array],

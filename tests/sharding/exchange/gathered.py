@@ -4,6 +4,7 @@ It shows what a transport consists of, and saves nothing: rows that a wire round
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from pallas_kernels.dispatch import dispatch
 from pallas_kernels.plan import Plan, each_choice, make_plan, unsorted_plan
 from pallas_kernels.quantize import QTensor, Rounded, Rows, dequantize
 from sharding.collectives import gather
-from sharding.exchange.transport import in_one_round
+from sharding.exchange.transport import Experts, there_and_back
 from sharding.exchange.way import Way
 from sharding.tensor_parallel import gather_tokens, sum_tokens
 
@@ -69,7 +70,20 @@ def combine_slots(
     return combine(slots, plan.own, topk_weights, preferred_element_type=preferred_element_type, backend=way.backend)
 
 
-exchange = in_one_round(plan_rows, send, give_back, combine_slots)
+def exchange(
+    x: Rows,
+    topk_weights: jax.Array,
+    topk_ids: jax.Array,
+    experts: Experts,
+    params: Any,
+    way: Way,
+    *,
+    preferred_element_type: jax.typing.DTypeLike,
+) -> jax.Array:
+    """See `sharding.exchange.exchange`."""
+    plan = plan_rows(topk_ids, way)
+    slots = there_and_back(send, give_back, x, plan, experts, params, way)
+    return combine_slots(slots, plan, topk_weights, way, preferred_element_type=preferred_element_type)
 
 
 def rows_held(num_tokens: int, top_k: int, way: Way) -> int:
