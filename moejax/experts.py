@@ -159,6 +159,7 @@ class ExpertMath:
         down: Operand,
         *,
         biases: tuple[jax.Array | None, jax.Array | None],
+        residual: jax.Array | None = None,
         preferred_element_type: jax.typing.DTypeLike,
     ) -> jax.Array | None:
         """The weighted sum of the chosen experts in one kernel; None where that does not pay, see `routed_mlp.pays`.
@@ -170,6 +171,7 @@ class ExpertMath:
           gate_up: [E, 2I, H], gate first: of all experts.
           down: [E, H, I].
           biases: [E, 2I] and [E, H], or None.
+          residual: [T, H], what the sum is added to, or None.
           preferred_element_type: of the result [T, H].
         """
         if not (isinstance(x, QTensor | ToRound) and isinstance(gate_up, QTensor) and isinstance(down, QTensor)):
@@ -184,6 +186,7 @@ class ExpertMath:
             down,
             gate_up_bias=biases[0],
             down_bias=biases[1],
+            residual=residual,
             activation=self.activation,
             activation_limit=self.activation_limit,
             out_dtype=preferred_element_type,
@@ -264,6 +267,7 @@ def few_tokens(
     params: dict[str, Any],
     math: ExpertMath,
     *,
+    residual: jax.Array | None = None,
     preferred_element_type: jax.typing.DTypeLike,
 ) -> jax.Array | None:
     """`ExpertMath.few_tokens` on the `EXPERT_FIELDS` of MoEParams by name."""
@@ -274,6 +278,7 @@ def few_tokens(
         flat_halves(params["gate_up"]),
         params["down"],
         biases=(_flat_bias(params["gate_up_bias"]), params["down_bias"]),
+        residual=residual,
         preferred_element_type=preferred_element_type,
     )
 

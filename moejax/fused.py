@@ -111,10 +111,11 @@ def _run(
             params["w1"],
             params["w2"],
             biases=biases,
+            residual=residual,
             preferred_element_type=x.dtype,
         )
         if y is not None:
-            return y if residual is None else (y + residual).astype(x.dtype)
+            return y
 
     weights = ExpertWeights(params["w1"], params["w2"], *biases, (k_major,) * 2)
     operands = math, rows_of_x, topk_weights, topk_ids, weights, way

@@ -134,10 +134,11 @@ class Stages:
                 topk_ids,
                 of_experts,
                 self.math,
+                residual=residual,
                 preferred_element_type=preferred_element_type,
             )
             if y is not None:
-                return y if residual is None else (y + residual).astype(preferred_element_type)
+                return y
 
         return routed_experts(
             self.math,

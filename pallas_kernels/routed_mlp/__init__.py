@@ -1,6 +1,6 @@
 """The experts of a few tokens, from their choices to the weighted sum: what serving one to eight of them is made of.
 
-    y[t] = Σ_k topk_weights[t, k] · down_e(act(gate_e · x[t]) · (up_e · x[t])),  e = topk_ids[t, k]
+    y[t] = residual[t] + Σ_k topk_weights[t, k] · down_e(act(gate_e · x[t]) · (up_e · x[t])),  e = topk_ids[t, k]
 
 It is what plan, dispatch, the two grouped products and combine do for any number of tokens. Where tokens are few that
 is a chain of short kernels, each of which waits for the one before; one kernel instead reads weights all the while.
@@ -27,6 +27,7 @@ def routed_mlp(
     *,
     gate_up_bias: jax.Array | None = None,
     down_bias: jax.Array | None = None,
+    residual: jax.Array | None = None,
     activation: Activation = "silu",
     activation_limit: float | None = None,
     out_dtype: jax.typing.DTypeLike = jnp.bfloat16,
@@ -42,6 +43,7 @@ def routed_mlp(
       down: [E, H, I].
       gate_up_bias: [E, 2I] or None.
       down_bias: [E, H] or None.
+      residual: [T, H], BF16, FP16 or float32, what the sum is added to before it is rounded; None for nothing.
       activation: of the gate.
       activation_limit: the clamp before it, or None.
       out_dtype: of the result.
@@ -56,7 +58,7 @@ def routed_mlp(
     """
     check_activation(activation, activation_limit)
     x = jax.lax.stop_gradient(x)
-    _check(x, topk_weights, topk_ids, gate_up, down, gate_up_bias, down_bias, jnp.dtype(out_dtype))
+    _check(x, topk_weights, topk_ids, gate_up, down, gate_up_bias, down_bias, residual, jnp.dtype(out_dtype))
     return _routed_mlp(
         backend,
         x=x,
@@ -66,6 +68,7 @@ def routed_mlp(
         down=down,
         gate_up_bias=gate_up_bias,
         down_bias=down_bias,
+        residual=residual,
         activation=activation,
         activation_limit=activation_limit,
         out_dtype=jnp.dtype(out_dtype),
@@ -88,7 +91,7 @@ def pays(x: QTensor | ToRound, topk_ids: jax.Array, gate_up: QTensor, down: QTen
 _routed_mlp = Operator("routed_mlp", "routed_mlp")
 
 
-def _check(x, topk_weights, topk_ids, gate_up, down, gate_up_bias, down_bias, out_dtype: jnp.dtype) -> None:
+def _check(x, topk_weights, topk_ids, gate_up, down, gate_up_bias, down_bias, residual, out_dtype: jnp.dtype) -> None:
     if isinstance(x, ToRound):
         x = jax.eval_shape(in_8_bits, x)
     for name, operand, ndim in (("x", x, 2), ("gate_up", gate_up, 3), ("down", down, 3)):
@@ -111,6 +114,7 @@ def _check(x, topk_weights, topk_ids, gate_up, down, gate_up_bias, down_bias, ou
         "down": (down, (experts, hidden, halves // 2)),
         "gate_up_bias": (gate_up_bias, (experts, halves)),
         "down_bias": (down_bias, (experts, hidden)),
+        "residual": (residual, (tokens, hidden)),
     }
     for name, (array, shape) in expected.items():
         if array is not None and array.shape != shape:

@@ -22,13 +22,15 @@ def routed_mlp(
     *,
     gate_up_bias: jax.Array | None,
     down_bias: jax.Array | None,
+    residual: jax.Array | None,
     activation: Activation,
     activation_limit: float | None,
     out_dtype: jax.typing.DTypeLike,
 ) -> jax.Array:
     """See `pallas_kernels.routed_mlp.routed_mlp`."""
     if topk_ids.size == 0:
-        return jnp.zeros((x.shape[0], down.shape[1]), out_dtype)
+        nothing = jnp.zeros((x.shape[0], down.shape[1]), out_dtype)
+        return nothing if residual is None else residual.astype(out_dtype)
     x = in_8_bits(x)
     rows = dequantize(x)
 
@@ -50,4 +52,5 @@ def routed_mlp(
     tokens = jnp.broadcast_to(jnp.arange(x.shape[0])[:, None], topk_ids.shape)
     choices = tokens.reshape(-1), topk_ids.reshape(-1), topk_weights.reshape(-1).astype(jnp.float32)
     shares = jax.lax.map(share, choices).reshape(*topk_ids.shape, down.shape[1])
-    return shares.sum(axis=1).astype(out_dtype)
+    y = shares.sum(axis=1)
+    return (y if residual is None else y + residual).astype(out_dtype)

@@ -34,6 +34,7 @@ def routed_mlp(
     *,
     gate_up_bias: jax.Array | None,
     down_bias: jax.Array | None,
+    residual: jax.Array | None,
     activation: Activation,
     activation_limit: float | None,
     out_dtype: jax.typing.DTypeLike,
@@ -50,7 +51,7 @@ def routed_mlp(
     sizes = dataclasses.replace(planned, activation=activation, activation_limit=activation_limit, stage=stage)
     hidden = sizes.hidden
     if 0 in (x.shape[0], topk_ids.shape[1]):
-        return jnp.zeros((x.shape[0], hidden), out_dtype)
+        return jnp.zeros((x.shape[0], hidden), out_dtype) if residual is None else residual.astype(out_dtype)
     values, scale = in_tiles(x, sizes)
     inputs = Inputs(
         topk_ids.reshape(-1),
@@ -63,6 +64,7 @@ def routed_mlp(
         _of_columns(down, sizes),
         gate_up_bias,
         down_bias,
+        residual,
     )
     launches = [Phases()] if in_one_launch else [Phases(*(i == j for j in range(3))) for i in range(3)]
     return launch(inputs, sizes, jnp.dtype(out_dtype), launches)

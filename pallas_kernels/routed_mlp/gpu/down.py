@@ -3,13 +3,14 @@
 import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.on_gpu.store import store_rows
-from pallas_kernels.routed_mlp.gpu.multiply import ROWS, Multiplier, along_rows, zeros
+from pallas_kernels.routed_mlp.gpu.multiply import COLUMNS, ROWS, Multiplier, along_columns, along_rows, zeros
 from pallas_kernels.routed_mlp.gpu.scratch import MOST_COPIED, YStaging
 from pallas_kernels.routed_mlp.gpu.sizes import BLOCK, TEAMS, TOKENS, WGMMA_ROWS
 from pallas_kernels.routed_mlp.gpu.walk import down_hit, turns_of
@@ -102,6 +103,7 @@ class Down(Multiplier):
         sizes, scratch = self.sizes, self.scratch
         columns = sizes.config.out_columns
         parts = range(columns // TOKENS)
+        row = plgpu.broadcasted_iota(jnp.int32, (WGMMA_ROWS,), 0, layout=ROWS)
 
         @pl.when(self.team != 0)
         def _():
@@ -113,9 +115,12 @@ class Down(Multiplier):
 
         @pl.when(self.team == 0)
         def _():
+            residual = self._residual(tile)
             plgpu.barrier_wait(scratch.shared)
             other = [plgpu.load(scratch.y_share.at[i], layout=plgpu.Layout.WGMMA) for i in parts]
             total = y + (other[0] if len(other) == 1 else lax.concatenate(other, 1))
+            for token, numbers in enumerate(residual):
+                total += jnp.where(along_rows(row, columns) == token, along_columns(numbers), 0.0)
             plgpu.commit_smem()
             plgpu.barrier_arrive(scratch.taken)
             store_rows(
@@ -127,6 +132,15 @@ class Down(Multiplier):
                 rows=sizes.num_tokens,
                 column=tile * columns,
             )
+
+    def _residual(self, tile) -> list[jax.Array]:
+        """What the tokens' rows of a tile of y are added to, each [columns] in float32; none if that is nothing."""
+        if self.inputs.residual is None:
+            return []
+        columns = self.sizes.config.out_columns
+        window = pl.ds(tile * columns, columns)
+        rows = [self.inputs.residual.at[token, window] for token in range(self.sizes.num_tokens)]
+        return [plgpu.load(row, layout=COLUMNS, optimized=False).astype(jnp.float32) for row in rows]
 
     def _given(self, hit):
         """What each token, a row, gives an expert of the list; 0 for what is no token."""

@@ -145,6 +145,7 @@ class Inputs(NamedTuple):
       down_scale: float32, likewise.
       gate_up_bias: [E, 2I] or None.
       down_bias: [E, H] or None.
+      residual: [T, H] or None.
     """
 
     ids: Any
@@ -157,6 +158,7 @@ class Inputs(NamedTuple):
     down_scale: Any
     gate_up_bias: Any
     down_bias: Any
+    residual: Any
 
 
 class Between(NamedTuple):

@@ -23,7 +23,7 @@ SCALINGS = {"blocks": ("1x128", "128x128"), "rows": ("per_row", "per_channel")}
 
 
 def make(
-    rng, tokens: int, top_k: int, *, hidden=256, width=256, experts=6, scales="blocks", bias=False
+    rng, tokens: int, top_k: int, *, hidden=256, width=256, experts=6, scales="blocks", bias=False, residual=None
 ) -> dict[str, Any]:
     """Operands of random choices, one in seven of which is none."""
     of_rows, of_weights = SCALINGS[scales]
@@ -37,13 +37,14 @@ def make(
         "down": quantize(normal(rng, experts, width, hidden) / width**0.5, scaling=of_weights).mT,
         "gate_up_bias": normal(rng, experts, 2 * width, dtype="bfloat16") if bias else None,
         "down_bias": normal(rng, experts, hidden, dtype="bfloat16") if bias else None,
+        "residual": None if residual is None else normal(rng, tokens, hidden, dtype=residual),
     }
 
 
 def expected(operands: dict[str, Any], scales: str = "blocks", **activation: Any) -> np.ndarray:
     """The sums in float64, but for the rounding between the products, which is what it is."""
     x, gate_up, down = (float64(dequantize(operands[name])) for name in ("x", "gate_up", "down"))
-    y = np.zeros(x.shape)
+    y = np.zeros(x.shape) if operands["residual"] is None else float64(operands["residual"])
     for token, choices in enumerate(np.asarray(operands["topk_ids"])):
         for choice, expert in enumerate(choices):
             if expert < 0:
@@ -73,6 +74,16 @@ def test_equals_float64(tokens, top_k, scales, backend, rng):
     y = run(operands, backend, out_dtype=jnp.float32)
     assert y.dtype == jnp.float32
     assert relative_error(y, expected(operands, scales)) < TOLERANCE
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.quick("*-bfloat16", "xla-*")
+def test_onto_a_residual(dtype, backend, rng):
+    operands = make(rng, 3, 2, residual=dtype)
+    operands["topk_ids"] = operands["topk_ids"].at[1].set(-1)
+    y = run(operands, backend, out_dtype=jnp.float32)
+    assert relative_error(y, expected(operands)) < TOLERANCE
+    np.testing.assert_array_equal(y[1], operands["residual"][1].astype("float32"))
 
 
 def test_with_biases_and_sizes_that_fit_no_tile(backend, rng):

@@ -65,12 +65,12 @@ def test_tokens_in_tiles_interpreted(tokens, hidden, of, dtype, rng):
 CORNERS = {
     "blocks of several scales": (
         [[1, 0, 1], [-1, 0, 2]],
-        {"hidden": 256, "width": 256, "experts": 3},
+        {"hidden": 256, "width": 256, "experts": 3, "residual": "bfloat16"},
         Config(32, 32, 4, 2, 2),
     ),
     "rows of several depths": (
         [[1, 1]],
-        {"hidden": 128, "width": 1152, "experts": 2, "scales": "rows"},
+        {"hidden": 128, "width": 1152, "experts": 2, "scales": "rows", "residual": "float32"},
         Config(64, 64, 4, 2, 2),
     ),
     "64 choices": (None, {"hidden": 128, "width": 128, "experts": 2}, Config(64, 64, 4, 2, 1)),
