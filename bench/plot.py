@@ -1,13 +1,13 @@
 """Pictures of what the other commands recorded, in one HTML file.
 
 The folder holds train.jsonl, sweep.jsonl, layer.jsonl, permute.jsonl and comm.jsonl of the commands that are called so,
-layers.json of `bench.gpu`, or some of them. A figure whose data is missing is left out, and the report says why.
+layers*.json of `bench.gpu`, or some of them. A figure whose data is missing is left out, and the report says why.
 """
 
 import html
 import pathlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from bench.command.parser import make_parser, run
@@ -74,17 +74,17 @@ def write_report(folder: pathlib.Path) -> tuple[pathlib.Path, list[Section]]:
     runs = read_runs(folder / FILE_NAME)
     records = [record for name in _ONE_CHIP_FILES for record in read_lines(folder / name)]
     moved = exchange_records.read_lines(folder / exchange_records.FILE_NAME)
-    layers = timeline.read(folder / timeline.FILE_NAME)
+    layers = timeline.read(folder)
     lines = timeline.sections(layers)
     if not runs and not records and not moved and not lines:
-        files = FILE_NAME, *_ONE_CHIP_FILES, exchange_records.FILE_NAME, timeline.FILE_NAME
+        files = FILE_NAME, *_ONE_CHIP_FILES, exchange_records.FILE_NAME, timeline.FILES
         raise ValueError(
             f"{folder} has none of {', '.join(files)} with records in it; make some with "
             f"python -m bench.train --quick --out {folder}"
         )
     others = [*training.sections(runs), *one_chip.sections(records)] if runs or records else []
     sections = [*others, *exchange.sections(moved), *lines]
-    write_whole(folder / REPORT, _page(sections, _origins(runs, [*records, *moved], layers)))
+    write_whole(folder / REPORT, _page(sections, _origins(runs, [*records, *moved], layers.values())))
     return folder / REPORT, sections
 
 
@@ -97,10 +97,10 @@ def say_report(folder: pathlib.Path) -> None:
 
 
 def _origins(
-    runs: Mapping[str, Run], records: Sequence[Mapping[str, Any]], layers: Mapping[str, Any] | None
+    runs: Mapping[str, Run], records: Sequence[Mapping[str, Any]], layers: Iterable[Mapping[str, Any]]
 ) -> list[list[Cell]]:
     """What was run where, each once."""
-    dated = [run.head for run in runs.values()] + ([] if layers is None else [layers])
+    dated = [*(run.head for run in runs.values()), *layers]
     heads = [(head, head["date"]) for head in dated] + [(record, record["time"]) for record in records]
     rows: dict[tuple[str, str, str], list[Cell]] = {}
     for head, time in heads:

@@ -1,4 +1,4 @@
-"""Figure of `bench.gpu`: which kernel of a layer runs when, a bar for each layer."""
+"""Figures of `bench.gpu`: which kernel of a layer runs when, a bar for each layer, a figure for each record."""
 
 import json
 import pathlib
@@ -8,42 +8,47 @@ from typing import Any
 from bench.figures.section import INK, Section, drawing, svg_of
 from bench.record.tables import Cell
 
-FILE_NAME = "layers.json"
-"""A record of `bench.gpu`, in the folder of the others."""
+FILES = "layers*.json"
+"""Records of `bench.gpu`, in the folder of the others."""
 
 _OURS = "_mosaic_gpu_kernel"
 _OTHERS = "XLA's"
+_GREYS = 14, 15  # of the colours
 _LEAST_SHARE = 0.004  # of the time of a layer: what takes less is no line of the table
 
 Record = Mapping[str, Any]
 
 
-def read(path: pathlib.Path) -> Record | None:
-    """The record of a file that `bench.gpu --json` wrote; None where there is no file.
+def read(folder: pathlib.Path) -> dict[str, Record]:
+    """The records of the files in a folder that `bench.gpu --json` wrote, by what follows "layers" in their names.
 
     Raises:
-      ValueError: it holds something else.
+      ValueError: one holds something else.
     """
-    if not path.exists():
-        return None
-    record = json.loads(path.read_text())
-    if not isinstance(record, dict) or "cases" not in record:
-        raise ValueError(f"{path} is no record of bench.gpu: it has no cases")
-    return record
+    records: dict[str, Record] = {}
+    for path in sorted(folder.glob(FILES)):
+        record = json.loads(path.read_text())
+        if not isinstance(record, dict) or "cases" not in record:
+            raise ValueError(f"{path} is no record of bench.gpu: it has no cases")
+        records[path.stem.removeprefix("layers")] = record
+    return records
 
 
-def sections(record: Record | None) -> list[Section]:
-    """The figure; none where no time line was recorded."""
-    if record is None:
-        return []
+def sections(records: Mapping[str, Record]) -> list[Section]:
+    """A figure of each record; none where no time line was recorded."""
+    return [section for suffix, record in records.items() for section in _of_record(suffix, record)]
+
+
+def _of_record(suffix: str, record: Record) -> list[Section]:
     lines = {name: case["timeline"] for name, case in record["cases"].items() if case.get("timeline")}
     if not lines:
         return []
     names = sorted({_short(launch["name"]) for line in lines.values() for launch in line} - {_OTHERS})
-    with drawing("timelines") as pyplot:
+    with drawing(name_of := f"timelines{suffix}") as pyplot:
         size = 9, 0.6 + 1.1 * len(lines)
         figure, grid = pyplot.subplots(len(lines), 1, figsize=size, squeeze=False, layout="constrained")
-        colours = {name: pyplot.get_cmap("tab20")(i % 20) for i, name in enumerate(names)} | {_OTHERS: "#888888"}
+        of_names = [colour for i, colour in enumerate(pyplot.get_cmap("tab20").colors) if i not in _GREYS]
+        colours = {name: of_names[i % len(of_names)] for i, name in enumerate(names)} | {_OTHERS: "#888888"}
         for axes, (name, line) in zip(grid.flat, lines.items(), strict=True):
             _draw(axes, line, colours)
             axes.set_title(f"{name}: {_end(line):.1f} µs", fontsize=9, loc="left")
@@ -62,7 +67,7 @@ def sections(record: Record | None) -> list[Section]:
         "step, by jax's profiler, under which there are gaps that are not there without it."
     )
     headers = "case", "kernel", "begins at µs", "µs"
-    return [Section("timelines", "The kernels of a layer", text, svg, headers, rows)]
+    return [Section(name_of, "The kernels of a layer", text, svg, headers, rows)]
 
 
 def _draw(axes: Any, line: Sequence[Mapping[str, Any]], colours: Mapping[str, Any]) -> None:

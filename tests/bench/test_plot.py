@@ -120,13 +120,15 @@ def test_when_each_kernel_of_a_layer_runs(tmp_path):
     origin = {"date": "2026-01-01", "command": "python -m bench.gpu", "chip": "a chip", "commit": "abc", "versions": {}}
     cases = {"one": {"timeline": line}, "other": {"timeline": []}, "wrong": {"error": "ValueError: no"}}
     (tmp_path / "layers.json").write_text(json.dumps({**origin, "cases": cases}))
-    assert run(main, [str(tmp_path)]) == 0
+    (tmp_path / "layers_few.json").write_text(json.dumps({**origin, "commit": "def", "cases": {"few": cases["one"]}}))
+    assert run(main, [str(tmp_path), "--svg", str(tmp_path)]) == 0
+    assert sorted(path.stem for path in tmp_path.glob("*.svg")) == ["timelines", "timelines_few"]
     page = (tmp_path / REPORT).read_text()
-    assert page.count("<svg") == 1
+    assert page.count("<svg") == 2
     for text in ("one: 25.0 µs", "top_k", "XLA&#x27;s"):
         assert f">{text}<" in page or f">{text.replace('&#x27;', chr(39))}<" in page
     assert '<td>one</td><td>combine</td><td class="number">20.000</td><td class="number">5.000</td>' in page
-    assert page.count(">loop_add_fusion<") == 1  # in the table; in the picture it is one of XLA's
+    assert page.count(">loop_add_fusion<") == 2  # in the tables; in the pictures it is one of XLA's
     assert "other" not in page
     assert "python -m bench.gpu" in page
 
@@ -144,7 +146,7 @@ def test_a_record_without_time_lines_is_no_figure(tmp_path, capsys):
 def test_an_empty_folder_is_refused(tmp_path, capsys):
     assert run(main, [str(tmp_path)]) == 2
     assert (
-        "has none of train.jsonl, sweep.jsonl, layer.jsonl, permute.jsonl, comm.jsonl, layers.json with records in it"
+        "has none of train.jsonl, sweep.jsonl, layer.jsonl, permute.jsonl, comm.jsonl, layers*.json with records in it"
         in capsys.readouterr().err
     )
 
