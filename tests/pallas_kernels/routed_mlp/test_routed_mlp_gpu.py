@@ -162,3 +162,22 @@ def test_a_layer_of_few_tokens(num_tokens, rng):
     y, _ = jax.jit(lambda x: moe(x, params, config))(x)
     expected_y, _ = jax.jit(lambda x: moe(x, params, dataclasses.replace(config, backend="xla")))(x)
     assert relative_error(y, np.asarray(expected_y, np.float64)) < TOLERANCE
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("scales", "tokens"), [("blocks", 1), ("blocks", 8), ("rows", 3), ("rows", 8)])
+def test_a_thousand_launches_whose_blocks_wait_for_each_other(scales, tokens, rng):
+    """Each as the three launches in which none waits, among buffers of NaN, in a program that XLA may capture."""
+    operands = make(rng, tokens, 4, hidden=1024, width=512, experts=24, scales=scales, residual="bfloat16")
+
+    def agree(key):
+        of_ids, of_weights = jax.random.split(key)
+        drawn = operands | {
+            "topk_ids": jax.random.randint(of_ids, (tokens, 4), -1, 24),
+            "topk_weights": jax.random.uniform(of_weights, (tokens, 4)),
+        }
+        drawn, _ = jax.lax.optimization_barrier((drawn, jnp.full(1 << 22, jnp.nan)))  # where results will lie
+        at_once, one_by_one = (gpu.routed_mlp(**drawn, **PLAIN, in_one_launch=is_one) for is_one in (True, False))
+        return (at_once == one_by_one).all() & jnp.isfinite(at_once).all()
+
+    assert jax.jit(lambda keys: jax.lax.map(agree, keys))(jax.random.split(jax.random.key(0), 1000)).all()
