@@ -1,6 +1,7 @@
 """The kernel for Hopper on a machine without one: interpreted launch by launch; and where it is taken."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -170,7 +171,7 @@ def test_a_thousand_launches_whose_blocks_wait_for_each_other(scales, tokens, rn
     """Each as the three launches in which none waits, among buffers of NaN, in a program that XLA may capture."""
     operands = make(rng, tokens, 4, hidden=1024, width=512, experts=24, scales=scales, residual="bfloat16")
 
-    def agree(key):
+    def agree(operands, key):
         of_ids, of_weights = jax.random.split(key)
         drawn = operands | {
             "topk_ids": jax.random.randint(of_ids, (tokens, 4), -1, 24),
@@ -180,4 +181,5 @@ def test_a_thousand_launches_whose_blocks_wait_for_each_other(scales, tokens, rn
         at_once, one_by_one = (gpu.routed_mlp(**drawn, **PLAIN, in_one_launch=is_one) for is_one in (True, False))
         return (at_once == one_by_one).all() & jnp.isfinite(at_once).all()
 
-    assert jax.jit(lambda keys: jax.lax.map(agree, keys))(jax.random.split(jax.random.key(0), 1000)).all()
+    keys = jax.random.split(jax.random.key(0), 1000)
+    assert jax.jit(lambda operands, keys: jax.lax.map(functools.partial(agree, operands), keys))(operands, keys).all()
