@@ -15,7 +15,7 @@ from bench.command.values import NAMES, output_file
 from bench.hopper.cases import CASES, Case, select_cases
 from bench.hopper.ceilings import Ceilings, measure_ceilings
 from bench.hopper.measure_case import case_record, measure_case
-from bench.hopper.table import ceilings_line, failures, peer_problems, table
+from bench.hopper.table import ceilings_line, failures, peer_problems, table, time_text
 from bench.measure.clock import require_nvidia_gpu
 from bench.measure.devices import known_chip
 from bench.measure.errors import describe
@@ -107,7 +107,7 @@ def _summary(case: Case, record: dict[str, Any]) -> str:
     if "error" in record:
         return f"{case.name}: {record['error']}"
     others = [f"{name} {peer['us']:.1f}" for name, peer in record["peers"].items() if "us" in peer]
-    return f"{case.name}: {record['us']:.1f} µs; " + (", ".join(others) or "no peers")
+    return f"{case.name}: {time_text(record)} µs; " + (", ".join(others) or "no peers")
 
 
 if __name__ == "__main__":

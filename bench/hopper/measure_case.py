@@ -13,7 +13,7 @@ from bench.hopper.ceilings import Ceilings
 from bench.hopper.peers import Implementation, from_torch
 from bench.measure.clock import copies_of, kernel_times, rotated, torch_times, torch_wait, wall_times
 from bench.measure.errors import check, describe, relative_error
-from bench.measure.timeline import last_call, recorded
+from bench.measure.timeline import last_call, recorded, spans
 from pallas_kernels.chips import Chip
 
 _GOALS_CHIP = "h200"
@@ -22,7 +22,8 @@ Outcome = dict[str, Any]
 """What came of an implementation, for JSON: its times in µs, its error and the configuration that was the fastest.
 
 Where nothing did, "error" is the reason. Of what is timed by the wall clock on a GPU, "timeline" has the launches of
-one call, as the profiler saw them.
+the last call in a program, as the profiler saw them, and "device_us" is what a call takes there from the first launch
+of a program to the last one: less than the wall clock's time if the device waits for the host.
 """
 
 
@@ -66,6 +67,7 @@ def attempt(
 
     def measure(name: str) -> Outcome:
         timeline: list[dict[str, Any]] = []
+        device_us: float | None = None
         function = implementation.functions[name]
         in_torch = implementation.package == "torch"
         if calls is not None:
@@ -77,6 +79,8 @@ def attempt(
             if not in_torch and jax.default_backend() == "gpu":
                 launches = recorded(lambda: jax.block_until_ready(program(*args[0])))
                 timeline = [dataclasses.asdict(launch) for launch in last_call(launches, calls)]
+                (span,) = spans(launches, len(launches))
+                device_us = span / calls
         elif in_torch:
             error = worst(from_torch(function(*one)) for one in args)
             time = torch_times(function, args, repeats=repeats)
@@ -92,6 +96,7 @@ def attempt(
             "configuration": name,
             "kernels": list(time.kernels),
             "timeline": timeline,
+            "device_us": device_us,
         }
 
     outcomes: list[Outcome] = []

@@ -59,6 +59,12 @@ def measured_peers(case: Record) -> list[str]:
     return [name for name, peer in case["peers"].items() if "us" in peer]
 
 
+def time_text(outcome: Record) -> str:
+    """The time in µs, and that of the device alone where the wall clock's is measured."""
+    device_us = outcome.get("device_us")
+    return f"{outcome['us']:.1f}" + ("" if device_us is None else f" (device {device_us:.1f})")
+
+
 def _cells(record: Record) -> tuple[list[str], list[list[Cell]]]:
     cases = record["cases"]
     peers = list(dict.fromkeys(peer for case in cases.values() for peer in measured_peers(case)))
@@ -90,7 +96,7 @@ def _ours(case: Record) -> list[Cell]:
         return [shape_text(case), "failed", "-", "-"]
     in_flops = case["goal"]["unit"] == "TFLOP/s"
     rate = f"{case['tflops']:.0f} TFLOP/s" if in_flops else f"{case['tb_per_s']:.2f} TB/s"
-    return [shape_text(case), f"{case['us']:.1f}", rate, f"{case['share_of_measured_floor']:.0%}"]
+    return [shape_text(case), time_text(case), rate, f"{case['share_of_measured_floor']:.0%}"]
 
 
 def _peer(peer: Record | None) -> str:

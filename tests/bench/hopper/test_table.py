@@ -43,6 +43,13 @@ def test_markdown_table(run):
     )
 
 
+def test_what_the_device_takes_stands_beside_what_the_clock_shows():
+    run = record({"qwen3-fp8-1": 41.3})
+    run["cases"]["qwen3-fp8-1"]["device_us"] = 25.62
+    assert "41.3 (device 25.6)" in table(run)
+    assert "| 41.3 (device 25.6) |" in table(run, markdown=True)
+
+
 def test_failures_name_the_bar(run):
     assert failures(run) == ["decode-bf16: 61.0 µs, the bar is ≤ 60 µs", "down-fp8: Unsupported: a | b"]
     slow = record({"prefill-bf16": 3000.0})
