@@ -42,13 +42,12 @@ def ranked_top_k(
 ) -> tuple[jax.Array, jax.Array]:
     """See `pallas_kernels.top_k.ranked_top_k`; what does not fit into one kernel is left to XLA in part."""
     _require(ranking)
-    if groups is not None and not rows.fits_groups(ranking, groups):
+    way = few if few.fits(ranking) else rows
+    fits = scores.dtype == jnp.float32 and way.fits(ranking)
+    if groups is not None and not (fits and way.fits_groups(ranking, groups)):
         ranking, groups = limited_to_groups(ranking, groups), None
-    if scores.dtype == jnp.float32 and rows.fits(ranking):
-        ids, weights = rows.choose(scores, Rounds(k, normalize), with_weights=True, ranking=ranking, groups=groups)
-        return weights, ids
-    if scores.dtype == jnp.float32 and few.fits(ranking):
-        ids, weights = few.choose(scores, Rounds(k, normalize), with_weights=True, ranking=ranking)
+    if fits:
+        ids, weights = way.choose(scores, Rounds(k, normalize), with_weights=True, ranking=ranking, groups=groups)
         return weights, ids
     ids = top_k_ids(ranking, k)
     return reference.weights_at(scores, ids, normalize=normalize), ids

@@ -16,7 +16,8 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.on_gpu.compared import COLUMNS, ROWS, TILE, along_columns, along_rows, iota, smem
-from pallas_kernels.top_k.gpu.rounds import first_place
+from pallas_kernels.on_gpu.strips import spread
+from pallas_kernels.top_k.gpu.rounds import LOWEST, first_place
 from pallas_kernels.top_k.groups import Groups
 
 
@@ -54,6 +55,16 @@ def find_kept(ranking: jax.Array, groups: Groups, memory: Memory) -> None:
     bit = kept << lax.rem(iota(1), groups.num_groups)
     memory.bits[...] = jnp.sum(jnp.where(lax.div(iota(1), groups.num_groups) == iota(0), bit, 0), axis=1)
     plgpu.commit_smem()
+
+
+def limited(ranked: jax.Array, groups: Groups, memory: Memory, layout: Any) -> jax.Array:
+    """Rows [tokens, E] in this layout, with the lowest numbers where `find_kept` has not kept their groups."""
+    num_tokens, num_experts = ranked.shape
+    bits = plgpu.load(memory.bits.at[:num_tokens], layout=layout.reduce((1,)), optimized=False)
+    expert = plgpu.broadcasted_iota(jnp.int32, ranked.shape, 1, layout=layout)
+    group = lax.div(expert, num_experts // groups.num_groups)
+    is_kept = (spread(bits, num_experts, layout) >> group) & 1 == 1
+    return jnp.where(is_kept, jnp.maximum(ranked, LOWEST / 2), LOWEST)
 
 
 def _sum_of_best(remaining: jax.Array, count: int) -> jax.Array:

@@ -15,8 +15,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.on_gpu.compared import TILE
 from pallas_kernels.on_gpu.strips import in_blocks, launch, rows_in_blocks, spread, store
-from pallas_kernels.top_k.gpu.groups import Memory, find_kept
-from pallas_kernels.top_k.gpu.rounds import LOWEST, Rounds
+from pallas_kernels.top_k.gpu.groups import Memory, find_kept, limited
+from pallas_kernels.top_k.gpu.rounds import Rounds
 from pallas_kernels.top_k.groups import Groups
 
 _LEAST_EXPERTS, _MOST_EXPERTS = 8, 256
@@ -59,17 +59,6 @@ def choose(
     by, of = (scores, None) if ranking is None else (ranking, scores)
     by_group = None if groups is None else by.reshape(-1, num_experts // groups.num_groups)
 
-    def within_groups(ranked: jax.Array, by_group: Any, first, memory: Memory) -> jax.Array:
-        """See `limited_to_groups`."""
-        assert groups is not None
-        of_tokens = pl.ds(first * groups.num_groups, TILE)
-        tile = plgpu.load(by_group.at[of_tokens], layout=plgpu.Layout.WGMMA, optimized=False)
-        find_kept(tile, groups, memory)
-        bits = plgpu.load(memory.bits.at[:rows], layout=layout.reduce((1,)), optimized=False)
-        expert = plgpu.broadcasted_iota(jnp.int32, ranked.shape, 1, layout=layout)
-        group = lax.div(expert, num_experts // groups.num_groups)
-        return jnp.where((along(bits, num_experts) >> group) & 1 == 1, jnp.maximum(ranked, LOWEST / 2), LOWEST)
-
     def body(by, of, by_group, ids, *refs):
         # The last block starts early enough to end with the rows: what two blocks share they both find.
         first = jnp.minimum(lax.axis_index("block") * rows, num_tokens - rows)
@@ -77,7 +66,10 @@ def choose(
         ranked = plgpu.load(by.at[tokens], layout=layout, optimized=False)
         weighed = None if of is None else plgpu.load(of.at[tokens], layout=layout, optimized=False)
         if groups is not None:
-            ranked = within_groups(ranked, by_group, first, refs[-1])
+            of_tokens = pl.ds(first * groups.num_groups, TILE)
+            tile = plgpu.load(by_group.at[of_tokens], layout=plgpu.Layout.WGMMA, optimized=False)
+            find_kept(tile, groups, refs[-1])
+            ranked = limited(ranked, groups, refs[-1], layout)
         chosen = rounds(ranked, layout, along, weighed)
         for i, (place, weight) in enumerate(zip(chosen.ids, chosen.weights, strict=True)):
             store(ids.at[tokens, i], place)

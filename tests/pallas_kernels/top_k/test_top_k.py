@@ -293,10 +293,13 @@ def test_scores_where_a_ranking_is_best(backend, rng, shape, groups):
         ((9, 32), None),
         ((70, 24), None),
         ((6, 160), Groups(8, 3, 2)),
+        ((3, 256), Groups(8, 4, 2)),
+        ((1, 256), Groups(8, 1, 1)),
+        ((5, 64), Groups(8, 3, 2)),
     ],
     ids=str,
 )
-@pytest.mark.quick("(19,*", "(24, 256*", "(6,*")
+@pytest.mark.quick("(19,*", "(24, 256*", "(6,*", "(3,*", "(5,*")
 def test_a_ranking_interpreted(rng, shape, groups):
     """Whole blocks and such that share rows, with groups in the kernel and before it."""
     scores, ranking = ranked(rng, *shape)
@@ -304,6 +307,16 @@ def test_a_ranking_interpreted(rng, shape, groups):
         weights, ids = jax.jit(lambda *x: gpu.ranked_top_k(*x, 4, groups=groups, normalize=False))(scores, ranking)
     np.testing.assert_array_equal(ids, chosen_by_hand(ranking, 4, groups))
     np.testing.assert_array_equal(weights, np.take_along_axis(np.asarray(scores), np.asarray(ids), axis=1))
+
+
+def test_groups_count_where_scores_have_16_bits_interpreted(rng):
+    scores, ranking = ranked(rng, 8, 256)
+    groups = Groups(8, 3, 2)
+    with interpreted(), single_view(True):
+        _, ids = jax.jit(lambda *x: gpu.ranked_top_k(*x, 4, groups=groups, normalize=False))(
+            scores.astype(jnp.bfloat16), ranking
+        )
+    np.testing.assert_array_equal(ids, chosen_by_hand(ranking, 4, groups))
 
 
 def test_of_its_best_groups_a_token_chooses_even_what_is_infinitely_bad(rng):
