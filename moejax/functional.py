@@ -49,10 +49,11 @@ def moe(
       x: [..., H], BF16, FP16 or float32; the last dimension before H is the sequence.
       params: see `MoEParams`; whole arrays, of any sharding.
       config: the layer.
-      residual: of the shape of x, BF16, FP16 or float32, what y is added to, as a decoder block does; None for nothing.
-        Where one chip has all experts, the kernel that sums a token's experts up adds it.
+      residual: of the shape of x, BF16, FP16 or float32, what y is added to, as in a decoder block; None for nothing.
+        Where one chip has all experts and no gradient is asked for, the kernel that sums a token's experts up adds it,
+        and y is rounded once.
       mask: bool [...], true for real tokens; None if all are. What is masked takes no expert and no capacity, counts in
-        no loss and no load, and comes out as zeros.
+        no loss and no load, and comes out as zeros, whatever the residual.
       token_ids: integer [...], for routers that go by them; negative for none.
       topk_ids: integer [..., K], choices to repeat, as `MoEAux.topk_ids` of an earlier call has them; −1 where the
         router is to choose. Ids outside [0, E) count as −1, but where ids are known (outside jit), one of E or more is

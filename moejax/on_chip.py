@@ -11,7 +11,7 @@ from moejax.config import MoEConfig
 from moejax.experts import ExpertMath, math_of, shared_mlp
 from moejax.param import Param
 from moejax.params import EXPERT_FIELDS, EXPERT_WEIGHTS, SHARED_FIELDS, MoEParams, param_table
-from moejax.routers.base import Given
+from moejax.routers.base import Given, Router
 from moejax.stages import Stages, way_of
 from pallas_kernels.float32_matmul import float32_matmul
 from pallas_kernels.quantize import QTensor
@@ -95,9 +95,13 @@ def layer_on_chip(
     params = gathered(held.params, settings, axes)
     experts = LayerExperts(config, axes, params, held.mlp_rank)
     ids = per_token.token_ids
-    given = Given(None if ids is None else ids[:, 0], held.key, per_token.topk_ids, per_token.residual)
+    residual, adds_itself = per_token.residual, type(config.router).apply is Router.apply
+    token_ids = None if ids is None else ids[:, 0]
+    given = Given(token_ids, held.key, per_token.topk_ids, residual if adds_itself else None)
     router = params.router or {}
     y, outcome = config.router.apply(x, router, config, tokens, given, experts)
+    if residual is not None and not adds_itself:
+        y = y + residual
     y = tokens.keep(y).astype(per_token.x.dtype)
     return (y, outcome.topk_ids, outcome.topk_weights), (outcome.losses, outcome.load)
 
@@ -200,9 +204,10 @@ class LayerExperts:
             num_slots = self.replicas.num_slots
         way = way_of(config, self.axes, num_slots=num_slots, max_choices=max_choices, max_rows=max_rows)
         params = self.params if with_shared else {name: self.params[name] for name in EXPERT_FIELDS}
-        run = functools.partial(_apply_experts, config=config, way=way)
-        y = math_of(config).serve_or_train(run, x, topk_weights, slots, params, residual)
-        return y.astype(x.dtype), dropped
+        # A residual may have more bits than the experts compute with.
+        dtype = x.dtype if residual is None else jnp.promote_types(x.dtype, residual.dtype)
+        run = functools.partial(_apply_experts, config=config, way=way, dtype=dtype)
+        return math_of(config).serve_or_train(run, x, topk_weights, slots, params, residual), dropped
 
     def shared(self, x: jax.Array) -> jax.Array | None:
         """See `moejax.routers.base.Experts`."""
@@ -219,13 +224,14 @@ def _apply_experts(
     *,
     config: MoEConfig,
     way: Way,
+    dtype: jax.typing.DTypeLike,
 ) -> jax.Array:
-    """What the experts make of x [T, H], the shared one too if `params` have it, added to `residual`."""
+    """What the experts make of x [T, H], the shared one too if `params` have it, added to `residual`, in `dtype`."""
     shared = _shared_expert(x, params, math, config, way.axes)
     if shared is not None:
         residual = shared if residual is None else shared + residual
     return Stages(config, way, math).routed(
-        x, topk_weights, topk_ids, params, residual=residual, preferred_element_type=x.dtype
+        x, topk_weights, topk_ids, params, residual=residual, preferred_element_type=dtype
     )
 
 

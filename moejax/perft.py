@@ -129,6 +129,7 @@ class Perft(nnx.Module):
         self,
         x: jax.Array,
         *,
+        residual: jax.Array | None = None,
         mask: jax.Array | None = None,
         token_ids: jax.Array | None = None,
         topk_ids: jax.Array | None = None,
@@ -138,6 +139,7 @@ class Perft(nnx.Module):
 
         Args:
           x: [..., H], as for the base layer.
+          residual: of the shape of x, what y is added to; None for nothing.
           mask: bool [...], true for real tokens; None if all are.
           token_ids: for a base layer that routes by them.
           topk_ids: choices of the base layer to be made again.
@@ -151,7 +153,7 @@ class Perft(nnx.Module):
         graph, *states = nnx.split(self.base, nnx.Param, ...)
         params, rest = states
         frozen = nnx.merge(graph, jax.lax.stop_gradient(params), rest)
-        y, aux = frozen(x, mask=mask, token_ids=token_ids, topk_ids=topk_ids, train=False)
+        y, aux = frozen(x, residual=residual, mask=mask, token_ids=token_ids, topk_ids=topk_ids, train=False)
         adapted, (losses, _) = self._adapters(x, mask)
         losses = {f"adapter_{name}": loss for name, loss in losses.items()}
         return y + adapted, MoEAux(losses, aux.load, aux.topk_ids, aux.topk_weights)

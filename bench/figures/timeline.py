@@ -44,7 +44,7 @@ def _of_record(suffix: str, record: Record) -> list[Section]:
     if not lines:
         return []
     names = sorted({_short(launch["name"]) for line in lines.values() for launch in line} - {_OTHERS})
-    with drawing(name_of := f"timelines{suffix}") as pyplot:
+    with drawing(figure_name := f"timelines{suffix}") as pyplot:
         size = 9, 0.6 + 1.1 * len(lines)
         figure, grid = pyplot.subplots(len(lines), 1, figsize=size, squeeze=False, layout="constrained")
         of_names = [colour for i, colour in enumerate(pyplot.get_cmap("tab20").colors) if i not in _GREYS]
@@ -67,7 +67,7 @@ def _of_record(suffix: str, record: Record) -> list[Section]:
         "step, by jax's profiler, under which there are gaps that are not there without it."
     )
     headers = "case", "kernel", "begins at µs", "µs"
-    return [Section(name_of, "The kernels of a layer", text, svg, headers, rows)]
+    return [Section(figure_name, f"The kernels of a layer, {record['commit']}", text, svg, headers, rows)]
 
 
 def _draw(axes: Any, line: Sequence[Mapping[str, Any]], colours: Mapping[str, Any]) -> None:

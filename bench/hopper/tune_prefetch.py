@@ -107,8 +107,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def shape_chain(products: Sequence[Product], *, normed: bool) -> dict[str, Link]:
     """The products of `--shape`, each with the norm before it if `normed`."""
-    pairs = [(Norm.before(product), product) if normed else (product,) for product in products]
-    return {link.name: link for pair in pairs for link in pair}
+    chain: dict[str, Link] = {}
+    for product in products:
+        if normed:
+            norm = Norm.before(product)
+            chain[f"{norm.name} before {product.name}"] = norm
+        chain[product.name] = product
+    return chain
 
 
 def layer_chain(args: argparse.Namespace, dtype: ProductDtype) -> dict[str, Link]:

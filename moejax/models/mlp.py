@@ -1,7 +1,7 @@
 """The dense feed-forward network as a flax.nnx module, by the kernels of the experts, of which it is a group of one.
 
-For few tokens it is two dots of XLA's, which cut K in parts: of 64 tokens and 2048 columns, a GPU's kernel would have a
-tile for every fourth multiprocessor.
+For few tokens, or few numbers of y, it is two dots of XLA's, which cut K in parts: of 64 tokens and 2048 columns, a
+GPU's kernel would have a tile for every fourth multiprocessor.
 """
 
 import functools
@@ -31,8 +31,8 @@ _FEW_TOKENS = 64
 """As many as XLA's dots are as fast for on GPUs, or faster (H200, 2048 by 4096: 7.5 µs in place of 14.8 for down)."""
 
 _FEW_NUMBERS = 1 << 18
-"""The same of the result of down, [T, H]: tiles of fewer leave most of a chip idle (128 tokens, 3072 by 768: 7.8 µs in
-place of 11.2; 4096 by 2048: 9.2 in place of 14.6)."""
+"""Numbers of y, T · H, up to which dots are as fast for any T: the kernel's tiles would leave most of a GPU idle (H200,
+down of 128 tokens, I by H: 3072 by 768 7.8 µs in place of 11.2; 4096 by 2048 9.2 in place of 14.6)."""
 
 
 class MLP(nnx.Module):

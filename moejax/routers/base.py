@@ -35,7 +35,7 @@ class Given:
       token_ids: int32 [T], ids in a vocabulary, negative for none; None if the caller gave none.
       key: for noise, while training with a router that is `noisy`; None otherwise.
       topk_ids: int32 [T, K], choices that are to be made again, −1 where the router is free; None for none.
-      residual: [T, H], what `Router.apply` adds its y to; None for nothing.
+      residual: [T, H], what y is added to; None for nothing, as where a router has an `apply` of its own.
     """
 
     token_ids: jax.Array | None = None

@@ -69,7 +69,7 @@ class ChainRouter(Router):
             again = None
             if given.topk_ids is not None:
                 again = given.topk_ids[:, number * config.top_k : (number + 1) * config.top_k]
-            asked = dataclasses.replace(given, topk_ids=again, residual=None)
+            asked = dataclasses.replace(given, topk_ids=again)
             y, outcome = self.each.apply(state.astype(config.dtype), own, config, tokens, asked, experts)
             state += y.astype(jnp.float32)
             outcomes.append(outcome)
@@ -77,8 +77,7 @@ class ChainRouter(Router):
         ids = jnp.concatenate([one.topk_ids for one in outcomes], axis=1)
         weights = jnp.concatenate([one.topk_weights for one in outcomes], axis=1)
         dropped = _sum(one.load.dropped_per_expert for one in outcomes)
-        y = state if given.residual is None else state + given.residual
-        return y, Outcome(ids, weights, losses, load_of(ids, dropped, config.num_experts, tokens))
+        return state, Outcome(ids, weights, losses, load_of(ids, dropped, config.num_experts, tokens))
 
     def update(self, params: Params, load: jax.Array) -> dict[str, jax.Array]:
         """Moves the correction biases of all passes alike."""

@@ -101,8 +101,8 @@ class SoftRouter(Router):
         outputs, dropped = experts(slots, ones, ids, tokens, with_shared=False, limited=False)
         y = _product("bnes,besh->bnh", collect, outputs.reshape(num_sequences, num_experts, num_slots, -1))
         y = y.reshape(x.shape)
-        for more in (experts.shared(x), given.residual):
-            y = y if more is None else y + more
+        if (shared := experts.shared(x)) is not None:
+            y += shared
         load = tokens.sum(jnp.broadcast_to(has_tokens.sum(dtype=jnp.int32) * num_slots, (num_experts,)))
         nothing = x.shape[0], 0
         return y, Outcome(jnp.zeros(nothing, jnp.int32), jnp.zeros(nothing, jnp.float32), {}, LoadStats(load, dropped))

@@ -3,7 +3,7 @@
 A block takes a strip of a token at a time: it loads the strips of the token's rows, sums them in float32 in the order
 of k and stores the result. Each element is read and written once.
 
-    floor in time of combine          = (bytes of the rows in use + bytes of the result) / HBM bandwidth
+    floor in time of combine          = (bytes of the rows in use + those of residual and result) / HBM bandwidth
     floor in time of combine_dweights = (bytes of the rows in use + bytes of dout) / HBM bandwidth
 """
 
@@ -90,8 +90,8 @@ def _combine(
         for_each(lax.axis_index("block"), blocks, units, fetch, add_up)
 
     out = jax.ShapeDtypeStruct((num_tokens, strips.vectors, strips.vector), out_dtype)
-    below = None if residual is None else strips.view(residual)
-    inputs = strips.view(rows), plan.inverse, weights.astype(jnp.float32), below
+    viewed = None if residual is None else strips.view(residual)
+    inputs = strips.view(rows), plan.inverse, weights.astype(jnp.float32), viewed
     return launch(body, out, *inputs, name="combine", blocks=blocks).reshape(num_tokens, columns)
 
 

@@ -1,6 +1,6 @@
 """Weighted sums of rows by a plan on TPUs, through fast memory.
 
-    floor in time of combine          = (bytes of the rows in use + bytes of the result) / HBM bandwidth
+    floor in time of combine          = (bytes of the rows in use + those of residual and result) / HBM bandwidth
     floor in time of combine_dweights = (bytes of the rows in use + bytes of dout) / HBM bandwidth
 
 which is what the kernels move where all rows fit fast memory, those without an assignment included. Where they do not,
@@ -69,7 +69,7 @@ def combine(
     looked_at = _look_at("combine", rows, out_dtype)
     if plan.inverse.size == 0 or rows.shape[0] == 0:
         return reference.combine(rows, plan, weights, out_dtype=out_dtype)
-    return _combine(looked_at, rows, plan, [weights], jnp.dtype(out_dtype), config, stage)
+    return _combine(looked_at, rows, plan, weights, None, jnp.dtype(out_dtype), config, stage)
 
 
 def combine_onto(
@@ -80,14 +80,21 @@ def combine_onto(
     if plan.inverse.size == 0 or rows.shape[0] == 0:
         return residual.astype(out_dtype)
     padded = jnp.pad(residual, ((0, 0), (0, looked_at.columns - residual.shape[1])))
-    return _combine(looked_at, rows, plan, [weights, padded], jnp.dtype(out_dtype), None, "full")
+    return _combine(looked_at, rows, plan, weights, padded, jnp.dtype(out_dtype), None, "full")
 
 
-def _combine(looked_at: Rows, rows, plan: Plan, by_token, out_dtype: jnp.dtype, config: Config | None, stage: Stage):
-    """The sum by the weights in `by_token`, and onto what lies behind them there."""
-    weights, *residual = by_token
+def _combine(
+    looked_at: Rows,
+    rows: jax.Array,
+    plan: Plan,
+    weights: jax.Array,
+    residual: jax.Array | None,
+    out_dtype: jnp.dtype,
+    config: Config | None,
+    stage: Stage,
+) -> jax.Array:
     out = jax.ShapeDtypeStruct((plan.inverse.shape[0], looked_at.columns), out_dtype)
-    by_token = [weights.astype(jnp.float32), *residual]
+    by_token = [weights.astype(jnp.float32), *([] if residual is None else [residual])]
     y = _call(_combine_kernel, looked_at, rows, plan, by_token, out, config, stage, name="combine")
     return y[:, : rows.shape[1]]
 
@@ -112,7 +119,7 @@ def _look_at(operator: str, rows: jax.Array, *others: jax.typing.DTypeLike) -> R
 
 
 def _call(kernel, looked_at: Rows, rows, plan: Plan, by_token, out, config: Config | None, stage: Stage, *, name: str):
-    """Runs `kernel` over blocks of tokens; each of `by_token` [T, …] and `out` [T, …] come in such blocks too."""
+    """Runs `kernel` over blocks of tokens; each of `by_token` [T, …] and `out` [T, …] comes in such blocks too."""
     chip = tpu_chip()
     num_tokens, top_k = plan.inverse.shape
     config = config or Config(looked_at.rows_at_once(num_tokens, _TILE, factor=top_k), looked_at.is_resident)

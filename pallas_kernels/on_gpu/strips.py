@@ -155,7 +155,7 @@ def spread(value: jax.Array, width: int, layout: Any = None) -> jax.Array:
 
 
 def store(to, value: jax.Array) -> None:
-    """Writes what has the layout `in_blocks`, or a number of each of its rows."""
+    """Writes a tile, or a number of each of its rows, whatever its layout."""
     if hasattr(plgpu, "store"):  # jax 0.11 stores whatever it is given, and has no function of its own for it
         plgpu.store(to, value, optimized=False)
     else:

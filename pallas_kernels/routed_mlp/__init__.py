@@ -76,7 +76,10 @@ def routed_mlp(
 
 
 def pays(x: QTensor | ToRound, topk_ids: jax.Array, gate_up: QTensor, down: QTensor) -> bool:
-    """Whether one kernel is faster for these operands, where it is traced for, than the chain of kernels."""
+    """Whether the kernel takes these operands on the chip that is traced for.
+
+    It is then faster than plan, grouped products and combine, or as fast: docs/prefetch.md has figures.
+    """
     if target_platform() != "gpu" or is_symbolic(*x.shape, *topk_ids.shape):
         return False
     from pallas_kernels.routed_mlp import gpu
@@ -98,6 +101,8 @@ def _check(x, topk_weights, topk_ids, gate_up, down, gate_up_bias, down_bias, re
         if not isinstance(operand, QTensor) or operand.ndim != ndim:
             got = f"{operand.dtype}{list(operand.shape)}"
             raise ValueError(f"{name} must be a QTensor of {ndim} dimensions, got {type(operand).__name__} {got}")
+    if residual is not None and (not jnp.issubdtype(residual.dtype, jnp.floating) or residual.dtype.itemsize < 2):
+        raise ValueError(f"residual must be BF16, FP16 or float32, got {residual.dtype}")
     if topk_ids.ndim != 2 or topk_ids.dtype != jnp.int32:
         raise ValueError(f"topk_ids must be int32 [T, K], got {topk_ids.dtype}{list(topk_ids.shape)}")
     if not jnp.issubdtype(out_dtype, jnp.floating) or out_dtype.itemsize < 2:

@@ -46,7 +46,8 @@ def combine_slots(
     residual: jax.Array | None = None,
     preferred_element_type: jax.typing.DTypeLike,
 ) -> jax.Array:
-    """[C, H] -> the weighted sums [T, H] of this chip's tokens, onto `residual` if no chip has a part of the sums."""
+    """[C, H] -> the weighted sums [T, H] of this chip's tokens; onto `residual` where experts' width is not split."""
+    assert residual is None or not way.columns_over, "each chip that has a part of the sums would add it"
     weights = gather_tokens(topk_weights, way.columns_over)
     dtype = slots.dtype if way.columns_over else preferred_element_type
     y = combine(slots, plan, weights, residual=residual, preferred_element_type=dtype, backend=way.backend)
@@ -64,7 +65,7 @@ def exchange(
     residual: jax.Array | None = None,
     preferred_element_type: jax.typing.DTypeLike,
 ) -> jax.Array:
-    """See `sharding.exchange.exchange`; with a `residual` no other chip has a part of the tokens."""
+    """See `sharding.exchange.exchange`; a `residual` only where experts' width is not split."""
     # What is to be rounded takes no gradient, so no policy of remat asks for names here.
     if isinstance(x, ToRound) and way.counted_choices is None:
         plan, rows = plan_and_dispatch(x, topk_ids, way.placement.num_experts, backend=way.backend)

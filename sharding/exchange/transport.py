@@ -40,7 +40,7 @@ class WeighingExperts(Protocol):
 
 
 class Exchange(Protocol):
-    """A function with the signature of `sharding.exchange.exchange`."""
+    """As `sharding.exchange.exchange`, which picks it, and itself adds the sum to a residual."""
 
     def __call__(
         self,

@@ -9,7 +9,19 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moejax import MoE, MoEConfig, Partition, Quantization, fused_experts, make_mesh, moe, moe_experts, quantize_params
+from moejax import (
+    MoE,
+    MoEConfig,
+    Partition,
+    Perft,
+    Quantization,
+    TopKRouter,
+    fused_experts,
+    make_mesh,
+    moe,
+    moe_experts,
+    quantize_params,
+)
 from moejax.routers import ChainRouter, ExpertChoiceRouter, SoftRouter
 from tests.helpers import LIMIT, float64, normal, raises_saying, relative_error, same_bits
 from tests.moejax.layers import random_params
@@ -66,6 +78,45 @@ def test_weights_in_8_bits_and_a_residual_that_is_rounded_once(partition, rng):
         y, alone = layer(x, residual, mesh), layer(x, None, mesh)
         assert y.dtype == jnp.bfloat16
         assert relative_error(y, float64(residual) + float64(alone)) < LIMIT["bfloat16"]
+
+
+@pytest.mark.parametrize("name", ["routed", "shared", "soft"])
+@pytest.mark.quick("shared")
+def test_a_residual_of_more_bits_keeps_them(name, rng):
+    """Experts compute in BF16, and the stream that they are added to is float32."""
+    config = dataclasses.replace(CONFIGS[name], dtype=jnp.bfloat16)
+    params, x, residual = random_params(config, rng), normal(rng, 2, 8, 32), 100 * normal(rng, 2, 8, 32)
+
+    @jax.jit
+    def layer(x, residual):
+        return moe(x, params, config, residual=residual)[0]
+
+    y, alone = layer(x, residual), layer(x, None)
+    assert y.dtype == jnp.float32
+    assert relative_error(y - residual, alone) < LIMIT["bfloat16"]
+
+
+class Doubled(TopKRouter):
+    """A router of someone's own, which knows nothing of a residual."""
+
+    def apply(self, x, params, config, tokens, given, experts):
+        assert given.residual is None
+        y, outcome = super().apply(x, params, config, tokens, given, experts)
+        return 2 * y, outcome
+
+
+def test_a_router_that_does_it_all_itself_need_not_know_of_it(rng):
+    config = dataclasses.replace(CONFIG, router=Doubled())
+    params, x, residual = random_params(config, rng), normal(rng, 6, 32), normal(rng, 6, 32)
+    y = moe(x, params, config, residual=residual)[0]
+    assert relative_error(y, residual + 2 * float64(moe(x, params, CONFIG)[0])) < LIMIT["float32"]
+
+
+def test_adapters_take_one(rng):
+    layer = Perft(MoE(CONFIG, rngs=nnx.Rngs(0)), num_adapters=2, width=4, top_k=1, rngs=nnx.Rngs(1))
+    layer.up[...] = normal(rng, *layer.up.shape)
+    x, residual = normal(rng, 6, 32), normal(rng, 6, 32)
+    assert relative_error(layer(x, residual=residual)[0], residual + layer(x)[0]) < LIMIT["float32"]
 
 
 def test_where_one_chip_has_all_experts_the_sum_over_them_adds_it(rng):

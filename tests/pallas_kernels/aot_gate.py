@@ -89,6 +89,13 @@ def cases(array, chip, mesh) -> dict:
             array((TOKENS, TOP_K), "float32"),
             plan,
         ),
+        "combine onto a residual": (
+            lambda rows, weights, plan, residual: combine(rows, plan, weights, residual=residual, **on_tpu),
+            rows,
+            array((TOKENS, TOP_K), "float32"),
+            plan,
+            array((TOKENS, HIDDEN), "float32"),
+        ),
         "in shard_map": (
             lambda x, weights, rhs, sizes, plan: gradients(
                 lambda x, weights, rhs: sharded(x, weights, rhs, sizes, plan), x, weights, rhs

@@ -25,7 +25,7 @@ KERNELS = {
         ],
         "choice within groups": ["top_k"],
         "tokens rounded as they are copied": ["dispatch_rounded"],
-        "eight tokens in fp8": ["float32_matmul", "routed_mlp", "tiles_in_8_bits", "top_k"],
+        "eight tokens in fp8": ["routed_mlp", "tiles_in_8_bits", "top_k"],
         "exchange": ["all_to_all", "counting_sort", "make_routes"],
         "rms_norm gradients": ["rms_norm", "rms_norm_pullback"],
         "weights in both layouts": ["quantize_transpose"],
@@ -61,7 +61,7 @@ KERNELS = {
         "one row": ["float32_matmul"],
         "one row in bf16": ["float32_matmul"],
         "eight rows": ["float32_matmul"],
-        "eight rows in bf16": ["float32_matmul"],
+        "four rows in bf16": ["float32_matmul"],
         "eight rows, many columns": ["float32_matmul"],
     },
     "norms, weights and activations": {

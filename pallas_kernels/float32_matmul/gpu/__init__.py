@@ -22,7 +22,7 @@ def float32_matmul(lhs: jax.Array, rhs: jax.Array, *, out_dtype: jnp.dtype) -> j
 
 
 def _hopper() -> Chip | None:
-    """The chip that kernels are cut for, if there are any for it."""
+    """The Hopper that is traced for, or None."""
     try:
         return hopper_chip("float32_matmul")
     except Unsupported:

@@ -1,4 +1,7 @@
-"""Down and the weighted sum: the tiles of y that are a block's, its teams taking every other expert."""
+"""Down and the weighted sum, and what it is added to: the tiles of y that are a block's.
+
+Its teams take every other expert.
+"""
 
 import functools
 from typing import Any
@@ -99,11 +102,10 @@ class Down(Multiplier):
         return step
 
     def _add_up(self, y, turn, tile) -> None:
-        """Adds the teams' shares of a tile of y, and stores the sum."""
+        """Adds the teams' shares of a tile of y and the residual, and stores the sum."""
         sizes, scratch = self.sizes, self.scratch
         columns = sizes.config.out_columns
         parts = range(columns // TOKENS)
-        row = plgpu.broadcasted_iota(jnp.int32, (WGMMA_ROWS,), 0, layout=ROWS)
 
         @pl.when(self.team != 0)
         def _():
@@ -120,7 +122,7 @@ class Down(Multiplier):
             other = [plgpu.load(scratch.y_share.at[i], layout=plgpu.Layout.WGMMA) for i in parts]
             total = y + (other[0] if len(other) == 1 else lax.concatenate(other, 1))
             for token, numbers in enumerate(residual):
-                total += jnp.where(along_rows(row, columns) == token, along_columns(numbers), 0.0)
+                total += jnp.where(along_rows(_row(), columns) == token, along_columns(numbers), 0.0)
             plgpu.commit_smem()
             plgpu.barrier_arrive(scratch.taken)
             store_rows(
@@ -134,7 +136,7 @@ class Down(Multiplier):
             )
 
     def _residual(self, tile) -> list[jax.Array]:
-        """What the tokens' rows of a tile of y are added to, each [columns] in float32; none if that is nothing."""
+        """The residual's part of a tile of y: float32 [columns] of each token; empty if there is none."""
         if self.inputs.residual is None:
             return []
         columns = self.sizes.config.out_columns
@@ -144,7 +146,7 @@ class Down(Multiplier):
 
     def _given(self, hit):
         """What each token, a row, gives an expert of the list; 0 for what is no token."""
-        row = plgpu.broadcasted_iota(jnp.int32, (WGMMA_ROWS,), 0, layout=ROWS)
+        row = _row()
         given = jnp.where(row == 0, self.scratch.token_weights[0, hit], 0.0)
         for token in range(1, self.sizes.num_tokens):
             given = jnp.where(row == token, self.scratch.token_weights[token, hit], given)
@@ -168,3 +170,7 @@ class Down(Multiplier):
             there = pl.ds(pl.multiple_of(source + begin, WGMMA_ROWS), size)
             plgpu.copy_gmem_to_smem(self.between.rounded.at[there], scratch.rows.at[here], barrier)
             plgpu.copy_gmem_to_smem(self.between.scale.at[there], scratch.row_scale.at[here], barrier)
+
+
+def _row() -> jax.Array:
+    return plgpu.broadcasted_iota(jnp.int32, (WGMMA_ROWS,), 0, layout=ROWS)

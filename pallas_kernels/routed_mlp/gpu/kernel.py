@@ -1,4 +1,4 @@
-"""The experts of one to eight tokens in one kernel: gate/up, activation, down and the weighted sum.
+"""The experts of one to eight tokens in one kernel: gate/up, activation, down and the weighted sum, onto a residual.
 
     floor in time = bytes of the weights of the experts that are hit / HBM bandwidth
 
@@ -7,11 +7,11 @@ A block for each multiprocessor; in each, one warpgroup streams weights through 
 tensor cores take 64 rows, and wait for weights.
 
     list     each block lists the experts that are hit (`hits`)
-    gate/up  tiles of h, as many for each block               -> h in float32
+    gate/up  tiles of h, as many for each block               -> h in float32, by row its largest
     wait     until all blocks have done so
     round    rows of h to 8 bits                              -> h in 8 bits, scales
     wait     until that is done; down's weights are on their way since gate/up's have come
-    down     each block its columns of y, summed over the experts
+    down     each block its columns of y, summed over the experts, and onto the residual
 
 Depths. The tensor cores take 64 rows, and tokens are 8. The rows of x lie in tiles of 8 tokens and 128 columns, one
 depth below the other, and so do the rows of weights in a slot of the ring, for the same depths:
@@ -63,7 +63,8 @@ def _launch(
     inputs: Inputs, made: dict[str, Any], shapes: dict[str, Any], sizes: Sizes, phases: Phases
 ) -> dict[str, Any]:
     makes = [
-        *(["h", *([] if sizes.by_block else ["largest"])] if phases.up else []),
+        *(["h"] if phases.up else []),
+        *(["largest"] if phases.up and not sizes.by_block else []),
         *(["rounded", "scale"] if phases.rounding else []),
         *(["y"] if phases.down else []),
     ]

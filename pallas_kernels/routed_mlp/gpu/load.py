@@ -37,7 +37,7 @@ class Loader:
         if self.sizes.stage != "comp":
             # What was loaded has been read, so that no barrier is left half-way.
             for team, step in enumerate(steps):
-                first = jnp.maximum(step - self.sizes.config.slots // TEAMS, 0)
+                first = jnp.maximum(step - self.sizes.config.slots_of_team, 0)
                 lax.fori_loop(first, step, lambda i, _, team=team: self._wait_read(team, i), None)
 
     def _copy_x(self) -> None:
@@ -81,26 +81,27 @@ class Loader:
     def _load_turns(self, turns, steps_each: int, first_steps, of_turn, load_step):
         """The slots of so many pieces of work, of which teams take one in turn; returns the steps of each team so far.
 
-        As many steps at a time as a team has slots, so that none waits for its team's turn.
+        The teams' slots are filled in turns, as many of one as it has, then those of the other: all of the ring is on
+        its way.
         """
-        own = self.sizes.config.slots // TEAMS
+        at_once = self.sizes.config.slots_of_team
 
         def load_together(together, _):
-            mine = [together * TEAMS + team for team in range(TEAMS)]
-            weights = [of_turn(jnp.minimum(turn, turns - 1)) for turn in mine]
+            turns_of_teams = [together * TEAMS + team for team in range(TEAMS)]
+            sources = [of_turn(jnp.minimum(turn, turns - 1)) for turn in turns_of_teams]
 
             def load_some(part, _):
-                begin = part * own
-                end = jnp.minimum(begin + own, steps_each)
-                for team, turn in enumerate(mine):
+                begin = part * at_once
+                end = jnp.minimum(begin + at_once, steps_each)
+                for team, turn in enumerate(turns_of_teams):
 
                     def load_one(k, _, team=team):
                         step = first_steps[team] + together * steps_each + k
-                        load_step(self._free_slot(team, step), *weights[team], k, step)
+                        load_step(self._free_slot(team, step), *sources[team], k, step)
 
                     lax.fori_loop(begin, jnp.where(turn < turns, end, begin), load_one, None)
 
-            lax.fori_loop(0, pl.cdiv(steps_each, own), load_some, None)
+            lax.fori_loop(0, pl.cdiv(steps_each, at_once), load_some, None)
 
         lax.fori_loop(0, turns_of(jnp.int32(0), turns, TEAMS), load_together, None)
         return [step + turns_of(jnp.int32(team), turns, TEAMS) * steps_each for team, step in enumerate(first_steps)]
@@ -108,8 +109,7 @@ class Loader:
     def _free_slot(self, team, step):
         """The slot of a step, once the step that used it before has been read."""
         if self.sizes.stage != "comp":
-            own = self.sizes.config.slots // TEAMS
-            pl.when(step >= own)(lambda: self._wait_read(team, step))
+            pl.when(step >= self.sizes.config.slots_of_team)(lambda: self._wait_read(team, step))
         return slot_of(team, step, self.sizes)
 
     def _wait_read(self, team, step) -> None:
@@ -123,7 +123,7 @@ class Loader:
             plgpu.copy_gmem_to_smem(source, target, self.scratch.full.at[slot])
 
         if self.sizes.stage == "comp":
-            pl.when(step < self.sizes.config.slots // TEAMS)(copy)  # fill the ring once
+            pl.when(step < self.sizes.config.slots_of_team)(copy)  # fill the ring once
         else:
             copy()
 

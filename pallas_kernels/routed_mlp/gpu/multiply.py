@@ -13,7 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.on_gpu.smem import Views
 from pallas_kernels.routed_mlp.gpu.scratch import Scratch
-from pallas_kernels.routed_mlp.gpu.sizes import SLOT_ROWS, TEAMS, TOKENS, WGMMA_ROWS, Between, Inputs, Sizes
+from pallas_kernels.routed_mlp.gpu.sizes import SLOT_ROWS, TOKENS, WGMMA_ROWS, Between, Inputs, Sizes
 from pallas_kernels.routed_mlp.gpu.walk import slot_of
 
 ROWS = plgpu.Layout.WGMMA.reduce(1)
@@ -145,7 +145,7 @@ class Multiplier:
             plgpu.barrier_wait(self.scratch.full.at[slot])
 
         if self.sizes.stage == "comp":
-            pl.when(step < self.sizes.config.slots // TEAMS)(wait)
+            pl.when(step < self.sizes.config.slots_of_team)(wait)
         else:
             wait()
         return slot

@@ -1,4 +1,7 @@
-"""The rounding of h to 8 bits: 64 rows at a time, those of 8 tokens and 8 · 128 columns of an expert."""
+"""The rounding of h to 8 bits: 64 rows at a time, those of 8 tokens and 8 · 128 columns of an expert.
+
+With scales of rows it goes by the largest numbers that the tiles of h have left.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +45,7 @@ class Rounding(Multiplier):
         return jnp.where(depth * BLOCK + _iota(1) < self.sizes.width, h, 0.0)
 
     def _largest_of_tokens(self, hit):
-        """The largest number of each token in all of its row of h, for each of 64 rows, of which every eighth is it."""
+        """Each token's largest number in its whole row of h, in all rows of a tile that are its own: every eighth."""
         sizes, in_group = self.sizes, WGMMA_ROWS // TOKENS
         tile = lax.div(plgpu.broadcasted_iota(jnp.int32, (WGMMA_ROWS,), 0, layout=ROWS), jnp.int32(TOKENS))
 

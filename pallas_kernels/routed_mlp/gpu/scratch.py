@@ -24,7 +24,7 @@ class Scratch(NamedTuple):
       ring: of weights, [slots, SLOT_ROWS, BLOCK].
       full: [slots] barriers, complete when the copies of a slot have landed.
       empty: [slots] barriers, complete when a slot has been read.
-      lhs: `x` and `rows`, which take each other's place.
+      lhs: `x`, and later `rows` in its place.
       x_scale: of x.
       x_full: barrier, complete when x has landed.
       row_scale: of the rows of h.
@@ -132,7 +132,8 @@ def slots_that_fit(sizes: Sizes, fast_memory_bytes: int) -> int:
     behind = WGMMA_ROWS - TOKENS
     rows_of_h = config.rows_ahead * sizes.h_rows
     lhs = BLOCK * (max(sizes.x_rows, rows_of_h) + behind)
-    scales = 4 * (sizes.x_rows + rows_of_h + 2 * behind + 2 * TEAMS * WGMMA_ROWS)
+    largest = 2 * TEAMS * WGMMA_ROWS  # of tokens, on their way out and where they are compared
+    scales = 4 * (sizes.x_rows + rows_of_h + 2 * behind + largest)
     h_columns = min(config.columns, BLOCK // 4)
     staging = WGMMA_ROWS * (TEAMS * (4 * h_columns + BLOCK) + 2 * 4 * config.out_columns)
     depth_sums = TEAMS * 2 * 2 * WGMMA_ROWS * TOKENS * 4

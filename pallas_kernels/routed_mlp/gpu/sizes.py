@@ -47,6 +47,11 @@ class Config:
     rows_ahead: int
     blocks: int
 
+    @property
+    def slots_of_team(self) -> int:
+        """Of the ring."""
+        return self.slots // TEAMS
+
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
@@ -96,7 +101,7 @@ class Sizes:
 
     @property
     def up_groups(self) -> int:
-        """Groups of eight tiles of h of an expert, of which the largest number of each token are WGMMA_ROWS numbers."""
+        """Groups of eight tiles of h of an expert: the largest numbers of their tokens are WGMMA_ROWS numbers."""
         return pl.cdiv(self.up_tiles, WGMMA_ROWS // TOKENS)
 
     @property
@@ -166,9 +171,9 @@ class Between(NamedTuple):
 
     Attributes:
       h: float32 [most_hits · h_rows, BLOCK].
-      largest: float32 [most_hits · up_groups · WGMMA_ROWS], the largest absolute value of each tile of h and token;
-        unless scales come by block, which are of what a tile of rows holds.
-      rounded: the same in 8 bits.
+      largest: float32 [most_hits · up_groups · WGMMA_ROWS], the largest absolute value of each token in each tile of
+        h; None if scales come by block, for which a tile of rows is enough.
+      rounded: `h` in 8 bits.
       scale: float32 [most_hits · h_rows], of their rows.
     """
 

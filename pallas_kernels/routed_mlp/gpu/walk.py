@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.routed_mlp.gpu.sizes import TEAMS, Sizes
+from pallas_kernels.routed_mlp.gpu.sizes import Sizes
 
 
 class Phases(NamedTuple):
@@ -43,5 +43,5 @@ def down_hit(block: jax.Array, index, num_hits) -> jax.Array:
 
 def slot_of(team, step, sizes: Sizes):
     """The buffer of the ring that a step of a team uses."""
-    own = sizes.config.slots // TEAMS
+    own = sizes.config.slots_of_team
     return team * own + lax.rem(step, jnp.int32(own))

@@ -1,5 +1,8 @@
 """Top-k on NVIDIA GPUs: K rounds of finding the maximum (`rounds`), with the scores in registers.
 
+Rows of a power of two scores have a block for a few of them (`rows`, and `few` where there are fewer than that); the
+others one for 64 (`tiles`).
+
 XLA sorts every row instead. The scores are read once:
 
     floor in time = (4·T·E + 8·T·K) bytes / HBM bandwidth; of few tokens, how long a kernel takes to start
@@ -16,7 +19,6 @@ from pallas_kernels.top_k.gpu.rounds import Rounds
 from pallas_kernels.top_k.groups import Groups, limited_to_groups
 
 _MOST_EXPERTS = 256  # two registers a thread for each, of 255
-_COPIED_BYTES = 128  # in multiples of which the copy engine fills shared memory
 
 
 def top_k(scores: jax.Array, k: int, *, normalize: bool) -> tuple[jax.Array, jax.Array]:
@@ -75,7 +77,7 @@ def _require(scores: jax.Array) -> None:
 def _is_left_to_xla(scores: jax.Array) -> bool:
     """Whether there is nothing to choose, or the copy engine cannot bring the scores of so few tokens."""
     tokens = scores.shape[0]
-    of_odd_size = tokens < tiles.TOKENS and scores.nbytes % _COPIED_BYTES != 0
+    of_odd_size = tokens < tiles.TOKENS and scores.nbytes % few.COPIED_BYTES != 0
     return tokens == 0 or (of_odd_size and not rows.fits(scores))
 
 

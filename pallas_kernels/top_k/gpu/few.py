@@ -16,16 +16,18 @@ from pallas_kernels.top_k.gpu.groups import Memory, find_kept, limited
 from pallas_kernels.top_k.gpu.rounds import Rounds
 from pallas_kernels.top_k.groups import Groups
 
-_COPIED_BYTES = 128  # in multiples of which the copy engine fills shared memory
-_VECTOR = 4  # numbers of 16 bytes, in multiples of which it empties it
+COPIED_BYTES = 128
+"""In multiples of which the copy engine fills shared memory."""
+
+_VECTOR = 4  # numbers of 4 bytes in 16, in multiples of which it empties it
 _COLUMNS = 8  # of the smallest tile
 
 
 def fits(scores: jax.Array) -> bool:
     """Whether the rows are such, and the copy engine can bring them."""
     num_tokens, num_experts = scores.shape
-    is_few = rows.is_power(num_experts) and 0 < num_tokens < rows.of_block(num_experts)
-    return is_few and scores.nbytes % _COPIED_BYTES == 0
+    is_few = rows.takes(num_experts) and 0 < num_tokens < rows.of_block(num_experts)
+    return is_few and scores.nbytes % COPIED_BYTES == 0
 
 
 def fits_groups(scores: jax.Array, groups: Groups) -> bool:

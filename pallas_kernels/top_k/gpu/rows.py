@@ -26,10 +26,10 @@ _LEAST_ROWS = 8  # of a block, two for each warp
 def fits(scores: jax.Array) -> bool:
     """Whether there are such rows, and as many as a block takes."""
     num_tokens, num_experts = scores.shape
-    return is_power(num_experts) and num_tokens >= of_block(num_experts)
+    return takes(num_experts) and num_tokens >= of_block(num_experts)
 
 
-def is_power(num_experts: int) -> bool:
+def takes(num_experts: int) -> bool:
     """Whether rows have a power of two scores, and threads hold them."""
     return num_experts.bit_count() == 1 and _LEAST_EXPERTS <= num_experts <= _MOST_EXPERTS
 

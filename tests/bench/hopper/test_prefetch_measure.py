@@ -123,6 +123,8 @@ def test_a_norm_comes_before_its_product_and_rounds_as_that_wants_it():
     norm, after = chain.values()
     assert (norm, after) == (Norm(16, 1024, "fp8"), product)
     assert shape_chain(chosen, normed=False) == {product.name: product}
+    wider = Product(GemmShape(1, 16, 1024, 512), "fp8")  # behind an equal norm
+    assert list(shape_chain([product, wider], normed=True).values()) == [norm, product, norm, wider]
     with targeting(get_chip("h200")):
         text = ChainTimer([norm, after], print).lower((PDL, PLAIN)).as_text()
         y = jax.eval_shape(norm.run, *jax.eval_shape(lambda: norms.make_inputs(norm)))

@@ -123,12 +123,21 @@ def test_the_sizes_that_it_takes(sizes, columns):
     ],
 )
 def test_where_it_is_taken(chip, out, dtype, is_taken):
-    """Elsewhere is what was there before, and nothing is said."""
-    x, y = jax.ShapeDtypeStruct((8, 512), jnp.bfloat16), jax.ShapeDtypeStruct((512, 64), dtype)
+    """Elsewhere the product is in parts, without a warning."""
+    x, y = jax.ShapeDtypeStruct((4, 512), jnp.bfloat16), jax.ShapeDtypeStruct((512, 64), dtype)
     with targeting(get_chip(chip)):
         program = traced(functools.partial(gpu.float32_matmul, out_dtype=jnp.dtype(out)), x, y)
     assert ("warpgroup" in program) == is_taken
     assert ("dot_general" in program) != is_taken
+
+
+def test_more_rows_of_16_bits_are_the_matrix_units(rng):
+    x, wide, narrow = (
+        jax.ShapeDtypeStruct(*each)
+        for each in (((5, 512), "bfloat16"), ((512, 64), "float32"), ((512, 64), "bfloat16"))
+    )
+    taken = [few_rows.pick(x, y, jnp.dtype("float32"), get_chip("h200")) is not None for y in (wide, narrow)]
+    assert taken == [True, False]
 
 
 def test_not_of_a_number_of_rows_that_is_a_symbol():
