@@ -85,11 +85,18 @@ def dispatch_cost(
     return Cost(hbm_bytes=num_tokens * hidden * _size(in_dtype) + num_rows * (hidden * _size(out_dtype) + 4))
 
 
-def combine_cost(num_tokens: int, num_rows: int, hidden: int, *, dtype: jax.typing.DTypeLike = jnp.bfloat16) -> Cost:
+def combine_cost(
+    num_tokens: int,
+    num_rows: int,
+    hidden: int,
+    *,
+    dtype: jax.typing.DTypeLike = jnp.bfloat16,
+    has_residual: bool = False,
+) -> Cost:
     """Each row read once with its index and weight, each token written once; a multiply-add per element of a row."""
     return Cost(
         flops=2 * num_rows * hidden,
-        hbm_bytes=num_rows * (hidden * _size(dtype) + 8) + num_tokens * hidden * _size(dtype),
+        hbm_bytes=num_rows * (hidden * _size(dtype) + 8) + (1 + has_residual) * num_tokens * hidden * _size(dtype),
     )
 
 

@@ -129,7 +129,8 @@ def _call(kernel, looked_at: Rows, rows, plan: Plan, by_token, out, config: Conf
     row = jnp.pad(plan.inverse, ((0, steps.cores * steps.each * block - num_tokens), (0, 0)), constant_values=-1)
     copies = looked_at.copies(row.reshape(-1, block, top_k).mT.reshape(-1, 1, top_k * block))
     scalars = functools.partial(pl.BlockSpec, (1, 1, top_k * block), memory_space=pltpu.SMEM)
-    cost = combine_cost(num_tokens, plan.inverse.size, rows.shape[1], dtype=rows.dtype)
+    has_residual = len(by_token) > 1
+    cost = combine_cost(num_tokens, plan.inverse.size, rows.shape[1], dtype=rows.dtype, has_residual=has_residual)
     seen = looked_at.viewed(rows)
     blocks = (block, top_k), *((block, each.shape[1]) for each in by_token), (block, out.shape[1])
     return pl.pallas_call(

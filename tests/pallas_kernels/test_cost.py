@@ -32,6 +32,10 @@ from pallas_kernels.cost import Cost
         (cost.plan_cost(5, 2, 3), Cost(hbm_bytes=4 * (10 + 10 + 10 + 3 + 3))),
         (cost.dispatch_cost(5, 10, 8), Cost(hbm_bytes=5 * 8 * 2 + 10 * 8 * 2 + 10 * 4)),
         (cost.dispatch_cost(5, 10, 8, out_dtype=jnp.float8_e4m3fn), Cost(hbm_bytes=5 * 8 * 2 + 10 * 8 + 10 * 4)),
+        (
+            cost.combine_cost(5, 10, 8, has_residual=True),
+            Cost(flops=160, hbm_bytes=10 * 8 * 2 + 10 * 4 + 10 * 4 + 2 * 5 * 8 * 2),
+        ),
         (cost.combine_cost(5, 10, 8), Cost(flops=160, hbm_bytes=10 * 8 * 2 + 10 * 4 + 10 * 4 + 5 * 8 * 2)),
         (
             cost.combine_cost(5, 10, 8, dtype=jnp.float32),
