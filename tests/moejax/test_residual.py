@@ -16,6 +16,7 @@ from moejax import (
     Perft,
     Quantization,
     TopKRouter,
+    experts,
     fused_experts,
     make_mesh,
     moe,
@@ -23,6 +24,7 @@ from moejax import (
     quantize_params,
 )
 from moejax.routers import ChainRouter, ExpertChoiceRouter, SoftRouter
+from pallas_kernels.quantize import quantize
 from tests.helpers import LIMIT, float64, normal, raises_saying, relative_error, same_bits
 from tests.moejax.layers import random_params
 
@@ -94,6 +96,48 @@ def test_a_residual_of_more_bits_keeps_them(name, rng):
     y, alone = layer(x, residual), layer(x, None)
     assert y.dtype == jnp.float32
     assert relative_error(y - residual, alone) < LIMIT["bfloat16"]
+
+
+@pytest.mark.parametrize("ep", [1, 2])
+@pytest.mark.quick("1")
+def test_the_sum_is_not_rounded_before_the_residual_is_added(ep, rng):
+    config, mesh = dataclasses.replace(CONFIG, dtype=jnp.bfloat16), make_mesh(ep) if ep > 1 else None
+    params, x = random_params(config, rng), normal(rng, 16, 32, dtype="bfloat16")
+
+    def served(x, residual):
+        return moe(x, params, config, residual=residual, mesh=mesh)[0]
+
+    def trained(x, residual):
+        return jax.vjp(lambda x: served(x, residual), x)[0]
+
+    for layer in (jax.jit(served), jax.jit(trained)):
+        alone = layer(x, None).astype(jnp.float32)
+        lost = abs(float64(layer(x, -alone)))  # zeros if the sum was rounded first
+        assert 0 < lost.max() < 2**-8 * abs(alone).max()
+
+
+def test_the_kernel_for_few_tokens_gets_it(monkeypatch, rng):
+    quantization = Quantization("float8_e4m3fn", "per_row", "per_channel")
+    config = dataclasses.replace(CONFIG, precision="w8a8", quantization=quantization)
+    params = quantize_params(random_params(config, rng), config)
+    w1, w2 = (quantize(normal(rng, *shape), scaling="per_channel").mT for shape in ((8, 32, 32), (8, 16, 32)))
+    x, residual = normal(rng, 4, 32), normal(rng, 4, 32)
+    chosen = jnp.ones((4, 2)), jnp.asarray(rng.integers(0, 8, (4, 2)), jnp.int32)
+
+    def layer(residual):
+        return moe(x, params, config, residual=residual)[0]
+
+    def fused(residual):
+        return fused_experts(x, w1, w2, *chosen, residual=residual, quantization=quantization)
+
+    monkeypatch.setattr(experts, "pays", lambda *_: True)
+    jax.clear_caches()
+    try:
+        for run in (layer, fused):
+            assert "routed_mlp" in str(jax.make_jaxpr(run)(residual))
+            assert relative_error(run(residual), float64(residual) + float64(run(None))) < 1e-5
+    finally:
+        jax.clear_caches()
 
 
 class Doubled(TopKRouter):

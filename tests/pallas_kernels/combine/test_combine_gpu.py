@@ -46,6 +46,15 @@ def test_onto_a_residual_interpreted(rng, of_residual):
     assert relative_error(out, right) < LIMIT["bfloat16"]
 
 
+def test_a_residual_of_several_strips(rng):
+    rows, plan, weights = problem(rng, 1160, "bfloat16", 4)
+    residual = normal(rng, 9, 1160)
+    with interpreted(detect_races=False):  # what two strips share is written twice
+        out = combine_onto(rows, plan, weights, residual, out_dtype=jnp.float32)
+    right = reference.combine_onto(rows, plan, weights, residual, out_dtype=jnp.float32)
+    assert relative_error(out, right) < LIMIT["float32"]
+
+
 def test_strips_that_overlap(rng):
     rows, plan, weights = problem(rng, 1160, "bfloat16", 4)
     with interpreted(detect_races=False):  # what two strips share is written twice

@@ -15,10 +15,12 @@ from pallas_kernels.top_k import (
     top_k_ids,
     weights_at,
 )
+from pallas_kernels.top_k.gpu import few
+from pallas_kernels.top_k.gpu.rounds import Rounds
 from pallas_kernels.top_k.places import placed, taken
 from tests.helpers import LIMIT, float64, normal, raises_saying, relative_error
 from tests.pallas_kernels.backends import every_backend
-from tests.pallas_kernels.kernels_gpu import interpreted
+from tests.pallas_kernels.kernels_gpu import interpreted, lower_for_cuda
 
 backend = every_backend("top_k")
 
@@ -307,6 +309,19 @@ def test_a_ranking_interpreted(rng, shape, groups):
         weights, ids = jax.jit(lambda *x: gpu.ranked_top_k(*x, 4, groups=groups, normalize=False))(scores, ranking)
     np.testing.assert_array_equal(ids, chosen_by_hand(ranking, 4, groups))
     np.testing.assert_array_equal(weights, np.take_along_axis(np.asarray(scores), np.asarray(ids), axis=1))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "experts", "is_taken"), [(2, 128, True), (7, 32, True), (1, 16, False), (3, 24, False), (8, 128, False)]
+)
+def test_which_rows_are_few(tokens, experts, is_taken):
+    assert few.fits(jnp.zeros((tokens, experts))) == is_taken
+
+
+@pytest.mark.parametrize("k", [4, 6])
+def test_few_rows_lower_for_cuda(k):
+    scores = jax.ShapeDtypeStruct((2, 128), jnp.float32)
+    lower_for_cuda(lambda scores: few.choose(scores, Rounds(k, True), with_weights=True), scores)
 
 
 def test_groups_count_where_scores_have_16_bits_interpreted(rng):
