@@ -19,7 +19,7 @@ from pallas_kernels.top_k.gpu.groups import Memory, find_kept, limited
 from pallas_kernels.top_k.gpu.rounds import Rounds
 from pallas_kernels.top_k.groups import Groups
 
-_LEAST_EXPERTS, _MOST_EXPERTS = 8, 256
+_LEAST_EXPERTS, _MOST_EXPERTS = 16, 256
 _LEAST_ROWS = 8  # of a block, two for each warp
 
 

@@ -26,5 +26,5 @@ def test_counts_are_those_of_a_plain_search(rng, wrong):
             expected["brackets_right"] += right[1 + bracket.start()]
     found = jax.jit(count_skills)(tokens, likeliest)
     assert {name: int(getattr(found, name)) for name in expected} == expected
-    assert expected["words"] > 50
+    assert expected["words"] > 20  # there is something to count
     assert (expected["words_right"] < expected["words"]) is bool(wrong)

@@ -16,7 +16,6 @@ from pallas_kernels.top_k import (
     weights_at,
 )
 from pallas_kernels.top_k.gpu import few
-from pallas_kernels.top_k.gpu.rounds import Rounds
 from pallas_kernels.top_k.places import placed, taken
 from tests.helpers import LIMIT, float64, normal, raises_saying, relative_error
 from tests.pallas_kernels.backends import every_backend
@@ -318,10 +317,13 @@ def test_which_rows_are_few(tokens, experts, is_taken):
     assert few.fits(jnp.zeros((tokens, experts))) == is_taken
 
 
-@pytest.mark.parametrize("k", [4, 6])
-def test_few_rows_lower_for_cuda(k):
-    scores = jax.ShapeDtypeStruct((2, 128), jnp.float32)
-    lower_for_cuda(lambda scores: few.choose(scores, Rounds(k, True), with_weights=True), scores)
+@pytest.mark.parametrize("tokens", [1, 7, 32, 200])
+@pytest.mark.parametrize("experts", [8, 16, 32, 64, 128, 256])
+def test_any_number_of_experts_and_tokens_lowers_for_cuda(tokens, experts):
+    """Registers are laid out by both."""
+    scores = jax.ShapeDtypeStruct((tokens, experts), jnp.float32)
+    for k in (4, 6):
+        lower_for_cuda(lambda scores, k=k: top_k(scores, k, normalize=True, backend="pallas_gpu"), scores)
 
 
 def test_groups_count_where_scores_have_16_bits_interpreted(rng):
