@@ -11,6 +11,7 @@ KERNELS = {
         "in shard_map": ["combine", "combine_dweights", "dispatch", "grouped_matmul", "grouped_matmul_drhs"],
         "gate/up fp8 blocks K-major": ["grouped_gate_up"],
         "all_to_all": ["all_to_all"],
+        "combine onto a residual": ["combine"],
         "rms_norm gradients": ["rms_norm", "rms_norm_pullback"],
     },
     "others": {

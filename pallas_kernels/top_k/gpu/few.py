@@ -1,8 +1,6 @@
 """Rows fewer than a block of `rows` has: through shared memory, where those past the last are whatever lies there."""
 
 import functools
-from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -48,14 +46,17 @@ def choose(
     """Ids [T, K], and their weights [T, K] if wanted: scores where `ranking`, if given, is best within the groups."""
     num_tokens, num_experts = scores.shape
     layout = rows.layout_of(num_experts)
-    by = scores if ranking is None else ranking
+    by, in_block = scores if ranking is None else ranking, rows.of_block(num_experts)
     given = [by] if ranking is None else [by, scores]
+    tile_rows = [in_block] * len(given)
     if groups is not None:
         given.append(by.reshape(-1, num_experts // groups.num_groups))
+        tile_rows.append(TILE)
     dtypes = (jnp.int32, jnp.float32) if with_weights else (jnp.int32,)
 
     def body(*refs):
-        given_refs, outs, (tiles, staging, copied, memory) = _split(refs, len(given), len(dtypes))
+        *arrays, tiles, staging, copied, memory = refs
+        given_refs, outs = arrays[: len(given)], arrays[len(given) :]
         for ref, tile in zip(given_refs, tiles, strict=True):
             plgpu.copy_gmem_to_smem(ref, tile.at[: ref.shape[0]], copied)
         plgpu.barrier_wait(copied)
@@ -75,9 +76,9 @@ def choose(
             plgpu.copy_smem_to_gmem(buffer.at[:num_tokens], out)
         plgpu.wait_smem_to_gmem(0)
 
-    in_block, columns = rows.of_block(num_experts), pl.cdiv(rounds.k, _VECTOR) * _VECTOR
+    columns = pl.cdiv(rounds.k, _VECTOR) * _VECTOR
     scratch = [
-        [plgpu.SMEM((in_block if x.shape[0] == num_tokens else TILE, x.shape[1]), jnp.float32) for x in given],
+        [plgpu.SMEM((height, x.shape[1]), jnp.float32) for height, x in zip(tile_rows, given, strict=True)],
         [plgpu.SMEM((in_block, columns), dtype) for dtype in dtypes],
         plgpu.Barrier(num_arrivals=len(given)),
         None if groups is None else Memory.describe(),
@@ -85,12 +86,3 @@ def choose(
     outs = [jax.ShapeDtypeStruct((num_tokens, columns), dtype) for dtype in dtypes]
     found = launch(body, outs, *given, name="top_k", blocks=1, scratch=scratch)
     return [x if columns == rounds.k else x[:, : rounds.k] for x in found]
-
-
-def _split(refs: Sequence[Any], *sizes: int) -> list[Sequence[Any]]:
-    """`refs` as parts of these sizes, and the rest."""
-    parts = []
-    for size in sizes:
-        parts.append(refs[:size])
-        refs = refs[size:]
-    return [*parts, refs]

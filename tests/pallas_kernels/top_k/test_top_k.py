@@ -297,10 +297,11 @@ def test_scores_where_a_ranking_is_best(backend, rng, shape, groups):
         ((3, 256), Groups(8, 4, 2)),
         ((1, 256), Groups(8, 1, 1)),
         ((5, 64), Groups(8, 3, 2)),
+        ((2, 128), Groups(1, 1, 2)),
     ],
     ids=str,
 )
-@pytest.mark.quick("(19,*", "(24, 256*", "(6,*", "(3,*", "(5,*")
+@pytest.mark.quick("(19,*", "(24, 256*", "(6,*", "(3,*", "(5,*", "(2,*")
 def test_a_ranking_interpreted(rng, shape, groups):
     """Whole blocks and such that share rows, with groups in the kernel and before it."""
     scores, ranking = ranked(rng, *shape)
