@@ -100,7 +100,7 @@ combined = Operator("combine", "combine", linear_in=("rows", "weights"), transpo
 """See `pallas_kernels.combine.combine`."""
 
 onto = Operator("combine", "combine_onto", jvp=_onto_jvp)
-"""See `pallas_kernels.combine.reference.combine_onto`."""
+"""See `pallas_kernels.combine.combine`, with a residual."""
 
 weighed = Operator("combine", "combine_dweights", linear_in=("rows", "dout"), transpose=_weigh_transpose)
 """See `pallas_kernels.combine.reference.combine_dweights`."""

@@ -36,38 +36,19 @@ def combine(
     rows: jax.Array,
     plan: Plan,
     weights: jax.Array,
+    residual: jax.Array | None = None,
     *,
     out_dtype: jax.typing.DTypeLike,
     config: Config | None = None,
 ) -> jax.Array:
     """See `pallas_kernels.combine.combine`; `config` is for tuning."""
-    return _combine(rows, plan, weights, None, jnp.dtype(out_dtype), config)
-
-
-def combine_onto(
-    rows: jax.Array, plan: Plan, weights: jax.Array, residual: jax.Array, *, out_dtype: jax.typing.DTypeLike
-) -> jax.Array:
-    """See `pallas_kernels.combine.reference.combine_onto`."""
-    return _combine(rows, plan, weights, residual, jnp.dtype(out_dtype), None)
-
-
-def _combine(
-    rows: jax.Array,
-    plan: Plan,
-    weights: jax.Array,
-    residual: jax.Array | None,
-    out_dtype: jnp.dtype,
-    config: Config | None,
-) -> jax.Array:
     require_hopper("combine")
     num_tokens, top_k = plan.inverse.shape
     columns = rows.shape[1]
     config = config or _config(num_tokens)
     strips = cut("combine", columns, rows.dtype, config.vectors)
     if plan.inverse.size == 0 or rows.shape[0] == 0:
-        if residual is not None:
-            return residual.astype(out_dtype)
-        return reference.combine(rows, plan, weights, out_dtype=out_dtype)
+        return reference.combine(rows, plan, weights, residual, out_dtype=out_dtype)
     units = num_tokens * strips.count
     blocks = min(config.blocks, units)
 
@@ -89,10 +70,14 @@ def _combine(
 
         for_each(lax.axis_index("block"), blocks, units, fetch, add_up)
 
-    out = jax.ShapeDtypeStruct((num_tokens, strips.vectors, strips.vector), out_dtype)
+    out = jax.ShapeDtypeStruct((num_tokens, strips.vectors, strips.vector), jnp.dtype(out_dtype))
     viewed = None if residual is None else strips.view(residual)
     inputs = strips.view(rows), plan.inverse, weights.astype(jnp.float32), viewed
     return launch(body, out, *inputs, name="combine", blocks=blocks).reshape(num_tokens, columns)
+
+
+combine_onto = combine
+"""`combine` with a residual."""
 
 
 def combine_dweights(rows: jax.Array, plan: Plan, dout: jax.Array) -> jax.Array:

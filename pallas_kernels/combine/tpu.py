@@ -48,6 +48,7 @@ def combine(
     rows: jax.Array,
     plan: Plan,
     weights: jax.Array,
+    residual: jax.Array | None = None,
     *,
     out_dtype: jax.typing.DTypeLike,
     config: Config | None = None,
@@ -59,44 +60,27 @@ def combine(
       rows: [R, H], BF16 or float32.
       plan: the plan.
       weights: [T, K].
+      residual: [T, H], BF16 or float32, or None.
       out_dtype: of the result, BF16 or float32.
       config: for tuning.
       stage: "comp" copies no rows, "dma" copies and sums none; their results mean nothing.
 
     Raises:
-      Unsupported: rows or result have another dtype.
+      Unsupported: rows, residual or result have another dtype.
     """
-    looked_at = _look_at("combine", rows, out_dtype)
+    looked_at = _look_at("combine", rows, out_dtype, *([] if residual is None else [residual.dtype]))
     if plan.inverse.size == 0 or rows.shape[0] == 0:
-        return reference.combine(rows, plan, weights, out_dtype=out_dtype)
-    return _combine(looked_at, rows, plan, weights, None, jnp.dtype(out_dtype), config, stage)
-
-
-def combine_onto(
-    rows: jax.Array, plan: Plan, weights: jax.Array, residual: jax.Array, *, out_dtype: jax.typing.DTypeLike
-) -> jax.Array:
-    """See `pallas_kernels.combine.reference.combine_onto`; what it refuses, as `combine`."""
-    looked_at = _look_at("combine", rows, out_dtype, residual.dtype)
-    if plan.inverse.size == 0 or rows.shape[0] == 0:
-        return residual.astype(out_dtype)
-    padded = jnp.pad(residual, ((0, 0), (0, looked_at.columns - residual.shape[1])))
-    return _combine(looked_at, rows, plan, weights, padded, jnp.dtype(out_dtype), None, "full")
-
-
-def _combine(
-    looked_at: Rows,
-    rows: jax.Array,
-    plan: Plan,
-    weights: jax.Array,
-    residual: jax.Array | None,
-    out_dtype: jnp.dtype,
-    config: Config | None,
-    stage: Stage,
-) -> jax.Array:
-    out = jax.ShapeDtypeStruct((plan.inverse.shape[0], looked_at.columns), out_dtype)
-    by_token = [weights.astype(jnp.float32), *([] if residual is None else [residual])]
+        return reference.combine(rows, plan, weights, residual, out_dtype=out_dtype)
+    out = jax.ShapeDtypeStruct((plan.inverse.shape[0], looked_at.columns), jnp.dtype(out_dtype))
+    by_token = [weights.astype(jnp.float32)]
+    if residual is not None:
+        by_token.append(_padded(residual, looked_at))
     y = _call(_combine_kernel, looked_at, rows, plan, by_token, out, config, stage, name="combine")
     return y[:, : rows.shape[1]]
+
+
+combine_onto = combine
+"""`combine` with a residual."""
 
 
 def combine_dweights(
@@ -107,8 +91,13 @@ def combine_dweights(
     if plan.inverse.size == 0 or rows.shape[0] == 0:
         return reference.combine_dweights(rows, plan, dout)
     out = jax.ShapeDtypeStruct(plan.inverse.shape, jnp.float32)
-    dout = jnp.pad(dout, ((0, 0), (0, looked_at.columns - dout.shape[1])))
+    dout = _padded(dout, looked_at)
     return _call(_dweights_kernel, looked_at, rows, plan, [dout], out, config, stage, name="combine_dweights")
+
+
+def _padded(x: jax.Array, looked_at: Rows) -> jax.Array:
+    """Tokens [T, H] with as many columns as the kernel looks at."""
+    return jnp.pad(x, ((0, 0), (0, looked_at.columns - x.shape[1])))
 
 
 def _look_at(operator: str, rows: jax.Array, *others: jax.typing.DTypeLike) -> Rows:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.combine import combine
+from pallas_kernels.plan import Plan
 from tests.helpers import LIMIT, float64, normal, raises_saying, relative_error, same_bits
 from tests.pallas_kernels.backends import every_backend
 from tests.pallas_kernels.kernels_tpu import is_interpreted, lower_for_tpu
@@ -200,6 +201,14 @@ def test_no_tokens(backend, capacity):
     drows, dweights = pullback(out)
     assert same_bits(drows, jnp.zeros_like(rows))
     assert dweights.shape == (0, 2)
+
+
+def test_no_rows_leave_the_residual(backend, rng):
+    nothing = jnp.zeros(0, jnp.int32)
+    plan = Plan(nothing, jnp.full((3, 2), -1), jnp.zeros(2, jnp.int32), jnp.zeros(2, jnp.int32), jnp.int32(0))
+    rows, residual = jnp.zeros((0, 128)), normal(rng, 3, 128)
+    assert same_bits(combine(rows, plan, residual=residual, backend=backend), residual)
+    assert not np.asarray(combine(rows, plan, backend=backend)).any()
 
 
 @pytest.mark.quick("pallas_tpu", "pallas_gpu")
