@@ -209,7 +209,7 @@ def test_a_dense_network_takes_dots_for_few_tokens_and_kernels_for_many(rng):
     asked = ("xla", 900, 4096), ("pallas_gpu", 1, 8), ("auto", 900, 4096)
     assert [dense._takes_dots(*each) for each in asked] == [True, False, jax.default_backend() == "cpu"]
     with targeting(get_chip("h200")):
-        assert [dense._takes_dots("auto", tokens, 4096) for tokens in (64, 65)] == [True, False]
-        assert [dense._takes_dots("auto", 128, hidden) for hidden in (2048, 2049)] == [True, False]
+        assert [dense._takes_dots("auto", tokens, 16384) for tokens in (64, 65)] == [True, False]
+        assert [dense._takes_dots("auto", 512, hidden) for hidden in (2048, 2049)] == [True, False]
     with targeting(get_chip("v6e")):
         assert not dense._takes_dots("auto", 1, 8)
