@@ -29,7 +29,7 @@ from jax.extend import core
 from jax.interpreters import ad, batching, mlir, xla
 from jax.interpreters import partial_eval as pe
 
-from pallas_kernels.backend import check_backend, run
+from pallas_kernels.backend import MODULES, check_backend, run
 from pallas_kernels.on_tpu.device import as_on_a_tpu
 from pallas_kernels.tracing.override import Overrides, overrides
 from pallas_kernels.tracing.target import lowering_for, named_platform
@@ -116,7 +116,7 @@ class Operator:
         self._primitive.def_impl(functools.partial(xla.apply_primitive, self._primitive))
         self._primitive.def_effectful_abstract_eval(lambda *_, jaxpr, **__: (jaxpr.out_avals, jaxpr.effects))
         batching.primitive_batchers[self._primitive] = self._batch
-        mlir.register_lowering(self._primitive, mlir.lower_fun(_evaluate))
+        mlir.register_lowering(self._primitive, _lower_elsewhere)
         for name, platform in _PLATFORMS.items():
             mlir.register_lowering(self._primitive, functools.partial(self._lower, platform), platform=name)
         if linear_in:
@@ -271,6 +271,19 @@ def _evaluate(*arrays: jax.Array, call: Call, jaxpr: Any) -> list[jax.Array]:
     """What was traced."""
     del call
     return core.jaxpr_as_fun(jaxpr)(*arrays)
+
+
+def _lower_elsewhere(ctx: Any, *values: Any, call: Call, jaxpr: Any) -> Any:
+    """The lowering rule of platforms without kernels."""
+    try:
+        return mlir.lower_fun(_evaluate)(ctx, *values, call=call, jaxpr=jaxpr)
+    except ValueError as error:
+        if "interpret mode" not in str(error) or call.backend not in MODULES:
+            raise
+        raise ValueError(
+            f"backend {call.backend!r} has kernels for another platform than this program runs on "
+            f"({', '.join(ctx.module_context.platforms)}): take 'auto', which falls back to XLA here, or 'xla'"
+        ) from error
 
 
 def _on_this_mesh(aval: Any) -> Any:

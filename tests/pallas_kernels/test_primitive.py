@@ -112,6 +112,14 @@ def test_what_a_named_backend_refuses_is_an_error_while_tracing():
         jax.eval_shape(lambda x: dispatch(x, plan), x)
 
 
+@pytest.mark.parametrize("backend", ["pallas_tpu", "pallas_gpu"])
+def test_kernels_for_another_platform_say_so(rng, backend):
+    x = normal(rng, 8, 128)
+    plan = make_plan(jnp.zeros((8, 1), jnp.int32), 1)
+    with raises_saying(ValueError, f"backend '{backend}' has kernels for another platform", "(cpu)", "'auto'"):
+        jax.jit(functools.partial(dispatch, backend=backend))(x, plan)
+
+
 def test_a_call_with_arrays_is_compiled_once(rng):
     operands = random_arrays(rng)
     compiled = []
