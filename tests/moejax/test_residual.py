@@ -41,7 +41,7 @@ CONFIGS = {
 
 @pytest.mark.parametrize("ep", [1, 4])
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.quick("shared-4", "soft-1", "biases-1", "chain-1")
+@pytest.mark.quick("shared-4", "chain-1")
 def test_values_and_gradients_are_those_of_the_sum(name, ep, rng):
     config, mesh = CONFIGS[name], make_mesh(ep) if ep > 1 else None
     params = random_params(config, rng)

@@ -39,6 +39,7 @@ def oracle(x, topk_weights, topk_ids, params):
 @pytest.mark.parametrize(
     ("name", "expert_bias"), [("one chip", True), ("tp", True), ("tp", False), ("ep", True)], ids=str
 )
+@pytest.mark.quick("tp-False", "ep-True")
 def test_gradients_of_choices_that_are_made_twice_or_not_at_all(rng, name, expert_bias):
     partition, mesh, config = PARTITIONS[name], None, dataclasses.replace(CONFIG, expert_bias=expert_bias)
     if partition is not None:

@@ -27,7 +27,7 @@ def both(weights, dtype="float8_e4m3fn", k_major=True, n_last=True, config=FEW):
 @pytest.mark.parametrize(("k_major", "n_last"), [(True, True), (True, False), (False, True)])
 @pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
 @pytest.mark.parametrize("of", ["bfloat16", "float16", "float32"])
-@pytest.mark.quick("bfloat16-float8_e4m3fn-*", "float32-float8_e5m2-True-True", "float16-float8_e4m3fn-True-True")
+@pytest.mark.quick("float16-float8_e4m3fn-True-False", "bfloat16-*e4m3fn-False-True", "float32-*e5m2-True-True")
 def test_interpreted(rng, of, dtype, k_major, n_last):
     got, expected = both(random(rng, (2, 256, 384), of), dtype, k_major, n_last)
     assert same_bits(got, expected)
