@@ -68,8 +68,10 @@ def write_report(folder: pathlib.Path) -> tuple[pathlib.Path, list[Section]]:
     """Draws what the records in a folder allow, into its report.html; returns its path and what it shows.
 
     Raises:
-      ValueError: matplotlib is not installed, there are no records, or a file is not theirs.
+      ValueError: there is no such folder, matplotlib is not installed, there are no records, or a file is not theirs.
     """
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder")
     require_matplotlib()
     runs = read_runs(folder / FILE_NAME)
     records = [record for name in _ONE_CHIP_FILES for record in read_lines(folder / name)]

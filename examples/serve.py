@@ -125,6 +125,8 @@ def main(arguments: list[str] | None = None) -> tuple[float, float, float]:
         parser.error("--ep, --slots, --requests, --longest and --steps must be at least 1")
     if options.hidden % 128 or options.intermediate % 128 or options.experts % options.ep:
         parser.error("--hidden and --intermediate must be multiples of 128, and --experts one of --ep")
+    if not 1 <= options.top_k <= options.experts:
+        parser.error(f"--top-k must be from 1 to --experts, {options.experts}, got {options.top_k}")
     if options.ep > 1:
         jax.config.update("jax_num_cpu_devices", options.ep)  # of use where the CPU is all there is
 

@@ -86,7 +86,12 @@ def main(arguments: list[str] | None = None) -> list[float]:
         jax.config.update("jax_num_cpu_devices", options.devices)
     experts = math.gcd(jax.device_count(), 8)
     axes = options.mesh or f"data={jax.device_count() // experts},expert={experts}"
-    sizes = {name: int(size) for name, size in (axis.split("=") for axis in axes.split(","))}
+    try:
+        sizes = {name: int(size) for name, size in (axis.split("=") for axis in axes.split(","))}
+    except ValueError:
+        parser.error(f"--mesh must be axes and their sizes, as fsdp=2,expert=2, got {axes!r}")
+    if math.prod(sizes.values()) > jax.device_count():
+        parser.error(f"--mesh must be of at most the {jax.device_count()} devices that there are, got {axes}")
     if options.batch % math.prod(sizes.values()):
         parser.error(f"--batch must be a multiple of the {math.prod(sizes.values())} devices, got {options.batch}")
     # Sequences lie over all axes, and the layer is told so.

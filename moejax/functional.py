@@ -18,7 +18,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from moejax.aux_output import MoEAux
 from moejax.checks import check_residual, require_arrays, require_integer
-from moejax.config import MoEConfig
+from moejax.config import MoEConfig, check_config
 from moejax.on_chip import Held, PerToken, Settings, experts_on_chip, layer_on_chip, whole_scales
 from moejax.params import MoEParams, check_expert_params, check_params, param_specs, param_table
 from pallas_kernels.plan import as_ids, in_int32
@@ -71,6 +71,7 @@ def moe(
       ValueError: shapes or dtypes do not fit the configuration, the mesh lacks an axis or would repeat work, a size
         does not divide, or `x` is known (outside jit) and holds NaN. Under jit a token with NaN gets NaN.
     """
+    check_config(config)
     require_arrays(token_ids=token_ids, topk_ids=topk_ids)
     check_input(x, config, mask)
     check_residual(residual, x)
@@ -118,6 +119,7 @@ def moe_experts(
     Raises:
       ValueError: shapes or dtypes do not fit, the mesh lacks an axis, or ep does not divide E.
     """
+    check_config(config)
     require_arrays(topk_weights=topk_weights, topk_ids=topk_ids)
     check_input(x, config, mask)
     check_residual(residual, x)

@@ -70,7 +70,7 @@ def fused_experts(
       [T, H] in the dtype of hidden_states.
 
     Raises:
-      ValueError: shapes or dtypes do not fit, or `transport` is unknown.
+      ValueError: shapes or dtypes do not fit, `transport` is unknown, or no `jax.shard_map` has the axis.
     """
     check_transport(transport)
     is_known = quantization is None or isinstance(quantization, Quantization)
@@ -78,7 +78,7 @@ def fused_experts(
     w1, b1 = _gate_first(w1, b1, layout, gate_up_order)
     _check(hidden_states, w1, w2, topk_weights, topk_ids, b1, b2, layout)
     check_residual(residual, hidden_states)
-    num_local, ep = w1.shape[0], 1 if ep_axis is None else jax.lax.axis_size(ep_axis)
+    num_local, ep = w1.shape[0], 1 if ep_axis is None else _size_of(ep_axis)
     names = () if ep_axis is None else (ep_axis,)
     axes = Axes(expert=names, tokens=names, sizes=tuple((name, ep) for name in names))
     math = ExpertMath(activation, activation_limit, quantization, hidden_states.dtype, backend)
@@ -88,6 +88,18 @@ def fused_experts(
     return math.serve_or_train(
         run, hidden_states, topk_weights.astype(jnp.float32), in_int32(topk_ids, num_local * ep), params, residual
     )
+
+
+def _size_of(ep_axis: str) -> int:
+    """How many chips the axis has here.
+
+    Raises:
+      ValueError: there is no such axis here.
+    """
+    try:
+        return jax.lax.axis_size(ep_axis)
+    except NameError:
+        raise ValueError(f"ep_axis must be an axis of the jax.shard_map around the call, got {ep_axis!r}") from None
 
 
 def _run(

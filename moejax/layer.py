@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moejax.aux_output import MoEAux
-from moejax.config import MoEConfig
+from moejax.config import MoEConfig, check_config
 from moejax.functional import axes_on, moe
 from moejax.initial import Initializer, initial
 from moejax.param import Param
@@ -123,9 +123,7 @@ class MoE(nnx.Module):
         Raises:
           ValueError: the mesh lacks an axis or would repeat work, or a size does not divide.
         """
-        if not isinstance(config, MoEConfig):
-            made = "get_preset('mixtral-8x7b') makes one of a name"
-            raise TypeError(f"config must be a MoEConfig, got {type(config).__name__}; {made}")
+        check_config(config)
         self.config = config
         self.mesh = mesh
         self.partition = partition

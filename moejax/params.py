@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from moejax.config import MoEConfig
+from moejax.config import MoEConfig, check_config
 from moejax.param import Param
 from pallas_kernels.quantize import Operand, QTensor, block_shape, check_qtensor, quantize
 from sharding.mesh import has_explicit_axes, spec_in
@@ -215,9 +215,14 @@ def _hint(value: Operand, row: Param, shape: tuple[int, ...]) -> str:
 
 
 def quantize_params(params: MoEParams, config: MoEConfig) -> MoEParams:
-    """Rounds the weights of all experts to 8 bits for serving, as QTensors (see `MoEParams`); the rest is unchanged."""
+    """Rounds the weights of all experts to 8 bits for serving, as QTensors (see `MoEParams`); the rest is unchanged.
+
+    Raises:
+      ValueError: a block of `config.quantization.rhs_scaling` does not divide the weights.
+    """
     if not isinstance(params, MoEParams):
         raise TypeError(f"params must be MoEParams, got {type(params).__name__}; of a layer, layer.params()")
+    check_config(config)
     q = config.quantization
 
     def to_8_bits(weights: Operand | None, row: Param | None) -> Any:
@@ -234,10 +239,13 @@ def quantize_params(params: MoEParams, config: MoEConfig) -> MoEParams:
         shardings = jax.tree.map(functools.partial(NamedSharding, mesh), specs)
         return jax.jit(jax.sharding.auto_axes(round_, out_sharding=shardings))(weights)
 
-    table = param_table(config)
-    return dataclasses.replace(
-        params, **{name: to_8_bits(getattr(params, name), getattr(table, name)) for name in EXPERT_WEIGHTS}
-    )
+    table, rounded = param_table(config), {}
+    for name in EXPERT_WEIGHTS:
+        try:
+            rounded[name] = to_8_bits(getattr(params, name), getattr(table, name))
+        except ValueError as reason:
+            raise ValueError(f"{name} does not fit config.quantization.rhs_scaling: {reason}") from None
+    return dataclasses.replace(params, **rounded)
 
 
 def _to_8_bits(weights: jax.Array, row: Param, dtype: str, scaling: str) -> QTensor:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moejax.config import MoEConfig
+from moejax.config import MoEConfig, check_config
 from moejax.params import MoEParams
 from moejax.placing import place
 from moejax.routers.top_k import route
@@ -45,6 +45,7 @@ def dense_moe(
     Returns:
       float32 [..., H].
     """
+    check_config(config)
     if params.replicas is not None:
         if expert_axis is not None:
             raise ValueError("params must hold every expert once where they are split over expert_axis: place them so")

@@ -120,12 +120,18 @@ def training_parser() -> argparse.ArgumentParser:
 
 
 def settings_of(args: argparse.Namespace) -> Settings:
-    """The settings that options give, by default those of a CPU or an accelerator."""
+    """The settings that options give, by default those of a CPU or an accelerator.
+
+    Raises:
+      ValueError: a look at held-out text is asked for after the last step.
+    """
     on_cpu = jax.default_backend() == "cpu"
     kind = _KINDS.index("quick" if args.quick else "cpu" if on_cpu else "accelerator")
     sizes: dict[str, Any] = {name: getattr(args, name) or values[kind] for _, name, _, values in _SIZES}
     dtype = args.dtype or ("float32" if on_cpu else "bfloat16")
     looks = tuple(sorted(args.look_at or ()))
+    if looks and looks[-1] > sizes["steps"]:
+        raise ValueError(f"--look-at must be at most --steps, {sizes['steps']}, got {looks[-1]}")
     return Settings(**sizes, looks=looks, dtype=dtype, backend=args.backend, capacity_factor=args.capacity_factor)
 
 

@@ -127,8 +127,9 @@ class BlockConfig:
         require_number("rms_norm_eps", self.rms_norm_eps, positive=True)
         for name in ("hidden_size", "dtype", "param_dtype"):
             wanted, got = getattr(self.attention, name), getattr(self.feed_forward, name)
-            is_same = wanted == got if name == "hidden_size" else jnp.dtype(wanted) == jnp.dtype(got)
-            require(is_same, f"feed_forward.{name}", f"that of attention, {wanted}", got)
+            if name != "hidden_size":
+                wanted, got = jnp.dtype(wanted).name, jnp.dtype(got).name
+            require(wanted == got, f"feed_forward.{name}", f"that of attention, {wanted}", got)
 
     @property
     def hidden_size(self) -> int:

@@ -47,9 +47,14 @@ def attend(
 
     Raises:
       NotImplementedError: "cudnn" cannot do this.
+      ValueError: "cudnn" is not there.
     """
     if backend == "auto":
         backend = "xla" if key_mask is not None else best_backend(q, k)
+    elif backend == "cudnn" and not _nvidia_capability():
+        raise ValueError(
+            "backend 'cudnn' of attention needs an NVIDIA GPU, and jax finds none here: take 'auto' or 'xla'"
+        )
     return jax.nn.dot_product_attention(
         q,
         k,

@@ -194,12 +194,15 @@ def route(
       ValueError: config.router is another router, shapes do not fit, or logits that are known (outside jit) are NaN.
         Under jit a token with a NaN logit gets valid experts and NaN weights, so that its output is NaN.
     """
-    if not isinstance(config.router, TopKRouter):
-        raise ValueError(f"config.router must be a TopKRouter, got {type(config.router).__name__}; call the layer")
+    router = getattr(config, "router", None)
+    if not hasattr(config, "top_k"):
+        raise TypeError(f"config must be a MoEConfig, got {type(config).__name__}")
+    if not isinstance(router, TopKRouter):
+        raise ValueError(f"config.router must be a TopKRouter, got {type(router).__name__}; call the layer")
     if x.ndim != 2 or kernel.shape != (x.shape[1], config.num_experts):
         raise ValueError(
             f"x must be [T, H] and kernel [H, E] = {[config.hidden_size, config.num_experts]}, got x {list(x.shape)} "
             f"and kernel {list(kernel.shape)}"
         )
     logits = gate_logits(x, kernel, bias)
-    return config.router.choose(logits, config, correction_bias=correction_bias, topk_ids=topk_ids)
+    return router.choose(logits, config, correction_bias=correction_bias, topk_ids=topk_ids)

@@ -163,6 +163,7 @@ def test_processes_side_by_side_train_the_same(call, tmp_path):
         (["--seeds", "0"], "--seeds: must be a whole number of at least 1, got '0'"),
         (["--minutes", "5"], "--minutes finds the steps, so it goes without --steps"),
         (["--minutes", "nan"], "--minutes: must be a positive number, got 'nan'"),
+        (["--look-at", "2,5000"], "--look-at must be at most --steps, "),
         (["--jobs", "0"], "--jobs: must be a whole number of at least 1, got '0'"),
         (["--resume", "--overwrite"], "--resume keeps the runs in --out and --overwrite removes them"),
         (["--length", "500"], "sequences of 500 need at least"),

@@ -294,6 +294,11 @@ def test_errors(rng, change, message):
         fused_experts(**arguments)
 
 
+def test_an_axis_that_is_not_there_is_named(rng):
+    with raises_saying(ValueError, "ep_axis must be an axis of the jax.shard_map around the call, got 'ep'"):
+        fused_experts(*problem(rng), ep_axis="ep")
+
+
 def test_weights_of_a_dtype_that_is_not_multiplied_are_named(rng):
     x, w1, w2, *choice = problem(rng)
     with raises_saying(ValueError, "w1 must be a BF16, FP16 or float32 array, or a QTensor", "int32[8, 512, 128]"):

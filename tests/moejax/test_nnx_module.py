@@ -22,10 +22,13 @@ from moejax import (
     QuantizedParam,
     RouterState,
     TopKRouter,
+    dense_moe,
     make_mesh,
     moe,
+    moe_experts,
     param_specs,
     quantize_params,
+    route,
 )
 from moejax.functional import axes_on
 from moejax.params import param_shapes
@@ -410,9 +413,29 @@ def test_a_name_is_no_configuration():
         MoE("mixtral-8x7b", rngs=nnx.Rngs(0))
 
 
+def test_other_things_are_no_configurations(layer, rng):
+    x, params, config = normal(rng, 4, layer.config.hidden_size), layer.params(), layer.config
+    chosen = jnp.ones((4, 1)), jnp.zeros((4, 1), jnp.int32)
+    for run in (
+        lambda: moe(x, config, params),
+        lambda: moe_experts(x, *chosen, config, params),
+        lambda: dense_moe(x, config, params),
+        lambda: quantize_params(params, params),
+        lambda: route(x, params.router["kernel"], params),
+    ):
+        with raises_saying(TypeError, "config must be a MoEConfig, got MoEParams"):
+            run()
+
+
 def test_parameters_of_a_layer_are_not_the_layer(layer):
     with raises_saying(TypeError, "params must be MoEParams, got MoE; of a layer, layer.params()"):
         quantize_params(layer, layer.config)
+
+
+def test_weights_that_a_block_does_not_divide_are_named():
+    config = MoEConfig(hidden_size=64, intermediate_size=32, num_experts=4, top_k=1)
+    with raises_saying(ValueError, "gate_up does not fit config.quantization.rhs_scaling", "not divisible by 128"):
+        MoE(config, rngs=nnx.Rngs(0)).quantized()
 
 
 @pytest.mark.parametrize(("width", "blocks"), [(144, "72"), (192, "96"), (384, None)])

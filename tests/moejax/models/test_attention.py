@@ -133,6 +133,12 @@ def test_settings_that_make_no_sense_are_refused(changes, message):
         dataclasses.replace(CONFIGS["groups"], **changes)
 
 
+def test_cudnn_is_refused_where_there_is_no_nvidia_gpu(monkeypatch, rng):
+    monkeypatch.setattr("moejax.models.dot_product._nvidia_capability", lambda: 0.0)
+    with raises_saying(ValueError, "backend 'cudnn' of attention needs an NVIDIA GPU", "'auto' or 'xla'"):
+        dot_product.attend(*(normal(rng, 1, 2, 2, 8) for _ in range(3)), backend="cudnn")
+
+
 def test_inputs_that_do_not_fit_are_refused():
     attention = Attention(CONFIGS["groups"], rngs=nnx.Rngs(0))
     for x in (jnp.zeros((3, 24)), jnp.zeros((2, 3, 16)), jnp.zeros((2, 0, 24))):
