@@ -29,7 +29,7 @@ from jax.extend import core
 from jax.interpreters import ad, batching, mlir, xla
 from jax.interpreters import partial_eval as pe
 
-from pallas_kernels.backend import MODULES, check_backend, run
+from pallas_kernels.backend import check_backend, run
 from pallas_kernels.on_tpu.device import as_on_a_tpu
 from pallas_kernels.tracing.override import Overrides, overrides
 from pallas_kernels.tracing.target import lowering_for, named_platform
@@ -116,7 +116,7 @@ class Operator:
         self._primitive.def_impl(functools.partial(xla.apply_primitive, self._primitive))
         self._primitive.def_effectful_abstract_eval(lambda *_, jaxpr, **__: (jaxpr.out_avals, jaxpr.effects))
         batching.primitive_batchers[self._primitive] = self._batch
-        mlir.register_lowering(self._primitive, _lower_elsewhere)
+        mlir.register_lowering(self._primitive, _lower_traced)
         for name, platform in _PLATFORMS.items():
             mlir.register_lowering(self._primitive, functools.partial(self._lower, platform), platform=name)
         if linear_in:
@@ -164,7 +164,7 @@ class Operator:
     def _lower(self, platform: str, ctx: Any, *values: Any, call: Call, jaxpr: Any) -> Any:
         """The lowering rule of a platform that has kernels."""
         if call.is_settled:
-            return mlir.lower_fun(_evaluate)(ctx, *values, call=call, jaxpr=jaxpr)
+            return _lower_traced(ctx, *values, call=call, jaxpr=jaxpr, platform=platform)
 
         def implementation(*arrays: jax.Array) -> list[jax.Array]:
             with call.overrides.again(), lowering_for(platform):
@@ -273,16 +273,22 @@ def _evaluate(*arrays: jax.Array, call: Call, jaxpr: Any) -> list[jax.Array]:
     return core.jaxpr_as_fun(jaxpr)(*arrays)
 
 
-def _lower_elsewhere(ctx: Any, *values: Any, call: Call, jaxpr: Any) -> Any:
-    """The lowering rule of platforms without kernels."""
+def _lower_traced(ctx: Any, *values: Any, call: Call, jaxpr: Any, platform: str | None = None) -> Any:
+    """Lowers what was traced; `platform` is that of the rule, None if it is of those without kernels.
+
+    Raises:
+      ValueError: it has kernels of a named backend, which is another platform's.
+    """
     try:
         return mlir.lower_fun(_evaluate)(ctx, *values, call=call, jaxpr=jaxpr)
-    except ValueError as error:
-        if "interpret mode" not in str(error) or call.backend not in MODULES:
+    except Exception as error:
+        own = {"pallas_tpu": "tpu", "pallas_gpu": "gpu"}.get(call.backend)
+        if own is None or own == platform:
             raise
+        found = ", ".join(ctx.module_context.platforms)
         raise ValueError(
-            f"backend {call.backend!r} has kernels for another platform than this program runs on "
-            f"({', '.join(ctx.module_context.platforms)}): take 'auto', which falls back to XLA here, or 'xla'"
+            f"backend {call.backend!r} has no kernels for a platform that this program is for ({found}): take 'auto', "
+            "which finds those of each platform, or 'xla'"
         ) from error
 
 

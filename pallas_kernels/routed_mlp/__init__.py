@@ -38,7 +38,7 @@ def routed_mlp(
     Args:
       x: [T, H], with scales of its rows or of 128 of their columns; or what is to be rounded to such.
       topk_weights: float32 [T, K].
-      topk_ids: int32 [T, K], from 0 to E − 1, or −1 for no choice: others are not looked for.
+      topk_ids: int32 [T, K]; an id outside [0, E) makes no choice.
       gate_up: [E, 2I, H], gate first.
       down: [E, H, I].
       gate_up_bias: [E, 2I] or None.

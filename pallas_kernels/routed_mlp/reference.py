@@ -44,10 +44,11 @@ def routed_mlp(
 
     def share(choice: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
         token, expert, weight = choice
-        known = jnp.maximum(expert, 0)
+        is_known = (expert >= 0) & (expert < down.shape[0])
+        known = jnp.where(is_known, expert, 0)
         h = gated_halves(product(rows[token], gate_up, gate_up_bias, known), activation, activation_limit)
         h = dequantize(quantize(h[None], x.dtype, scaling=scaling_of_rows(x)))[0]
-        return jnp.where(expert >= 0, weight * product(h, down, down_bias, known), 0)
+        return jnp.where(is_known, weight * product(h, down, down_bias, known), 0)
 
     tokens = jnp.broadcast_to(jnp.arange(x.shape[0])[:, None], topk_ids.shape)
     choices = tokens.reshape(-1), topk_ids.reshape(-1), topk_weights.reshape(-1).astype(jnp.float32)

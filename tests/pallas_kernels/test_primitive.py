@@ -116,8 +116,12 @@ def test_what_a_named_backend_refuses_is_an_error_while_tracing():
 def test_kernels_for_another_platform_say_so(rng, backend):
     x = normal(rng, 8, 128)
     plan = make_plan(jnp.zeros((8, 1), jnp.int32), 1)
-    with raises_saying(ValueError, f"backend '{backend}' has kernels for another platform", "(cpu)", "'auto'"):
-        jax.jit(functools.partial(dispatch, backend=backend))(x, plan)
+    program = jax.jit(functools.partial(dispatch, backend=backend))
+    with raises_saying(ValueError, f"backend '{backend}' has no kernels for a platform", "(cpu)", "'auto'"):
+        program(x, plan)
+    other = "tpu" if backend == "pallas_gpu" else "cuda"
+    with raises_saying(ValueError, f"backend '{backend}' has no kernels for a platform", f"(cpu, {other})"):
+        export.export(program, platforms=["cpu", other])(x, plan)
 
 
 def test_a_call_with_arrays_is_compiled_once(rng):

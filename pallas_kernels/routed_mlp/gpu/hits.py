@@ -29,7 +29,8 @@ def list_hits(inputs: Inputs, scratch: Scratch, sizes: Sizes) -> None:
     expert = _along_rows(plgpu.load(ids, layout=_ROWS))
     other_expert = _along_columns(plgpu.load(ids, layout=_COLUMNS))
     # For each choice the first of its expert; what is no choice comes after all.
-    first = jnp.min(jnp.where((expert == other_expert) & (expert >= 0), other, CHOICES), axis=1)
+    is_choice = (expert >= 0) & (expert < inputs.gate_up.shape[0])
+    first = jnp.min(jnp.where((expert == other_expert) & is_choice, other, CHOICES), axis=1)
     numbers[...] = first
     plgpu.commit_smem()
     is_first = _along_columns(plgpu.load(numbers, layout=_COLUMNS)) == other

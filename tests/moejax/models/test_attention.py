@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moejax.models import Attention, AttentionConfig, RMSNorm, dot_product
+from moejax.models import Attention, AttentionConfig, KVCache, RMSNorm, dot_product
 from moejax.models.dot_product import best_backend
 from moejax.models.rotary import rotate
 from tests.helpers import LIMIT, float64, normal, raises_saying, relative_error
@@ -154,3 +154,14 @@ def test_positions_are_float32_in_bfloat16_too(rng):
     x = normal(rng, 1, 1, 1, 8, dtype=jnp.bfloat16)
     wide = rotate(x.astype(jnp.float32), jnp.array([1001]), 1e4)
     assert relative_error(rotate(x, jnp.array([1001]), 1e4), wide) < LIMIT["bfloat16"]
+    np.testing.assert_array_equal(rotate(x, jnp.array([1001]), 1e4), wide.astype(jnp.bfloat16))
+
+
+def test_what_lies_behind_a_prompt_is_never_data(rng):
+    attention, lengths = Attention(CONFIGS["groups"], rngs=nnx.Rngs(0)), jnp.array([2, 4])
+    x = normal(rng, 2, 5, 24)
+    broken = jnp.where((jnp.arange(5) < lengths[:, None])[..., None], x, jnp.nan)
+    cache = KVCache.empty(CONFIGS["groups"], num_slots=2, max_length=8)
+    found = [attention.prefill(each, cache, slots=jnp.arange(2), lengths=lengths) for each in (x, broken)]
+    for clean, other in zip(*map(jax.tree.leaves, found), strict=True):
+        np.testing.assert_array_equal(clean, other)

@@ -183,6 +183,27 @@ def test_what_is_masked_does_no_harm_whatever_it_is(rng, fault):
     np.testing.assert_array_equal(jax.grad(of_real)(broken)[mask], jax.grad(of_real)(x)[mask])
 
 
+def test_what_is_masked_has_no_share_in_gradients_of_a_network_alone(rng):
+    network, x, mask = MLP(DENSE.feed_forward, rngs=nnx.Rngs(0)), normal(rng, 1, 4, 32), jnp.array([[1, 0, 1, 0]], bool)
+    graph, state = nnx.split(network)
+
+    def loss(state, x):
+        return (nnx.merge(graph, state)(x, mask=mask) ** 2).sum()
+
+    found = [jax.grad(loss, argnums=(0, 1))(state, jnp.where(mask[..., None], x, fault)) for fault in (0, jnp.nan)]
+    for clean, broken in zip(*map(jax.tree.leaves, found), strict=True):
+        np.testing.assert_array_equal(clean, broken)
+
+
+def test_a_network_by_dots_is_rounded_once(rng):
+    """What a gate shuts may be too large for 16 bits."""
+    config = MLPConfig(32, 16, dtype=jnp.float16)
+    gate_up = jnp.stack([jnp.full((32, 16), -100.0), jnp.ones((32, 16))], axis=1).astype(jnp.float16)
+    y = dense._dots(jnp.full((1, 32), 40, jnp.float16), gate_up, jnp.ones((16, 32), jnp.float16), config)
+    assert y.dtype == jnp.float16
+    np.testing.assert_array_equal(y, jnp.zeros_like(y))
+
+
 def test_the_epsilons_are_those_of_the_configuration():
     attention = dataclasses.replace(ATTENTION, qk_norm=True, rms_norm_eps=0.5)
     block = new_block(dataclasses.replace(DENSE, attention=attention, rms_norm_eps=0.25))
@@ -206,10 +227,10 @@ def test_a_dense_network_takes_dots_for_few_tokens_and_kernels_for_many(rng):
     assert relative_error(dense._dots(x, *weights, config), dense._kernels(x, *weights, config)) < LIMIT["float32"]
     dots = str(jax.make_jaxpr(lambda *args: dense._dots(*args, config))(x, *weights))
     assert dots.count("dot_general") == dots.count("precision=(Precision.HIGHEST, Precision.HIGHEST)") == 2
-    asked = ("xla", 900, 4096), ("pallas_gpu", 1, 8), ("auto", 900, 4096)
-    assert [dense._takes_dots(*each) for each in asked] == [True, False, jax.default_backend() == "cpu"]
+    asked = ("xla", 900, 4096), ("pallas_gpu", 1, 8), ("pallas_tpu", 1, 8), ("auto", 900, 4096)
+    assert [dense._takes_dots(*each) for each in asked] == [True, False, False, jax.default_backend() == "cpu"]
     with targeting(get_chip("h200")):
-        assert [dense._takes_dots("auto", tokens, 16384) for tokens in (64, 65)] == [True, False]
+        assert [dense._takes_dots("auto", tokens, 32768) for tokens in (64, 65)] == [True, False]
         assert [dense._takes_dots("auto", 512, hidden) for hidden in (2048, 2049)] == [True, False]
     with targeting(get_chip("v6e")):
         assert not dense._takes_dots("auto", 1, 8)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.combine import combine
-from pallas_kernels.plan import Plan
+from pallas_kernels.plan import Plan, make_plan
 from tests.helpers import LIMIT, float64, normal, raises_saying, relative_error, same_bits
 from tests.pallas_kernels.backends import every_backend
 from tests.pallas_kernels.kernels_tpu import is_interpreted, lower_for_tpu
@@ -134,6 +134,14 @@ def test_a_sum_onto_a_residual_is_rounded_once(backend, rng, dtype, of_residual)
     alone = np.asarray(plan.inverse < 0).all(1)
     assert alone.any()
     np.testing.assert_array_equal(out[alone], residual[alone].astype(dtype))
+
+
+def test_a_sum_is_not_rounded_before_the_residual(backend):
+    """1 + 2⁻⁸ is halfway between two numbers of BF16; with 2⁻⁸ more it is one."""
+    rows = jnp.full((2, 128), 1, jnp.bfloat16).at[1].set(2**-8)
+    plan = make_plan(jnp.array([[0, 1]], jnp.int32), 2)
+    out = combine(rows, plan, jnp.ones((1, 2)), residual=jnp.full((1, 128), 2**-8, jnp.bfloat16), backend=backend)
+    np.testing.assert_array_equal(out, jnp.full_like(out, 1 + 2**-7))
 
 
 @pytest.mark.quick("xla")

@@ -25,10 +25,10 @@ SCALINGS = {"blocks": ("1x128", "128x128"), "rows": ("per_row", "per_channel")}
 def make(
     rng, tokens: int, top_k: int, *, hidden=256, width=256, experts=6, scales="blocks", bias=False, residual=None
 ) -> dict[str, Any]:
-    """Operands of random choices, one in seven of which is none."""
+    """Operands of random choices, one in seven of which is none: −1, or whatever else is no expert."""
     of_rows, of_weights = SCALINGS[scales]
     ids = np.stack([rng.permutation(experts)[:top_k] for _ in range(tokens)])
-    ids[rng.random(ids.shape) < 1 / 7] = -1
+    ids = np.where(rng.random(ids.shape) < 1 / 7, rng.choice([-1, -5, experts, 2**31 - 1], ids.shape), ids)
     return {
         "x": quantize(normal(rng, tokens, hidden), scaling=of_rows),
         "topk_weights": jnp.asarray(rng.random(ids.shape), jnp.float32),
@@ -47,7 +47,7 @@ def expected(operands: dict[str, Any], scales: str = "blocks", **activation: Any
     y = np.zeros(x.shape) if operands["residual"] is None else float64(operands["residual"])
     for token, choices in enumerate(np.asarray(operands["topk_ids"])):
         for choice, expert in enumerate(choices):
-            if expert < 0:
+            if not 0 <= expert < len(down):
                 continue
             h = gate_up[expert] @ x[token]
             if operands["gate_up_bias"] is not None:
