@@ -21,6 +21,14 @@ def require_arrays(**arrays: object) -> None:
             raise TypeError(f"{name} must be an array, got {type(value).__name__}")
 
 
+def check_config(config: object) -> None:
+    """Raises TypeError unless `config` is a MoEConfig, told by its fields: that class imports this module."""
+    if not all(hasattr(config, name) for name in ("num_experts", "top_k", "router")):
+        is_name = isinstance(config, str)
+        hint = "get_preset('mixtral-8x7b') makes one of a name" if is_name else "of a layer, layer.config"
+        raise TypeError(f"config must be a MoEConfig, got {type(config).__name__}; {hint}")
+
+
 def check_residual(residual: jax.Array | None, x: jax.Array) -> None:
     """Raises TypeError or ValueError unless `residual`, if given, can be added to what a layer makes of x [..., H]."""
     require_arrays(residual=residual)

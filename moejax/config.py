@@ -175,15 +175,15 @@ class MoEConfig:
     def check_scale_blocks(self, width_parts: int = 1) -> None:
         """Raises ValueError unless each operand, with widths in `width_parts` parts, divides into blocks."""
         q, hidden = self.quantization, self.hidden_size
-        rows = "lhs_scaling" if self.scaling_of_rows == q.lhs_scaling else "wire_scaling"
-        operands = [("hidden_size", (1, hidden), q.lhs_scaling, "lhs_scaling")]
-        operands += [("hidden_size", (1, hidden), self.scaling_of_rows, rows)]
+        of_lhs, of_rhs = "quantization.lhs_scaling", "quantization.rhs_scaling"
+        operands = [("hidden_size", (1, hidden), q.lhs_scaling, of_lhs)]
+        operands += [("hidden_size", (1, hidden), self.scaling_of_rows, "wire_scaling")]  # if not that of lhs again
         for name in ("intermediate_size", "shared_intermediate_size"):
             if width := getattr(self, name) // width_parts:
                 operands += [
-                    (name, (1, width), q.lhs_scaling, "lhs_scaling"),
-                    (name, (hidden, width), q.rhs_scaling, "rhs_scaling"),
-                    (name, (width, hidden), q.rhs_scaling, "rhs_scaling"),
+                    (name, (1, width), q.lhs_scaling, of_lhs),
+                    (name, (hidden, width), q.rhs_scaling, of_rhs),
+                    (name, (width, hidden), q.rhs_scaling, of_rhs),
                 ]
         for name, shape, scaling, setting in operands:
             try:
@@ -191,14 +191,5 @@ class MoEConfig:
             except ValueError as reason:
                 in_parts = f" in {width_parts} parts" if width_parts > 1 and name != "hidden_size" else ""
                 size = f"{name}={getattr(self, name)}{in_parts}"
-                where = f"in quantization.{setting}, or another size"
+                where = f"in {setting}, or another size"
                 raise ValueError(f"precision 'w8a8' does not fit {size}: {reason} {where}") from None
-
-
-def check_config(config: object) -> None:
-    """Raises TypeError unless `config` is a MoEConfig."""
-    if not isinstance(config, MoEConfig):
-        raise TypeError(
-            f"config must be a MoEConfig, got {type(config).__name__}; get_preset('mixtral-8x7b') makes one of a name, "
-            "and a layer has layer.config"
-        )

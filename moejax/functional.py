@@ -17,8 +17,8 @@ from flax.core import spmd
 from jax.sharding import Mesh, PartitionSpec
 
 from moejax.aux_output import MoEAux
-from moejax.checks import check_residual, require_arrays, require_integer
-from moejax.config import MoEConfig, check_config
+from moejax.checks import check_config, check_residual, require_arrays, require_integer
+from moejax.config import MoEConfig
 from moejax.on_chip import Held, PerToken, Settings, experts_on_chip, layer_on_chip, whole_scales
 from moejax.params import MoEParams, check_expert_params, check_params, param_specs, param_table
 from pallas_kernels.plan import as_ids, in_int32

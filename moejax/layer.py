@@ -12,7 +12,8 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moejax.aux_output import MoEAux
-from moejax.config import MoEConfig, check_config
+from moejax.checks import check_config
+from moejax.config import MoEConfig
 from moejax.functional import axes_on, moe
 from moejax.initial import Initializer, initial
 from moejax.param import Param

@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from moejax.config import MoEConfig, check_config
+from moejax.checks import check_config
+from moejax.config import MoEConfig
 from moejax.param import Param
 from pallas_kernels.quantize import Operand, QTensor, block_shape, check_qtensor, quantize
 from sharding.mesh import has_explicit_axes, spec_in

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moejax.config import MoEConfig, check_config
+from moejax.checks import check_config
+from moejax.config import MoEConfig
 from moejax.params import MoEParams
 from moejax.placing import place
 from moejax.routers.top_k import route

@@ -27,7 +27,8 @@ from pallas_kernels.tracing.target import target_platform
 from pallas_kernels.tracing.varying import vary_over, varying_axes
 
 MODULES: Mapping[str, str] = MappingProxyType({"xla": "reference", "pallas_tpu": "tpu", "pallas_gpu": "gpu"})
-_PREFERRED: Mapping[str, str] = MappingProxyType({"tpu": "pallas_tpu", "gpu": "pallas_gpu"})
+PREFERRED: Mapping[str, str] = MappingProxyType({"tpu": "pallas_tpu", "gpu": "pallas_gpu"})
+"""The backend that "auto" takes on each platform that has kernels."""
 
 
 class Unsupported(NotImplementedError):
@@ -56,7 +57,7 @@ def run(operator: str, function: str, backend: str, *args: Any, **kwargs: Any) -
     check_backend(backend)
     if backend != "auto":
         return _call(operator, function, backend if backend in available(operator) else "xla", args, kwargs)
-    preferred = _PREFERRED.get(target_platform())
+    preferred = PREFERRED.get(target_platform())
     if preferred in available(operator):
         try:
             return _call(operator, function, preferred, args, kwargs)

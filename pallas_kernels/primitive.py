@@ -29,7 +29,7 @@ from jax.extend import core
 from jax.interpreters import ad, batching, mlir, xla
 from jax.interpreters import partial_eval as pe
 
-from pallas_kernels.backend import check_backend, run
+from pallas_kernels.backend import PREFERRED, check_backend, run
 from pallas_kernels.on_tpu.device import as_on_a_tpu
 from pallas_kernels.tracing.override import Overrides, overrides
 from pallas_kernels.tracing.target import lowering_for, named_platform
@@ -273,8 +273,8 @@ def _evaluate(*arrays: jax.Array, call: Call, jaxpr: Any) -> list[jax.Array]:
     return core.jaxpr_as_fun(jaxpr)(*arrays)
 
 
-def _lower_traced(ctx: Any, *values: Any, call: Call, jaxpr: Any, platform: str | None = None) -> Any:
-    """Lowers what was traced; `platform` is that of the rule, None if it is of those without kernels.
+def _lower_traced(ctx: Any, *values: Any, call: Call, jaxpr: Any, platform: str = "") -> Any:
+    """Lowers what was traced; `platform` is that of the rule, if it is one that has kernels.
 
     Raises:
       ValueError: it has kernels of a named backend, which is another platform's.
@@ -282,8 +282,7 @@ def _lower_traced(ctx: Any, *values: Any, call: Call, jaxpr: Any, platform: str 
     try:
         return mlir.lower_fun(_evaluate)(ctx, *values, call=call, jaxpr=jaxpr)
     except Exception as error:
-        own = {"pallas_tpu": "tpu", "pallas_gpu": "gpu"}.get(call.backend)
-        if own is None or own == platform:
+        if call.backend not in PREFERRED.values() or PREFERRED.get(platform) == call.backend:
             raise
         found = ", ".join(ctx.module_context.platforms)
         raise ValueError(

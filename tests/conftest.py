@@ -40,14 +40,14 @@ if os.environ.get("JAX_PLATFORMS", "") in ("", "cpu"):
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 # Tests compile many programs and run each on little data.
-_SOON_COMPILED = (
+_QUICK_TO_COMPILE = (
     "--xla_backend_optimization_level=0",
     "--xla_llvm_disable_expensive_passes=true",
     "--xla_cpu_parallel_codegen_split_count=1",
     "--xla_cpu_prefer_vector_width=128",
     "--xla_gpu_autotune_level=0",
 )
-os.environ.setdefault("XLA_FLAGS", " ".join(_SOON_COMPILED))
+os.environ.setdefault("XLA_FLAGS", " ".join(_QUICK_TO_COMPILE))
 
 
 def pytest_configure(config):

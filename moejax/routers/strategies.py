@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from moejax.checks import check_config
 from moejax.routers.base import Router
 from moejax.routers.chain_of_experts import ChainRouter
 from moejax.routers.expert_choice import ExpertChoiceRouter
@@ -114,8 +115,7 @@ def specialized(config: "MoEConfig", **settings: Any) -> "MoEConfig":
 
 
 def _with(config: "MoEConfig", kind: type[Router], settings: dict[str, Any], **changes: Any) -> "MoEConfig":
-    if not dataclasses.is_dataclass(config):
-        raise TypeError(f"config must be a MoEConfig, got {type(config).__name__}; of a layer, layer.config")
+    check_config(config)
     return dataclasses.replace(config, router=kind(**_kept(config, kind) | settings), **changes)
 
 

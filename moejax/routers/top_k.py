@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import jax
 import jax.numpy as jnp
 
-from moejax.checks import require, require_integer, require_number
+from moejax.checks import check_config, require, require_integer, require_number
 from moejax.losses import router_losses
 from moejax.param import Param
 from moejax.router import Routing, check_logits, forced, lowest, poison, without
@@ -194,15 +194,13 @@ def route(
       ValueError: config.router is another router, shapes do not fit, or logits that are known (outside jit) are NaN.
         Under jit a token with a NaN logit gets valid experts and NaN weights, so that its output is NaN.
     """
-    router = getattr(config, "router", None)
-    if not hasattr(config, "top_k"):
-        raise TypeError(f"config must be a MoEConfig, got {type(config).__name__}")
-    if not isinstance(router, TopKRouter):
-        raise ValueError(f"config.router must be a TopKRouter, got {type(router).__name__}; call the layer")
+    check_config(config)
+    if not isinstance(config.router, TopKRouter):
+        raise ValueError(f"config.router must be a TopKRouter, got {type(config.router).__name__}; call the layer")
     if x.ndim != 2 or kernel.shape != (x.shape[1], config.num_experts):
         raise ValueError(
             f"x must be [T, H] and kernel [H, E] = {[config.hidden_size, config.num_experts]}, got x {list(x.shape)} "
             f"and kernel {list(kernel.shape)}"
         )
     logits = gate_logits(x, kernel, bias)
-    return router.choose(logits, config, correction_bias=correction_bias, topk_ids=topk_ids)
+    return config.router.choose(logits, config, correction_bias=correction_bias, topk_ids=topk_ids)

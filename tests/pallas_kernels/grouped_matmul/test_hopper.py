@@ -164,7 +164,7 @@ def test_relu2_on_a_simulated_gpu(monkeypatch, rng):
 )
 @pytest.mark.quick("*warpgroups=1, strip=2, *-1x128-128x128", "*block_n=256, num_stages=2, warpgroups=2*")
 def test_result_in_8_bits_on_a_simulated_gpu(monkeypatch, rng, config, lhs_scaling, rhs_scaling):
-    lhs, rhs, bias = operands(rng, (80, 256, 512, len(SIZES)))
+    lhs, rhs, bias = operands(rng, (80, 512, 512, len(SIZES)))
     lhs, rhs = quantized(lhs, scaling=lhs_scaling), quantized(rhs, scaling=rhs_scaling).mT
     run = functools.partial(grouped_gate_up_in_8_bits, transpose_rhs=True)
     arguments = lhs, rhs, jnp.array(SIZES, jnp.int32)
