@@ -197,7 +197,7 @@ def _table(tuned: Sequence[tuple[Product, Outcome]], chip: Chip) -> str:
         rows.append([product.name, *times, _text(outcome.model), best])
     model = statistics.geometric_mean([outcome.model_us for _, outcome in tuned] or [1])
     best_us = statistics.geometric_mean([outcome.best_us for _, outcome in tuned] or [1])
-    note = f"{chip.name}; configurations are block_m,block_n,num_stages,warpgroups,strip; "
+    note = f"{chip.name}; configurations are {','.join(tuned_table.TILES)}; "
     return f"{note}geometric means {model:.1f} and {best_us:.1f} µs\n{format_table(headers, rows)}"
 
 

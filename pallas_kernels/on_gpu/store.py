@@ -12,8 +12,9 @@ _STORES_AT_ONCE = 8  # whose loads wait for one another no more
 def store_rows(out, staging: Views, warpgroup, value: jax.Array, *, row, rows, column) -> None:
     """Stores value[:rows] to out[row : row + rows, column : …], cutting off columns past the end of `out`.
 
-    A few columns at a time pass through shared memory to the copy engine. It stores boxes of a size fixed in advance,
-    so a number of rows that is known on the device alone goes out as boxes of powers of two, the largest first.
+    Columns pass through shared memory to the copy engine: all at once where the slots hold them, else as many at a time
+    as half of the slots hold. It stores boxes of a size fixed in advance, so a number of rows that is known on the
+    device alone goes out as boxes of powers of two, the largest first.
 
     Args:
       out: global memory, [M, N].
@@ -25,19 +26,23 @@ def store_rows(out, staging: Views, warpgroup, value: jax.Array, *, row, rows, c
         `out`.
       column: first column of `out`.
     """
-    chunk = staging.tiled.shape[-1]
+    slots, chunk = staging.tiled.shape[1], staging.tiled.shape[-1]
     num_chunks = value.shape[1] // chunk
+    at_once = slots if num_chunks <= slots else max(1, slots // 2)
 
     @pl.when(rows is None or rows > 0)
     def _():
-        slots = staging.tiled.shape[1]
-        for i in range(num_chunks):
-            slot = i % slots
-            # The store that last used this slot has left; with a remainder, that may be the one just before.
-            plgpu.wait_smem_to_gmem(0 if i < slots and num_chunks % slots else slots - 1, wait_read_only=True)
-            staging.tiled[warpgroup, slot] = value[:, i * chunk : (i + 1) * chunk]
+        for first in range(0, num_chunks, at_once):
+            # The stores that last used these slots have left; with a remainder, they may be the ones just before.
+            others = slots // at_once - 1 if first >= slots or num_chunks % slots == 0 else 0
+            plgpu.wait_smem_to_gmem(others, wait_read_only=True)
+            chunks = range(first, min(first + at_once, num_chunks))
+            for i in chunks:
+                staging.tiled[warpgroup, i % slots] = value[:, i * chunk : (i + 1) * chunk]
             plgpu.commit_smem()
-            _copy_rows(staging.copied, (warpgroup, slot), out, row, rows, pl.ds(column + i * chunk, chunk))
+            for i in chunks:
+                buffer = warpgroup, i % slots
+                _copy_rows(staging.copied, buffer, out, row, rows, pl.ds(column + i * chunk, chunk))
             plgpu.commit_smem_to_gmem_group()
 
 

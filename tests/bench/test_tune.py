@@ -60,7 +60,7 @@ def test_what_beats_the_model_is_written(gains, tmp_path, capsys):
         "rows": 64,
         "depth": 7168,
         "columns": 2048,
-        "config": {"block_m": 128, "block_n": 128, "num_stages": 5, "warpgroups": 2, "strip": 4},
+        "config": {"block_m": 128, "block_n": 128, "num_stages": 5, "warpgroups": 2, "strip": 4, "out_slots": 2},
         "us": 90.0,
         "model_us": 100.0,
         "commit": "abc",
@@ -68,7 +68,7 @@ def test_what_beats_the_model_is_written(gains, tmp_path, capsys):
     assert list(parse_table(table).values()) == [BEST]
     out, err = capsys.readouterr()
     first, second = (line for line in out.splitlines() if line.startswith("8,"))
-    assert first.split()[-1] == "128,128,5,2,4"
+    assert first.split()[-1] == "128,128,5,2,4,2"
     assert second.endswith("as modelled")
     assert "[ 50 %, " in err
 

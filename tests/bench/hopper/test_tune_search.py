@@ -47,12 +47,12 @@ def test_the_models_choice_wins_where_nothing_is_faster(product):
 
 def test_strip_and_ring_are_sought_with_the_best_tile():
     def microseconds(config):
-        return 100 - 10 * (config.strip == 4) - 5 * (config.num_stages == shorter) + 50 * (config.block_m < 128)
+        return 100 - 10 * (config.strip == 8) - 5 * (config.num_stages == shorter) + 50 * (config.block_m < 128)
 
     shorter = pick(PREFILL).num_stages - 1
     timer, calls = timer_of(microseconds)
     outcome = search(PREFILL, CHIP, timer)
-    assert (outcome.best.strip, outcome.best.num_stages) == (4, shorter)
+    assert (outcome.best.strip, outcome.best.num_stages) == (8, shorter)
     assert (outcome.model_us, outcome.best_us) == (100, 85)
     assert outcome.gain == pytest.approx(0.15)
     assert outcome.is_worth_it

@@ -191,19 +191,23 @@ def test_window_on_a_simulated_gpu(monkeypatch, rng):
     assert relative_error(out, dense_matmul(lhs, rhs, SIZES, bias, 1)) < LIMIT["bfloat16"]
 
 
-def test_gradient_of_the_weights_on_a_simulated_gpu(rng):
-    lhs, dout = normal(rng, 88, 136, dtype=jnp.bfloat16), normal(rng, 88, 192, dtype=jnp.bfloat16)
-    lhs, dout = lhs.at[sum(SIZES) :].set(jnp.nan), dout.at[sum(SIZES) :].set(jnp.nan)
-    ends = jnp.cumsum(jnp.array(SIZES, jnp.int32))
-    run = functools.partial(
-        drhs.grouped_drhs,
-        out_dtype=jnp.dtype(jnp.float32),
-        config=drhs.Config(block_n=64, num_stages=3, strip=2),
-        num_blocks=2,
-    )
+@pytest.mark.parametrize(
+    ("sizes", "config"),
+    [
+        (SIZES, drhs.Config(block_n=64, strip=2)),
+        ((5, 0, 203, 64), drhs.Config(block_n=128, num_stages=2, strip=1, out_slots=2)),
+    ],
+    ids=["a step or two", "many steps, and few slots for what goes out"],
+)
+def test_gradient_of_the_weights_on_a_simulated_gpu(sizes, config, rng):
+    rows = -(-sum(sizes) // 8) * 8 + 8
+    lhs, dout = normal(rng, rows, 136, dtype=jnp.bfloat16), normal(rng, rows, 192, dtype=jnp.bfloat16)
+    lhs, dout = lhs.at[sum(sizes) :].set(jnp.nan), dout.at[sum(sizes) :].set(jnp.nan)
+    ends = jnp.cumsum(jnp.array(sizes, jnp.int32))
+    run = functools.partial(drhs.grouped_drhs, out_dtype=jnp.dtype(jnp.float32), config=config, num_blocks=2)
     with single_view(True), interpreted():
-        out = jax.jit(run)(lhs, dout, ends - jnp.array(SIZES), ends)
-    assert relative_error(out, dense_drhs(lhs, dout, SIZES, len(SIZES))) < LIMIT["float32"]
+        out = jax.jit(run)(lhs, dout, ends - jnp.array(sizes), ends)
+    assert relative_error(out, dense_drhs(lhs, dout, sizes, len(sizes))) < LIMIT["float32"]
     assert not np.asarray(out[1]).any()
 
 

@@ -39,6 +39,14 @@ def test_a_tile_from_a_table_is_held_to_the_same_limit(tile):
     assert tiling.fits(H200, in_blocks, config) == (tile not in TOO_MANY_SUMS)
 
 
+@pytest.mark.parametrize(("fused", "out_slots"), [(False, 4), (True, 2)])
+def test_the_largest_tiles_of_16_bits_go_out_at_once(fused, out_slots):
+    """A row of 256 columns has four parts of 128 bytes, and of gate and up together it has two."""
+    problem = dataclasses.replace(PROBLEM, fused=fused)
+    (largest,) = (c for c in tiling.candidates(H200, problem) if (c.block_m, c.block_n) == (128, 256))
+    assert (largest.num_stages, largest.out_slots, largest.strip) == (3, out_slots, 4)
+
+
 def test_copied_sizes_of_groups_take_their_place():
     few, many = (dataclasses.replace(PROBLEM, num_groups=number) for number in (16, 17))
-    assert tiling._shared_memory(64, 128, 1, many)[1] - tiling._shared_memory(64, 128, 1, few)[1] == 4 * 256
+    assert tiling._shared_memory(64, 128, 1, 2, many)[1] - tiling._shared_memory(64, 128, 1, 2, few)[1] == 4 * 256

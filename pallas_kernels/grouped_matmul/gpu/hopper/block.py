@@ -176,7 +176,7 @@ class Scratch(NamedTuple):
             rhs=swizzled((stages, config.column_groups, *rhs_tile), inputs.rhs.dtype, any_row=shape.k_major),
             full=plgpu.Barrier(num_arrivals=loads, num_barriers=stages),
             empty=plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
-            out=swizzled((groups, 2, WGMMA_ROWS, out_chunk), epilogue.out_dtype),
+            out=swizzled((groups, config.out_slots, WGMMA_ROWS, out_chunk), epilogue.out_dtype),
             lhs_scales=plgpu.SMEM((stages, row_scales), jnp.float32) if epilogue.lhs_scale == "block" else None,
             row_scale=plgpu.SMEM((row_scales,), jnp.float32) if by_row else None,
             column_scale=plgpu.SMEM((sides,), jnp.float32) if by_column else None,

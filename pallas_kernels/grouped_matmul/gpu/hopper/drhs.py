@@ -3,9 +3,15 @@
     floor in time = max(bytes of lhs, dout, out / HBM bandwidth, 2·M·K·N / peak)
 
 Built like `kernel`: one warpgroup loads, two multiply, each 64 of the 128 rows of an output tile; here the rows of a
-group are what is summed over. Copies begin at every eighth row, so the first and the last step of a group may hold rows
-of others. Those are overwritten with zeros in both operands (a NaN times zero would stay a NaN). Groups without rows
-take no step and store zeros.
+group are what is summed over, 64 in a step. Copies begin at every eighth row, so the first and the last step of a group
+may hold rows of others. Those are overwritten with zeros in both operands (a NaN times zero would stay a NaN). Groups
+without rows take no step and store zeros.
+
+A tile has few steps, 17 if its group has 1024 rows, so what happens once a tile counts:
+- The first step is taken last but one: what is to be cleared, of that one and of the last, is cleared while the tensor
+  cores have a step in hand.
+- A tile goes out at once, from buffers that hold all of it; the ring has a stage less for that.
+- The rows of the group after are read while the tensor cores work.
 """
 
 import dataclasses
@@ -38,12 +44,14 @@ class Config:
       block_rows: rows of lhs and dout in a step.
       num_stages: buffers in the ring.
       strip: column tiles visited for one row tile before the next.
+      out_slots: parts of 128 bytes of an output tile's rows that can be on their way at the same time.
     """
 
     block_n: int = 256
     block_rows: int = 64
-    num_stages: int = 4
-    strip: int = 8
+    num_stages: int = 3
+    strip: int = 4
+    out_slots: int = 4
 
 
 def grouped_drhs(
@@ -81,14 +89,15 @@ def grouped_drhs(
         lhs_tiles, staging = Views.of(scratch.lhs), Views.of(scratch.out)
         tiles_each = row_tiles * column_tiles
 
+        def rows_of(tile) -> _Rows:
+            """The rows that are summed up for a tile; those of the last tile, if there is none of this number."""
+            group = jnp.minimum(lax.div(jnp.asarray(tile, jnp.int32), jnp.int32(tiles_each)), num_groups - 1)
+            return _Rows(begins[group], ends[group], block_rows)
+
         def place(tile):
-            """Group, row tile and column tile of a tile; its first row and its number of steps."""
+            """Group, row tile and column tile of a tile."""
             group, local = lax.div(tile, tiles_each), lax.rem(tile, tiles_each)
-            row_tile, column_tile = place_in_strips(local, row_tiles, column_tiles, config.strip)
-            first = lax.div(begins[group], ROW_ALIGNMENT) * ROW_ALIGNMENT
-            steps = lax.div(ends[group] - first + (block_rows - 1), block_rows)
-            steps = jnp.where(ends[group] > begins[group], steps, 0)
-            return group, row_tile, column_tile, first, steps
+            return group, *place_in_strips(local, row_tiles, column_tiles, config.strip)
 
         def for_each_tile(function, carry):
             @plgpu.nd_loop((num_groups * tiles_each,), collective_axes="block", init_carry=carry)
@@ -98,7 +107,8 @@ def grouped_drhs(
             return last
 
         def load(tile, step):
-            _, row_tile, column_tile, first, steps = place(tile)
+            _, row_tile, column_tile = place(tile)
+            group_rows = rows_of(tile)
 
             def one_step(i, step):
                 slot = lax.rem(step, stages)
@@ -107,7 +117,7 @@ def grouped_drhs(
                 def _():
                     plgpu.barrier_wait(scratch.empty.at[slot])
 
-                rows = pl.ds(pl.multiple_of(first + i * block_rows, ROW_ALIGNMENT), block_rows)
+                rows = pl.ds(pl.multiple_of(group_rows.of_step(i), ROW_ALIGNMENT), block_rows)
                 for w in range(_WARPGROUPS):
                     chunk = pl.ds(pl.multiple_of((row_tile * _WARPGROUPS + w) * _BLOCK_K, _BLOCK_K), _BLOCK_K)
                     plgpu.copy_gmem_to_smem(lhs.at[rows, chunk], lhs_tiles.copied.at[slot, w], scratch.full.at[slot])
@@ -115,15 +125,16 @@ def grouped_drhs(
                 plgpu.copy_gmem_to_smem(dout.at[rows, chunk], scratch.dout.at[slot], scratch.full.at[slot])
                 return step + 1
 
-            return lax.fori_loop(0, steps, one_step, step)
+            return lax.fori_loop(0, group_rows.steps, one_step, step)
 
-        def clear_other_rows(slot, first_row, begin, end):
-            """Zeros for the rows of a step that lie outside of [begin, end): this warpgroup's share of them."""
+        def clear_other_rows(slot, first_row, group_rows: _Rows):
+            """Zeros for the rows of a step that lie outside of the group: this warpgroup's share of them."""
 
             def clear(ref):
                 row = plgpu.broadcasted_iota(jnp.int32, ref.shape, 0, layout=plgpu.Layout.WGMMA) + first_row
                 value = plgpu.load(ref, layout=plgpu.Layout.WGMMA)
-                ref[...] = jnp.where((row >= begin) & (row < end), value, jnp.zeros_like(value))
+                is_own = (row >= group_rows.begin) & (row < group_rows.end)
+                ref[...] = jnp.where(is_own, value, jnp.zeros_like(value))
 
             clear(lhs_tiles.tiled.at[slot, warpgroup])
             share = config.block_n // _WARPGROUPS
@@ -134,41 +145,38 @@ def grouped_drhs(
             plgpu.barrier_arrive(scratch.cleared)
             plgpu.barrier_wait(scratch.cleared)
 
-        def compute(tile, step):
-            group, row_tile, column_tile, first, steps = place(tile)
-            begin, end = begins[group], ends[group]
+        def multiply(group_rows: _Rows, step, accumulator):
+            """Sums up the steps of a tile, the first of which is number `step`."""
 
-            def multiply_all(accumulator):
-                def one_step(i, step):
-                    slot = lax.rem(step, stages)
-                    first_row = first + i * block_rows
-                    plgpu.barrier_wait(scratch.full.at[slot])
+            def release(i):
+                plgpu.barrier_arrive(scratch.empty.at[lax.rem(step + i, stages)])
 
-                    @pl.when((first_row < begin) | (first_row + block_rows > end))
-                    def _():
-                        clear_other_rows(slot, first_row, begin, end)
+            def one_step(i, carry):
+                slot = lax.rem(step + i, stages)
+                first_row = group_rows.of_step(i)
+                plgpu.barrier_wait(scratch.full.at[slot])
 
-                    plgpu.wgmma(
-                        accumulator, lhs_tiles.tiled.at[slot, warpgroup].transpose((1, 0)), scratch.dout.at[slot]
-                    )
-                    plgpu.wgmma_wait(1)
-
-                    @pl.when(i > 0)
-                    def _():
-                        plgpu.barrier_arrive(scratch.empty.at[lax.rem(step + (stages - 1), stages)])
-
-                    return step + 1
-
-                lax.fori_loop(0, steps, one_step, step)
-                total = accumulator[...]
-
-                @pl.when(steps > 0)
+                @pl.when((first_row < group_rows.begin) | (first_row + block_rows > group_rows.end))
                 def _():
-                    plgpu.barrier_arrive(scratch.empty.at[lax.rem(step + steps + (stages - 1), stages)])
+                    clear_other_rows(slot, first_row, group_rows)
 
-                return total.astype(out_dtype)
+                plgpu.wgmma(accumulator, lhs_tiles.tiled.at[slot, warpgroup].transpose((1, 0)), scratch.dout.at[slot])
+                plgpu.wgmma_wait(1)
+                pl.when(i > 0)(lambda: release(i - 1))
+                return carry
 
-            result = pl.run_scoped(multiply_all, plgpu.ACC((_BLOCK_K, config.block_n), jnp.float32))
+            lax.fori_loop(0, group_rows.steps, one_step, None)
+            total = accumulator[...]
+            pl.when(group_rows.steps > 0)(lambda: release(group_rows.steps - 1))
+            return total.astype(out_dtype)
+
+        def compute(tile, carry):
+            step, group_rows = carry
+            group, row_tile, column_tile = place(tile)
+            after = rows_of(tile + num_blocks)
+            result = pl.run_scoped(
+                functools.partial(multiply, group_rows, step), plgpu.ACC((_BLOCK_K, config.block_n), jnp.float32)
+            )
             store_rows(
                 out.at[group],
                 staging,
@@ -178,7 +186,7 @@ def grouped_drhs(
                 rows=None,
                 column=column_tile * config.block_n,
             )
-            return step + steps
+            return step + group_rows.steps, after
 
         @pl.when(warpgroup == _WARPGROUPS)
         def _():
@@ -191,7 +199,7 @@ def grouped_drhs(
         @pl.when(warpgroup < _WARPGROUPS)
         def _():
             plgpu.set_max_registers(232, action="increase")
-            for_each_tile(compute, jnp.int32(0))
+            for_each_tile(compute, (jnp.int32(0), rows_of(lax.axis_index("block"))))
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     kernel = plgpu.kernel(
@@ -203,9 +211,47 @@ def grouped_drhs(
         num_threads=_WARPGROUPS + 1,
         thread_name="warpgroup",
         kernel_name="grouped_matmul_drhs",
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+            # Wherever threads read what others of their warpgroup wrote, `commit_smem` stands between.
+            unsafe_no_auto_barriers=True,
+        ),
     )
     return kernel(lhs, dout, begins, ends)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """The rows of a group, and the steps in which they are summed up (scalars on the device).
+
+    The steps cover the rows from the last one on at which a copy can begin. The first of them is taken last but one.
+
+    Attributes:
+      begin: the first row.
+      end: the row after the last.
+      block_rows: rows of a step.
+    """
+
+    begin: jax.Array
+    end: jax.Array
+    block_rows: int = dataclasses.field(metadata={"static": True})
+
+    @property
+    def _first(self) -> jax.Array:
+        return lax.div(self.begin, ROW_ALIGNMENT) * ROW_ALIGNMENT
+
+    @property
+    def steps(self) -> jax.Array:
+        """How many steps there are."""
+        steps = lax.div(self.end - self._first + (self.block_rows - 1), self.block_rows)
+        return jnp.where(self.end > self.begin, steps, 0)
+
+    def of_step(self, i: jax.Array) -> jax.Array:
+        """The first row of the step that is taken after `i` others."""
+        first, last = self.steps - 2, self.steps - 1
+        place = jnp.where(i < first, i + 1, jnp.where(i == first, 0, last))
+        return self._first + place * self.block_rows
 
 
 class _Scratch(NamedTuple):
@@ -234,7 +280,7 @@ class _Scratch(NamedTuple):
         return cls(
             lhs=swizzled((stages, _WARPGROUPS, rows, _BLOCK_K), dtype),
             dout=swizzled((stages, rows, config.block_n), dtype, any_row=False),
-            out=swizzled((_WARPGROUPS, 2, _BLOCK_K, SWIZZLE // out_dtype.itemsize), out_dtype),
+            out=swizzled((_WARPGROUPS, config.out_slots, _BLOCK_K, SWIZZLE // out_dtype.itemsize), out_dtype),
             full=plgpu.Barrier(num_arrivals=_WARPGROUPS + 1, num_barriers=stages),
             empty=plgpu.Barrier(num_arrivals=_WARPGROUPS, num_barriers=stages),
             cleared=plgpu.Barrier(num_arrivals=_WARPGROUPS),

@@ -44,6 +44,11 @@ class Problem:
         """Rows of each group, if they are spread evenly."""
         return -(-self.num_rows // self.num_groups)
 
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element of the operands."""
+        return 1 if "float8" in self.operand else 2
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -55,6 +60,7 @@ class Config:
       num_stages: buffers in the ring, each 128 bytes of K deep.
       warpgroups: math warpgroups, 1 or 2.
       strip: column tiles visited for one row tile before the next.
+      out_slots: parts of 128 bytes of an output tile's rows that can be on their way out at the same time.
       prefetch: when the kernel starts, and which weights it fetches before the one ahead of it has ended.
     """
 
@@ -63,6 +69,7 @@ class Config:
     num_stages: int
     warpgroups: int
     strip: int
+    out_slots: int = 2
     prefetch: Prefetch = PLAIN
 
     @property

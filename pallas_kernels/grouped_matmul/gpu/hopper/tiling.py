@@ -3,6 +3,10 @@
 For each candidate the model adds up what a block does for its tiles: the larger of the multiplications and the copies
 from the cache into shared memory, step by step, then finishing the tile. Blocks work in waves; no wave is faster than
 the memory delivers the weights. Constants were fitted to an H200.
+
+The largest tiles of 16 bits are short of power: the chip lowers its clock. A ring of three stages, a tile that goes out
+at once and strips of 4 column tiles take less of it than a ring of four and strips of 8, 1 to 6 % of the time at length
+(docs/results.md). In 8 bits it is not so.
 """
 
 from collections.abc import Iterator
@@ -20,6 +24,8 @@ _CACHE_BANDWIDTH = 1.25  # of the cache, in multiples of the memory's
 _FINISH_SECONDS = 0.6e-6  # of a tile: the end of its pipeline, epilogue, first store
 _RESERVED_BYTES = 5 * 1024  # barriers, scales of rows, columns and an FP8 result, and bias: at most 1 KiB each
 _MAX_STAGES = 12
+_FEWEST_OUT_SLOTS = 2
+_LARGEST_TILE = (128, 256)
 
 forced = Override[Config]("forced")
 """Kernels traced inside `with forced(config)` are cut as `config` says."""
@@ -41,17 +47,16 @@ def _pick(chip: Chip, problem: Problem) -> Config:
 
 def modelled_seconds(chip: Chip, problem: Problem, config: Config) -> float:
     """Modelled seconds, with rows spread evenly over the groups."""
-    itemsize = 1 if "float8" in problem.operand else 2
     num_groups = min(problem.num_groups, problem.num_rows)
-    steps = -(-problem.depth * itemsize // SWIZZLE)
+    steps = -(-problem.depth * problem.itemsize // SWIZZLE)
     tiles = num_groups * -(-problem.rows // config.block_m) * -(-problem.columns // config.block_n)
     waves = -(-tiles // chip.cores)
-    flops = 2 * config.block_m * config.block_n * SWIZZLE // itemsize
+    flops = 2 * config.block_m * config.block_n * SWIZZLE // problem.itemsize
     multiply = flops / (chip.peak(problem.operand) / chip.cores * _ISSUE_RATE)
     copy = (config.block_m + config.block_n) * SWIZZLE / (_CACHE_BANDWIDTH * chip.hbm_bandwidth / chip.cores)
     # With two math warpgroups one multiplies while the other finishes; one alone leaves the tensor cores idle.
     finish = _FINISH_SECONDS * (0.5 if config.warpgroups > 1 else 1) * config.block_n / 128
-    weights = num_groups * problem.depth * problem.columns * itemsize / chip.hbm_bandwidth
+    weights = num_groups * problem.depth * problem.columns * problem.itemsize / chip.hbm_bandwidth
     return max(waves * (steps * max(multiply, copy) + finish), weights * (1 + 0.02 * (config.block_n < 128)))
 
 
@@ -59,11 +64,15 @@ def candidates(chip: Chip, problem: Problem) -> Iterator[Config]:
     """One configuration for each size of a tile that the kernel can do, with as many stages as fit."""
     for block_m, warpgroups in ((64, 1), (64, 2), (128, 2)):
         for block_n in (64, 128, 192, 256):
-            stage_bytes, other_bytes = _shared_memory(block_m, block_n, warpgroups, problem)
-            stages = min(_MAX_STAGES, (chip.fast_memory_bytes - other_bytes) // stage_bytes)
             column_tiles = -(-problem.columns // block_n)
-            strip = column_tiles if block_m == 64 else min(8, column_tiles)
-            config = Config(block_m, block_n, stages, warpgroups, strip)
+            most_stages, out_slots, strip = _MAX_STAGES, _FEWEST_OUT_SLOTS, column_tiles
+            if (block_m, block_n) == _LARGEST_TILE and problem.itemsize == 2:
+                most_stages, out_slots, strip = 3, _out_parts(block_n, problem), min(4, column_tiles)
+            elif block_m > WGMMA_ROWS:
+                strip = min(8, column_tiles)
+            stage_bytes, other_bytes = _shared_memory(block_m, block_n, warpgroups, out_slots, problem)
+            stages = min(most_stages, (chip.fast_memory_bytes - other_bytes) // stage_bytes)
+            config = Config(block_m, block_n, stages, warpgroups, strip, out_slots)
             if fits(chip, problem, config):
                 yield config
 
@@ -81,14 +90,21 @@ def fits(chip: Chip, problem: Problem, config: Config) -> bool:
     most_columns = 192 if config.warpgroups > 1 else 128
     if problem.block_scales and config.block_n // config.column_groups > most_columns:
         return False
-    stage_bytes, other_bytes = _shared_memory(config.block_m, config.block_n, config.warpgroups, problem)
+    stage_bytes, other_bytes = _shared_memory(
+        config.block_m, config.block_n, config.warpgroups, config.out_slots, problem
+    )
     return config.num_stages * stage_bytes + other_bytes <= chip.fast_memory_bytes
 
 
-def _shared_memory(block_m: int, block_n: int, warpgroups: int, problem: Problem) -> tuple[int, int]:
+def _out_parts(block_n: int, problem: Problem) -> int:
+    """How many parts of 128 bytes a row of a tile of the result has, in 16 bits."""
+    return block_n // (2 if problem.fused else 1) * 2 // SWIZZLE
+
+
+def _shared_memory(block_m: int, block_n: int, warpgroups: int, out_slots: int, problem: Problem) -> tuple[int, int]:
     """Bytes of a stage, and of all that is not in stages."""
     stage = (block_m + block_n) * SWIZZLE + problem.block_scales * 4 * (block_m + 32)
     column_groups = warpgroups * WGMMA_ROWS // block_m
     staged_row = SCALE_BLOCK // column_groups if problem.result_in_8_bits else SWIZZLE
     sizes = 4 * MOST_COPIED_SIZES if problem.num_groups > FEW_SIZES else 0
-    return stage, warpgroups * 2 * WGMMA_ROWS * staged_row + sizes + _RESERVED_BYTES
+    return stage, warpgroups * out_slots * WGMMA_ROWS * staged_row + sizes + _RESERVED_BYTES
