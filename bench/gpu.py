@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
     record = make_record(device.device_kind, argv, args.commit, ceilings)
     progress.say(f"{device.device_kind}: {ceilings_line(record)}")
     for number, case in enumerate(cases, 1):
-        record["cases"][case.name] = _run(case, chip, ceilings, repeats, with_peers=not args.quick)
+        record["cases"][case.name] = _run(case, chip, ceilings, repeats, with_peers=not (args.no_peers or args.quick))
         summary = _summary(case, record["cases"][case.name])
         progress.say(f"[{number}/{len(cases)}, {progress.seconds:.0f} s] {summary}")
         if args.json not in (None, "-"):  # after each, so that a crash of the driver leaves those before it
@@ -79,10 +79,11 @@ def _parser() -> argparse.ArgumentParser:
         "Times our grouped products on an NVIDIA GPU, and those of other libraries that are installed, by the device "
         "time of their kernels. Each result is checked first. The exit status is 1 if one of ours fails or misses its "
         f"bar. Cases: {', '.join(CASES)}.",
-        ("--json docs/results/h200.json", "--cases decode-fp8,down-fp8 --quick", "--md"),
+        ("--json docs/results/h200.json", "--cases decode-fp8,down-fp8 --quick", "--no-peers --md"),
     )
     add = parser.add_argument
     add("--cases", type=NAMES, metavar="NAME,...", help="measure these only (default: all)")
+    add("--no-peers", action="store_true", help="ours only")
     add("--quick", action="store_true", help=f"ours only, {_QUICK_REPEATS} repeats instead of {_REPEATS}")
     add("--json", type=output_file, metavar="PATH", help="write the record to PATH, - for standard output only")
     add("--md", action="store_true", help="print the table as Markdown")

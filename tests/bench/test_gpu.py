@@ -89,6 +89,12 @@ def test_a_missed_bar_and_a_failure_are_listed_and_the_rest_goes_on(outcomes, tm
     assert "ragged_dot" not in out
 
 
+def test_no_peers(outcomes, capsys):
+    assert run(gpu.main, ["--cases", "down-fp8", "--no-peers"]) == 0
+    out, err = capsys.readouterr()
+    assert "ragged_dot" not in out + err
+
+
 def test_markdown(outcomes, capsys):
     assert run(gpu.main, ["--cases", "down-fp8", "--md"]) == 0
     _, head, _, row = capsys.readouterr().out.splitlines()
