@@ -4,9 +4,8 @@ For each candidate the model adds up what a block does for its tiles: the larger
 from the cache into shared memory, step by step, then finishing the tile. Blocks work in waves; no wave is faster than
 the memory delivers the weights. Constants were fitted to an H200.
 
-The largest tiles of 16 bits are short of power: the chip lowers its clock. A ring of three stages, a tile that goes out
-at once and strips of 4 column tiles take less of it than a ring of four and strips of 8, 1 to 6 % of the time at length
-(docs/results.md). In 8 bits it is not so.
+The largest tiles of 16 bits are short of power: the chip lowers its clock. Tiles that go out at once, at the cost of a
+stage, and strips of 4 column tiles take less of it than strips of 8 (docs/results.md). In 8 bits it is not so.
 """
 
 from collections.abc import Iterator
@@ -65,13 +64,13 @@ def candidates(chip: Chip, problem: Problem) -> Iterator[Config]:
     for block_m, warpgroups in ((64, 1), (64, 2), (128, 2)):
         for block_n in (64, 128, 192, 256):
             column_tiles = -(-problem.columns // block_n)
-            most_stages, out_slots, strip = _MAX_STAGES, _FEWEST_OUT_SLOTS, column_tiles
+            out_slots, strip = _FEWEST_OUT_SLOTS, column_tiles
             if (block_m, block_n) == _LARGEST_TILE and problem.itemsize == 2:
-                most_stages, out_slots, strip = 3, _out_parts(block_n, problem), min(4, column_tiles)
+                out_slots, strip = _out_parts(block_n, problem), min(4, column_tiles)
             elif block_m > WGMMA_ROWS:
                 strip = min(8, column_tiles)
             stage_bytes, other_bytes = _shared_memory(block_m, block_n, warpgroups, out_slots, problem)
-            stages = min(most_stages, (chip.fast_memory_bytes - other_bytes) // stage_bytes)
+            stages = min(_MAX_STAGES, (chip.fast_memory_bytes - other_bytes) // stage_bytes)
             config = Config(block_m, block_n, stages, warpgroups, strip, out_slots)
             if fits(chip, problem, config):
                 yield config
