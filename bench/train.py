@@ -28,7 +28,7 @@ from bench.training.options import settings_of, training_parser, variants_of
 from bench.training.records import FILE_NAME, Run, read_runs, run_name
 from bench.training.report import report
 from bench.training.runs import compile_learner, fit_steps, train
-from bench.training.settings import Settings, Variant
+from bench.training.settings import Settings, Variant, check_models
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 _CHECKPOINTS = "checkpoints"
@@ -57,6 +57,7 @@ def main(argv: Sequence[str]) -> int:
     if args.resume and args.overwrite:
         raise ValueError("--resume keeps the runs in --out and --overwrite removes them; pass one of the two")
     settings = settings_of(args)
+    check_models(variants, settings)
     corpus = load_corpus(args.text, settings.length)
     corpus.held_out_batches(settings.batch_size, 1)
 

@@ -1,11 +1,13 @@
 """Figures of `bench.gpu`: which kernel of a layer runs when, a bar for each layer, a figure for each record."""
 
-import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bench.figures.section import INK, Section, drawing, svg_of
+from bench.measure.timeline import Launch
+from bench.record.fields import Expected
+from bench.record.json_files import read_json
 from bench.record.tables import Cell
 
 FILES = "layers*.json"
@@ -25,13 +27,15 @@ def read(folder: pathlib.Path) -> dict[str, Record]:
     Raises:
       ValueError: one holds something else.
     """
-    records: dict[str, Record] = {}
-    for path in sorted(folder.glob(FILES)):
-        record = json.loads(path.read_text())
-        if not isinstance(record, dict) or "cases" not in record:
-            raise ValueError(f"{path} is no record of bench.gpu: it has no cases")
-        records[path.stem.removeprefix("layers")] = record
-    return records
+    return {
+        path.stem.removeprefix("layers"): read_json(path, {"cases": {str: _case}})
+        for path in sorted(folder.glob(FILES))
+    }
+
+
+def _case(case: Mapping[str, Any]) -> Expected:
+    """What is expected of a case: one that failed has no time line."""
+    return {"timeline": [Launch]} if "timeline" in case else {}
 
 
 def sections(records: Mapping[str, Record]) -> list[Section]:

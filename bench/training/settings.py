@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -118,6 +118,15 @@ def make_model(variant: Variant, settings: Settings, rngs: nnx.Rngs) -> Transfor
     if variant.router == "soft_moe":  # as many slots as the others have choices, so that all spend the same on experts
         own["slots_per_expert"] = math.ceil(settings.length * settings.top_k / settings.num_experts)
     return Transformer(ROUTERS[variant.router](common, **own), settings.num_layers, settings.num_heads, rngs=rngs)
+
+
+def check_models(variants: Sequence[Variant], settings: Settings) -> None:
+    """Raises ValueError if one of the transformers cannot be made, before the first of them is trained."""
+    for variant in variants:
+        try:
+            nnx.eval_shape(lambda variant=variant: make_model(variant, settings, nnx.Rngs(0)))
+        except ValueError as error:
+            raise ValueError(f"{variant.name}: {error}") from error
 
 
 def count_parameters(params: Any) -> dict[str, int]:

@@ -139,7 +139,7 @@ def test_a_record_without_time_lines_is_no_figure(tmp_path, capsys):
     assert run(main, [str(tmp_path)]) == 2
     (tmp_path / "layers.json").write_text("[]")
     assert run(main, [str(tmp_path)]) == 2
-    assert "layers.json is no record of bench.gpu: it has no cases" in capsys.readouterr().err
+    assert "layers.json: it must be an object, got []" in capsys.readouterr().err
 
 
 @needs_matplotlib

@@ -156,7 +156,10 @@ def test_processes_side_by_side_train_the_same(call, tmp_path):
     [
         (["--routers", "hash,best"], "--routers must be some of all, softmax, "),
         (["--routers", "hash:w4a4"], "a precision must be one of w16a16, w8a8, w8a8g8; got 'w4a4'"),
-        (["--routers", "hash", "--precisions", "w8a8"], "precision 'w8a8' does not fit hidden_size=16"),
+        (
+            ["--routers", "hash", "--precisions", "w8a8"],
+            "error: hash-w8a8: precision 'w8a8' does not fit",
+        ),
         (["--devices", "99"], "--devices must be all or a number from 1 to 32, the devices there are; got '99'"),
         (["--report", "/nowhere"], "/nowhere/train.jsonl has no runs: python -m bench.train --out /nowhere makes some"),
         (["--routers", "best"], "got 'best'"),
@@ -168,8 +171,9 @@ def test_processes_side_by_side_train_the_same(call, tmp_path):
         (["--resume", "--overwrite"], "--resume keeps the runs in --out and --overwrite removes them"),
         (["--length", "500"], "sequences of 500 need at least"),
         (["--batch", "100"], "fewer than a batch of 100"),
-        (["--heads", "5"], "multiple of 2 · num_heads"),
-        (["--top-k", "9"], "top_k must be at most num_experts=8"),
+        (["--heads", "5"], "error: softmax: hidden_size must be a multiple of 2 · num_heads"),
+        (["--top-k", "9"], "error: softmax: top_k must be at most num_experts=8"),
+        (["--routers", "hash,softmax:w8a8"], "error: softmax-w8a8: precision 'w8a8' does not fit"),
         (["--learning-rate", "inf"], "--learning-rate: must be a positive number, got 'inf'"),
         (["--capacity-factor", "inf"], "--capacity-factor: must be a positive number, got 'inf'"),
         (["--intermediate", "0"], "--intermediate: must be a whole number of at least 1, got '0'"),
@@ -182,6 +186,7 @@ def test_bad_input_is_a_line_that_says_what_to_do(call, capsys, arguments, messa
     assert call(*arguments) == 2
     err = capsys.readouterr().err.splitlines()
     assert message in err[-1]
+    assert not any("compiling" in line for line in err)
 
 
 def test_routers_and_precisions_make_variants():
