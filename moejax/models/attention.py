@@ -13,7 +13,7 @@ from moejax.models.config import AttentionConfig
 from moejax.models.dot_product import attend
 from moejax.models.masks import kept, real_tokens
 from moejax.models.norm import RMSNorm
-from moejax.models.rotary import rotate
+from moejax.models.rotary import beside_rotated, rotate
 
 _LECUN = nnx.initializers.lecun_normal()
 _ZEROS = nnx.initializers.zeros
@@ -161,7 +161,8 @@ class Attention(nnx.Module):
         q, k, v = jnp.split(heads, ends, axis=-2)
         q = q if self.q_norm is None else self.q_norm(q)
         k = k if self.k_norm is None else self.k_norm(k)
-        return rotate(q, positions, config.rope_theta), rotate(k, positions, config.rope_theta), v
+        q, k = (rotate(x, positions, config.rope_theta) for x in (q, k))
+        return q, k, beside_rotated(v, positions, config.rope_theta)
 
     def _joined(self, y: jax.Array, dtype: jax.typing.DTypeLike, mask: jax.Array | None) -> jax.Array:
         """[B, L, N, D] -> [B, L, H], zeros where the mask [B, L] is false."""

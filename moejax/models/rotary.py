@@ -15,11 +15,40 @@ def rotate(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
     Returns:
       [B, L, N, D] in the dtype of x, computed in float32.
     """
-    width = x.shape[-1] // 2
-    frequency = theta ** (-jnp.arange(width, dtype=jnp.float32) / width)
-    angle = positions.astype(jnp.float32)[..., None, None] * frequency
+    angle = _angle(x, positions, theta)
     cos, sin = jnp.cos(angle), jnp.sin(angle)
-    halves = x.reshape(*x.shape[:-1], 2, width).astype(jnp.float32)
+    halves = _halves(x).astype(jnp.float32)
     # Not as two halves that are joined: of those XLA would make a kernel for queries and one for keys.
     turned = halves * cos[..., None, :] + halves[..., ::-1, :] * jnp.stack([-sin, sin], axis=-2)
     return turned.astype(x.dtype).reshape(x.shape)
+
+
+def beside_rotated(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
+    """Leaves heads of values as they are, which lie beside heads of keys that `rotate` turns.
+
+    It asks of every element whether the cosine of its angle is one. XLA cannot know that, and makes one kernel of this
+    and of the turning of as many heads. A plain slice it copies by another (2.4 µs on an H200, of 512 tokens and 32
+    heads of 64).
+
+    Args:
+      x: [B, L, N, D], D even.
+      positions: as for `rotate`.
+      theta: likewise.
+
+    Returns:
+      x.
+    """
+    is_cosine = jnp.abs(jnp.cos(_angle(x, positions, theta))) <= 2
+    return jnp.where(is_cosine[..., None, :], _halves(x), 0).reshape(x.shape)
+
+
+def _angle(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
+    """[L, 1, D/2], or [B, L, 1, D/2]."""
+    width = x.shape[-1] // 2
+    frequency = theta ** (-jnp.arange(width, dtype=jnp.float32) / width)
+    return positions.astype(jnp.float32)[..., None, None] * frequency
+
+
+def _halves(x: jax.Array) -> jax.Array:
+    """[B, L, N, 2, D/2]."""
+    return x.reshape(*x.shape[:-1], 2, x.shape[-1] // 2)

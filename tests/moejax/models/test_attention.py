@@ -10,7 +10,7 @@ from flax import nnx
 
 from moejax.models import Attention, AttentionConfig, KVCache, RMSNorm, dot_product
 from moejax.models.dot_product import best_backend
-from moejax.models.rotary import rotate
+from moejax.models.rotary import beside_rotated, rotate
 from tests.helpers import LIMIT, float64, normal, raises_saying, relative_error
 from tests.moejax.models import oracle
 
@@ -155,6 +155,17 @@ def test_positions_are_float32_in_bfloat16_too(rng):
     wide = rotate(x.astype(jnp.float32), jnp.array([1001]), 1e4)
     assert relative_error(rotate(x, jnp.array([1001]), 1e4), wide) < LIMIT["bfloat16"]
     np.testing.assert_array_equal(rotate(x, jnp.array([1001]), 1e4), wide.astype(jnp.bfloat16))
+
+
+def test_values_beside_what_turns_are_as_they_were(rng):
+    x = (
+        normal(rng, 1, 5, 2, 8, dtype=jnp.bfloat16)
+        .at[0, 1, 0, :3]
+        .set(jnp.array([jnp.nan, jnp.inf, -0.0], jnp.bfloat16))
+    )
+    y, pullback = jax.vjp(lambda x: beside_rotated(x, jnp.array([0, 1, 7, 100, 131_071]), 1e4), x)
+    np.testing.assert_array_equal(y.view(jnp.uint16), x.view(jnp.uint16))
+    np.testing.assert_array_equal(*pullback(jnp.ones_like(x)), jnp.ones_like(x))
 
 
 def test_what_lies_behind_a_prompt_is_never_data(rng):
