@@ -318,6 +318,20 @@ def test_which_rows_are_few(tokens, experts, is_taken):
     assert few.fits(jnp.zeros((tokens, experts))) == is_taken
 
 
+@pytest.mark.parametrize(
+    ("tokens", "experts", "num_groups", "is_taken"),
+    [
+        (7, 256, 8, True),
+        (2, 256, 32, True),
+        (3, 256, 32, False),  # more groups than a tile has rows
+        (4, 64, 16, False),  # 4 experts a group: fewer than a tile has columns
+        (8, 256, 8, False),  # a whole block
+    ],
+)
+def test_which_rows_are_few_with_all_of_their_groups(tokens, experts, num_groups, is_taken):
+    assert few.fits_groups(jnp.zeros((tokens, experts)), Groups(num_groups, 1, 1)) == is_taken
+
+
 @pytest.mark.parametrize("tokens", [1, 7, 32, 200])
 @pytest.mark.parametrize("experts", [8, 16, 32, 64, 128, 256])
 def test_any_number_of_experts_and_tokens_lowers_for_cuda(tokens, experts):
