@@ -37,11 +37,9 @@ _STAGED = 2
 _PART = 32
 """Rows of a column of which the largest is found in floating point, with the signs taken off on the way."""
 
+_GATE, _UP, _GRADIENT = range(3)
 _OPERANDS = 3
-"""Gate, up and the cotangent."""
-
-_GRADIENT = 2
-"""The last of these."""
+"""Of a tile: gate, up and the cotangent."""
 
 
 class Problem(NamedTuple):
@@ -183,19 +181,20 @@ class Worker(NamedTuple):
             start = pl.multiple_of(self.warpgroup * rows_each + piece, height)
             local, rows = pl.ds(start, height), pl.ds(at.row + start, height)
             weights = self._weights(at, local, shape, layout)
-            found = [self._pulled(weights, slot, part, local, layout=layout) for part in range(problem.warpgroups)]
-            activated, *by = zip(*found, strict=True)
+            found = [self._gated(slot, part, local, layout=layout) for part in range(problem.warpgroups)]
+            # Not before: registers that hold cotangents all the while would be too many.
+            gradients = [self._load(_GRADIENT, slot, part, local, layout=layout) for part in range(problem.warpgroups)]
             if self.out.shares is not None:
                 # Weights multiply what the forward pass rounded, by rows.
-                scale = _scale(activated, 1, problem.result_in_8_bits)
+                scale = _scale([gated.value for gated in found], 1, problem.result_in_8_bits)
                 inverse = _spread(1 / scale, 0, shape, layout)
                 shares = [
-                    self._load(_GRADIENT, slot, part, local, layout=layout)
-                    * (value * inverse).astype(problem.result_in_8_bits).astype(jnp.float32)
-                    for part, value in enumerate(activated)
+                    gradient * (gated.value * inverse).astype(problem.result_in_8_bits).astype(jnp.float32)
+                    for gated, gradient in zip(found, gradients, strict=True)
                 ]
                 share = jnp.sum(functools.reduce(jnp.add, shares), axis=1) * scale
                 store(self.out.shares.at[at.chunk, rows], share)
+            by = zip(*(_pulled(*each, weights) for each in zip(found, gradients, strict=True)), strict=True)
             for i, values in enumerate(by):
                 scale = _scale(values, 1, problem.in_8_bits)
                 store(self.out.row_scale.at[i * problem.chunks + at.chunk, rows], scale)
@@ -209,8 +208,10 @@ class Worker(NamedTuple):
         """Rounds this warpgroup's columns, of the result, of gate and of up; rows of others are zeros there."""
         problem, shape, layout = self.problem, (BLOCK, self.problem.width), _by_columns()
         weights = self._weights(at, slice(None), shape, layout)
-        result, *by = self._pulled(weights, slot, self.warpgroup, layout=layout)
-        found = [result if weights is None else result * weights, *by]
+        gated = self._gated(slot, self.warpgroup, layout=layout)
+        gradient = self._load(_GRADIENT, slot, self.warpgroup, layout=layout)
+        result = gated.value if weights is None else gated.value * weights
+        found = [result, *_pulled(gated, gradient, weights)]
 
         def owned_alone():
             # Not an iota of the whole tile: a vector's numbers go along its rows, which an iota takes for columns.
@@ -234,12 +235,10 @@ class Worker(NamedTuple):
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(mine, to.at[features, pl.ds(pl.multiple_of(at.block * BLOCK, BLOCK), BLOCK)])
 
-    def _pulled(self, weights: jax.Array | None, *place, layout) -> tuple[jax.Array, ...]:
-        """Of a part of a tile, float32: the result without weights, and cotangents."""
-        gate, up, gradient = (self._load(operand, *place, layout=layout) for operand in range(_OPERANDS))
-        found = self.problem.formulas(gate, up)
-        wide = gradient if weights is None else gradient * weights
-        return found.value, wide * found.by_gate, wide * found.by_up
+    def _gated(self, *place, layout) -> Gated:
+        """Of a part of a tile: the result without weights, and its derivatives."""
+        gate, up = (self._load(operand, *place, layout=layout) for operand in (_GATE, _UP))
+        return self.problem.formulas(gate, up)
 
     def _load(self, operand: int, slot, *place, layout) -> jax.Array:
         """A part of a tile of an operand, in float32."""
@@ -260,6 +259,12 @@ class Worker(NamedTuple):
     def _window(self, begin):
         """The columns that a warpgroup takes, from one on."""
         return pl.ds(pl.multiple_of(begin, self.problem.width), self.problem.width)
+
+
+def _pulled(gated: Gated, gradient: jax.Array, weights: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """The cotangents of gate and up."""
+    wide = gradient if weights is None else gradient * weights
+    return wide * gated.by_gate, wide * gated.by_up
 
 
 def _by_columns():
