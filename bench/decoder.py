@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
     settings = {"rounds": _QUICK_ROUNDS, "at_most": 1} if args.quick else {"rounds": _ROUNDS, "at_most": MAX_COPIES}
     progress = Progress(len(cases))
     for number, (name, case) in enumerate(cases.items(), 1):
-        record["cases"][name] = _run(case, **settings)
+        record["cases"][name] = _run(case, **settings, with_torch=not args.no_torch)
         progress.say(f"[{number}/{len(cases)}, {progress.seconds:.0f} s] {name}")
         if args.json not in (None, "-"):  # after each, so that a crash of the driver leaves those before it
             write_json(record, args.json)
@@ -72,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
         (
             "--json blocks.json",
             "--cases tiny,bert-base,wide-8x128",
-            "--cases decode-qwen3-30b-a3b-8 --precision w8a8",
+            "--cases decode-qwen3-30b-a3b-8 --precision w8a8 --no-torch",
             "--quick",
         ),
     )
@@ -84,15 +84,16 @@ def _parser() -> argparse.ArgumentParser:
         choices=tuple(PRECISIONS),
         help="of experts; a dense network is in 16 bits (default: %(default)s)",
     )
+    add("--no-torch", action="store_true", help="ours and plain JAX only, in half the time")
     add("--quick", action="store_true", help="small sizes and few rounds, for any machine: shows that everything runs")
     add("--json", type=output_file, metavar="PATH", help="write the record to PATH, - for standard output only")
     add("--commit", help="the commit to record (default: what git says)")
     return parser
 
 
-def _run(case: Case, *, rounds: int, at_most: int) -> dict[str, Any]:
+def _run(case: Case, **settings: Any) -> dict[str, Any]:
     try:
-        return measure_case(case, rounds=rounds, at_most=at_most)
+        return measure_case(case, **settings)
     except Exception as error:  # inputs that do not fit into memory, say; the other cases still count
         return {"shape": case.shape, "error": describe(error)}
     finally:

@@ -23,20 +23,21 @@ _TOLERANCE = 3e-2
 """Of what a block adds to BF16 tokens, over the tokens that all sent to the same experts."""
 
 
-def measure_case(case: Case, *, rounds: int, at_most: int) -> dict[str, Any]:
+def measure_case(case: Case, *, rounds: int, at_most: int, with_torch: bool = True) -> dict[str, Any]:
     """The record of a case; under "contenders", figures of each, or "error", the reason why there are none.
 
     Args:
       case: the block and its tokens.
       rounds: how often each contender is timed.
       at_most: blocks in a row.
+      with_torch: whether torch's are contenders.
     """
     inputs = make_inputs(case, at_most=at_most)
     reference = ours.runner(backends(case, "xla"), inputs.first)()
     outcomes: dict[str, dict[str, Any]] = {}
     samplers: dict[str, Callable[[], float]] = {}
     for name in CONTENDERS:
-        if (reason := _why_not(name, case)) is not None:
+        if (reason := _why_not(name, case, with_torch)) is not None:
             outcomes[name] = {"error": reason}
             continue
         try:
@@ -60,10 +61,10 @@ def measure_case(case: Case, *, rounds: int, at_most: int) -> dict[str, Any]:
     return {**sizes, **figures, "note": case.note, "contenders": outcomes}
 
 
-def _why_not(name: str, case: Case) -> str | None:
+def _why_not(name: str, case: Case, with_torch: bool) -> str | None:
     """Why a contender cannot run a case, or None."""
     if name in _IN_TORCH:
-        return in_torch.why_not(case)
+        return in_torch.why_not(case) if with_torch else "not asked for"
     return in_jax.why_not(case) if name == JAX else None
 
 

@@ -61,5 +61,5 @@ def test_the_block_in_plain_jax_is_ours(name):
 
 def test_who_cannot_run_experts_in_8_bits_says_so():
     (case,) = select_cases(["decode-qwen3-30b-a3b-8"], "w8a8", reduce=True).values()
-    assert measure._why_not(measure.OURS, case) is None
-    assert "no experts in 8 bits" in str(measure._why_not(measure.JAX, case))
+    assert measure._why_not(measure.OURS, case, True) is None
+    assert "no experts in 8 bits" in str(measure._why_not(measure.JAX, case, True))
