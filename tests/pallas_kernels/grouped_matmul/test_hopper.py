@@ -120,7 +120,7 @@ def test_weights_before_the_wait_with_scales_in_blocks_on_a_simulated_gpu(monkey
     lhs, rhs = quantized(lhs, scaling="1x128"), quantized(rhs, scaling="128x128").mT
     run = functools.partial(grouped_gate_up_in_8_bits, transpose_rhs=True)
     arguments = lhs, rhs, jnp.array(sizes, jnp.int32)
-    with simulated(monkeypatch, Config(64, 128, 3, 1, 2, Prefetch("smem", overlap=1.0, prefetch=1.0))):
+    with simulated(monkeypatch, Config(64, 128, 3, 1, 2, prefetch=Prefetch("smem", overlap=1.0, prefetch=1.0))):
         out = jax.jit(functools.partial(run, backend="pallas_gpu"))(*arguments, bias=bias)
     expected = run(*arguments, bias=bias, backend="xla")
     assert relative_error(out.scale, expected.scale) < LIMIT["float32"]

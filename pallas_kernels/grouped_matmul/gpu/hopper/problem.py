@@ -69,6 +69,7 @@ class Config:
     num_stages: int
     warpgroups: int
     strip: int
+    _: dataclasses.KW_ONLY
     out_slots: int = 2
     prefetch: Prefetch = PLAIN
 

@@ -71,7 +71,7 @@ def candidates(chip: Chip, problem: Problem) -> Iterator[Config]:
                 strip = min(8, column_tiles)
             stage_bytes, other_bytes = _shared_memory(block_m, block_n, warpgroups, out_slots, problem)
             stages = min(_MAX_STAGES, (chip.fast_memory_bytes - other_bytes) // stage_bytes)
-            config = Config(block_m, block_n, stages, warpgroups, strip, out_slots)
+            config = Config(block_m, block_n, stages, warpgroups, strip, out_slots=out_slots)
             if fits(chip, problem, config):
                 yield config
 
