@@ -13,6 +13,7 @@ from jax.experimental import checkify
 
 from pallas_kernels.debug import are_checked
 from pallas_kernels.tracing.concrete import is_known, is_symbolic
+from pallas_kernels.tracing.running_sums import running_sums
 
 _MOST = np.iinfo(np.int32).max
 
@@ -51,7 +52,7 @@ def _sums(group_sizes: jax.Array, num_rows: int) -> tuple[jax.Array, jax.Array]:
     """The running sums of the sizes, uint32 [E], and where they exceed M; past that point they may have overflowed."""
     rows = jnp.asarray(num_rows, jnp.int32)
     # Neither addend is more than 2³¹ − 1, so the first sum past M has not wrapped round; what follows is past it too.
-    sums = jnp.cumsum(jnp.clip(group_sizes, 0, rows), dtype=jnp.uint32)
+    sums = running_sums(jnp.clip(group_sizes, 0, rows), num_rows, dtype=jnp.uint32)
     is_past = sums > rows.astype(jnp.uint32)
     if not _fits(group_sizes.shape[0], num_rows):
         is_past = lax.cummax(is_past.astype(jnp.int32)) > 0

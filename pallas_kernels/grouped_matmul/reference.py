@@ -16,6 +16,7 @@ from pallas_kernels.columns import Columns, dequantize_columns, padded_sizes
 from pallas_kernels.grouped_matmul.group_sizes import bounds
 from pallas_kernels.quantize import Operand, QTensor, dequantize, quantize
 from pallas_kernels.tracing.concrete import is_symbolic
+from pallas_kernels.tracing.running_sums import running_sums
 from pallas_kernels.tracing.varying import vary_over, varying_axes
 
 _BLOCK_M = 64
@@ -119,7 +120,7 @@ class _Blocks:
         self.starts = lax.dynamic_slice_in_dim(starts, group_offset, num_groups)
         self.ends = lax.dynamic_slice_in_dim(ends, group_offset, num_groups)
         per_group = -(-(self.ends - self.starts) // self.block_m)
-        self.last = jnp.cumsum(per_group)
+        self.last = running_sums(per_group, num_rows)
         self.first = self.last - per_group
         self.count = self.last[-1]
 

@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.tracing.running_sums import running_sums
+
 _BLOCK = 128
 
 
@@ -11,7 +13,7 @@ def counting_sort(keys: jax.Array, num_groups: int) -> tuple[jax.Array, jax.Arra
     num_keys = keys.shape[0]
     is_valid = (keys >= 0) & (keys < num_groups)
     rank, group_sizes = _rank_in_group(jnp.where(is_valid, keys, num_groups), num_groups)
-    offsets = jnp.cumsum(group_sizes, dtype=jnp.int32) - group_sizes
+    offsets = running_sums(group_sizes, num_keys) - group_sizes
     rows = jnp.where(is_valid, offsets[jnp.clip(keys, 0, num_groups - 1)] + rank, -1)
     target = jnp.where(rows < 0, num_keys, rows)
     order = jnp.full(num_keys, -1, jnp.int32).at[target].set(jnp.arange(num_keys, dtype=jnp.int32), mode="drop")

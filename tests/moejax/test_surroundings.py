@@ -182,10 +182,13 @@ def test_a_layer_of_another_mesh_is_moved(rng):
     assert relative_error(y, expected) < 1e-6
 
 
-def test_an_export_for_any_number_of_tokens(params, rng):
+@pytest.mark.parametrize("platforms", [["cpu"], ["cpu", "cuda", "tpu"]])
+@pytest.mark.filterwarnings("ignore:.*kernels need sizes that are numbers")
+def test_an_export_for_any_number_of_tokens(params, rng, platforms):
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
     layer = jax.jit(lambda params, x: moe(x, params, CONFIG)[0])
-    exported = export.export(layer)(shapes, jax.ShapeDtypeStruct(export.symbolic_shape("b, n, 32"), jnp.float32))
+    tokens = jax.ShapeDtypeStruct(export.symbolic_shape("b, n, 32"), jnp.float32)
+    exported = export.export(layer, platforms=platforms)(shapes, tokens)
     for shape in ((1, 1), (3, 40)):
         x = normal(rng, *shape, 32)
         assert relative_error(exported.call(params, x), layer(params, x)) < 1e-6
