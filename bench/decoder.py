@@ -84,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
         choices=tuple(PRECISIONS),
         help="of experts; a dense network is in 16 bits (default: %(default)s)",
     )
-    add("--no-torch", action="store_true", help="ours and plain JAX only, in half the time")
+    add("--no-torch", action="store_true", help="ours and plain JAX only")
     add("--quick", action="store_true", help="small sizes and few rounds, for any machine: shows that everything runs")
     add("--json", type=output_file, metavar="PATH", help="write the record to PATH, - for standard output only")
     add("--commit", help="the commit to record (default: what git says)")

@@ -23,7 +23,7 @@ _TOLERANCE = 3e-2
 """Of what a block adds to BF16 tokens, over the tokens that all sent to the same experts."""
 
 
-def measure_case(case: Case, *, rounds: int, at_most: int, with_torch: bool = True) -> dict[str, Any]:
+def measure_case(case: Case, *, rounds: int, at_most: int, with_torch: bool) -> dict[str, Any]:
     """The record of a case; under "contenders", figures of each, or "error", the reason why there are none.
 
     Args:

@@ -162,7 +162,7 @@ class Attention(nnx.Module):
         q = q if self.q_norm is None else self.q_norm(q)
         k = k if self.k_norm is None else self.k_norm(k)
         q, k = (rotate(x, positions, config.rope_theta) for x in (q, k))
-        return q, k, beside_rotated(v, positions, config.rope_theta)
+        return q, k, beside_rotated(v, positions, config.rope_theta)  # v, by the kernel that turns k
 
     def _joined(self, y: jax.Array, dtype: jax.typing.DTypeLike, mask: jax.Array | None) -> jax.Array:
         """[B, L, N, D] -> [B, L, H], zeros where the mask [B, L] is false."""

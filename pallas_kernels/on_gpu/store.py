@@ -12,9 +12,9 @@ _STORES_AT_ONCE = 8  # whose loads wait for one another no more
 def store_rows(out, staging: Views, warpgroup, value: jax.Array, *, row, rows, column) -> None:
     """Stores value[:rows] to out[row : row + rows, column : …], cutting off columns past the end of `out`.
 
-    Columns pass through shared memory to the copy engine: all at once where the slots hold them, else as many at a time
-    as half of the slots hold. It stores boxes of a size fixed in advance, so a number of rows that is known on the
-    device alone goes out as boxes of powers of two, the largest first.
+    Columns pass through shared memory to the copy engine: as many at a time as half of the slots hold, or all at once
+    where more than two slots hold them. It stores boxes of a size fixed in advance, so a number of rows that is known
+    on the device alone goes out as boxes of powers of two, the largest first.
 
     Args:
       out: global memory, [M, N].
@@ -28,7 +28,7 @@ def store_rows(out, staging: Views, warpgroup, value: jax.Array, *, row, rows, c
     """
     slots, chunk = staging.tiled.shape[1], staging.tiled.shape[-1]
     num_chunks = value.shape[1] // chunk
-    at_once = slots if num_chunks <= slots else max(1, slots // 2)
+    at_once = slots if 2 < slots >= num_chunks else max(1, slots // 2)
 
     @pl.when(rows is None or rows > 0)
     def _():

@@ -14,8 +14,8 @@ def running_sums(x: jax.Array, size: Any, *, dtype: jax.typing.DTypeLike = jnp.i
 
     Args:
       x: of a fixed length.
-      size: of what is worked on. If it is a symbol, neighbours are added up, in log N rounds: where a program is for
-        several platforms, XLA's compiler for CPUs aborts (jax 0.11 and 0.12) on what jax makes of `jnp.cumsum`.
+      size: of what is worked on. If it is a symbol, neighbours are added up, in log N rounds: XLA's compiler for CPUs
+        aborts (jax 0.11 and 0.12) on what becomes of `jnp.cumsum` in a program for symbols and several platforms.
       dtype: of the sums.
 
     Returns:

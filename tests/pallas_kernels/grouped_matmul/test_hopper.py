@@ -192,22 +192,29 @@ def test_window_on_a_simulated_gpu(monkeypatch, rng):
 
 
 @pytest.mark.parametrize(
-    ("sizes", "config"),
+    ("sizes", "columns", "dtype", "config"),
     [
-        (SIZES, drhs.Config(block_n=64, strip=2)),
-        ((5, 0, 203, 64), drhs.Config(block_n=128, num_stages=2, strip=1, out_slots=2)),
+        (SIZES, 192, "float32", drhs.Config(block_n=64, strip=2)),
+        ((5, 0, 203, 64), 192, "float32", drhs.Config(block_n=128, num_stages=2, strip=1, out_slots=2)),
+        (SIZES, 320, "bfloat16", drhs.Config()),
+        (SIZES, 320, "float32", drhs.Config()),
     ],
-    ids=["a step or two", "many steps, and few slots for what goes out"],
+    ids=[
+        "a step or two",
+        "many steps, and few slots for what goes out",
+        "a tile at once",
+        "a quarter of it at once",
+    ],
 )
-def test_gradient_of_the_weights_on_a_simulated_gpu(sizes, config, rng):
+def test_gradient_of_the_weights_on_a_simulated_gpu(sizes, columns, dtype, config, rng):
     rows = -(-sum(sizes) // 8) * 8 + 8
-    lhs, dout = normal(rng, rows, 136, dtype=jnp.bfloat16), normal(rng, rows, 192, dtype=jnp.bfloat16)
+    lhs, dout = normal(rng, rows, 136, dtype=jnp.bfloat16), normal(rng, rows, columns, dtype=jnp.bfloat16)
     lhs, dout = lhs.at[sum(sizes) :].set(jnp.nan), dout.at[sum(sizes) :].set(jnp.nan)
     ends = jnp.cumsum(jnp.array(sizes, jnp.int32))
-    run = functools.partial(drhs.grouped_drhs, out_dtype=jnp.dtype(jnp.float32), config=config, num_blocks=2)
+    run = functools.partial(drhs.grouped_drhs, out_dtype=jnp.dtype(dtype), config=config, num_blocks=2)
     with single_view(True), interpreted():
         out = jax.jit(run)(lhs, dout, ends - jnp.array(sizes), ends)
-    assert relative_error(out, dense_drhs(lhs, dout, sizes, len(sizes))) < LIMIT["float32"]
+    assert relative_error(out, dense_drhs(lhs, dout, sizes, len(sizes))) < LIMIT[dtype]
     assert not np.asarray(out[1]).any()
 
 

@@ -88,6 +88,7 @@ def test_every_tuned_configuration_fits(chip):
         tiling.Config(64, 64, 40, 1, 1),  # more than shared memory
         tiling.Config(64, 64, 1, 1, 1),
         tiling.Config(64, 64, 4, 1, 0),
+        tiling.Config(64, 64, 4, 1, 1, out_slots=0),
         tiling.Config(64, 64, 4, 2, 1),
         tiling.Config(64, 96, 4, 1, 1),
     ],

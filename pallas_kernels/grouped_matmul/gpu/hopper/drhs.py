@@ -10,8 +10,8 @@ without rows take no step and store zeros.
 A tile has few steps, 17 if its group has 1024 rows, so what happens once a tile counts:
 - The first step is taken last but one: what is to be cleared, of that one and of the last, is cleared while the tensor
   cores have a step in hand.
-- A tile goes out at once, from buffers that hold all of it; the ring has a stage less for that.
-- The rows of the group after are read while the tensor cores work.
+- A tile of 16 bits goes out at once, from buffers that hold all of it: the ring has three stages, not four, for that.
+- Where the rows of the next tile's group lie is read while the tensor cores work.
 """
 
 import dataclasses
@@ -44,7 +44,7 @@ class Config:
       block_rows: rows of lhs and dout in a step.
       num_stages: buffers in the ring.
       strip: column tiles visited for one row tile before the next.
-      out_slots: parts of 128 bytes of an output tile's rows that can be on their way at the same time.
+      out_slots: parts of 128 bytes of an output tile's rows that can be on their way out at the same time.
     """
 
     block_n: int = 256
@@ -89,10 +89,12 @@ def grouped_drhs(
         lhs_tiles, staging = Views.of(scratch.lhs), Views.of(scratch.out)
         tiles_each = row_tiles * column_tiles
 
-        def rows_of(tile) -> _Rows:
-            """The rows that are summed up for a tile; those of the last tile, if there is none of this number."""
-            group = jnp.minimum(lax.div(jnp.asarray(tile, jnp.int32), jnp.int32(tiles_each)), num_groups - 1)
+        def rows_of(group) -> _Rows:
             return _Rows(begins[group], ends[group], block_rows)
+
+        def group_of(tile):
+            """The group of a tile; the last one, if there is no tile of this number."""
+            return jnp.minimum(lax.div(tile, jnp.int32(tiles_each)), num_groups - 1)
 
         def place(tile):
             """Group, row tile and column tile of a tile."""
@@ -107,8 +109,8 @@ def grouped_drhs(
             return last
 
         def load(tile, step):
-            _, row_tile, column_tile = place(tile)
-            group_rows = rows_of(tile)
+            group, row_tile, column_tile = place(tile)
+            group_rows = rows_of(group)
 
             def one_step(i, step):
                 slot = lax.rem(step, stages)
@@ -173,7 +175,7 @@ def grouped_drhs(
         def compute(tile, carry):
             step, group_rows = carry
             group, row_tile, column_tile = place(tile)
-            after = rows_of(tile + num_blocks)
+            after = rows_of(group_of(tile + num_blocks))
             result = pl.run_scoped(
                 functools.partial(multiply, group_rows, step), plgpu.ACC((_BLOCK_K, config.block_n), jnp.float32)
             )
@@ -199,7 +201,7 @@ def grouped_drhs(
         @pl.when(warpgroup < _WARPGROUPS)
         def _():
             plgpu.set_max_registers(232, action="increase")
-            for_each_tile(compute, (jnp.int32(0), rows_of(lax.axis_index("block"))))
+            for_each_tile(compute, (jnp.int32(0), rows_of(group_of(lax.axis_index("block")))))
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     kernel = plgpu.kernel(
@@ -225,7 +227,7 @@ def grouped_drhs(
 class _Rows:
     """The rows of a group, and the steps in which they are summed up (scalars on the device).
 
-    The steps cover the rows from the last one on at which a copy can begin. The first of them is taken last but one.
+    The first step begins at the last row up to `begin` at which a copy can. It is taken last but one.
 
     Attributes:
       begin: the first row.

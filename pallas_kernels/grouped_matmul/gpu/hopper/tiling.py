@@ -4,8 +4,8 @@ For each candidate the model adds up what a block does for its tiles: the larger
 from the cache into shared memory, step by step, then finishing the tile. Blocks work in waves; no wave is faster than
 the memory delivers the weights. Constants were fitted to an H200.
 
-The largest tiles of 16 bits are short of power: the chip lowers its clock. Tiles that go out at once, at the cost of a
-stage, and strips of 4 column tiles take less of it than strips of 8 (docs/results.md). In 8 bits it is not so.
+The largest tiles of 16 bits are bound by the chip's power. They go out at once, for which their ring leaves room, and
+in strips of 4 column tiles (docs/results.md). In 8 bits the first of this costs time; the second was not measured.
 """
 
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ _CACHE_BANDWIDTH = 1.25  # of the cache, in multiples of the memory's
 _FINISH_SECONDS = 0.6e-6  # of a tile: the end of its pipeline, epilogue, first store
 _RESERVED_BYTES = 5 * 1024  # barriers, scales of rows, columns and an FP8 result, and bias: at most 1 KiB each
 _MAX_STAGES = 12
-_FEWEST_OUT_SLOTS = 2
+_OUT_SLOTS = 2
 _LARGEST_TILE = (128, 256)
 
 forced = Override[Config]("forced")
@@ -64,7 +64,7 @@ def candidates(chip: Chip, problem: Problem) -> Iterator[Config]:
     for block_m, warpgroups in ((64, 1), (64, 2), (128, 2)):
         for block_n in (64, 128, 192, 256):
             column_tiles = -(-problem.columns // block_n)
-            out_slots, strip = _FEWEST_OUT_SLOTS, column_tiles
+            out_slots, strip = _OUT_SLOTS, column_tiles
             if (block_m, block_n) == _LARGEST_TILE and problem.itemsize == 2:
                 out_slots, strip = _out_parts(block_n, problem), min(4, column_tiles)
             elif block_m > WGMMA_ROWS:
@@ -80,7 +80,7 @@ def fits(chip: Chip, problem: Problem, config: Config) -> bool:
     """Whether the kernel can do `config`: its tiles divide among the warpgroups, its buffers fit the chip."""
     if (config.block_m, config.warpgroups) not in ((64, 1), (64, 2), (128, 2)) or config.block_n > 256:
         return False
-    if config.num_stages < 2 or config.strip < 1:
+    if config.num_stages < 2 or min(config.strip, config.out_slots) < 1:
         return False
     width = config.block_n // 2 if problem.fused else config.block_n
     if width // config.column_groups % 64 or (problem.result_in_8_bits and SCALE_BLOCK % width):
