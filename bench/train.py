@@ -57,7 +57,6 @@ def main(argv: Sequence[str]) -> int:
     if args.resume and args.overwrite:
         raise ValueError("--resume keeps the runs in --out and --overwrite removes them; pass one of the two")
     settings = settings_of(args)
-    check_models(variants, settings)
     corpus = load_corpus(args.text, settings.length)
     corpus.held_out_batches(settings.batch_size, 1)
 
@@ -69,6 +68,7 @@ def main(argv: Sequence[str]) -> int:
     if (share := my_share()) is not None:
         _train_variants(share.of(variants), settings, corpus, head, args)
         return 0
+    check_models(variants, settings)  # once, and not in each of the processes side by side
     with holding(args.out):
         _prepare(args, head)
         failed = False

@@ -27,10 +27,8 @@ def read(folder: pathlib.Path) -> dict[str, Record]:
     Raises:
       ValueError: one holds something else.
     """
-    return {
-        path.stem.removeprefix("layers"): read_json(path, {"cases": {str: _case}})
-        for path in sorted(folder.glob(FILES))
-    }
+    expected = {"chip": str, "commit": str, "cases": {str: _case}}
+    return {path.stem.removeprefix("layers"): read_json(path, expected) for path in sorted(folder.glob(FILES))}
 
 
 def _case(case: Mapping[str, Any]) -> Expected:

@@ -135,11 +135,16 @@ def test_when_each_kernel_of_a_layer_runs(tmp_path):
 
 @needs_matplotlib
 def test_a_record_without_time_lines_is_no_figure(tmp_path, capsys):
-    (tmp_path / "layers.json").write_text('{"cases": {}}')
-    assert run(main, [str(tmp_path)]) == 2
-    (tmp_path / "layers.json").write_text("[]")
-    assert run(main, [str(tmp_path)]) == 2
-    assert "layers.json: it must be an object, got []" in capsys.readouterr().err
+    record = {"chip": "a chip", "commit": "abc", "cases": {}}
+    for text, message in (
+        (json.dumps(record), "has none of"),
+        ("[]", "layers.json: it must be an object, got []"),
+        (json.dumps({**record, "cases": None}), "layers.json: cases must be an object, got None"),
+        (json.dumps({"cases": {}}), "layers.json: chip is missing"),
+    ):
+        (tmp_path / "layers.json").write_text(text)
+        assert run(main, [str(tmp_path)]) == 2
+        assert message in capsys.readouterr().err
 
 
 @needs_matplotlib

@@ -158,7 +158,7 @@ def test_processes_side_by_side_train_the_same(call, tmp_path):
         (["--routers", "hash:w4a4"], "a precision must be one of w16a16, w8a8, w8a8g8; got 'w4a4'"),
         (
             ["--routers", "hash", "--precisions", "w8a8"],
-            "error: hash-w8a8: precision 'w8a8' does not fit",
+            "error: hash-w8a8: precision 'w8a8' does not fit hidden_size=16",
         ),
         (["--devices", "99"], "--devices must be all or a number from 1 to 32, the devices there are; got '99'"),
         (["--report", "/nowhere"], "/nowhere/train.jsonl has no runs: python -m bench.train --out /nowhere makes some"),
@@ -173,7 +173,7 @@ def test_processes_side_by_side_train_the_same(call, tmp_path):
         (["--batch", "100"], "fewer than a batch of 100"),
         (["--heads", "5"], "error: softmax: hidden_size must be a multiple of 2 · num_heads"),
         (["--top-k", "9"], "error: softmax: top_k must be at most num_experts=8"),
-        (["--routers", "hash,softmax:w8a8"], "error: softmax-w8a8: precision 'w8a8' does not fit"),
+        (["--routers", "hash,softmax:w8a8"], "error: softmax-w8a8: precision 'w8a8' does not fit hidden_size=16"),
         (["--learning-rate", "inf"], "--learning-rate: must be a positive number, got 'inf'"),
         (["--capacity-factor", "inf"], "--capacity-factor: must be a positive number, got 'inf'"),
         (["--intermediate", "0"], "--intermediate: must be a whole number of at least 1, got '0'"),

@@ -88,6 +88,8 @@ def assert_alike(got, expected, limit):
         np.testing.assert_allclose(rounded.scale, other_rounded.scale, rtol=1e-5)
         assert other_numbers(rounded, other_rounded) < 2e-3
         ours, theirs = widened(rounded), widened(other_rounded)
+        if rounded.dtype != "float8_e5m2":  # of whose wide steps a few are more
+            assert relative_error(ours, theirs) < 5e-3
         a_step = 0.5 ** int(jnp.finfo(rounded.dtype).nmant) * np.maximum(np.abs(ours), np.abs(theirs))
         assert (np.abs(ours - theirs) <= a_step + 1e-4 * np.abs(theirs).max()).all()
     for one, another in zip(jax.tree.leaves(weights), jax.tree.leaves(other_weights), strict=True):

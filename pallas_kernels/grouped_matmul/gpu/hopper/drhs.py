@@ -98,8 +98,8 @@ def grouped_drhs(
 
         def place(tile):
             """Group, row tile and column tile of a tile."""
-            group, local = lax.div(tile, tiles_each), lax.rem(tile, tiles_each)
-            return group, *place_in_strips(local, row_tiles, column_tiles, config.strip)
+            local = lax.rem(tile, tiles_each)
+            return group_of(tile), *place_in_strips(local, row_tiles, column_tiles, config.strip)
 
         def for_each_tile(function, carry):
             @plgpu.nd_loop((num_groups * tiles_each,), collective_axes="block", init_carry=carry)
