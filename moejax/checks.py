@@ -5,7 +5,8 @@ import numbers
 import operator
 
 import jax
-import jax.numpy as jnp
+
+from pallas_kernels.dtypes import is_float
 
 
 def require(condition: bool, name: str, expected: str, got: object) -> None:
@@ -34,7 +35,7 @@ def check_residual(residual: jax.Array | None, x: jax.Array) -> None:
     require_arrays(residual=residual)
     if residual is None:
         return
-    is_alike = residual.shape == x.shape and jnp.dtype(residual.dtype).name in ("bfloat16", "float16", "float32")
+    is_alike = residual.shape == x.shape and is_float(residual.dtype)
     if not is_alike:
         raise ValueError(
             f"residual must be BF16, FP16 or float32 {list(x.shape)}, of the shape of x, got "

@@ -16,6 +16,7 @@ from moejax.routers.base import Router
 from moejax.routers.top_k import TopKRouter
 from pallas_kernels.activations import Activation, check_activation
 from pallas_kernels.backend import check_backend
+from pallas_kernels.dtypes import FLOATS
 from pallas_kernels.quantize import QDtype, Quantization, Scaling, is_of_one_row, scale_shape
 from sharding.exchange import check_transport
 from sharding.exchange.capacity import Scope
@@ -131,7 +132,7 @@ class MoEConfig:
                 dtype = jnp.dtype(getattr(self, name)).name
             except TypeError:
                 dtype = getattr(self, name)
-            require(dtype in ("bfloat16", "float16", "float32"), name, "bfloat16, float16 or float32", dtype)
+            require(dtype in FLOATS, name, "bfloat16, float16 or float32", dtype)
         for name in ("shared_gate", "expert_bias", "scale_inputs"):
             require(isinstance(getattr(self, name), bool), name, "True or False", getattr(self, name))
         check_activation(self.activation, self.activation_limit)

@@ -21,6 +21,7 @@ from moejax.checks import check_config, check_residual, require_arrays, require_
 from moejax.config import MoEConfig
 from moejax.on_chip import Held, PerToken, Settings, experts_on_chip, layer_on_chip, whole_scales
 from moejax.params import MoEParams, check_expert_params, check_params, param_specs, param_table
+from pallas_kernels.dtypes import is_float
 from pallas_kernels.plan import as_ids, in_int32
 from pallas_kernels.quantize import QTensor, scale_shape
 from pallas_kernels.tracing.concrete import is_known, nan_rows
@@ -252,7 +253,7 @@ def check_input(x: jax.Array, config: MoEConfig, mask: jax.Array | None = None) 
     require_arrays(x=x, mask=mask)
     if x.ndim < 1 or x.shape[-1] != config.hidden_size:
         raise ValueError(f"x must be [..., H] with hidden_size={config.hidden_size}, got {list(x.shape)}")
-    if jnp.dtype(x.dtype).name not in ("bfloat16", "float16", "float32"):
+    if not is_float(x.dtype):
         advice = "embed token ids first" if jnp.issubdtype(x.dtype, jnp.integer) else "cast it"
         raise ValueError(f"x must be BF16, FP16 or float32 activations, got {x.dtype}; {advice}")
     if any(size == 0 for size in x.shape):

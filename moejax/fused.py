@@ -6,11 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moejax.checks import check_residual, require
+from moejax.checks import check_residual, require, require_arrays
 from moejax.experts import ExpertMath, ExpertWeights
 from moejax.packing import GateUpOrder, Layout, split_gate_up
 from moejax.routed_experts import routed_experts
 from pallas_kernels.activations import Activation
+from pallas_kernels.dtypes import is_float
 from pallas_kernels.grouped_matmul.checks import check_kind
 from pallas_kernels.plan import in_int32
 from pallas_kernels.quantize import Operand, QTensor, Quantization
@@ -70,11 +71,14 @@ def fused_experts(
       [T, H] in the dtype of hidden_states.
 
     Raises:
+      TypeError: what must be an array is none.
       ValueError: shapes or dtypes do not fit, `transport` is unknown, or no `jax.shard_map` has the axis.
     """
     check_transport(transport)
     is_known = quantization is None or isinstance(quantization, Quantization)
     require(is_known, "quantization", "a Quantization, or None for products as operands come", quantization)
+    require_arrays(hidden_states=hidden_states, w1=w1, w2=w2, b1=b1, b2=b2)
+    require_arrays(topk_weights=topk_weights, topk_ids=topk_ids)
     w1, b1 = _gate_first(w1, b1, layout, gate_up_order)
     _check(hidden_states, w1, w2, topk_weights, topk_ids, b1, b2, layout)
     check_residual(residual, hidden_states)
@@ -157,7 +161,7 @@ def _gate_first(
 
 
 def _check(x, w1: Operand, w2: Operand, topk_weights, topk_ids, b1, b2, layout: Layout) -> None:
-    if x.ndim != 2 or jnp.dtype(x.dtype).name not in ("bfloat16", "float16", "float32"):
+    if x.ndim != 2 or not is_float(x.dtype):
         raise ValueError(f"hidden_states must be BF16, FP16 or float32 [T, H], got {x.dtype}{list(x.shape)}")
     check_kind("w1", w1)
     check_kind("w2", w2)

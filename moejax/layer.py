@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Self
 
@@ -20,7 +19,7 @@ from moejax.param import Param
 from moejax.params import EXPERT_FIELDS, MoEParams, check_params, operand_spec, param_table, quantize_params
 from moejax.placing import place
 from pallas_kernels.quantize import QTensor
-from sharding.mesh import AnyMesh, mesh_here
+from sharding.mesh import AnyMesh, mesh_at_call, mesh_here
 from sharding.partition import Axes, Partition
 
 _LECUN = nnx.initializers.lecun_normal()
@@ -242,18 +241,9 @@ class MoE(nnx.Module):
             partition=self.partition,
         )
 
-    def mesh_at_call(self) -> Mesh | None:
+    def mesh_at_call(self) -> AnyMesh | None:
         """The mesh that was given; else None for the one in force, or where there is none, that of the constructor."""
-        if self.mesh is not None or self._made_on is None or not jax.sharding.get_abstract_mesh().empty:
-            return self.mesh
-        if isinstance(self._made_on, Mesh):
-            return self._made_on
-        warnings.warn(
-            f"a layer that was made under jit over the mesh {dict(self._made_on.shape)} is called without a mesh, so "
-            "its tokens are not spread over chips: call it within jax.set_mesh, or make it with mesh=",
-            stacklevel=3,
-        )
-        return None
+        return mesh_at_call(self.mesh, self._made_on, "a layer")
 
     def update(self, aux: MoEAux) -> None:
         """Adjusts what no gradient trains, by the aux of a step. Call it after each step, outside of the gradient.

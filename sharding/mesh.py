@@ -6,6 +6,7 @@ Tokens are split over every device of both axes; the experts' weights are split 
 the data axis; all else is repeated everywhere. `sharding.partition` says what other axes do.
 """
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -88,6 +89,26 @@ def mesh_here(mesh: AnyMesh | None) -> AnyMesh | None:
     if not is_inside:
         return current_mesh() if mesh is None else mesh
     return around if free_axes(around) else None
+
+
+def mesh_at_call(mesh: AnyMesh | None, made_on: AnyMesh | None, what: str) -> AnyMesh | None:
+    """The mesh that a module was given; else None for the one in force, or where there is none, that it was made on.
+
+    Args:
+      mesh: what it was given.
+      made_on: `mesh_here` where it was made, None where it was given one.
+      what: it is, for a warning: the devices of a mesh under `jax.jit` are not to be seen.
+    """
+    if mesh is not None or made_on is None or not jax.sharding.get_abstract_mesh().empty:
+        return mesh
+    if isinstance(made_on, Mesh):
+        return made_on
+    warnings.warn(
+        f"{what} that was made under jit over the mesh {dict(made_on.shape)} is called without a mesh, so its tokens "
+        "are not spread over chips: call it within jax.set_mesh, or make it with mesh=",
+        stacklevel=4,
+    )
+    return None
 
 
 def free_axes(mesh: AnyMesh) -> tuple[str, ...]:

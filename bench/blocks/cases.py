@@ -161,7 +161,7 @@ def _reduced(case: Case) -> Case:
     return Case(block, min(case.batch, 2), min(case.length, 8), kv_len, "reduced")
 
 
-def backends(case: Case, name: str) -> Case:
+def with_backend(case: Case, name: str) -> Case:
     """The case by these kernels: "auto" or "xla" everywhere."""
     attention = dataclasses.replace(case.block.attention, backend="xla" if name == "xla" else "auto")
     feed_forward = dataclasses.replace(case.block.feed_forward, backend=name)
@@ -170,7 +170,7 @@ def backends(case: Case, name: str) -> Case:
     )
 
 
-def table_sizes(case: Case) -> dict[str, int | None]:
+def sizes_of(case: Case) -> dict[str, int | None]:
     """The sizes of a case for a record."""
     a, f = case.block.attention, case.block.feed_forward
     sizes: dict[str, int | None] = {"batch": case.batch, "length": case.length, "kv_len": case.kv_len}

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from bench.blocks import in_jax, in_torch, ours
-from bench.blocks.cases import Case, backends, table_sizes
+from bench.blocks.cases import Case, sizes_of, with_backend
 from bench.blocks.ours import Inputs, Run, make_inputs
 from bench.hopper.peers import from_torch
 from bench.measure.clock import CallTime, torch_wait, wall_times
@@ -33,7 +33,7 @@ def measure_case(case: Case, *, rounds: int, at_most: int, with_torch: bool) -> 
       with_torch: whether torch's are contenders.
     """
     inputs = make_inputs(case, at_most=at_most)
-    reference = ours.runner(backends(case, "xla"), inputs.first)()
+    reference = ours.runner(with_backend(case, "xla"), inputs.first)()
     outcomes: dict[str, dict[str, Any]] = {}
     samplers: dict[str, Callable[[], float]] = {}
     for name in CONTENDERS:
@@ -44,8 +44,9 @@ def measure_case(case: Case, *, rounds: int, at_most: int, with_torch: bool) -> 
             first = _runner(name, case, inputs.first)
             error = _error(_as_jax(name, first()), reference, inputs.x)
             check(error, _TOLERANCE)
-            samplers[name] = _sampler(name, first if len(inputs.states) == 1 else _runner(name, case, inputs), inputs)
-            outcomes[name] = {"relative_error": error}
+            sampler = _sampler(name, first if len(inputs.states) == 1 else _runner(name, case, inputs), inputs)
+            sampler()  # what all blocks need may not be there
+            samplers[name], outcomes[name] = sampler, {"relative_error": error}
         except Exception as error:  # of memory, say; the other contenders still count
             outcomes[name] = {"error": describe(error)}
     for name, time in _in_turns(samplers, rounds).items():
@@ -56,7 +57,7 @@ def measure_case(case: Case, *, rounds: int, at_most: int, with_torch: bool) -> 
             "tokens_per_s": case.tokens / time.median_us * 1e6,
             "tflops": case.flops / time.median_us / 1e6,
         }
-    sizes = {"shape": case.shape, **table_sizes(case)}
+    sizes = {"shape": case.shape, **sizes_of(case)}
     figures = {"tokens": case.tokens, "flops": case.flops, "blocks": len(inputs.states)}
     return {**sizes, **figures, "note": case.note, "contenders": outcomes}
 

@@ -114,10 +114,8 @@ class Attention(nnx.Module):
         check_tokens(x, self.config.hidden_size)
         check_cache(cache, self.config)
         check_auto_axes(x=x, keys=cache.keys)
+        check_prompts(x, slots, lengths, num_slots=cache.num_slots, max_length=cache.max_length)
         batch, length, _ = x.shape
-        check_prompts(
-            slots, lengths, batch=batch, length=length, num_slots=cache.num_slots, max_length=cache.max_length
-        )
         mask = None
         if lengths is None:
             lengths = jnp.full(batch, length, jnp.int32)

@@ -12,7 +12,7 @@ from moejax.aux_output import MoEAux
 from moejax.layer import MoE
 from moejax.models.attention import Attention
 from moejax.models.cache import KVCache, check_cache
-from moejax.models.checks import check_active, check_tokens
+from moejax.models.checks import check_active, check_prompts, check_tokens
 from moejax.models.config import BlockConfig, MLPConfig
 from moejax.models.masks import kept, real_tokens
 from moejax.models.mlp import MLP
@@ -52,8 +52,8 @@ class DecoderBlock(nnx.Module):
         Args:
           config: the block.
           rngs: see `moejax.MoE`.
-          mesh: of the feed-forward network, as is `partition`; see `moejax.MoE`.
-          partition: which axes of the mesh split what.
+          mesh: see `moejax.MoE`.
+          partition: which axes of the mesh split what, for the feed-forward network.
         """
         if not isinstance(config, BlockConfig):
             raise TypeError(f"config must be BlockConfig(attention, feed_forward), got {type(config).__name__}")
@@ -66,6 +66,7 @@ class DecoderBlock(nnx.Module):
             param_dtype=attention.param_dtype,
             backend=feed_forward.backend,
             rngs=rngs,
+            mesh=mesh,
         )
         self.attention_norm = norm()
         self.attention = Attention(attention, rngs=rngs)
@@ -118,6 +119,8 @@ class DecoderBlock(nnx.Module):
         Warns where the block is not `causal`: tokens decoded one by one then differ from those of a whole sequence.
         """
         check_tokens(x, self.config.hidden_size)
+        check_cache(cache, self.config.attention)
+        check_prompts(x, slots, lengths, num_slots=cache.num_slots, max_length=cache.max_length)
         if not self.causal:
             warnings.warn(
                 "what a token's experts make of it depends on later tokens (by the router, or a capacity), so decoding "

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moejax.checks import require, require_arrays
+from pallas_kernels.dtypes import is_float
 from pallas_kernels.tracing.concrete import is_known
 from sharding.mesh import split_by_type
 
@@ -14,17 +15,17 @@ def check_tokens(x: jax.Array, hidden_size: int, mask: jax.Array | None = None) 
     require_arrays(x=x, mask=mask)
     is_fit = x.ndim == 3 and x.shape[-1] == hidden_size and 0 not in x.shape
     require(is_fit, "x", f"[B, L, H] with hidden_size={hidden_size} and at least one token", list(x.shape))
-    is_float = jnp.dtype(x.dtype).name in ("bfloat16", "float16", "float32")
-    require(is_float, "x", "BF16, FP16 or float32 activations", str(x.dtype))
+    require(is_float(x.dtype), "x", "BF16, FP16 or float32 activations", str(x.dtype))
     if mask is not None:
         _check_array("mask", mask, "bool", x.shape[:-1])
 
 
 def check_prompts(
-    slots: jax.Array, lengths: jax.Array | None, *, batch: int, length: int, num_slots: int, max_length: int
+    x: jax.Array, slots: jax.Array, lengths: jax.Array | None, *, num_slots: int, max_length: int
 ) -> None:
-    """Raises ValueError unless sequences [batch, length] can go into slots; of slots and lengths as far as known."""
+    """Raises ValueError unless sequences x [B, L, H] can go into slots; of slots and lengths as far as known."""
     require_arrays(slots=slots, lengths=lengths)
+    batch, length, _ = x.shape
     require(length <= max_length, "x", f"sequences of at most max_length={max_length} tokens of the cache", length)
     _check_array("slots", slots, "integer", (batch,))
     if is_known(slots):

@@ -10,10 +10,9 @@ from moejax.checks import require, require_integer, require_number
 from moejax.config import MoEConfig
 from pallas_kernels.activations import Activation, check_activation
 from pallas_kernels.backend import check_backend
+from pallas_kernels.dtypes import FLOATS
 
 AttentionBackend = Literal["auto", "cudnn", "xla"]
-
-_DTYPES = ("bfloat16", "float16", "float32")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +79,8 @@ class MLPConfig:
       activation_limit: clamp of gate and up before the activation, or None.
       dtype: the dtype to compute in: bfloat16, float16 or float32.
       param_dtype: of the parameters.
-      backend: "auto", "xla", "pallas_tpu" or "pallas_gpu".
+      backend: "auto", "xla", "pallas_tpu" or "pallas_gpu". "auto" is two dots of XLA's for few tokens on a GPU, and on
+        CPUs; by the platform at hand when it is traced, so that what a CPU exports for others has dots.
 
     Raises:
       ValueError: on construction, when a field makes no sense.
@@ -143,4 +143,4 @@ def _check_dtypes(config: AttentionConfig | MLPConfig) -> None:
             dtype = jnp.dtype(getattr(config, name)).name
         except TypeError:
             dtype = getattr(config, name)
-        require(dtype in _DTYPES, name, "bfloat16, float16 or float32", dtype)
+        require(dtype in FLOATS, name, "bfloat16, float16 or float32", dtype)

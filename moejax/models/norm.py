@@ -10,12 +10,13 @@ from typing import overload
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import AxisType
+from jax.sharding import Mesh
 
-from moejax.checks import require
+from moejax.checks import require, require_arrays
 from moejax.initial import Initializer
 from pallas_kernels.rms_norm import rms_norm
 from pallas_kernels.tracing.concrete import is_less
+from sharding.mesh import free_axes, mesh_here
 
 _ONES = nnx.initializers.ones
 
@@ -30,7 +31,8 @@ class RMSNorm(nnx.Module):
     Attributes:
       scale: nnx.Param [H].
       eps: added to the mean square.
-      backend: "auto", "xla", "pallas_tpu" or "pallas_gpu".
+      backend: "auto", "xla", "pallas_tpu" or "pallas_gpu". Over a mesh it is XLA in any case, which lets every chip do
+        its share: arrays that a mesh splits would be gathered for a kernel.
     """
 
     def __init__(
@@ -42,8 +44,22 @@ class RMSNorm(nnx.Module):
         scale_init: Initializer = _ONES,
         backend: str = "auto",
         rngs: nnx.Rngs,
+        mesh: Mesh | None = None,
     ):
+        """Makes the parameter.
+
+        Args:
+          width: H.
+          eps: see the attribute.
+          param_dtype: of the parameter.
+          scale_init: initialises it.
+          backend: see the attribute.
+          rngs: the stream "params" is for that.
+          mesh: that splits what is normalised; the default is the mesh of `jax.set_mesh`, if any: that in force at a
+            call, else that in force here.
+        """
         self.eps, self.backend = eps, backend
+        self._made_on = mesh_here(mesh)
         self.scale = nnx.Param(scale_init(rngs.params(), (width,), param_dtype))
 
     @overload
@@ -61,8 +77,10 @@ class RMSNorm(nnx.Module):
           [..., H] in the dtype of x, computed in float32 and rounded once; with `residual` also x + residual.
 
         Raises:
+          TypeError: x or `residual` is not an array.
           ValueError: the last dimension of x is of another width, or `residual` is not like x.
         """
+        require_arrays(x=x, residual=residual)
         width = self.scale.shape[0]
         require(x.shape[-1:] == (width,), "x", f"[..., {width}]", list(x.shape))
         if residual is None:
@@ -73,8 +91,10 @@ class RMSNorm(nnx.Module):
         return rms_norm(x, self.scale[...], residual=residual, eps=self.eps, backend=self._backend_here(x.size))
 
     def _backend_here(self, size: int) -> str:
-        """XLA's for arrays that a mesh splits, which a kernel would have gathered, and where a launch costs more."""
+        """XLA's where a launch costs more than a kernel gains, and over a mesh."""
         if self.backend == "auto" and is_less(size, _FEW_NUMBERS + 1):
             return "xla"
-        types = jax.sharding.get_abstract_mesh().axis_types
-        return self.backend if all(each == AxisType.Manual for each in types) else "xla"
+        around = jax.sharding.get_abstract_mesh()
+        mesh = self._made_on if around.empty else around
+        is_split = mesh is not None and any(mesh.shape[name] > 1 for name in free_axes(mesh))
+        return "xla" if is_split else self.backend

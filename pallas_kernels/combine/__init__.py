@@ -6,6 +6,7 @@ rows [R, H], weights [T, K] -> [T, H]      out[t] = Σ_k weights[t, k] · rows[p
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.dtypes import is_float
 from pallas_kernels.moved_rows import combined, onto
 from pallas_kernels.plan import Plan
 
@@ -40,7 +41,7 @@ def combine(
         raise ValueError(
             f"rows must have shape [R, H] with the plan's R = {plan.order.shape[0]}, got {list(rows.shape)}"
         )
-    if not jnp.issubdtype(rows.dtype, jnp.floating) or rows.dtype.itemsize < 2:
+    if not is_float(rows.dtype):
         raise ValueError(f"rows must be BF16, FP16 or float32 (a sum below BF16 loses too much), got {rows.dtype}")
     if weights is None:
         weights = jnp.ones(plan.inverse.shape, jnp.float32)
@@ -53,7 +54,7 @@ def combine(
     if residual is None:
         return combined(backend, **operands)
     shape = plan.inverse.shape[0], rows.shape[1]
-    if residual.shape != shape or not jnp.issubdtype(residual.dtype, jnp.floating) or residual.dtype.itemsize < 2:
+    if residual.shape != shape or not is_float(residual.dtype):
         raise ValueError(
             f"residual must be BF16, FP16 or float32 [T, H] = {list(shape)}, got {residual.dtype}{list(residual.shape)}"
         )

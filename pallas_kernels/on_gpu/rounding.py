@@ -5,19 +5,17 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.backend import Unsupported
+from pallas_kernels.dtypes import FLOATS, is_float
 from pallas_kernels.on_gpu.strips import spread
 from pallas_kernels.quantize import scale_of
 
-FLOATS = ("bfloat16", "float16", "float32")
-"""What is rounded."""
-
 FP8 = ("float8_e4m3fn", "float8_e5m2")
-"""What it is rounded to."""
+"""What `FLOATS` are rounded to."""
 
 
 def is_rounded(of: jnp.dtype, to: jnp.dtype) -> bool:
     """Whether the dtypes are of these."""
-    return of.name in FLOATS and to.name in FP8
+    return is_float(of) and to.name in FP8
 
 
 def require_fp8(operator: str, of: jnp.dtype, to: jnp.dtype) -> None:

@@ -38,7 +38,7 @@ def swizzled(shape: tuple[int, ...], dtype: jax.typing.DTypeLike, *, any_row: bo
     """A buffer of tiles [..., rows, columns].
 
     Args:
-      shape: with 64 or 128 bytes of columns, or a multiple of 128 if not `any_row`.
+      shape: with 32, 64 or 128 bytes of columns, or a multiple of 128 if not `any_row`.
       dtype: of the elements.
       any_row: whether copies may begin at any row; see `Views.of`.
     """

@@ -6,7 +6,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.on_gpu.smem import Views
 
-_STORES_AT_ONCE = 8  # whose loads wait for one another no more
+_STORES_AT_ONCE = 8  # whose loads are issued together, so that their latencies overlap
 
 
 def store_rows(out, staging: Views, warpgroup, value: jax.Array, *, row, rows, column) -> None:

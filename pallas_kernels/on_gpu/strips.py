@@ -112,7 +112,7 @@ class Strips:
 
 @dataclasses.dataclass(frozen=True)
 class Blocks(Strips):
-    """Strips of `BLOCKS` blocks of 128 elements, which are what `vectors` and `vector` stand for."""
+    """Strips of blocks of 128 elements, eight of them, which are what `vectors` and `vector` stand for."""
 
     def load(self, ref, row, strip) -> jax.Array:
         """A strip of a row, in registers."""

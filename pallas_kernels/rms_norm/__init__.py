@@ -14,6 +14,7 @@ from typing import Any, overload
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.dtypes import is_float
 from pallas_kernels.quantize import QDtype, Rounded, Scaling, check_qdtype, is_of_one_row, scale_shape
 from pallas_kernels.rms_norm.gradients import normalized
 
@@ -161,16 +162,13 @@ def _rows(x: jax.Array) -> jax.Array:
     return x.reshape(-1, x.shape[-1])
 
 
-_DTYPES = ("bfloat16", "float16", "float32")
-
-
 def _check(x: jax.Array, weight: jax.Array | None, residual: jax.Array | None, eps: object, out_dtype: Any) -> None:
     if not isinstance(eps, numbers.Real) or not 0 <= float(eps) < math.inf:
         raise ValueError(f"eps must be a number from 0 on that is known when this is traced, got {eps!r}")
     for name, array in (("x", x), ("weight", weight), ("residual", residual)):
-        if array is not None and jnp.dtype(array.dtype).name not in _DTYPES:
+        if array is not None and not is_float(array.dtype):
             raise ValueError(f"{name} must be BF16, FP16 or float32, got {array.dtype}")
-    if out_dtype is not None and jnp.dtype(out_dtype).name not in _DTYPES:
+    if out_dtype is not None and not is_float(out_dtype):
         raise ValueError(f"out_dtype must be BF16, FP16 or float32, got {jnp.dtype(out_dtype)}")
     if x.ndim == 0 or x.shape[-1] == 0:
         raise ValueError(f"x must have shape [..., H] with H of at least 1, got {list(x.shape)}")

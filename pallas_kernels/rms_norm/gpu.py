@@ -85,14 +85,14 @@ def rms_norm(
             (num_rows, strips.vectors if isinstance(strips, Blocks) else 1), jnp.float32
         )
     summed = [name for name in ("x", "residual") if name in inputs]
-    held, ahead = x.dtype.itemsize, sum(inputs[name].dtype.itemsize for name in summed)
-    is_prefetched = columns * ahead <= _MOST_HELD
+    held_bytes, next_bytes = x.dtype.itemsize, sum(inputs[name].dtype.itemsize for name in summed)  # of an element
+    loads_ahead = columns * next_bytes <= _MOST_HELD
     if scaling == "per_row":
-        held += 4  # the result in float32, until its scale is known
-    config = with_prefetch(config or _config(chip, columns * (held + (ahead if is_prefetched else 0))))
+        held_bytes += 4  # the result in float32, until its scale is known
+    config = with_prefetch(config or _config(chip, columns * (held_bytes + (next_bytes if loads_ahead else 0))))
     blocks, prefetch = min(num_rows, config.blocks), config.prefetch
     early = prefetch.mode == "smem" and weight is not None and blocks == num_rows
-    strips_early, launch_row = prefetch.ahead(strips.count) if early else 0, prefetch.begun(num_rows)
+    strips_early, launch_row = prefetch.ahead(strips.count) if early else 0, _launch_row(prefetch, num_rows, blocks)
 
     def body(*refs):
         ref = dict(zip([*inputs, *outs], refs, strict=True))
@@ -110,7 +110,7 @@ def rms_norm(
                 pl.when(row >= launch_row)(prefetch.launch_dependents)
             held = []
             squares = strips.zeros(jnp.float32)
-            for i, terms in enumerate(parts if is_prefetched else load(row)):
+            for i, terms in enumerate(parts if loads_ahead else load(row)):
                 total = terms[0]
                 if residual is not None:
                     total = (terms[0].astype(jnp.float32) + terms[1].astype(jnp.float32)).astype(x.dtype)
@@ -126,7 +126,7 @@ def rms_norm(
 
             _finish(strips, ref, row, normalized)
 
-        for_each(lax.axis_index("block"), blocks, num_rows, load if is_prefetched else lambda row: None, normalize)
+        for_each(lax.axis_index("block"), blocks, num_rows, load if loads_ahead else lambda row: None, normalize)
 
     results = dict(
         zip(outs, launch(body, list(outs.values()), *inputs.values(), name="rms_norm", blocks=blocks), strict=True)
@@ -136,9 +136,15 @@ def rms_norm(
     return y if scaling is None else QTensor(y, results["scale"]), total.reshape(x.shape) if with_sum else None
 
 
-def _config(chip: Chip, held: int) -> Config:
-    """As many blocks as run at once, of which each keeps `held` bytes in registers beside what it works with."""
-    return Config(blocks=chip.cores * max(2, min(8, _HELD_BY_A_CORE // held)))
+def _launch_row(prefetch: Prefetch, num_rows: int, blocks: int) -> int | None:
+    """The row from which on a block allows the next kernel, None if it never does: at the latest its own last one."""
+    begun = prefetch.begun(num_rows)
+    return None if begun is None else min(begun, num_rows - blocks)
+
+
+def _config(chip: Chip, held_bytes: int) -> Config:
+    """As many blocks as run at once, of which each keeps `held_bytes` in registers beside what it works with."""
+    return Config(blocks=chip.cores * max(2, min(8, _HELD_BY_A_CORE // held_bytes)))
 
 
 def _cut(x: jax.Array, scaling: Scaling | None) -> Strips:
@@ -192,10 +198,10 @@ def rms_norm_pullback(
     chip = hopper_chip("rms_norm_pullback")
     num_rows, columns = x.shape
     strips = cut("rms_norm_pullback", columns, x.dtype, 1)
-    held = columns * (x.dtype.itemsize + dy.dtype.itemsize + (0 if weight_dtype is None else 4))
+    held_bytes = columns * (x.dtype.itemsize + dy.dtype.itemsize + (0 if weight_dtype is None else 4))
     if num_rows == 0 or columns > _MOST_COLUMNS_BACK:
         return reference.rms_norm_pullback(x, weight, dy, dsum, eps=eps, weight_dtype=weight_dtype)
-    blocks = min(num_rows, (config or _config(chip, held)).blocks)
+    blocks = min(num_rows, (config or _config(chip, held_bytes)).blocks)
     inputs = _viewed(strips, x=x, dy=dy, dsum=dsum, weight=weight)
     outs = {"dx": jax.ShapeDtypeStruct((num_rows, strips.vectors, strips.vector), x.dtype)}
     if weight_dtype is not None:
@@ -208,8 +214,8 @@ def rms_norm_pullback(
         def weighted(i, strip):
             return strip if weight is None else strip * strips.load(ref["weight"], 0, i).astype(jnp.float32)
 
-        def pull(i, shares):
-            row = block + i * blocks
+        def pull(turn, shares):
+            row = block + turn * blocks
             held = [(strips.load(ref["x"], row, i), strips.load(ref["dy"], row, i)) for i in range(strips.count)]
             squares, product = strips.zeros(jnp.float32), strips.zeros(jnp.float32)
             for i, pair in enumerate(held):
@@ -217,7 +223,7 @@ def rms_norm_pullback(
                 squares += strips.once(i, wide * wide)
                 product += strips.once(i, wide * weighted(i, gradient))
             r = lax.rsqrt(strips.sum(squares) / columns + eps)
-            mean = r * strips.sum(product) / columns
+            mean = jnp.where(r == 0, 0, r * strips.sum(product) / columns)  # of a row whose squares overflow
             found = []
             for i, pair in enumerate(held):
                 n, gradient = pair[0].astype(jnp.float32) * r, pair[1].astype(jnp.float32)
@@ -229,8 +235,8 @@ def rms_norm_pullback(
             return [share + more for share, more in zip(shares, found, strict=True)] if shares else shares
 
         nothing = [strips.zeros(jnp.float32) for _ in range(strips.count)] if "shares" in ref else []
-        rounds = lax.div(num_rows - 1 - block, jnp.int32(blocks)) + 1
-        for i, share in enumerate(lax.fori_loop(0, rounds, pull, nothing)):
+        turns = lax.div(num_rows - 1 - block, jnp.int32(blocks)) + 1
+        for i, share in enumerate(lax.fori_loop(0, turns, pull, nothing)):
             strips.store(ref["shares"], block, i, share)
 
     dx, *shares = launch(body, list(outs.values()), *inputs.values(), name="rms_norm_pullback", blocks=blocks)

@@ -203,7 +203,7 @@ def _pull(refs: dict[str, Any], *, eps: float, num_rows: int) -> None:
             squares += jnp.sum(wide * wide, axis=1, keepdims=True)
             product += jnp.sum(wide * _weighted(refs, strip, gradient), axis=1, keepdims=True)
         r = lax.rsqrt(squares / x.shape[1] + eps)
-        mean = r * product / x.shape[1]
+        mean = jnp.where(r == 0, 0, r * product / x.shape[1])  # of a row whose squares overflow
         row = block * x.shape[0] + first + lax.broadcasted_iota(jnp.int32, (_TILE, 1), 0)
         for strip in _strips(x.shape[1]):
             n, gradient = x[tile, strip].astype(jnp.float32) * r, dy[tile, strip].astype(jnp.float32)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.activations import Activation, check_activation
 from pallas_kernels.backend import Unsupported
+from pallas_kernels.dtypes import is_float
 from pallas_kernels.primitive import Operator
 from pallas_kernels.quantize import QTensor, ToRound, check_qtensor, check_row_scales
 from pallas_kernels.routed_mlp.reference import in_8_bits
@@ -101,11 +102,11 @@ def _check(x, topk_weights, topk_ids, gate_up, down, gate_up_bias, down_bias, re
         if not isinstance(operand, QTensor) or operand.ndim != ndim:
             got = f"{operand.dtype}{list(operand.shape)}"
             raise ValueError(f"{name} must be a QTensor of {ndim} dimensions, got {type(operand).__name__} {got}")
-    if residual is not None and (not jnp.issubdtype(residual.dtype, jnp.floating) or residual.dtype.itemsize < 2):
+    if residual is not None and not is_float(residual.dtype):
         raise ValueError(f"residual must be BF16, FP16 or float32, got {residual.dtype}")
     if topk_ids.ndim != 2 or topk_ids.dtype != jnp.int32:
         raise ValueError(f"topk_ids must be int32 [T, K], got {topk_ids.dtype}{list(topk_ids.shape)}")
-    if not jnp.issubdtype(out_dtype, jnp.floating) or out_dtype.itemsize < 2:
+    if not is_float(out_dtype):
         raise ValueError(f"out_dtype must be BF16, FP16 or float32, got {out_dtype}")
     check_row_scales("x", x)
     check_qtensor("gate_up", gate_up)

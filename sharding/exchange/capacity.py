@@ -6,12 +6,12 @@ equals those of earlier tokens of the batch. So a batch loses the same choices o
 by itself.
 """
 
-import math
 from fractions import Fraction
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.core import max_dim, min_dim
 
 from pallas_kernels.plan import make_plan
 from sharding.tokens import Tokens
@@ -30,7 +30,7 @@ def expert_capacity(num_tokens: Any, top_k: int, num_experts: int, capacity_fact
     """⌈capacity_factor · T·K / E⌉, at least 1: the choices that an expert takes of T tokens.
 
     Args:
-      num_tokens: T, a number or int32 [].
+      num_tokens: T, a number, a dimension of a size that is not known, or int32 [].
       top_k: K.
       num_experts: E.
       capacity_factor: positive, to a thousandth.
@@ -39,7 +39,8 @@ def expert_capacity(num_tokens: Any, top_k: int, num_experts: int, capacity_fact
     # E is room for every token there can be; more could overflow.
     factor = max(min(factor, Fraction(num_experts)), Fraction(1, _DENOMINATOR))
     if not isinstance(num_tokens, jax.Array):
-        return max(1, math.ceil(factor * num_tokens * top_k / num_experts))
+        choices = factor.numerator * top_k * num_tokens
+        return max_dim(1, -(-choices // (factor.denominator * num_experts)))
     # In parts, so that no product leaves 32 bits: T·K = whole · unit + rest.
     unit = factor.denominator * num_experts
     whole, rest = jnp.divmod(num_tokens * top_k, unit)
@@ -99,7 +100,7 @@ def limit_to_capacity(
 def most_rows(num_tokens: Any, total: Any, top_k: int, num_experts: int, capacity_factor: float, scope: Scope) -> Any:
     """The most choices that one chip can have for an expert: T tokens on the chip, `total` in the batch, all real."""
     counted = num_tokens if scope == "chip" else total
-    return min(expert_capacity(counted, top_k, num_experts, capacity_factor), num_tokens * top_k)
+    return min_dim(expert_capacity(counted, top_k, num_experts, capacity_factor), num_tokens * top_k)
 
 
 def count_dropped(topk_ids: jax.Array, kept_ids: jax.Array, num_experts: int) -> jax.Array:

@@ -305,3 +305,11 @@ def test_weights_of_a_dtype_that_is_not_multiplied_are_named(rng):
         fused_experts(x, w1.astype(jnp.int32), w2, *choice)
     with raises_saying(ValueError, "w2: scale [8, 3, 1] does not fit values [8, 128, 256]"):
         fused_experts(x, w1, QTensor(w2.astype("float8_e4m3fn"), jnp.ones((8, 3, 1))), *choice)
+
+
+@pytest.mark.parametrize("number", range(5))
+def test_a_list_is_not_an_array(rng, number):
+    operands = problem(rng)
+    names = "hidden_states", "w1", "w2", "topk_weights", "topk_ids"
+    with raises_saying(TypeError, f"{names[number]} must be an array, got list"):
+        fused_experts(*(each.tolist() if i == number else each for i, each in enumerate(operands)))

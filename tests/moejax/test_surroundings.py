@@ -194,6 +194,18 @@ def test_an_export_for_any_number_of_tokens(params, rng, platforms):
         assert relative_error(exported.call(params, x), layer(params, x)) < 1e-6
 
 
+@pytest.mark.parametrize("scope", ["batch", "chip"])
+def test_an_export_for_any_number_of_tokens_drops_what_exceeds_a_capacity(params, rng, scope):
+    config = dataclasses.replace(CONFIG, capacity_factor=0.75, capacity_of=scope)
+    layer = jax.jit(lambda params, x: moe(x, params, config)[0])
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
+    tokens = jax.ShapeDtypeStruct(export.symbolic_shape("n, 32"), jnp.float32)
+    exported = export.export(layer, platforms=["cpu"])(shapes, tokens)
+    for number in (1, 40):
+        x = normal(rng, number, 32)
+        assert relative_error(exported.call(params, x), layer(params, x)) < 1e-6
+
+
 def test_an_export_for_a_tpu_has_its_kernels():
     config = MoEConfig(256, 128, 8, 2)
     shapes = jax.eval_shape(lambda: MoE(config, rngs=nnx.Rngs(0)).params())

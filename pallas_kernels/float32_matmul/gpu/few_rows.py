@@ -33,6 +33,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.chips import Chip
+from pallas_kernels.dtypes import is_float
 from pallas_kernels.on_gpu.strips import WARPGROUP, spread, store
 from pallas_kernels.tracing.concrete import is_symbolic
 
@@ -40,7 +41,6 @@ _MOST_ROWS = 8
 _MOST_ROWS_OF_16_BITS = 4
 """Where both factors have 16 bits the matrix units take them as they are (H200, 8 rows, 2048 by 128, BF16: 3.7 µs in
 two kernels, 4.7 here; one row 3.9 and 3.1)."""
-_DTYPES = ("bfloat16", "float16", "float32")
 _TEAMS = 4
 _WARPS = 4  # of a warpgroup
 _VECTOR = 4  # columns of a thread
@@ -88,7 +88,7 @@ def pick(lhs: jax.Array, rhs: jax.Array, out_dtype: jnp.dtype, chip: Chip) -> Co
     """How the kernel takes this product; None if it does not, or if more blocks were needed than run at a time."""
     if is_symbolic(*lhs.shape, *rhs.shape) or out_dtype != jnp.float32:
         return None
-    if lhs.dtype.name not in _DTYPES or rhs.dtype.name not in _DTYPES:
+    if not (is_float(lhs.dtype) and is_float(rhs.dtype)):
         return None
     (num_rows, depth), num_columns = lhs.shape, rhs.shape[1]
     config = Config(columns=4 if num_columns <= 4 * chip.cores else 8)

@@ -24,10 +24,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.activations import Activation
 from pallas_kernels.chips import Chip
+from pallas_kernels.dtypes import is_float
 from pallas_kernels.gated_activation import reference
 from pallas_kernels.gated_activation.formulas import value_of, with_derivatives
 from pallas_kernels.on_gpu.device import hopper_chip
-from pallas_kernels.on_gpu.rounding import FLOATS, FP8, rounded_in_blocks
+from pallas_kernels.on_gpu.rounding import FP8, rounded_in_blocks
 from pallas_kernels.on_gpu.strips import for_each, in_blocks, rows_in_blocks, spread, store
 from pallas_kernels.quantize import QTensor
 
@@ -281,7 +282,7 @@ def _cut(
     rounded_to = [dtype for dtype in in_8_bits if dtype is not None]
     if columns % width or not columns or (rounded_to and width != _BLOCK):
         return None
-    if any(dtype is not None and dtype.name not in FLOATS for dtype in dtypes):
+    if any(dtype is not None and not is_float(dtype) for dtype in dtypes):
         return None
     if any(dtype.name not in FP8 for dtype in rounded_to):
         return None

@@ -2,7 +2,7 @@
 
 import pytest
 
-from bench.blocks.cases import CASES, backends, select_cases
+from bench.blocks.cases import CASES, select_cases, with_backend
 from moejax import MoEConfig, get_preset
 from tests.helpers import raises_saying
 
@@ -42,5 +42,5 @@ def test_precision_and_reduction_are_of_every_case():
 
 @pytest.mark.parametrize("name", ["auto", "xla"])
 def test_backends_are_those_of_both_parts(name):
-    block = backends(CASES["tiny"], name).block
+    block = with_backend(CASES["tiny"], name).block
     assert (block.attention.backend, block.feed_forward.backend) == (name, name)

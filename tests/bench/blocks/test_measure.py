@@ -30,6 +30,21 @@ def test_contenders_are_timed_in_turns_of_alternating_order():
     assert (times["a"].min_us, times["a"].median_us, times["b"].spread_us) == (1.0, 2.5, 1.0)
 
 
+def test_a_contender_without_the_memory_for_all_blocks_leaves_the_others(monkeypatch):
+    (case,) = select_cases(["tiny"], "w16a16", reduce=True).values()
+
+    def runner(case, inputs):
+        def too_much():
+            raise MemoryError("too many blocks")
+
+        return ours.runner(case, inputs) if len(inputs.states) == 1 else too_much
+
+    monkeypatch.setattr(in_jax, "runner", runner)
+    found = measure.measure_case(case, rounds=1, at_most=2, with_torch=False)["contenders"]
+    assert found[measure.OURS]["us"] > 0
+    assert "too many blocks" in found[measure.JAX]["error"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["w16a16", "w8a8"])
 def test_a_step_can_be_repeated(precision):

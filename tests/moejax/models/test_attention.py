@@ -73,6 +73,8 @@ def test_the_norm_equals_the_oracle_and_returns_the_sum(rng):
     np.testing.assert_array_equal(norm(total), y)
     with raises_saying(ValueError, "residual must be as x, float32[3, 8]", "bfloat16[3, 8]"):
         norm(x, residual=residual.astype(jnp.bfloat16))
+    with raises_saying(TypeError, "x must be an array, got list"):
+        norm([[1.0] * 8])
 
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="there is a GPU")

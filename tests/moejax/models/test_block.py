@@ -1,5 +1,6 @@
 """The whole block: values, gradients, masks, meshes."""
 
+import contextlib
 import dataclasses
 
 import jax
@@ -107,6 +108,19 @@ def test_over_a_mesh_it_is_the_same(rng, config):
         result = steps(block, *jax.device_put((x, cache), spread))
     for one, other in zip(jax.tree.leaves(result), jax.tree.leaves(expected), strict=True):
         assert relative_error(one, other) < LIMIT["float32"]
+
+
+@pytest.mark.parametrize("feed_forward", [MLPConfig(512, 256), MoEConfig(512, 256, 8, 2)], ids=["dense", "experts"])
+@pytest.mark.parametrize("is_given", [False, True], ids=["made on the mesh", "given the mesh"])
+def test_a_block_of_a_mesh_is_lowered_for_chips_with_kernels(feed_forward, is_given):
+    """Of which no compiler splits the work over a mesh."""
+    mesh, config = make_mesh(ep=2, dp=2), BlockConfig(AttentionConfig(512, 4, 2, 128), feed_forward)
+    with jax.set_mesh(mesh) if not is_given else contextlib.nullcontext():
+        graph, state = nnx.split(new_block(config, mesh=mesh if is_given else None))
+    x = jax.ShapeDtypeStruct((8, 128, 512), jnp.bfloat16, sharding=NamedSharding(mesh, PartitionSpec("data")))
+    traced = jax.jit(lambda state, x: nnx.merge(graph, state)(x)[0]).trace(state, x)
+    kernels = traced.lower(lowering_platforms=("tpu",)).as_text().count("tpu_custom_call")
+    assert (kernels > 0) == isinstance(feed_forward, MoEConfig)  # a dense network is traced as on the CPU at hand
 
 
 @pytest.mark.slow

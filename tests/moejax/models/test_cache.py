@@ -115,6 +115,10 @@ def test_what_does_not_fit_is_refused():
         block.prefill(x, cache, slots=jnp.array([1, 1]))
     with raises_saying(ValueError, "lengths must be from 0 to 4", "got [5, 1]"):
         block.prefill(x, cache, slots=jnp.arange(2), lengths=jnp.array([5, 1]))
+    with raises_saying(TypeError, "lengths must be an array, got list"):
+        block.prefill(x, cache, slots=jnp.arange(2), lengths=[3, 4])
+    with raises_saying(ValueError, "lengths must be integer [2], got", "int32[3]"):
+        block.prefill(x, cache, slots=jnp.arange(2), lengths=jnp.arange(3))
     with raises_saying(ValueError, "x must be sequences of at most max_length=9 tokens of the cache, got 10"):
         block.prefill(jnp.zeros((2, 10, 32)), cache, slots=jnp.arange(2))
     with raises_saying(ValueError, "x must be [3, 1, H], a token for each slot of the cache, got [2, 4, 32]"):

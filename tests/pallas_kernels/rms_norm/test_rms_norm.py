@@ -165,6 +165,14 @@ def test_rows_of_zeros(backend):
     assert (np.asarray(rounded.scale) == 1).all()
 
 
+def test_the_gradient_of_a_row_whose_squares_overflow_is_zero(backend):
+    x = jnp.full((8, 256), 3e19).at[1:].set(1.0)
+    _, pullback = jax.vjp(lambda x: rms_norm(x, jnp.ones(256), backend=backend), x)
+    (dx,) = pullback(jnp.full((8, 256), 1e19))
+    assert (np.asarray(dx[0]) == 0).all()
+    assert np.isfinite(dx).all()
+
+
 @pytest.mark.parametrize("size", [1e-30, 1e15])
 @pytest.mark.quick("xla-*")
 def test_tiny_and_huge_rows(backend, rng, size):

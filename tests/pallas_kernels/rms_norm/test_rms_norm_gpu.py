@@ -10,7 +10,7 @@ import pytest
 from pallas_kernels.on_gpu.prefetch import Prefetch
 from pallas_kernels.quantize import dequantize
 from pallas_kernels.rms_norm import reference
-from pallas_kernels.rms_norm.gpu import Config, rms_norm, rms_norm_pullback
+from pallas_kernels.rms_norm.gpu import Config, _launch_row, rms_norm, rms_norm_pullback
 from tests.helpers import LIMIT, normal, raises_saying, relative_error, same_bits
 from tests.pallas_kernels.kernels_gpu import interpreted, lower_for_cuda
 
@@ -134,3 +134,17 @@ def test_pullback_of_rows_as_small_as_eps_interpreted(rng):
     with interpreted():
         dx, _ = rms_norm_pullback(*args, eps=EPS, weight_dtype=None, config=SMALL)
     assert relative_error(dx, reference.rms_norm_pullback(*args, eps=EPS, weight_dtype=None)[0]) < LIMIT["float32"]
+
+
+def test_pullback_of_rows_whose_squares_overflow_interpreted():
+    x, dy = jnp.full((4, 512), 3e19).at[1:].set(1.0), jnp.full((4, 512), 1e19)
+    with interpreted():
+        dx, _ = rms_norm_pullback(x, None, dy, None, eps=EPS, weight_dtype=None, config=SMALL)
+    assert (np.asarray(dx[0]) == 0).all()
+    assert np.isfinite(dx).all()
+
+
+@pytest.mark.parametrize(("overlap", "row"), [(None, None), (1.0, 0), (0.5, 4), (0.0, 5)])
+def test_each_block_allows_the_next_kernel_by_its_last_row(overlap, row):
+    """Of 8 rows, of which 3 blocks take the last one each."""
+    assert _launch_row(Prefetch("pdl", overlap=overlap), 8, 3) == row

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from pallas_kernels.activations import Activation
 from pallas_kernels.backend import Unsupported
 from pallas_kernels.columns import BLOCK, Columns, first_blocks
+from pallas_kernels.dtypes import FLOATS, is_float
 from pallas_kernels.grouped_matmul.gpu.hopper import drhs, drhs_8_bits, tiling
 from pallas_kernels.grouped_matmul.gpu.hopper.kernel import grouped_product
 from pallas_kernels.grouped_matmul.gpu.hopper.problem import SCALE_BLOCK, Epilogue, Inputs, Problem
@@ -28,7 +29,6 @@ from pallas_kernels.quantize import Operand, QTensor, dequantize, quantize
 from pallas_kernels.stage import Stage
 
 _FP8 = ("float8_e4m3fn", "float8_e5m2")
-_OUT_DTYPES = ("bfloat16", "float16", "float32")
 
 
 def grouped_matmul(
@@ -87,8 +87,8 @@ def grouped_matmul_drhs(
     chip = hopper_chip("grouped_matmul")
     left, right = (_in_16_bits(x) for x in same_precision(lhs, dout))
     (num_rows, depth), columns, out_dtype = left.shape, right.shape[1], jnp.dtype(out_dtype)
-    if out_dtype.name not in _OUT_DTYPES:
-        raise Unsupported(f"Hopper kernels write {', '.join(_OUT_DTYPES)}, got {out_dtype.name}")
+    if not is_float(out_dtype):
+        raise Unsupported(f"Hopper kernels write {', '.join(FLOATS)}, got {out_dtype.name}")
     require_multiple("K", depth, 8)
     require_multiple("N", columns, 64)
     if num_rows == 0:
@@ -124,8 +124,8 @@ def grouped_matmul_of_columns(
         raise Unsupported(
             f"Hopper kernels multiply columns in {' or '.join(_FP8)}, got lhs {names[0]}, dout {names[1]}"
         )
-    if out_dtype.name not in _OUT_DTYPES:
-        raise Unsupported(f"Hopper kernels write {', '.join(_OUT_DTYPES)}, got {out_dtype.name}")
+    if not is_float(out_dtype):
+        raise Unsupported(f"Hopper kernels write {', '.join(FLOATS)}, got {out_dtype.name}")
     require_multiple("K", depth, 8)
     require_multiple("N", columns, 8)
     blocks = first_blocks(jnp.clip(group_sizes, 0, num_rows))
@@ -210,8 +210,8 @@ def _in_16_bits(operand: Operand) -> jax.Array:
 def _check(lhs: Operand, rhs: Operand, bias: jax.Array | None, k_major: bool, epilogue: Epilogue) -> None:
     depth, columns = lhs.shape[1], rhs.shape[1 if k_major else 2]
     out_columns = columns // 2 if epilogue.activation else columns
-    if epilogue.out_dtype.name not in _OUT_DTYPES and not epilogue.requantizes:
-        raise Unsupported(f"Hopper kernels write {', '.join(_OUT_DTYPES)}, got {epilogue.out_dtype.name}")
+    if not is_float(epilogue.out_dtype) and not epilogue.requantizes:
+        raise Unsupported(f"Hopper kernels write {', '.join(FLOATS)}, got {epilogue.out_dtype.name}")
     if lhs.dtype.itemsize == 1 and not k_major:
         raise Unsupported(
             f"Hopper multiplies FP8 only with K as the minor dimension: rhs must be [G, N, K] with transpose_rhs=True, "
@@ -222,8 +222,8 @@ def _check(lhs: Operand, rhs: Operand, bias: jax.Array | None, k_major: bool, ep
     if not k_major:
         require_multiple("N of rhs [G, K, N]" if not epilogue.activation else "I of rhs [G, H, 2I]", out_columns, 64)
         require_multiple("K of rhs [G, K, N]", depth, 8)
-    if bias is not None and bias.dtype.name not in _OUT_DTYPES:
-        raise Unsupported(f"bias must be one of {', '.join(_OUT_DTYPES)}, got {bias.dtype.name}")
+    if bias is not None and not is_float(bias.dtype):
+        raise Unsupported(f"bias must be one of {', '.join(FLOATS)}, got {bias.dtype.name}")
 
 
 def require_multiple(name: str, size: int, multiple: int) -> None:

@@ -152,7 +152,10 @@ def grouped_drhs(
             plgpu.barrier_arrive(scratch.empty.at[lax.rem(step, stages)])
 
         def add_product(step, is_first, totals):
-            """`totals`, the pieces of this warpgroup's rows, with the product of a step; releases the step before."""
+            """`totals`, the pieces of this warpgroup's rows, with the product of a step; releases the step before.
+
+            That is step − 1, counted on by the stages of the ring so that it is never negative.
+            """
             slot = lax.rem(step, stages)
             mine = pl.ds(pl.multiple_of(warpgroup * _HEIGHT, _HEIGHT), _HEIGHT)
             shape = _HEIGHT, _PIECE
@@ -163,7 +166,7 @@ def grouped_drhs(
             def multiply(accumulator):
                 plgpu.wgmma(accumulator, scratch.lhs.at[slot, mine], scratch.dout.at[slot].transpose((1, 0)))
                 # While it runs: what takes time, and what is needed first.
-                pl.when(jnp.logical_not(is_first))(lambda: release(step + (stages - 1)))
+                pl.when(jnp.logical_not(is_first))(lambda: release(step + stages - 1))
                 row_scale = plgpu.load(scratch.lhs_scale.at[slot, mine], layout=_ROWS)
                 first = column_scale(pieces[0])
                 return plgpu.wgmma_accumulator_load(accumulator, wait_n=0), row_scale, first
@@ -186,7 +189,7 @@ def grouped_drhs(
 
             zeros = plgpu.layout_cast(jnp.zeros((_HEIGHT, _PIECE), jnp.float32), plgpu.Layout.WGMMA)
             step, totals = lax.fori_loop(first, end, one_step, (step, [zeros] * len(pieces)))
-            pl.when(end > first)(lambda: release(step + (stages - 1)))
+            pl.when(end > first)(lambda: release(step + stages - 1))
             store_rows(
                 out.at[group],
                 Views.of(scratch.out),

@@ -5,8 +5,8 @@ from the cache into shared memory, step by step, then finishing the tile. Blocks
 the memory delivers the weights. Constants were fitted to an H200.
 
 The largest tiles of 16 bits are bound by the chip's power. They go out at once, for which their ring leaves room, and
-in strips of 4 column tiles (docs/results.md). In 8 bits the first of this costs time, and of the second too little is
-known.
+in strips of 4 column tiles (docs/results.md). Of operands in 8 bits tiles that go out at once were slower, and strips
+of 4 were hardly measured.
 """
 
 from collections.abc import Iterator
