@@ -23,13 +23,11 @@ from bench.record.tables import format_table
 from pallas_kernels.backend import check_backend
 from pallas_kernels.chips import chip_of
 from pallas_kernels.cost import Cost, rms_norm_cost, rms_norm_pullback_cost
-from pallas_kernels.quantize import QTensor, dequantize
+from pallas_kernels.quantize import SCALE_BLOCK, QTensor, dequantize
 from pallas_kernels.rms_norm import rms_norm, rms_norm_in_8_bits
 
 _MOST_ERROR = 0.01
 """Of ours to XLA's, by norm: roundings that fall to the other side of a tie included."""
-
-_SCALE_BLOCK = 128
 
 
 def operators(backend: str) -> dict[str, tuple[Callable[..., Any], tuple[str, ...]]]:
@@ -60,7 +58,7 @@ def least_work(tokens: int, hidden: int, dtype: str) -> dict[str, Cost]:
     return {
         "norm": cost(out_dtype=dtype),
         "sum and norm": cost(out_dtype=dtype, has_residual=True),
-        "sum and norm, 8 bits": cost(out_dtype="float8_e4m3fn", has_residual=True, scales=hidden // _SCALE_BLOCK),
+        "sum and norm, 8 bits": cost(out_dtype="float8_e4m3fn", has_residual=True, scales=hidden // SCALE_BLOCK),
         "backward": rms_norm_pullback_cost(tokens, hidden, dtype=dtype, out_dtype=dtype),
     }
 
@@ -133,8 +131,8 @@ def main(argv: Sequence[str]) -> int:
     add("--commit", help="the commit to record (default: what git says)")
     args = parser.parse_args(argv)
     check_backend(args.backend)
-    if odd := [hidden for hidden in args.hidden if hidden % _SCALE_BLOCK]:
-        raise ValueError(f"--hidden must be multiples of {_SCALE_BLOCK}, which a scale of 8 bits covers, got {odd[0]}")
+    if odd := [hidden for hidden in args.hidden if hidden % SCALE_BLOCK]:
+        raise ValueError(f"--hidden must be multiples of {SCALE_BLOCK}, which a scale of 8 bits covers, got {odd[0]}")
     clock = StepTimer()
     records = [
         record

@@ -12,9 +12,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.quantize import QTensor, dequantize
+from pallas_kernels.quantize import SCALE_BLOCK, QTensor, dequantize
 
-BLOCK = 128
+BLOCK = SCALE_BLOCK
 """Rows that share a scale."""
 
 

@@ -34,6 +34,9 @@ NAMED_BLOCKS: dict[str, tuple[int | None, int | None]] = {
 }
 """Rows and columns of one scale's block; None is the whole dimension."""
 
+SCALE_BLOCK = 128
+"""Numbers of a row, or rows and columns of a matrix, with one scale in "1x128" and "128x128", which kernels know."""
+
 _LARGEST = {"float8_e4m3fn": 448.0, "float8_e5m2": 57344.0, "int8": 127.0}
 
 

@@ -34,6 +34,11 @@ class Views(NamedTuple):
         return cls(ref, ref) if single_view.get() else cls(*ref)
 
 
+def ints(*shape: int) -> Any:
+    """A buffer of integers."""
+    return plgpu.SMEM(shape, jnp.int32)
+
+
 def swizzled(shape: tuple[int, ...], dtype: jax.typing.DTypeLike, *, any_row: bool = True) -> Any:
     """A buffer of tiles [..., rows, columns].
 

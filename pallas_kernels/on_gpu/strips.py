@@ -19,16 +19,17 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.backend import Unsupported
-from pallas_kernels.on_gpu.compared import along_rows
+from pallas_kernels.on_gpu.wgmma import along_rows
+from pallas_kernels.quantize import SCALE_BLOCK
 
 WARPGROUP = 128
 """Threads of a warpgroup."""
 
 _VECTOR_BYTES = 16
-_BLOCK, _BLOCKS = 128, 8
-"""Elements of a block, and blocks of a strip, of which each warp has two."""
+_BLOCKS = 8
+"""Blocks of a strip, of which each warp has two; a block has one scale."""
 
-LEAST_COLUMNS = _BLOCKS * _BLOCK
+LEAST_COLUMNS = _BLOCKS * SCALE_BLOCK
 """Of the shortest row that `cut_in_blocks` cuts."""
 
 _BLOCK_VECTOR = 8
@@ -124,14 +125,14 @@ class Blocks(Strips):
 
     def of_blocks(self, value: jax.Array) -> jax.Array:
         """A number of each block, as a strip."""
-        return spread(value, _BLOCK)
+        return spread(value, SCALE_BLOCK)
 
     def store(self, ref, row, strip, value: jax.Array) -> None:
         """Writes a strip of a row, or a number of each of its blocks."""
         store(ref.at[row, self.window(strip)], value)
 
     def _layout(self):
-        return in_blocks(_BLOCK)
+        return in_blocks(SCALE_BLOCK)
 
 
 def in_blocks(width: int):
@@ -168,11 +169,11 @@ def cut_in_blocks(operator: str, columns: int) -> Blocks:
     Raises:
       Unsupported: they are not whole blocks, or fewer than a strip has.
     """
-    if columns % _BLOCK or columns < LEAST_COLUMNS:
+    if columns % SCALE_BLOCK or columns < LEAST_COLUMNS:
         raise Unsupported(
-            f"{operator}: blocks of {_BLOCK} need rows of a multiple of it, from {LEAST_COLUMNS} on, got {columns}"
+            f"{operator}: blocks of {SCALE_BLOCK} need rows of a multiple of it, from {LEAST_COLUMNS} on, got {columns}"
         )
-    return Blocks(columns // _BLOCK, _BLOCK, _BLOCKS)
+    return Blocks(columns // SCALE_BLOCK, SCALE_BLOCK, _BLOCKS)
 
 
 def cut(operator: str, columns: int, dtype: jax.typing.DTypeLike, most_vectors: int) -> Strips:

@@ -23,13 +23,10 @@ from pallas_kernels.chips import Chip
 from pallas_kernels.on_gpu.device import hopper_chip
 from pallas_kernels.on_gpu.rounding import require_fp8, rounded_in_blocks
 from pallas_kernels.on_gpu.strips import for_each, in_blocks, launch, rows_in_blocks, store
-from pallas_kernels.quantize import QTensor
+from pallas_kernels.quantize import SCALE_BLOCK, QTensor
 from pallas_kernels.quantize_rows import reference
 
-_BLOCK = 128
-"""Elements that have one scale."""
-
-_LEAST = rows_in_blocks(_BLOCK)
+_LEAST = rows_in_blocks(SCALE_BLOCK)
 """Blocks of which each thread of a program holds one vector."""
 
 
@@ -54,9 +51,9 @@ def quantize_rows(x: jax.Array, *, dtype: jnp.dtype, config: Config | None = Non
     """
     chip = hopper_chip("quantize_rows")
     require_fp8("quantize_rows", x.dtype, dtype)
-    if x.shape[-1] % _BLOCK:
-        raise Unsupported(f"quantize_rows: the kernel needs H to be a multiple of {_BLOCK}, got {list(x.shape)}")
-    num_blocks = x.size // _BLOCK
+    if x.shape[-1] % SCALE_BLOCK:
+        raise Unsupported(f"quantize_rows: the kernel needs H to be a multiple of {SCALE_BLOCK}, got {list(x.shape)}")
+    num_blocks = x.size // SCALE_BLOCK
     if num_blocks < _LEAST:
         return reference.quantize_rows(x, dtype=dtype)
     config = config or _config(x.dtype)
@@ -69,7 +66,7 @@ def quantize_rows(x: jax.Array, *, dtype: jnp.dtype, config: Config | None = Non
             return pl.ds(jnp.minimum(i * tile, num_blocks - tile), tile)
 
         def load(i):
-            return plgpu.load(blocks.at[window(i)], layout=in_blocks(_BLOCK), optimized=False)
+            return plgpu.load(blocks.at[window(i)], layout=in_blocks(SCALE_BLOCK), optimized=False)
 
         def finish(i, loaded):
             rounded, scales = rounded_in_blocks(loaded.astype(jnp.float32), dtype)
@@ -78,8 +75,8 @@ def quantize_rows(x: jax.Array, *, dtype: jnp.dtype, config: Config | None = Non
 
         for_each(lax.axis_index("block"), programs, num_tiles, load, finish)
 
-    outs = [jax.ShapeDtypeStruct((num_blocks, _BLOCK), dtype), jax.ShapeDtypeStruct((num_blocks,), jnp.float32)]
-    values, scale = launch(body, outs, x.reshape(-1, _BLOCK), name="quantize_rows", blocks=programs)
+    outs = [jax.ShapeDtypeStruct((num_blocks, SCALE_BLOCK), dtype), jax.ShapeDtypeStruct((num_blocks,), jnp.float32)]
+    values, scale = launch(body, outs, x.reshape(-1, SCALE_BLOCK), name="quantize_rows", blocks=programs)
     return QTensor(values.reshape(x.shape), scale.reshape(*x.shape[:-1], -1))
 
 

@@ -25,10 +25,7 @@ from pallas_kernels.chips import Chip
 from pallas_kernels.on_gpu.device import hopper_chip
 from pallas_kernels.on_gpu.rounding import require_fp8
 from pallas_kernels.on_gpu.smem import single_view, swizzled
-from pallas_kernels.quantize import QTensor, scale_of
-
-_BLOCK = 128
-"""Rows and columns of a tile, and of what has one scale."""
+from pallas_kernels.quantize import SCALE_BLOCK, QTensor, scale_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +68,7 @@ def quantize_transpose(
     chip = hopper_chip("quantize_transpose")
     _check(weights, dtype)
     groups, depth, columns = weights.shape
-    row_tiles, column_tiles = depth // _BLOCK, columns // _BLOCK
+    row_tiles, column_tiles = depth // SCALE_BLOCK, columns // SCALE_BLOCK
     num_tiles = groups * row_tiles * column_tiles
     config = config or _config(weights.dtype)
     blocks = min(num_tiles, _most_blocks(chip, config))
@@ -96,9 +93,11 @@ def quantize_transpose(
 
         def halves(ref, group, row, column):
             """The even and the odd rows of a tile of a matrix that has pairs of rows."""
-            rows = pl.ds(pl.multiple_of((group * row_tiles + row) * (_BLOCK // 2), _BLOCK // 2), _BLOCK // 2)
-            starts = (column * _BLOCK, columns + column * _BLOCK)
-            return [ref.at[rows, pl.ds(pl.multiple_of(start, _BLOCK), _BLOCK)] for start in starts]
+            rows = pl.ds(
+                pl.multiple_of((group * row_tiles + row) * (SCALE_BLOCK // 2), SCALE_BLOCK // 2), SCALE_BLOCK // 2
+            )
+            starts = (column * SCALE_BLOCK, columns + column * SCALE_BLOCK)
+            return [ref.at[rows, pl.ds(pl.multiple_of(start, SCALE_BLOCK), SCALE_BLOCK)] for start in starts]
 
         def fetch(step):
             slot = lax.rem(step, config.num_stages)
@@ -133,7 +132,7 @@ def quantize_transpose(
                     plgpu.copy_smem_to_gmem(scratch.n_last.at[i], half, commit_group=False)
             if k_major:
                 values = _Transposed.of(scratch.k_major).values
-                rows = pl.ds(pl.multiple_of((group * column_tiles + column) * _BLOCK, _BLOCK), _BLOCK)
+                rows = pl.ds(pl.multiple_of((group * column_tiles + column) * SCALE_BLOCK, SCALE_BLOCK), SCALE_BLOCK)
                 width = values.shape[1]
                 place_in_row = pl.ds(pl.multiple_of(row * width, width), width)
                 plgpu.copy_smem_to_gmem(values, out["k_major"].at[rows, place_in_row], commit_group=False)
@@ -143,7 +142,7 @@ def quantize_transpose(
         lax.fori_loop(0, steps, one_tile, None)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    half_tile = (2, _BLOCK // 2, _BLOCK)
+    half_tile = (2, SCALE_BLOCK // 2, SCALE_BLOCK)
     results = plgpu.kernel(
         body,
         out_type=list(outs.values()),
@@ -191,8 +190,8 @@ class _Transposed(NamedTuple):
     @classmethod
     def describe(cls, dtype: jnp.dtype) -> Any:
         """The buffer to allocate."""
-        pairs = swizzled((_BLOCK, _BLOCK // 2), jnp.uint16, any_row=False)
-        return pairs if single_view.get() else plgpu.RefUnion(pairs, swizzled((_BLOCK,) * 2, dtype, any_row=False))
+        pairs = swizzled((SCALE_BLOCK, SCALE_BLOCK // 2), jnp.uint16, any_row=False)
+        return pairs if single_view.get() else plgpu.RefUnion(pairs, swizzled((SCALE_BLOCK,) * 2, dtype, any_row=False))
 
     @classmethod
     def of(cls, ref: Any) -> "_Transposed":
@@ -231,8 +230,8 @@ def _most_blocks(chip: Chip, config: Config) -> int:
 
 def _check(weights: jax.Array, dtype: jnp.dtype) -> None:
     require_fp8("quantize_transpose", weights.dtype, dtype)
-    if any(size % _BLOCK for size in weights.shape[1:]) or not weights.size:
+    if any(size % SCALE_BLOCK for size in weights.shape[1:]) or not weights.size:
         raise Unsupported(
-            f"quantize_transpose: the kernel needs K and N to be multiples of {_BLOCK}, and all sizes to be positive, "
-            f"got {list(weights.shape)}"
+            f"quantize_transpose: the kernel needs K and N to be multiples of {SCALE_BLOCK}, and all sizes to be "
+            f"positive, got {list(weights.shape)}"
         )

@@ -30,10 +30,7 @@ from pallas_kernels.gated_activation.formulas import value_of, with_derivatives
 from pallas_kernels.on_gpu.device import hopper_chip
 from pallas_kernels.on_gpu.rounding import FP8, rounded_in_blocks
 from pallas_kernels.on_gpu.strips import for_each, in_blocks, rows_in_blocks, spread, store
-from pallas_kernels.quantize import QTensor
-
-_BLOCK = 128
-"""Columns that have one scale."""
+from pallas_kernels.quantize import SCALE_BLOCK, QTensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,7 +247,7 @@ def _outs(
         outs["array"] = jax.ShapeDtypeStruct((tiles.num_rows, columns), dtype)
     if in_8_bits is not None:
         outs["values"] = jax.ShapeDtypeStruct((tiles.num_rows, columns), in_8_bits)
-        outs["scale"] = jax.ShapeDtypeStruct((columns // _BLOCK, tiles.num_rows), jnp.float32)
+        outs["scale"] = jax.ShapeDtypeStruct((columns // SCALE_BLOCK, tiles.num_rows), jnp.float32)
     return outs
 
 
@@ -278,9 +275,9 @@ def _cut(
     num_rows: int, columns: int, config: Config, dtypes: list[jnp.dtype | None], in_8_bits: list[jnp.dtype | None]
 ) -> _Tiles | None:
     """The tiles; None for what is left to XLA: few rows, odd columns, and dtypes that nobody trains in."""
-    width = _BLOCK if columns % _BLOCK == 0 else _BLOCK // 2
+    width = SCALE_BLOCK if columns % SCALE_BLOCK == 0 else SCALE_BLOCK // 2
     rounded_to = [dtype for dtype in in_8_bits if dtype is not None]
-    if columns % width or not columns or (rounded_to and width != _BLOCK):
+    if columns % width or not columns or (rounded_to and width != SCALE_BLOCK):
         return None
     if any(dtype is not None and not is_float(dtype) for dtype in dtypes):
         return None

@@ -12,18 +12,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.on_gpu.compared import (
-    COLUMNS,
-    ROWS,
-    TILE,
-    along_columns,
-    along_rows,
-    smem,
-    vector_iota,
-    zeros,
-)
+from pallas_kernels.on_gpu import smem
 from pallas_kernels.on_gpu.strips import launch
-from pallas_kernels.plan.gpu.tiles import in_tiles, ints, scatter
+from pallas_kernels.on_gpu.wgmma import COLUMNS, ROWS, along_columns, along_rows, vector_iota, zeros
+from pallas_kernels.plan.gpu.tiles import TILE, in_tiles, ints, scatter
 
 
 def sort_few(keys: jax.Array, num_groups: int) -> list[jax.Array]:
@@ -73,7 +65,7 @@ class Memory(NamedTuple):
     @classmethod
     def describe(cls, keys: jax.Array) -> "Memory":
         """The types to allocate."""
-        return cls(smem(*keys.shape), smem(TILE), smem(TILE), plgpu.Barrier())
+        return cls(smem.ints(*keys.shape), smem.ints(TILE), smem.ints(TILE), plgpu.Barrier())
 
 
 class FewKeys:

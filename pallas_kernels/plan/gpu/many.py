@@ -10,19 +10,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.on_gpu.compared import (
-    COLUMNS,
-    ROWS,
-    TILE,
-    along_columns,
-    along_rows,
-    iota,
-    smem,
-    vector_iota,
-    zeros,
-)
+from pallas_kernels.on_gpu import smem
 from pallas_kernels.on_gpu.strips import launch
-from pallas_kernels.plan.gpu.tiles import in_tiles, ints, scatter
+from pallas_kernels.on_gpu.wgmma import COLUMNS, ROWS, along_columns, along_rows, iota, vector_iota, zeros
+from pallas_kernels.plan.gpu.tiles import TILE, in_tiles, ints, scatter
 
 _CHUNK = 512
 """Keys of a chunk."""
@@ -113,11 +104,11 @@ def sort_many(keys: jax.Array, num_groups: int) -> list[jax.Array]:
         name="counting_sort",
         blocks=chunks,
         scratch=[
-            smem(tiles, TILE),
-            smem(group_tiles * TILE),
-            smem(group_tiles * TILE),
-            smem(TILE),
-            smem(TILE),
+            smem.ints(tiles, TILE),
+            smem.ints(group_tiles * TILE),
+            smem.ints(group_tiles * TILE),
+            smem.ints(TILE),
+            smem.ints(TILE),
             plgpu.Barrier(),
         ],
     )
@@ -151,6 +142,6 @@ def _count_in_chunks(keys: jax.Array, chunks: int, group_tiles: int) -> jax.Arra
         keys,
         name="counting_sort",
         blocks=chunks,
-        scratch=[smem(tiles, TILE), smem(TILE), smem(TILE), plgpu.Barrier()],
+        scratch=[smem.ints(tiles, TILE), smem.ints(TILE), smem.ints(TILE), plgpu.Barrier()],
     )
     return counts.reshape(-1, columns)

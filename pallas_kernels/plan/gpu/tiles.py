@@ -8,7 +8,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.on_gpu.compared import TILE
+from pallas_kernels.on_gpu.wgmma import WGMMA_ROWS
+
+TILE = WGMMA_ROWS
+"""Keys along each side of a tile, in which all are compared with all."""
 
 _STORES_AT_ONCE = 8
 

@@ -13,9 +13,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.on_gpu.store import store_rows
-from pallas_kernels.routed_mlp.gpu.multiply import COLUMNS, ROWS, Multiplier, along_columns, along_rows, zeros
+from pallas_kernels.on_gpu.wgmma import COLUMNS, ROWS, WGMMA_ROWS, along_columns, along_rows, vector_iota, zeros
+from pallas_kernels.routed_mlp.gpu.multiply import Multiplier
 from pallas_kernels.routed_mlp.gpu.scratch import MOST_COPIED, YStaging
-from pallas_kernels.routed_mlp.gpu.sizes import BLOCK, TEAMS, TOKENS, WGMMA_ROWS
+from pallas_kernels.routed_mlp.gpu.sizes import BLOCK, TEAMS, TOKENS
 from pallas_kernels.routed_mlp.gpu.walk import down_hit, turns_of
 
 
@@ -78,7 +79,9 @@ class Down(Multiplier):
                     totals = self.add_step(step, scratch.rows.at[rows(k)], row_scale, ahead, totals)
                     return step + 1, following, totals
 
-                step, ahead, (total,) = lax.fori_loop(0, sizes.down_steps, one_step, (step, ahead, [zeros(columns)]))
+                step, ahead, (total,) = lax.fori_loop(
+                    0, sizes.down_steps, one_step, (step, ahead, [zeros(columns, jnp.float32)])
+                )
                 total = self.over_depths(total, sizes.down_depths_used)
             else:
                 step, total = self.sum(step, sizes.down_steps, sizes.down_depths, lambda k: scratch.rows.at[rows(k)])
@@ -97,7 +100,7 @@ class Down(Multiplier):
         # Of all experts of all tiles, one after the other, those that are the team's and of this tile.
         begin, end = (lax.div((turn + i) * num_hits + (TEAMS - 1) - self.team, jnp.int32(TEAMS)) for i in range(2))
         first = scales(begin, jnp.int32(0)) if sizes.by_block else []
-        step, _, y = lax.fori_loop(begin, end, one_expert, (step, first, zeros(columns)))
+        step, _, y = lax.fori_loop(begin, end, one_expert, (step, first, zeros(columns, jnp.float32)))
         self._add_up(y, turn, tile)
         return step
 
@@ -122,7 +125,7 @@ class Down(Multiplier):
             other = [plgpu.load(scratch.y_share.at[i], layout=plgpu.Layout.WGMMA) for i in parts]
             total = y + (other[0] if len(other) == 1 else lax.concatenate(other, 1))
             for token, numbers in enumerate(residual):
-                total += jnp.where(along_rows(_row(), columns) == token, along_columns(numbers), 0.0)
+                total += jnp.where(along_rows(vector_iota(), columns) == token, along_columns(numbers), 0.0)
             plgpu.commit_smem()
             plgpu.barrier_arrive(scratch.taken)
             store_rows(
@@ -146,7 +149,7 @@ class Down(Multiplier):
 
     def _given(self, hit):
         """What each token, a row, gives an expert of the list; 0 for what is no token."""
-        row = _row()
+        row = vector_iota()
         given = jnp.where(row == 0, self.scratch.token_weights[0, hit], 0.0)
         for token in range(1, self.sizes.num_tokens):
             given = jnp.where(row == token, self.scratch.token_weights[token, hit], given)
@@ -170,7 +173,3 @@ class Down(Multiplier):
             there = pl.ds(pl.multiple_of(source + begin, WGMMA_ROWS), size)
             plgpu.copy_gmem_to_smem(self.between.rounded.at[there], scratch.rows.at[here], barrier)
             plgpu.copy_gmem_to_smem(self.between.scale.at[there], scratch.row_scale.at[here], barrier)
-
-
-def _row() -> jax.Array:
-    return plgpu.broadcasted_iota(jnp.int32, (WGMMA_ROWS,), 0, layout=ROWS)

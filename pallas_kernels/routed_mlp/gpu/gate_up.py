@@ -10,8 +10,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.activations import gated
 from pallas_kernels.on_gpu.smem import Views
 from pallas_kernels.on_gpu.store import store_rows
-from pallas_kernels.routed_mlp.gpu.multiply import ROWS, Multiplier, along_rows, zeros
-from pallas_kernels.routed_mlp.gpu.sizes import BLOCK, TEAMS, TOKENS, WGMMA_ROWS
+from pallas_kernels.on_gpu.wgmma import ROWS, WGMMA_ROWS, along_rows, zeros
+from pallas_kernels.routed_mlp.gpu.multiply import Multiplier
+from pallas_kernels.routed_mlp.gpu.sizes import BLOCK, TEAMS, TOKENS
 from pallas_kernels.routed_mlp.gpu.walk import share_of, turns_of, up_tile
 
 
@@ -76,7 +77,7 @@ class GateUp(Multiplier):
                     totals = self.add_step(step, scratch.x.at[rows(k)], row_scale, ahead, totals)
                     return step + 1, following, totals
 
-                start = [zeros(columns) for _ in halves]
+                start = [zeros(columns, jnp.float32) for _ in halves]
                 step, ahead, sums = lax.fori_loop(0, sizes.up_steps, one_step, (step, ahead, start))
                 sums = [self.over_depths(total, sizes.up_depths) for total in sums]
             else:

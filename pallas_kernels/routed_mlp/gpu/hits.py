@@ -8,16 +8,14 @@ order of their first choices. All pairs of 64 choices are compared at once, in t
     place in the list   0  1  0     2       -> experts [5, 2, 7]
 """
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.on_gpu.wgmma import COLUMNS, ROWS, along_columns, along_rows, iota
 from pallas_kernels.routed_mlp.gpu.scratch import Scratch
 from pallas_kernels.routed_mlp.gpu.sizes import CHOICES, Inputs, Sizes
 
-_ROWS = plgpu.Layout.WGMMA.reduce(1)
-_COLUMNS = plgpu.Layout.WGMMA.reduce(0)
 _AT_ONCE = 32  # scalars whose latencies pass together
 
 
@@ -25,16 +23,16 @@ def list_hits(inputs: Inputs, scratch: Scratch, sizes: Sizes) -> None:
     """Writes `experts`, `num_hits` and `token_weights` of the scratch, and arrives at `listed`."""
     _copy_choices(inputs, scratch, sizes)
     ids, numbers = scratch.choice_ids, scratch.choice_numbers
-    choice, other = _iota(0), _iota(1)
-    expert = _along_rows(plgpu.load(ids, layout=_ROWS))
-    other_expert = _along_columns(plgpu.load(ids, layout=_COLUMNS))
+    choice, other = iota(0), iota(1)
+    expert = along_rows(plgpu.load(ids, layout=ROWS))
+    other_expert = along_columns(plgpu.load(ids, layout=COLUMNS))
     # For each choice the first of its expert; what is no choice comes after all.
     is_choice = (expert >= 0) & (expert < inputs.gate_up.shape[0])
     first = jnp.min(jnp.where((expert == other_expert) & is_choice, other, CHOICES), axis=1)
     numbers[...] = first
     plgpu.commit_smem()
-    is_first = _along_columns(plgpu.load(numbers, layout=_COLUMNS)) == other
-    place = jnp.sum(jnp.where(is_first & (other < _along_rows(first)), 1, 0), axis=1)
+    is_first = along_columns(plgpu.load(numbers, layout=COLUMNS)) == other
+    place = jnp.sum(jnp.where(is_first & (other < along_rows(first)), 1, 0), axis=1)
     num_hits = jnp.sum(jnp.where(is_first, 1, 0), axis=1)
     plgpu.commit_smem()  # all have been read
     numbers[...] = place
@@ -42,9 +40,9 @@ def list_hits(inputs: Inputs, scratch: Scratch, sizes: Sizes) -> None:
     plgpu.commit_smem()
 
     # Rows are places of the list now, columns choices.
-    is_there = _along_columns(plgpu.load(numbers, layout=_COLUMNS)) == choice
+    is_there = along_columns(plgpu.load(numbers, layout=COLUMNS)) == choice
     scratch.experts[...] = jnp.sum(jnp.where(is_there & is_first, other_expert, 0), axis=1)
-    weight = _along_columns(plgpu.load(scratch.choice_weights, layout=_COLUMNS))
+    weight = along_columns(plgpu.load(scratch.choice_weights, layout=COLUMNS))
     token = lax.div(other, jnp.int32(sizes.top_k))
     for t in range(sizes.num_tokens):
         # All that it gives an expert, in case that it has chosen it twice.
@@ -57,12 +55,12 @@ def _copy_choices(inputs: Inputs, scratch: Scratch, sizes: Sizes) -> None:
     """The choices and their weights in shared memory; −1 past them."""
     ids, weights = scratch.choice_ids, scratch.choice_weights
     if sizes.most_hits == CHOICES:
-        ids[...] = plgpu.load(inputs.ids, layout=_ROWS, optimized=False)
-        weights[...] = plgpu.load(inputs.weights, layout=_ROWS, optimized=False)
+        ids[...] = plgpu.load(inputs.ids, layout=ROWS, optimized=False)
+        weights[...] = plgpu.load(inputs.weights, layout=ROWS, optimized=False)
         plgpu.commit_smem()
         return
-    ids[...] = plgpu.layout_cast(jnp.full((CHOICES,), -1), _ROWS)
-    weights[...] = plgpu.layout_cast(jnp.full((CHOICES,), 0.0), _ROWS)
+    ids[...] = plgpu.layout_cast(jnp.full((CHOICES,), -1), ROWS)
+    weights[...] = plgpu.layout_cast(jnp.full((CHOICES,), 0.0), ROWS)
     plgpu.commit_smem()
     for begin in range(0, sizes.most_hits, _AT_ONCE):
         some = range(begin, min(begin + _AT_ONCE, sizes.most_hits))
@@ -70,15 +68,3 @@ def _copy_choices(inputs: Inputs, scratch: Scratch, sizes: Sizes) -> None:
             ids[i] = expert
             weights[i] = weight
     plgpu.commit_smem()
-
-
-def _iota(axis: int) -> jax.Array:
-    return plgpu.broadcasted_iota(jnp.int32, (CHOICES, CHOICES), axis, layout=plgpu.Layout.WGMMA)
-
-
-def _along_rows(vector: jax.Array) -> jax.Array:
-    return lax.broadcast_in_dim(vector, (CHOICES, CHOICES), (0,))
-
-
-def _along_columns(vector: jax.Array) -> jax.Array:
-    return lax.broadcast_in_dim(vector, (CHOICES, CHOICES), (1,))

@@ -35,9 +35,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.on_gpu.wgmma import WGMMA_ROWS
 from pallas_kernels.routed_mlp.gpu.load import Loader
 from pallas_kernels.routed_mlp.gpu.scratch import Scratch
-from pallas_kernels.routed_mlp.gpu.sizes import BLOCK, TEAMS, WGMMA_ROWS, Between, Inputs, Sizes
+from pallas_kernels.routed_mlp.gpu.sizes import BLOCK, TEAMS, Between, Inputs, Sizes
 from pallas_kernels.routed_mlp.gpu.team import run_team
 from pallas_kernels.routed_mlp.gpu.walk import Phases
 

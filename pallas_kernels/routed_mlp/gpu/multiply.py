@@ -12,15 +12,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.on_gpu.smem import Views
+from pallas_kernels.on_gpu.wgmma import COLUMNS, WGMMA_ROWS, along_columns, along_rows, iota, vector_iota
 from pallas_kernels.routed_mlp.gpu.scratch import Scratch
-from pallas_kernels.routed_mlp.gpu.sizes import SLOT_ROWS, TOKENS, WGMMA_ROWS, Between, Inputs, Sizes
+from pallas_kernels.routed_mlp.gpu.sizes import SLOT_ROWS, TOKENS, Between, Inputs, Sizes
 from pallas_kernels.routed_mlp.gpu.walk import slot_of
-
-ROWS = plgpu.Layout.WGMMA.reduce(1)
-"""The layout of a number a row."""
-
-COLUMNS = plgpu.Layout.WGMMA.reduce(0)
-"""The layout of a number a column."""
 
 
 class Multiplier:
@@ -53,7 +48,7 @@ class Multiplier:
         product = pl.run_scoped(multiply, plgpu.ACC((WGMMA_ROWS, SLOT_ROWS), jnp.float32))
         self._free(step)
         part = self._own_depths(product, SLOT_ROWS // (self.sizes.config.columns * len(totals)))
-        depth = lax.div(plgpu.broadcasted_iota(jnp.int32, (WGMMA_ROWS,), 0, layout=ROWS), jnp.int32(TOKENS))
+        depth = lax.div(vector_iota(), jnp.int32(TOKENS))
         sums, first = [], 0
         for n, total in enumerate(totals):
             scale = row_scale * scales[0][n]
@@ -88,9 +83,7 @@ class Multiplier:
     def _own_depths(self, product, depths: int):
         """Of a product of all depths with all depths, for the rows of each depth what they have with their own."""
         width = SLOT_ROWS // depths
-        row_depth = lax.div(
-            plgpu.broadcasted_iota(jnp.int32, (WGMMA_ROWS, width), 0, layout=plgpu.Layout.WGMMA), jnp.int32(TOKENS)
-        )
+        row_depth = lax.div(iota(0, width), jnp.int32(TOKENS))
         part = product[:, :width]
         for i in range(1, depths):
             part = jnp.where(row_depth == i, product[:, i * width : (i + 1) * width], part)
@@ -153,18 +146,3 @@ class Multiplier:
     def _free(self, step) -> None:
         if self.sizes.stage != "comp":
             plgpu.barrier_arrive(self.scratch.empty.at[self._slot(step)])
-
-
-def zeros(columns: int) -> jax.Array:
-    """A sum of nothing."""
-    return plgpu.layout_cast(jnp.zeros((WGMMA_ROWS, columns), jnp.float32), plgpu.Layout.WGMMA)
-
-
-def along_rows(vector: jax.Array, columns: int) -> jax.Array:
-    """A number a row, in all of its columns."""
-    return lax.broadcast_in_dim(vector, (WGMMA_ROWS, columns), (0,))
-
-
-def along_columns(vector: jax.Array) -> jax.Array:
-    """A number a column, in all of its rows."""
-    return lax.broadcast_in_dim(vector, (WGMMA_ROWS, vector.shape[0]), (1,))

@@ -3,7 +3,6 @@
 With scales of rows it goes by the largest numbers that the tiles of h have left.
 """
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -11,9 +10,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.on_gpu.smem import Views
 from pallas_kernels.on_gpu.store import store_rows
+from pallas_kernels.on_gpu.wgmma import ROWS, WGMMA_ROWS, along_rows, iota, vector_iota
 from pallas_kernels.quantize import clipped_to, finite_scale
-from pallas_kernels.routed_mlp.gpu.multiply import ROWS, Multiplier, along_rows
-from pallas_kernels.routed_mlp.gpu.sizes import BLOCK, TOKENS, WGMMA_ROWS
+from pallas_kernels.routed_mlp.gpu.multiply import Multiplier
+from pallas_kernels.routed_mlp.gpu.sizes import BLOCK, TOKENS
 
 _GROUPS_AT_ONCE = 8
 """Of tiles, whose largest numbers are loaded together."""
@@ -41,13 +41,13 @@ class Rounding(Multiplier):
         h = plgpu.load(self.between.h.at[pl.ds(row, WGMMA_ROWS)], layout=plgpu.Layout.WGMMA, optimized=False)
         if self.sizes.h_rows // TOKENS * BLOCK == self.sizes.width:
             return h
-        depth = part * TOKENS + lax.div(_iota(0), jnp.int32(TOKENS))
-        return jnp.where(depth * BLOCK + _iota(1) < self.sizes.width, h, 0.0)
+        depth = part * TOKENS + lax.div(iota(0, BLOCK), jnp.int32(TOKENS))
+        return jnp.where(depth * BLOCK + iota(1, BLOCK) < self.sizes.width, h, 0.0)
 
     def _largest_of_tokens(self, hit):
         """Each token's largest number in its whole row of h, in all rows of a tile that are its own: every eighth."""
         sizes, in_group = self.sizes, WGMMA_ROWS // TOKENS
-        tile = lax.div(plgpu.broadcasted_iota(jnp.int32, (WGMMA_ROWS,), 0, layout=ROWS), jnp.int32(TOKENS))
+        tile = lax.div(vector_iota(), jnp.int32(TOKENS))
 
         def larger(i, amax):
             groups = [jnp.minimum(i * _GROUPS_AT_ONCE + j, sizes.up_groups - 1) for j in range(_GROUPS_AT_ONCE)]
@@ -69,7 +69,3 @@ class Rounding(Multiplier):
             amax = jnp.maximum(amax, plgpu.load(buffer.at[pl.ds(begin + i, WGMMA_ROWS)], layout=ROWS))
         plgpu.commit_smem()
         return amax
-
-
-def _iota(axis: int) -> jax.Array:
-    return plgpu.broadcasted_iota(jnp.int32, (WGMMA_ROWS, BLOCK), axis, layout=plgpu.Layout.WGMMA)

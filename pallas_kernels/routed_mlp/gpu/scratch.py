@@ -7,7 +7,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.on_gpu.smem import Views, single_view, swizzled
-from pallas_kernels.routed_mlp.gpu.sizes import BLOCK, CHOICES, SLOT_ROWS, TEAMS, TOKENS, WGMMA_ROWS, Sizes
+from pallas_kernels.on_gpu.wgmma import WGMMA_ROWS
+from pallas_kernels.routed_mlp.gpu.sizes import BLOCK, CHOICES, SLOT_ROWS, TEAMS, TOKENS, Sizes
 
 MOST_COPIED = 256
 """Rows, or numbers, of one copy."""

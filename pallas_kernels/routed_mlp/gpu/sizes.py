@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 from jax.experimental import pallas as pl
 
 from pallas_kernels.activations import Activation
-from pallas_kernels.on_gpu.smem import SWIZZLE
+from pallas_kernels.on_gpu.wgmma import WGMMA_ROWS
+from pallas_kernels.quantize import SCALE_BLOCK
 from pallas_kernels.stage import Stage
 
 TOKENS = 8
@@ -15,10 +16,7 @@ TOKENS = 8
 CHOICES = 64
 """Most choices of all tokens."""
 
-WGMMA_ROWS = 64
-"""Rows that the tensor cores multiply: those of eight tiles of x; see `kernel`."""
-
-BLOCK = SWIZZLE
+BLOCK = SCALE_BLOCK
 """Depth of a tile, and of a scale's block: 128 numbers of 8 bits."""
 
 SLOT_ROWS = 128

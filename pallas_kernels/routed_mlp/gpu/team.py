@@ -8,12 +8,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.on_gpu.wgmma import WGMMA_ROWS
 from pallas_kernels.routed_mlp.gpu.down import Down
 from pallas_kernels.routed_mlp.gpu.gate_up import GateUp
 from pallas_kernels.routed_mlp.gpu.hits import list_hits
 from pallas_kernels.routed_mlp.gpu.rounding import Rounding
 from pallas_kernels.routed_mlp.gpu.scratch import Scratch
-from pallas_kernels.routed_mlp.gpu.sizes import TEAMS, WGMMA_ROWS, Between, Inputs, Sizes
+from pallas_kernels.routed_mlp.gpu.sizes import TEAMS, Between, Inputs, Sizes
 from pallas_kernels.routed_mlp.gpu.walk import Phases, turns_of
 
 

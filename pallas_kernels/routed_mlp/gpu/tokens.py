@@ -12,9 +12,10 @@ from jax import lax
 
 from pallas_kernels.on_gpu.rounding import is_rounded, rounded_in_blocks
 from pallas_kernels.on_gpu.strips import LEAST_COLUMNS, cut_in_blocks, launch, store
+from pallas_kernels.on_gpu.wgmma import WGMMA_ROWS
 from pallas_kernels.quantize import QTensor, ToRound
 from pallas_kernels.quantize_rows import SCALING, rows_in_8_bits
-from pallas_kernels.routed_mlp.gpu.sizes import BLOCK, TOKENS, WGMMA_ROWS, Sizes
+from pallas_kernels.routed_mlp.gpu.sizes import BLOCK, TOKENS, Sizes
 
 
 def in_tiles(x: QTensor | ToRound, sizes: Sizes) -> tuple[jax.Array, jax.Array]:

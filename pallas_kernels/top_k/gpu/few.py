@@ -7,10 +7,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.on_gpu.compared import TILE
 from pallas_kernels.on_gpu.strips import launch, spread, store
 from pallas_kernels.top_k.gpu import rows
-from pallas_kernels.top_k.gpu.groups import Memory, find_kept, limited
+from pallas_kernels.top_k.gpu.groups import TILE, Memory, find_kept, limited
 from pallas_kernels.top_k.gpu.rounds import Rounds
 from pallas_kernels.top_k.groups import Groups
 

@@ -15,10 +15,14 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.on_gpu.compared import COLUMNS, ROWS, TILE, along_columns, along_rows, iota, smem
+from pallas_kernels.on_gpu import smem
 from pallas_kernels.on_gpu.strips import spread
+from pallas_kernels.on_gpu.wgmma import COLUMNS, ROWS, WGMMA_ROWS, along_columns, along_rows, iota
 from pallas_kernels.top_k.gpu.rounds import LOWEST, first_place
 from pallas_kernels.top_k.groups import Groups
+
+TILE = WGMMA_ROWS
+"""Groups of all tokens of a block, which are compared with each other."""
 
 
 class Memory(NamedTuple):
@@ -37,7 +41,7 @@ class Memory(NamedTuple):
     @classmethod
     def describe(cls) -> "Memory":
         """The types to allocate."""
-        return cls(plgpu.SMEM((TILE,), jnp.float32), smem(TILE), smem(TILE))
+        return cls(plgpu.SMEM((TILE,), jnp.float32), smem.ints(TILE), smem.ints(TILE))
 
 
 def find_kept(ranking: jax.Array, groups: Groups, memory: Memory) -> None:

@@ -13,9 +13,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.on_gpu.compared import TILE
 from pallas_kernels.on_gpu.strips import in_blocks, launch, rows_in_blocks, spread, store
-from pallas_kernels.top_k.gpu.groups import Memory, find_kept, limited
+from pallas_kernels.top_k.gpu.groups import TILE, Memory, find_kept, limited
 from pallas_kernels.top_k.gpu.rounds import Rounds
 from pallas_kernels.top_k.groups import Groups
 

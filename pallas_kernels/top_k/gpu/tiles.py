@@ -9,10 +9,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.on_gpu.compared import along_rows
 from pallas_kernels.on_gpu.smem import Views, swizzled
 from pallas_kernels.on_gpu.store import store_rows
 from pallas_kernels.on_gpu.strips import launch
+from pallas_kernels.on_gpu.wgmma import along_rows
 from pallas_kernels.top_k.gpu.rounds import Rounds
 
 TOKENS = 64

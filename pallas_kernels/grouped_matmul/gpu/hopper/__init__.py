@@ -22,10 +22,10 @@ from pallas_kernels.columns import BLOCK, Columns, first_blocks
 from pallas_kernels.dtypes import FLOATS, is_float
 from pallas_kernels.grouped_matmul.gpu.hopper import drhs, drhs_8_bits, tiling
 from pallas_kernels.grouped_matmul.gpu.hopper.kernel import grouped_product
-from pallas_kernels.grouped_matmul.gpu.hopper.problem import SCALE_BLOCK, Epilogue, Inputs, Problem
+from pallas_kernels.grouped_matmul.gpu.hopper.problem import Epilogue, Inputs, Problem
 from pallas_kernels.grouped_matmul.group_sizes import bounds
 from pallas_kernels.on_gpu.device import hopper_chip
-from pallas_kernels.quantize import Operand, QTensor, dequantize, quantize
+from pallas_kernels.quantize import SCALE_BLOCK, Operand, QTensor, dequantize, quantize
 from pallas_kernels.stage import Stage
 
 _FP8 = ("float8_e4m3fn", "float8_e5m2")

@@ -10,9 +10,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.grouped_matmul.gpu.hopper.announce import Announcements
-from pallas_kernels.grouped_matmul.gpu.hopper.problem import SCALE_BLOCK, WGMMA_ROWS, Config, Epilogue, Inputs
+from pallas_kernels.grouped_matmul.gpu.hopper.problem import Config, Epilogue, Inputs
 from pallas_kernels.grouped_matmul.gpu.tiles import Tile, Walk
 from pallas_kernels.on_gpu.smem import SWIZZLE, Views, swizzled
+from pallas_kernels.on_gpu.wgmma import WGMMA_ROWS
+from pallas_kernels.quantize import SCALE_BLOCK
 from pallas_kernels.stage import Stage
 
 # The copy engine reads a vector only from every fourth float on. The scales of a tile's rows are therefore copied from

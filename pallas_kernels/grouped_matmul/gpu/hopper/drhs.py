@@ -27,12 +27,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.grouped_matmul.gpu.tiles import place_in_strips
 from pallas_kernels.on_gpu.smem import SWIZZLE, Views, swizzled
 from pallas_kernels.on_gpu.store import store_rows
+from pallas_kernels.on_gpu.wgmma import WGMMA_ROWS
 
 ROW_ALIGNMENT = 8
 """The number of rows of lhs and dout must be a multiple of this."""
 
 _WARPGROUPS = 2
-_BLOCK_K = 64  # rows of an output tile for each math warpgroup: the height of a wgmma
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,10 +79,10 @@ def grouped_drhs(
       [G, K, N].
     """
     num_groups, depth, columns = begins.shape[0], lhs.shape[1], dout.shape[1]
-    row_tiles, column_tiles = pl.cdiv(depth, _WARPGROUPS * _BLOCK_K), pl.cdiv(columns, config.block_n)
+    row_tiles, column_tiles = pl.cdiv(depth, _WARPGROUPS * WGMMA_ROWS), pl.cdiv(columns, config.block_n)
     stages, block_rows = config.num_stages, config.block_rows
     lhs_chunk = SWIZZLE // lhs.dtype.itemsize
-    assert lhs_chunk == _BLOCK_K, "one swizzled row of lhs is as wide as a wgmma is high"
+    assert lhs_chunk == WGMMA_ROWS, "one swizzled row of lhs is as wide as a wgmma is high"
 
     def body(lhs, dout, begins, ends, out, scratch: _Scratch):
         warpgroup = lax.axis_index("warpgroup")
@@ -121,7 +121,7 @@ def grouped_drhs(
 
                 rows = pl.ds(pl.multiple_of(group_rows.of_step(i), ROW_ALIGNMENT), block_rows)
                 for w in range(_WARPGROUPS):
-                    chunk = pl.ds(pl.multiple_of((row_tile * _WARPGROUPS + w) * _BLOCK_K, _BLOCK_K), _BLOCK_K)
+                    chunk = pl.ds(pl.multiple_of((row_tile * _WARPGROUPS + w) * WGMMA_ROWS, WGMMA_ROWS), WGMMA_ROWS)
                     plgpu.copy_gmem_to_smem(lhs.at[rows, chunk], lhs_tiles.copied.at[slot, w], scratch.full.at[slot])
                 chunk = pl.ds(pl.multiple_of(column_tile * config.block_n, config.block_n), config.block_n)
                 plgpu.copy_gmem_to_smem(dout.at[rows, chunk], scratch.dout.at[slot], scratch.full.at[slot])
@@ -177,14 +177,14 @@ def grouped_drhs(
             group, row_tile, column_tile = place(tile)
             after = rows_of(group_of(tile + num_blocks))
             result = pl.run_scoped(
-                functools.partial(multiply, group_rows, step), plgpu.ACC((_BLOCK_K, config.block_n), jnp.float32)
+                functools.partial(multiply, group_rows, step), plgpu.ACC((WGMMA_ROWS, config.block_n), jnp.float32)
             )
             store_rows(
                 out.at[group],
                 staging,
                 warpgroup,
                 result,
-                row=(row_tile * _WARPGROUPS + warpgroup) * _BLOCK_K,
+                row=(row_tile * _WARPGROUPS + warpgroup) * WGMMA_ROWS,
                 rows=None,
                 column=column_tile * config.block_n,
             )
@@ -280,9 +280,9 @@ class _Scratch(NamedTuple):
         """The types to allocate."""
         stages, rows = config.num_stages, config.block_rows
         return cls(
-            lhs=swizzled((stages, _WARPGROUPS, rows, _BLOCK_K), dtype),
+            lhs=swizzled((stages, _WARPGROUPS, rows, WGMMA_ROWS), dtype),
             dout=swizzled((stages, rows, config.block_n), dtype, any_row=False),
-            out=swizzled((_WARPGROUPS, config.out_slots, _BLOCK_K, SWIZZLE // out_dtype.itemsize), out_dtype),
+            out=swizzled((_WARPGROUPS, config.out_slots, WGMMA_ROWS, SWIZZLE // out_dtype.itemsize), out_dtype),
             full=plgpu.Barrier(num_arrivals=_WARPGROUPS + 1, num_barriers=stages),
             empty=plgpu.Barrier(num_arrivals=_WARPGROUPS, num_barriers=stages),
             cleared=plgpu.Barrier(num_arrivals=_WARPGROUPS),

@@ -34,18 +34,13 @@ from pallas_kernels.columns import BLOCK, Columns
 from pallas_kernels.grouped_matmul.gpu.tiles import place_in_strips
 from pallas_kernels.on_gpu.smem import SWIZZLE, Views, swizzled
 from pallas_kernels.on_gpu.store import store_rows
-
-_HEIGHT = 64
-"""Rows of the accumulator of a product: the height of a wgmma."""
+from pallas_kernels.on_gpu.wgmma import COLUMNS, ROWS, WGMMA_ROWS, zeros
 
 _PIECE = 32
 """Columns of a total that are scaled and added at a time: the factors of more would not fit into the registers."""
 
 _REGISTERS = {2: (232, 40), 3: (160, 32)}
 """Of each thread that multiplies, and of each that loads, by the number of math warpgroups."""
-
-_ROWS = plgpu.Layout.WGMMA.reduce(1)
-_COLUMNS = plgpu.Layout.WGMMA.reduce(0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +62,7 @@ class Config:
     @property
     def block_k(self) -> int:
         """Rows of an output tile."""
-        return self.warpgroups * _HEIGHT
+        return self.warpgroups * WGMMA_ROWS
 
 
 def grouped_drhs(
@@ -157,22 +152,22 @@ def grouped_drhs(
             That is step − 1, counted on by the stages of the ring so that it is never negative.
             """
             slot = lax.rem(step, stages)
-            mine = pl.ds(pl.multiple_of(warpgroup * _HEIGHT, _HEIGHT), _HEIGHT)
-            shape = _HEIGHT, _PIECE
+            mine = pl.ds(pl.multiple_of(warpgroup * WGMMA_ROWS, WGMMA_ROWS), WGMMA_ROWS)
+            shape = WGMMA_ROWS, _PIECE
 
             def column_scale(piece):
-                return plgpu.load(scratch.dout_scale.at[slot, piece], layout=_COLUMNS)
+                return plgpu.load(scratch.dout_scale.at[slot, piece], layout=COLUMNS)
 
             def multiply(accumulator):
                 plgpu.wgmma(accumulator, scratch.lhs.at[slot, mine], scratch.dout.at[slot].transpose((1, 0)))
                 # While it runs: what takes time, and what is needed first.
                 pl.when(jnp.logical_not(is_first))(lambda: release(step + stages - 1))
-                row_scale = plgpu.load(scratch.lhs_scale.at[slot, mine], layout=_ROWS)
+                row_scale = plgpu.load(scratch.lhs_scale.at[slot, mine], layout=ROWS)
                 first = column_scale(pieces[0])
                 return plgpu.wgmma_accumulator_load(accumulator, wait_n=0), row_scale, first
 
             plgpu.barrier_wait(scratch.full.at[slot])
-            product, row_scale, first = pl.run_scoped(multiply, plgpu.ACC((_HEIGHT, config.block_n), jnp.float32))
+            product, row_scale, first = pl.run_scoped(multiply, plgpu.ACC((WGMMA_ROWS, config.block_n), jnp.float32))
             by_row = lax.broadcast_in_dim(row_scale, shape, (0,))
             for i, piece in enumerate(pieces):
                 by_column = lax.broadcast_in_dim(column_scale(piece) if i else first, shape, (1,))
@@ -187,15 +182,15 @@ def grouped_drhs(
                 step, totals = state
                 return step + 1, add_product(step, block == first, list(totals))
 
-            zeros = plgpu.layout_cast(jnp.zeros((_HEIGHT, _PIECE), jnp.float32), plgpu.Layout.WGMMA)
-            step, totals = lax.fori_loop(first, end, one_step, (step, [zeros] * len(pieces)))
+            nothing = zeros(_PIECE, jnp.float32)
+            step, totals = lax.fori_loop(first, end, one_step, (step, [nothing] * len(pieces)))
             pl.when(end > first)(lambda: release(step + stages - 1))
             store_rows(
                 out.at[group],
                 Views.of(scratch.out),
                 warpgroup,
                 lax.concatenate(totals, 1).astype(out_dtype),
-                row=row + warpgroup * _HEIGHT,
+                row=row + warpgroup * WGMMA_ROWS,
                 rows=None,
                 column=column,
             )
@@ -265,7 +260,7 @@ class _Scratch(NamedTuple):
             dout=swizzled((stages, config.block_n, BLOCK), dout, any_row=False),
             lhs_scale=plgpu.SMEM((stages, config.block_k), jnp.float32),
             dout_scale=plgpu.SMEM((stages, config.block_n), jnp.float32),
-            out=swizzled((config.warpgroups, 2, _HEIGHT, SWIZZLE // out.itemsize), out),
+            out=swizzled((config.warpgroups, 2, WGMMA_ROWS, SWIZZLE // out.itemsize), out),
             full=plgpu.Barrier(num_arrivals=4, num_barriers=stages),
             empty=plgpu.Barrier(num_arrivals=config.warpgroups, num_barriers=stages),
         )

@@ -39,7 +39,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.grouped_matmul.gpu.hopper.block import VECTOR_START, Scratch, Shape
 from pallas_kernels.grouped_matmul.gpu.hopper.load import Loader
 from pallas_kernels.grouped_matmul.gpu.hopper.multiply import Multiplier
-from pallas_kernels.grouped_matmul.gpu.hopper.problem import SCALE_BLOCK, Config, Epilogue, Inputs
+from pallas_kernels.grouped_matmul.gpu.hopper.problem import Config, Epilogue, Inputs
+from pallas_kernels.quantize import SCALE_BLOCK
 from pallas_kernels.stage import Stage
 
 

@@ -31,8 +31,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.grouped_matmul.gpu.hopper.block import VECTOR_SLACK, VECTOR_START, Block, vector_shift
-from pallas_kernels.grouped_matmul.gpu.hopper.problem import WGMMA_ROWS
 from pallas_kernels.grouped_matmul.gpu.tiles import Tile
+from pallas_kernels.on_gpu.wgmma import WGMMA_ROWS
 
 _LHS_BOXES = (16, 32, 48, WGMMA_ROWS)
 """Rows of lhs that one copy can bring."""

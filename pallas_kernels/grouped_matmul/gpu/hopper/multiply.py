@@ -32,20 +32,17 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.activations import gated
 from pallas_kernels.grouped_matmul.gpu.hopper.block import Block, vector_shift
-from pallas_kernels.grouped_matmul.gpu.hopper.problem import SCALE_BLOCK, WGMMA_ROWS
 from pallas_kernels.grouped_matmul.gpu.tiles import Tile
 from pallas_kernels.on_gpu.smem import Views
 from pallas_kernels.on_gpu.store import store_rows, store_vector
-from pallas_kernels.quantize import clipped_to, finite_scale
+from pallas_kernels.on_gpu.wgmma import COLUMNS, ROWS, WGMMA_ROWS
+from pallas_kernels.quantize import SCALE_BLOCK, clipped_to, finite_scale
 
 _STEPS_AT_ONCE = 4
 """Steps with block scales between which the tensor cores do not wait."""
 
 _LATER_STEPS_AT_ONCE = 1
 """The same after the first sweep, whose result is in the registers as well: two more accumulators would not fit."""
-
-_ROWS = plgpu.Layout.WGMMA.reduce(1)
-_COLUMNS = plgpu.Layout.WGMMA.reduce(0)
 
 
 class Multiplier(Block):
@@ -205,7 +202,7 @@ class Multiplier(Block):
         """The block scales of this warpgroup's rows in a buffer of the ring."""
         if self.epilogue.lhs_scale != "block":
             return 1.0
-        return plgpu.load(self.scratch.lhs_scales.at[slot, self._vector_rows(tile)], layout=_ROWS)
+        return plgpu.load(self.scratch.lhs_scales.at[slot, self._vector_rows(tile)], layout=ROWS)
 
     def _multiply(self, accumulator, slot):
         if self.stage == "dma":
@@ -242,14 +239,14 @@ class Multiplier(Block):
         if epilogue.rhs_scale == "tensor":
             scale = scale * self.inputs.rhs_scale[self.scale_group(group)]
         if epilogue.lhs_scale == "row":
-            scale = plgpu.load(scratch.row_scale.at[self._vector_rows(tile)], layout=_ROWS) * scale
+            scale = plgpu.load(scratch.row_scale.at[self._vector_rows(tile)], layout=ROWS) * scale
         if "tensor" in (epilogue.lhs_scale, epilogue.rhs_scale) or epilogue.lhs_scale == "row":
             total = total * _along_rows(scale, total.shape)
 
         def along_columns(ref, window):
             first = window * self.shape.width + sweep * self.shape.sweep_width
             mine = pl.ds(first + self.column_group * width, width)
-            values = plgpu.load(ref.at[mine], layout=_COLUMNS).astype(jnp.float32)
+            values = plgpu.load(ref.at[mine], layout=COLUMNS).astype(jnp.float32)
             return lax.broadcast_in_dim(values, (WGMMA_ROWS, width), (1,))
 
         parts = []
@@ -281,7 +278,7 @@ class Multiplier(Block):
             # Both have written.
             plgpu.barrier_arrive(self.scratch.shared_scales)
             plgpu.barrier_wait(self.scratch.shared_scales)
-            amax = jnp.maximum(amax, plgpu.load(buffer.at[1 - self.warpgroup], layout=_ROWS))
+            amax = jnp.maximum(amax, plgpu.load(buffer.at[1 - self.warpgroup], layout=ROWS))
             # Both have read: the buffer may be written for the next tile.
             plgpu.barrier_arrive(self.scratch.shared_scales)
             plgpu.barrier_wait(self.scratch.shared_scales)

@@ -7,12 +7,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.activations import Activation
 from pallas_kernels.on_gpu.prefetch import PLAIN, Prefetch
-
-WGMMA_ROWS = 64
-"""Rows of a math warpgroup."""
-
-SCALE_BLOCK = 128
-"""Depth (and, for weights, width) of one scale block."""
+from pallas_kernels.on_gpu.wgmma import WGMMA_ROWS
 
 
 @dataclasses.dataclass(frozen=True)

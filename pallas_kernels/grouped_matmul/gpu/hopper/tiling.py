@@ -13,10 +13,12 @@ from collections.abc import Iterator
 
 from pallas_kernels.chips import Chip
 from pallas_kernels.grouped_matmul.gpu.hopper.block import FEW_SIZES, MOST_COPIED_SIZES
-from pallas_kernels.grouped_matmul.gpu.hopper.problem import SCALE_BLOCK, WGMMA_ROWS, Config, Problem
+from pallas_kernels.grouped_matmul.gpu.hopper.problem import Config, Problem
 from pallas_kernels.grouped_matmul.gpu.hopper.tuned_table import Key, tuned_configs
 from pallas_kernels.on_gpu.prefetch import with_prefetch
 from pallas_kernels.on_gpu.smem import SWIZZLE
+from pallas_kernels.on_gpu.wgmma import WGMMA_ROWS
+from pallas_kernels.quantize import SCALE_BLOCK
 from pallas_kernels.tracing.override import Override
 
 _ISSUE_RATE = 0.75  # share of the peak that wgmma sustains
