@@ -150,7 +150,10 @@ def test_softmax_of_the_largest(backend, rng, tokens, experts, k, normalize):
     right, right_pullback = jax.vjp(expected, logits)
     assert relative_error(weights, right) < LIMIT["float32"]
     (gradient,) = jax.vjp(lambda logits: choose(logits).weights, logits)[1](cotangent)
-    assert relative_error(gradient, right_pullback(cotangent)[0]) < LIMIT["float32"]
+    expected_gradient = right_pullback(cotangent)[0]
+    # Where one weight is almost all, what is left of the cotangent is what cancellation leaves.
+    least = max(np.linalg.norm(expected_gradient), 0.1 * np.linalg.norm(cotangent))
+    assert np.linalg.norm(gradient - expected_gradient) < LIMIT["float32"] * least
 
 
 @pytest.mark.parametrize("normalize", [False, True])
