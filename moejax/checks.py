@@ -1,12 +1,15 @@
 """Checks of settings, whose errors give the name, what was expected, and what came."""
 
+import contextlib
 import math
 import numbers
 import operator
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from pallas_kernels.dtypes import is_float
+from pallas_kernels.dtypes import FLOATS, is_float
 
 
 def require(condition: bool, name: str, expected: str, got: object) -> None:
@@ -22,12 +25,28 @@ def require_arrays(**arrays: object) -> None:
             raise TypeError(f"{name} must be an array, got {type(value).__name__}")
 
 
+def require_given_arrays(**arrays: object) -> None:
+    """`require_arrays` for what cannot be left out."""
+    for name, value in arrays.items():
+        if value is None:
+            raise TypeError(f"{name} must be an array, got None")
+    require_arrays(**arrays)
+
+
 def check_config(config: object) -> None:
     """Raises TypeError unless `config` is a MoEConfig, told by its fields: that class imports this module."""
     if not all(hasattr(config, name) for name in ("num_experts", "top_k", "router")):
         is_name = isinstance(config, str)
         hint = "get_preset('mixtral-8x7b') makes one of a name" if is_name else "of a layer, layer.config"
         raise TypeError(f"config must be a MoEConfig, got {type(config).__name__}; {hint}")
+
+
+def check_float_dtype(name: str, dtype: Any) -> None:
+    """Raises ValueError unless `dtype`, in any form that jax knows, is one of `FLOATS`."""
+    if dtype is not None:  # which numpy takes for float64
+        with contextlib.suppress(TypeError):
+            dtype = jnp.dtype(dtype).name
+    require(dtype in FLOATS, name, "bfloat16, float16 or float32", dtype)
 
 
 def check_residual(residual: jax.Array | None, x: jax.Array) -> None:

@@ -11,12 +11,11 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 
-from moejax.checks import require, require_integer
+from moejax.checks import check_float_dtype, require, require_integer
 from moejax.routers.base import Router
 from moejax.routers.top_k import TopKRouter
 from pallas_kernels.activations import Activation, check_activation
 from pallas_kernels.backend import check_backend
-from pallas_kernels.dtypes import FLOATS
 from pallas_kernels.quantize import QDtype, Quantization, Scaling, is_of_one_row, scale_shape
 from sharding.exchange import check_transport
 from sharding.exchange.capacity import Scope
@@ -128,11 +127,7 @@ class MoEConfig:
         known = (None, *get_args(QDtype))
         require(self.wire_gradient_dtype in known, "wire_gradient_dtype", f"one of {known}", self.wire_gradient_dtype)
         for name in ("dtype", "param_dtype"):
-            try:
-                dtype = jnp.dtype(getattr(self, name)).name
-            except TypeError:
-                dtype = getattr(self, name)
-            require(dtype in FLOATS, name, "bfloat16, float16 or float32", dtype)
+            check_float_dtype(name, getattr(self, name))
         for name in ("shared_gate", "expert_bias", "scale_inputs"):
             require(isinstance(getattr(self, name), bool), name, "True or False", getattr(self, name))
         check_activation(self.activation, self.activation_limit)

@@ -17,7 +17,7 @@ from flax.core import spmd
 from jax.sharding import Mesh, PartitionSpec
 
 from moejax.aux_output import MoEAux
-from moejax.checks import check_config, check_residual, require_arrays, require_integer
+from moejax.checks import check_config, check_residual, require_arrays, require_given_arrays, require_integer
 from moejax.config import MoEConfig
 from moejax.on_chip import Held, PerToken, Settings, experts_on_chip, layer_on_chip, whole_scales
 from moejax.params import MoEParams, check_expert_params, check_params, param_specs, param_table
@@ -121,7 +121,7 @@ def moe_experts(
       ValueError: shapes or dtypes do not fit, the mesh lacks an axis, or ep does not divide E.
     """
     check_config(config)
-    require_arrays(topk_weights=topk_weights, topk_ids=topk_ids)
+    require_given_arrays(topk_weights=topk_weights, topk_ids=topk_ids)
     check_input(x, config, mask)
     check_residual(residual, x)
     params = dataclasses.replace(params, router=None)
@@ -250,7 +250,8 @@ def _check_divides(name: str, size: int, role: str, parts: int) -> None:
 
 def check_input(x: jax.Array, config: MoEConfig, mask: jax.Array | None = None) -> None:
     """Raises ValueError unless `x` are activations [..., H] of the layer, one token at least, and no known NaN."""
-    require_arrays(x=x, mask=mask)
+    require_given_arrays(x=x)
+    require_arrays(mask=mask)
     if x.ndim < 1 or x.shape[-1] != config.hidden_size:
         raise ValueError(f"x must be [..., H] with hidden_size={config.hidden_size}, got {list(x.shape)}")
     if not is_float(x.dtype):

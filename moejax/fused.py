@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moejax.checks import check_residual, require, require_arrays
+from moejax.checks import check_residual, require, require_arrays, require_given_arrays
 from moejax.experts import ExpertMath, ExpertWeights
 from moejax.packing import GateUpOrder, Layout, split_gate_up
 from moejax.routed_experts import routed_experts
@@ -77,8 +77,8 @@ def fused_experts(
     check_transport(transport)
     is_known = quantization is None or isinstance(quantization, Quantization)
     require(is_known, "quantization", "a Quantization, or None for products as operands come", quantization)
-    require_arrays(hidden_states=hidden_states, w1=w1, w2=w2, b1=b1, b2=b2)
-    require_arrays(topk_weights=topk_weights, topk_ids=topk_ids)
+    require_given_arrays(hidden_states=hidden_states, w1=w1, w2=w2, topk_weights=topk_weights, topk_ids=topk_ids)
+    require_arrays(b1=b1, b2=b2)
     w1, b1 = _gate_first(w1, b1, layout, gate_up_order)
     _check(hidden_states, w1, w2, topk_weights, topk_ids, b1, b2, layout)
     check_residual(residual, hidden_states)

@@ -159,7 +159,7 @@ def get_preset(name: str, **changes: Unpack[Changes]) -> MoEConfig:
       ValueError: the name is unknown, or the changed configuration makes no sense.
     """
     try:
-        config = PRESETS[name.lower()]
+        config = PRESETS[str(name).lower()]
     except KeyError:
         raise ValueError(f"unknown model {name!r}; expected one of {', '.join(PRESETS)}") from None
     return with_changes(config, **changes)

@@ -209,7 +209,8 @@ def scale_shape(shape: tuple[int, ...], scaling: Scaling) -> tuple[int, ...]:
         if block is not None and size % block:
             raise ValueError(
                 f"shape {shape} cannot be scaled by {scaling!r}: {size} is not divisible by {block}; "
-                "choose a block that divides it, or 'per_row' / 'per_channel'"
+                "choose a block that divides it, or 'per_row' for rows of tokens and 'per_channel' for weights "
+                "(lhs_scaling and rhs_scaling of a Quantization)"
             )
         counts.append(1 if block is None else size // block)
     return (*shape[:-2], *counts)
@@ -230,6 +231,8 @@ def quantize(
       TypeError: on differentiation. A rounding has no useful gradient and 8-bit cotangents lose what they carry, so
         the operators take BF16 and quantise inside: pass them `quantization=`.
     """
+    if not hasattr(x, "dtype"):
+        raise TypeError(f"x must be an array, got {type(x).__name__}")
     if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype.itemsize == 1:
         raise ValueError(f"x must be a 16-, 32- or 64-bit floating-point array, got {x.dtype}{list(x.shape)}")
     name = check_qdtype(dtype)

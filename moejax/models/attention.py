@@ -113,7 +113,7 @@ class Attention(nnx.Module):
         """
         check_tokens(x, self.config.hidden_size)
         check_cache(cache, self.config)
-        check_auto_axes(x=x, keys=cache.keys)
+        check_auto_axes({"x": x, "cache.keys": cache.keys})
         check_prompts(x, slots, lengths, num_slots=cache.num_slots, max_length=cache.max_length)
         batch, length, _ = x.shape
         mask = None

@@ -12,7 +12,7 @@ from moejax.aux_output import MoEAux
 from moejax.layer import MoE
 from moejax.models.attention import Attention
 from moejax.models.cache import KVCache, check_cache
-from moejax.models.checks import check_active, check_prompts, check_tokens
+from moejax.models.checks import check_prompts, check_step, check_tokens
 from moejax.models.config import BlockConfig, MLPConfig
 from moejax.models.masks import kept, real_tokens
 from moejax.models.mlp import MLP
@@ -57,6 +57,8 @@ class DecoderBlock(nnx.Module):
         """
         if not isinstance(config, BlockConfig):
             raise TypeError(f"config must be BlockConfig(attention, feed_forward), got {type(config).__name__}")
+        if not isinstance(rngs, nnx.Rngs):
+            raise TypeError(f"rngs must be nnx.Rngs, such as nnx.Rngs(0), got {type(rngs).__name__}")
         self.config = config
         attention, feed_forward = config.attention, config.feed_forward
         norm = functools.partial(
@@ -112,11 +114,18 @@ class DecoderBlock(nnx.Module):
         return kept(y, mask, x), aux
 
     def prefill(
-        self, x: jax.Array, cache: KVCache, *, slots: jax.Array, lengths: jax.Array | None = None
+        self,
+        x: jax.Array,
+        cache: KVCache,
+        *,
+        slots: jax.Array,
+        lengths: jax.Array | None = None,
+        token_ids: jax.Array | None = None,
     ) -> tuple[jax.Array, MoEAux | None, KVCache]:
         """Whole sequences, whose keys and values go into slots of the cache; see `Attention.prefill`.
 
-        Warns where the block is not `causal`: tokens decoded one by one then differ from those of a whole sequence.
+        `token_ids` [B, L] are for the experts. Warns where the block is not `causal`: tokens decoded one by one then
+        differ from those of a whole sequence.
         """
         check_tokens(x, self.config.hidden_size)
         check_cache(cache, self.config.attention)
@@ -130,20 +139,25 @@ class DecoderBlock(nnx.Module):
         mask = None if lengths is None else real_tokens(lengths, x.shape[1])
         real = kept(x, mask)
         attended, cache = self.attention.prefill(self.attention_norm(real), cache, slots=slots, lengths=lengths)
-        y, aux = self._fed_forward(attended, real, mask, train=False)
+        y, aux = self._fed_forward(attended, real, mask, token_ids=token_ids, train=False)
         return kept(y, mask, x), aux, cache
 
     def decode(
-        self, x: jax.Array, cache: KVCache, *, active: jax.Array | None = None
+        self,
+        x: jax.Array,
+        cache: KVCache,
+        *,
+        active: jax.Array | None = None,
+        token_ids: jax.Array | None = None,
     ) -> tuple[jax.Array, MoEAux | None, KVCache]:
-        """One more token in every active slot, x [S, 1, H]; see `Attention.decode`."""
+        """One more token in every active slot, x [S, 1, H]; see `Attention.decode`. `token_ids` are [S, 1]."""
         check_tokens(x, self.config.hidden_size)
         check_cache(cache, self.config.attention)
-        check_active(active, cache.num_slots)  # all else `Attention.decode` looks at
+        check_step(x, active, is_full=cache.is_full)
         mask = None if active is None else active[:, None]
         real = kept(x, mask)
         attended, cache = self.attention.decode(self.attention_norm(real), cache, active=active)
-        y, aux = self._fed_forward(attended, real, mask, train=False)
+        y, aux = self._fed_forward(attended, real, mask, token_ids=token_ids, train=False)
         return kept(y, mask, x), aux, cache
 
     def _fed_forward(

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moejax.checks import require, require_arrays
+from moejax.checks import require, require_arrays, require_given_arrays
 from pallas_kernels.dtypes import is_float
 from pallas_kernels.tracing.concrete import is_known
 from sharding.mesh import split_by_type
@@ -12,7 +12,8 @@ from sharding.mesh import split_by_type
 
 def check_tokens(x: jax.Array, hidden_size: int, mask: jax.Array | None = None) -> None:
     """Raises ValueError unless `x` are sequences [B, L, H] of activations, and `mask` is bool [B, L] or None."""
-    require_arrays(x=x, mask=mask)
+    require_given_arrays(x=x)
+    require_arrays(mask=mask)
     is_fit = x.ndim == 3 and x.shape[-1] == hidden_size and 0 not in x.shape
     require(is_fit, "x", f"[B, L, H] with hidden_size={hidden_size} and at least one token", list(x.shape))
     require(is_float(x.dtype), "x", "BF16, FP16 or float32 activations", str(x.dtype))
@@ -24,7 +25,8 @@ def check_prompts(
     x: jax.Array, slots: jax.Array, lengths: jax.Array | None, *, num_slots: int, max_length: int
 ) -> None:
     """Raises ValueError unless sequences x [B, L, H] can go into slots; of slots and lengths as far as known."""
-    require_arrays(slots=slots, lengths=lengths)
+    require_given_arrays(slots=slots)
+    require_arrays(lengths=lengths)
     batch, length, _ = x.shape
     require(length <= max_length, "x", f"sequences of at most max_length={max_length} tokens of the cache", length)
     _check_array("slots", slots, "integer", (batch,))
@@ -42,12 +44,12 @@ def check_prompts(
             require(is_within, "lengths", f"from 0 to {length}, the tokens of a sequence of x", known.tolist())
 
 
-def check_auto_axes(**arrays: jax.Array) -> None:
-    """Raises ValueError, naming the argument, for an array whose type says that a mesh of Explicit axes splits it."""
+def check_auto_axes(arrays: dict[str, jax.Array]) -> None:
+    """Raises ValueError, with its name, for an array whose type says that a mesh of Explicit axes splits it."""
     for name, array in arrays.items():
         over = split_by_type(array)
         got = over and f"{over.spec} on {dict(over.mesh.shape)}"
-        require(over is None, name, "whole, or split over a mesh of Auto axes", got)
+        require(over is None, name, "whole, or split over a mesh of Auto axes (jax.device_put brings it there)", got)
 
 
 def check_step(x: jax.Array, active: jax.Array | None, *, is_full: jax.Array) -> None:

@@ -6,11 +6,10 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 
-from moejax.checks import require, require_integer, require_number
+from moejax.checks import check_float_dtype, require, require_integer, require_number
 from moejax.config import MoEConfig
 from pallas_kernels.activations import Activation, check_activation
 from pallas_kernels.backend import check_backend
-from pallas_kernels.dtypes import FLOATS
 
 AttentionBackend = Literal["auto", "cudnn", "xla"]
 
@@ -139,8 +138,4 @@ class BlockConfig:
 
 def _check_dtypes(config: AttentionConfig | MLPConfig) -> None:
     for name in ("dtype", "param_dtype"):
-        try:
-            dtype = jnp.dtype(getattr(config, name)).name
-        except TypeError:
-            dtype = getattr(config, name)
-        require(dtype in FLOATS, name, "bfloat16, float16 or float32", dtype)
+        check_float_dtype(name, getattr(config, name))

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from moejax.checks import require, require_arrays
+from moejax.checks import require, require_arrays, require_given_arrays
 from moejax.initial import Initializer
 from pallas_kernels.rms_norm import rms_norm
 from pallas_kernels.tracing.concrete import is_less
@@ -80,7 +80,8 @@ class RMSNorm(nnx.Module):
           TypeError: x or `residual` is not an array.
           ValueError: the last dimension of x is of another width, or `residual` is not like x.
         """
-        require_arrays(x=x, residual=residual)
+        require_given_arrays(x=x)
+        require_arrays(residual=residual)
         width = self.scale.shape[0]
         require(x.shape[-1:] == (width,), "x", f"[..., {width}]", list(x.shape))
         if residual is None:

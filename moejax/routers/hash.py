@@ -56,8 +56,8 @@ class HashRouter(Router):
         """What the table says of the tokens' ids."""
         if given.token_ids is None:
             raise ValueError(
-                "token_ids must be given for hash routing, got None; call layer(x, token_ids=ids) with the ids that x "
-                "was embedded from"
+                "token_ids must be given for hash routing, got None; call the layer, or the block around it, with "
+                "token_ids=ids, those that x was embedded from"
             )
         ids, table = given.token_ids, params["table"]
         topk_ids = jnp.where((ids >= 0)[:, None], table[jnp.maximum(ids, 0) % table.shape[0]], -1)

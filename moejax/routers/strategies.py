@@ -41,6 +41,7 @@ def switch(config: "MoEConfig", **settings: Any) -> "MoEConfig":
     of each chip, as `capacity_of` says. A configuration without a capacity factor gets 1.25, the paper's. The paper's
     jitter of the gate's inputs is left out.
     """
+    check_config(config)
     factor = 1.25 if config.capacity_factor is None else config.capacity_factor
     config = _with(config, TopKRouter, {"load_balance_loss": 0.01, "normalize_topk": False} | settings, top_k=1)
     return dataclasses.replace(config, capacity_factor=factor)
@@ -132,6 +133,7 @@ def _kept(config: "MoEConfig", kind: type[Router]) -> dict[str, Any]:
 
 
 def _normalizes(config: "MoEConfig") -> bool:
+    check_config(config)
     return getattr(_gate(config), "normalize_topk", True)
 
 

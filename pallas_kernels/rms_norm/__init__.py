@@ -166,6 +166,8 @@ def _check(x: jax.Array, weight: jax.Array | None, residual: jax.Array | None, e
     if not isinstance(eps, numbers.Real) or not 0 <= float(eps) < math.inf:
         raise ValueError(f"eps must be a number from 0 on that is known when this is traced, got {eps!r}")
     for name, array in (("x", x), ("weight", weight), ("residual", residual)):
+        if (name == "x" or array is not None) and not hasattr(array, "dtype"):
+            raise TypeError(f"{name} must be an array, got {type(array).__name__}")
         if array is not None and not is_float(array.dtype):
             raise ValueError(f"{name} must be BF16, FP16 or float32, got {array.dtype}")
     if out_dtype is not None and not is_float(out_dtype):

@@ -11,6 +11,7 @@ from flax import nnx
 from moejax.models import Attention, AttentionConfig, KVCache, RMSNorm, dot_product
 from moejax.models.dot_product import best_backend
 from moejax.models.rotary import beside_rotated, rotate
+from pallas_kernels.rms_norm import rms_norm
 from tests.helpers import LIMIT, float64, normal, raises_saying, relative_error
 from tests.moejax.models import oracle
 
@@ -75,6 +76,8 @@ def test_the_norm_equals_the_oracle_and_returns_the_sum(rng):
         norm(x, residual=residual.astype(jnp.bfloat16))
     with raises_saying(TypeError, "x must be an array, got list"):
         norm([[1.0] * 8])
+    with raises_saying(TypeError, "weight must be an array, got list"):
+        rms_norm(x, [1.0] * 8)
 
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="there is a GPU")

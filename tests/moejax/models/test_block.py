@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from moejax import MoEConfig, Partition, TopKRouter, dense_moe, make_mesh
 from moejax.models import MLP, AttentionConfig, BlockConfig, DecoderBlock, KVCache, MLPConfig
 from moejax.models import mlp as dense
-from moejax.routers import ExpertChoiceRouter
+from moejax.routers import ExpertChoiceRouter, HashRouter
 from pallas_kernels.chips import get_chip
 from pallas_kernels.tracing.target import targeting
 from tests.helpers import LIMIT, float64, normal, raises_saying, relative_error
@@ -165,6 +165,8 @@ def test_parts_that_do_not_fit_together_are_refused():
         MLPConfig(32, 16, activation="swish")
     with raises_saying(TypeError, "config must be BlockConfig(attention, feed_forward), got AttentionConfig"):
         new_block(ATTENTION)
+    with raises_saying(TypeError, "rngs must be nnx.Rngs, such as nnx.Rngs(0), got int"):
+        DecoderBlock(DENSE, rngs=0)
 
 
 def test_a_router_that_looks_ahead_is_said_where_tokens_come_one_by_one(rng):
@@ -173,6 +175,19 @@ def test_a_router_that_looks_ahead_is_said_where_tokens_come_one_by_one(rng):
     cache = KVCache.empty(ATTENTION, num_slots=1, max_length=9)
     with pytest.warns(UserWarning, match="decoding differs from whole sequences"):
         block.prefill(normal(rng, 1, 4, 32), cache, slots=jnp.array([0]))
+
+
+def test_a_router_that_goes_by_ids_is_given_them_in_every_way_to_run_a_block(rng):
+    experts = MoEConfig(32, 16, 8, 2, router=HashRouter(vocabulary=50), dtype=jnp.float32)
+    block, x = new_block(BlockConfig(ATTENTION, experts)), normal(rng, 2, 5, 32)
+    ids, slots = jnp.asarray(rng.integers(0, 50, (2, 5))), jnp.arange(2)
+    expected, _ = block(x, token_ids=ids)
+    cache = KVCache.empty(ATTENTION, num_slots=2, max_length=5)
+    y, _, cache = block.prefill(x[:, :4], cache, slots=slots, token_ids=ids[:, :4])
+    last, _, _ = block.decode(x[:, 4:], cache, token_ids=ids[:, 4:])
+    assert relative_error(jnp.concatenate([y, last], axis=1), expected) < LIMIT["float32"]
+    with raises_saying(ValueError, "token_ids must be given for hash routing", "or the block around it"):
+        block.decode(x[:, 4:], cache)
 
 
 def test_arrays_split_over_a_mesh_of_explicit_axes_need_it(rng):

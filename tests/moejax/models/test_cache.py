@@ -123,6 +123,10 @@ def test_what_does_not_fit_is_refused():
         block.prefill(jnp.zeros((2, 10, 32)), cache, slots=jnp.arange(2))
     with raises_saying(ValueError, "x must be [3, 1, H], a token for each slot of the cache, got [2, 4, 32]"):
         block.decode(x, cache)
+    with raises_saying(ValueError, "x must be [3, 1, H], a token for each slot of the cache, got [2, 1, 32]"):
+        block.decode(jnp.zeros((2, 1, 32)), cache, active=jnp.ones(3, bool))
+    with raises_saying(TypeError, "slots must be an array, got None"):
+        block.prefill(x, cache, slots=None)
     with raises_saying(ValueError, "active must be bool [3], got", "int32[3]"):
         block.decode(jnp.zeros((3, 1, 32)), cache, active=jnp.arange(3))
     other = KVCache.empty(AttentionConfig(32, 4, 4, 8), num_slots=3, max_length=9)

@@ -282,7 +282,7 @@ def test_hash_routing_of_padding(rng):
 @pytest.mark.parametrize(
     ("token_ids", "parts"),
     [
-        (None, ("token_ids must be given for hash routing, got None", "layer(x, token_ids=ids)")),
+        (None, ("token_ids must be given for hash routing, got None", "or the block around it, with token_ids=ids")),
         (np.zeros((4,), np.float32), ("token_ids must be integers of shape [4]", "got float32[4]")),
         (np.zeros((2, 2), np.int32), ("token_ids must be integers of shape [4]", "got int32[2, 2]")),
     ],
