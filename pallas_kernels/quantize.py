@@ -209,8 +209,7 @@ def scale_shape(shape: tuple[int, ...], scaling: Scaling) -> tuple[int, ...]:
         if block is not None and size % block:
             raise ValueError(
                 f"shape {shape} cannot be scaled by {scaling!r}: {size} is not divisible by {block}; "
-                "choose a block that divides it, or 'per_row' for rows of tokens and 'per_channel' for weights "
-                "(lhs_scaling and rhs_scaling of a Quantization)"
+                "choose a block that divides it, or 'per_row' for tokens and 'per_channel' for weights"
             )
         counts.append(1 if block is None else size // block)
     return (*shape[:-2], *counts)
