@@ -18,6 +18,7 @@ from moejax.placing import add_up_replicas, place
 from moejax.presets import PRESETS, get_preset, with_changes
 from moejax.reference import dense_moe
 from moejax.remat import REMAT_NAMES, remat_policy
+from moejax.rounded_experts import RoundedExperts, quantize_for_training
 from moejax.router import Routing
 from moejax.routers import ROUTERS, Router, TopKRouter
 from moejax.routers.top_k import route
@@ -44,6 +45,7 @@ __all__ = [
     "QTensor",
     "Quantization",
     "QuantizedParam",
+    "RoundedExperts",
     "Router",
     "RouterState",
     "Routing",
@@ -63,6 +65,7 @@ __all__ = [
     "perft_mask",
     "place",
     "quantize",
+    "quantize_for_training",
     "quantize_params",
     "rank_loads",
     "remat_policy",

@@ -13,14 +13,13 @@ from moejax.params import flat_halves
 from pallas_kernels.activations import Activation
 from pallas_kernels.grouped_matmul import (
     WEIGHTS_NAME,
-    Operand,
     grouped_gate_up,
     grouped_gate_up_in_8_bits,
     grouped_gate_up_rounded,
     grouped_matmul,
     result_can_stay,
 )
-from pallas_kernels.quantize import Copied, QTensor, Quantization, Rows, ToRound, is_of_one_row
+from pallas_kernels.quantize import Copied, Operand, QTensor, Quantization, Rows, ToRound, Weights, is_of_one_row
 from pallas_kernels.quantize_rows import SCALING, rounded
 from pallas_kernels.routed_mlp import pays, routed_mlp
 from pallas_kernels.tracing.named import named
@@ -40,8 +39,8 @@ class ExpertWeights:
       k_major: whether gate_up, and down, are the second of these.
     """
 
-    gate_up: Operand
-    down: Operand
+    gate_up: Weights
+    down: Weights
     gate_up_bias: jax.Array | None
     down_bias: jax.Array | None
     k_major: tuple[bool, bool] = dataclasses.field(metadata={"static": True})
@@ -110,7 +109,7 @@ class ExpertMath:
         self,
         rows: Rows,
         group_sizes: jax.Array,
-        weights: Operand,
+        weights: Weights,
         *,
         k_major: bool,
         bias: jax.Array | None = None,
@@ -136,7 +135,7 @@ class ExpertMath:
         return grouped_gate_up(rows, weights, group_sizes, **settings)
 
     def down(
-        self, h: Rows, group_sizes: jax.Array, weights: Operand, *, k_major: bool, bias: jax.Array | None = None
+        self, h: Rows, group_sizes: jax.Array, weights: Weights, *, k_major: bool, bias: jax.Array | None = None
     ) -> jax.Array:
         """Kernel two: h [R, I] -> [R, H] in `dtype`."""
         return grouped_matmul(
@@ -203,8 +202,8 @@ def math_of(config: MoEConfig) -> ExpertMath:
 def expert_mlp(
     rows: Rows,
     group_sizes: jax.Array,
-    gate_up: Operand,
-    down: Operand,
+    gate_up: Weights,
+    down: Weights,
     math: ExpertMath,
     *,
     gate_up_bias: jax.Array | None = None,
@@ -243,7 +242,7 @@ def expert_weights(params: dict[str, Any], math: ExpertMath) -> ExpertWeights:
 def gate_up_projection(
     rows: Rows,
     group_sizes: jax.Array,
-    gate_up: Operand,
+    gate_up: Weights,
     math: ExpertMath,
     *,
     bias: jax.Array | None = None,
@@ -254,7 +253,7 @@ def gate_up_projection(
 
 
 def down_projection(
-    h: Rows, group_sizes: jax.Array, down: Operand, math: ExpertMath, *, bias: jax.Array | None = None
+    h: Rows, group_sizes: jax.Array, down: Weights, math: ExpertMath, *, bias: jax.Array | None = None
 ) -> jax.Array:
     """Kernel two of `expert_mlp` alone: h [R, I] -> [R, H]."""
     return math.down(h, group_sizes, _in_compute_dtype(down, math), k_major=isinstance(down, QTensor), bias=bias)
@@ -283,7 +282,7 @@ def few_tokens(
     )
 
 
-def shared_mlp(x: jax.Array, gate_up: Operand, down: Operand, math: ExpertMath, config: MoEConfig) -> jax.Array:
+def shared_mlp(x: jax.Array, gate_up: Weights, down: Weights, math: ExpertMath, config: MoEConfig) -> jax.Array:
     """The shared expert on every token, as a group of one: x [T, H], gate_up [H, 2, S], down [S, H] -> [T, H].
 
     `math` is that of the routed experts; the shared one has an activation of its own.
@@ -299,11 +298,11 @@ def _flat_bias(bias: jax.Array | None) -> jax.Array | None:
     return None if bias is None else bias.reshape(bias.shape[0], -1)
 
 
-def _in_compute_dtype(weights: Operand, math: ExpertMath) -> Operand:
+def _in_compute_dtype(weights: Weights, math: ExpertMath) -> Weights:
     """Casts weights to `math.dtype`, unless they are, or will be, in 8 bits: those are rounded as they come.
 
     Over an FSDP axis they were cast earlier, before they were gathered.
     """
-    if math.quantization is not None or isinstance(weights, QTensor) or weights.dtype == math.dtype:
+    if math.quantization is not None or not isinstance(weights, jax.Array) or weights.dtype == math.dtype:
         return weights
     return named(weights.astype(math.dtype), WEIGHTS_NAME)

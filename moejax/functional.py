@@ -13,22 +13,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.core import spmd
 from jax.sharding import Mesh, PartitionSpec
 
 from moejax.aux_output import MoEAux
+from moejax.axes import axes_on, check_scales
 from moejax.checks import check_config, check_residual, require_arrays, require_given_arrays, require_integer
 from moejax.config import MoEConfig
 from moejax.on_chip import Held, PerToken, Settings, experts_on_chip, layer_on_chip, whole_scales
-from moejax.params import MoEParams, check_expert_params, check_params, param_specs, param_table
+from moejax.params import MoEParams, check_expert_params, check_params, param_specs
+from moejax.rounded_experts import RoundedExperts
 from pallas_kernels.dtypes import is_float
 from pallas_kernels.plan import as_ids, in_int32
-from pallas_kernels.quantize import QTensor, scale_shape
 from pallas_kernels.tracing.concrete import is_known, nan_rows
 from sharding.mesh import AnyMesh, current_mesh, mesh_here, split_by_type
-from sharding.partition import Axes, Partition, one_or_all
+from sharding.partition import Partition, one_or_all
 from sharding.per_chip import per_chip
-from sharding.placement import Placement
 
 
 def moe(
@@ -40,6 +39,7 @@ def moe(
     mask: jax.Array | None = None,
     token_ids: jax.Array | None = None,
     topk_ids: jax.Array | None = None,
+    rounded: RoundedExperts | None = None,
     key: jax.Array | None = None,
     mesh: AnyMesh | None = None,
     partition: Partition | None = None,
@@ -59,6 +59,8 @@ def moe(
       topk_ids: integer [..., K], choices to repeat, as `MoEAux.topk_ids` of an earlier call has them; −1 where the
         router is to choose. Ids outside [0, E) count as −1, but where ids are known (outside jit), one of E or more is
         an error. The weights are those of this call.
+      rounded: the experts' weights in 8 bits, as `quantize_for_training` made them of these `params`; gradients go to
+        `params`. None rounds them here.
       key: random key for the noise of a noisy router in training; None for no noise.
       mesh: where to run; the default is the mesh of `jax.set_mesh`, or one chip if there is none. Inside
         `jax.shard_map` and `jax.pmap` only the axes that these have not split yet are used.
@@ -77,6 +79,10 @@ def moe(
     check_input(x, config, mask)
     check_residual(residual, x)
     check_params(params, config)
+    if rounded is not None:
+        if not isinstance(rounded, RoundedExperts):
+            raise TypeError(f"rounded must be RoundedExperts, of quantize_for_training, got {type(rounded).__name__}")
+        params = rounded.beside(params, config)
     _check_router(params, x)
     per_token = PerToken(x, residual, _checked_token_ids(token_ids, x), _checked_choices(topk_ids, x, config))
     of_tokens, (losses, load) = _run(
@@ -169,7 +175,7 @@ def _run(
         _check_whole(per_token.x)
         return per_chip(body, per_token, Held(params, key), settings, leading=leading, mask=mask)
     axes = axes_on(mesh, partition, config, num_slots=params.num_slots)
-    _check_scales(params, config, axes)
+    check_scales(params, config, axes)
     ranks = jnp.arange(axes.tp, dtype=jnp.int32) if axes.tp > 1 else None
     held = Held(params, key, ranks)
     specs = Held(
@@ -189,63 +195,6 @@ def _run(
         mask=mask,
         whole_sequences=body is layer_on_chip and config.router.whole_sequences,
     )
-
-
-def axes_on(mesh: AnyMesh, partition: Partition | None, config: MoEConfig, *, num_slots: int | None = None) -> Axes:
-    """The axes of the layer on `mesh`, with so many slots for its experts; None for one each.
-
-    Raises:
-      ValueError: the partition does not fit the mesh, or a size of the layer does not divide.
-    """
-    axes = partition_here(partition).on(mesh)
-    if num_slots not in (None, config.num_experts) and num_slots % axes.ep:
-        raise ValueError(
-            f"params have {num_slots} slots for experts, which ep={axes.ep} chips cannot share evenly; place them in a "
-            f"multiple of {axes.ep} slots"
-        )
-    Placement(config.num_experts if num_slots is None else num_slots, axes.ep)  # raises where they do not fit
-    widths = {"intermediate_size": "mlp", "shared_intermediate_size": "mlp"}
-    for name, role in {**widths, "hidden_size": "embed"}.items():
-        _check_divides(name, getattr(config, name), role, axes.size(getattr(axes, role)))
-    _check_divides("hidden_size", config.hidden_size, "mlp", axes.tp)
-    if config.precision == "w8a8":
-        config.check_scale_blocks(axes.tp)
-    return axes
-
-
-def partition_here(partition: Partition | None) -> Partition:
-    """`partition`, or what flax's logical axis rules say, or the default."""
-    if partition is not None:
-        if not isinstance(partition, Partition):
-            raise TypeError(f"partition must be a moejax.Partition, got {type(partition).__name__}")
-        return partition
-    rules = spmd.get_logical_axis_rules()
-    is_ours = any(name in ("expert", "embed", "mlp", "tokens") for name, _ in rules)
-    return Partition.from_rules(rules) if is_ours else Partition()
-
-
-def _check_scales(params: MoEParams, config: MoEConfig, axes: Axes) -> None:
-    """Raises ValueError unless the scales of 8-bit parameters, and of rows that travel, can be split with them."""
-    table = param_table(config)
-    for field in dataclasses.fields(params):
-        value, row = getattr(params, field.name), getattr(table, field.name)
-        if not isinstance(value, QTensor):
-            continue
-        for size, logical in zip(value.scale.shape, row.k_major(row.axes), strict=True):
-            if logical in ("embed", "mlp") and size > 1:
-                _check_divides(f"scales of params.{field.name}", size, logical, axes.size(getattr(axes, logical)))
-    if axes.tp > 1 and axes.ep > 1 and config.precision == "w8a8":
-        scales = scale_shape((1, config.hidden_size), config.scaling_of_rows)[1]
-        if scales > 1:
-            _check_divides(f"scales ({config.scaling_of_rows!r}) of a row that travels", scales, "mlp", axes.tp)
-
-
-def _check_divides(name: str, size: int, role: str, parts: int) -> None:
-    if size % parts:
-        raise ValueError(
-            f"{name}={size} is not divisible by the {parts} chips that the partition splits {role!r} over; take an "
-            f"axis of another length, or Partition({role}=None)"
-        )
 
 
 def check_input(x: jax.Array, config: MoEConfig, mask: jax.Array | None = None) -> None:

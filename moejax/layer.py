@@ -11,13 +11,15 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moejax.aux_output import MoEAux
+from moejax.axes import axes_on
 from moejax.checks import check_config
 from moejax.config import MoEConfig
-from moejax.functional import axes_on, moe
+from moejax.functional import moe
 from moejax.initial import Initializer, initial
 from moejax.param import Param
 from moejax.params import EXPERT_FIELDS, MoEParams, check_params, operand_spec, param_table, quantize_params
 from moejax.placing import place
+from moejax.rounded_experts import RoundedExperts, quantize_for_training
 from pallas_kernels.quantize import QTensor
 from sharding.mesh import AnyMesh, mesh_at_call, mesh_here
 from sharding.partition import Axes, Partition
@@ -182,6 +184,13 @@ class MoE(nnx.Module):
         """The same layer for serving in 8 bits: the weights of its experts are rounded; see `quantize_params`."""
         return self._with(quantize_params(self.params(), self.config))
 
+    def quantized_for_training(self) -> RoundedExperts:
+        """The weights of the experts in 8 bits, for several calls before an update: `layer(x, rounded=...)`.
+
+        See `moejax.quantize_for_training`.
+        """
+        return quantize_for_training(self.params(), self.config, mesh=self.mesh_at_call(), partition=self.partition)
+
     def placed(self, experts: Any) -> Self:
         """The same layer for serving with its experts in other slots, hot ones in several; see `moejax.place`.
 
@@ -204,6 +213,7 @@ class MoE(nnx.Module):
         mask: jax.Array | None = None,
         token_ids: jax.Array | None = None,
         topk_ids: jax.Array | None = None,
+        rounded: RoundedExperts | None = None,
         train: bool | None = None,
     ) -> tuple[jax.Array, MoEAux]:
         """Sends every token through the experts that the router gives it.
@@ -214,6 +224,7 @@ class MoE(nnx.Module):
           mask: bool [...], true for real tokens; None if all are.
           token_ids: integer [...], for routers that go by them.
           topk_ids: integer [..., K], choices to repeat, −1 where the router is to choose.
+          rounded: what `quantized_for_training` gave; None rounds the weights in this call.
           train: whether a noisy router adds its noise; None for what `deterministic` says.
 
         Returns:
@@ -236,6 +247,7 @@ class MoE(nnx.Module):
             mask=mask,
             token_ids=token_ids,
             topk_ids=topk_ids,
+            rounded=rounded,
             key=self.noise() if is_noisy and self.noise is not None else None,
             mesh=self.mesh_at_call(),
             partition=self.partition,

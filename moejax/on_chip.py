@@ -14,7 +14,7 @@ from moejax.params import EXPERT_FIELDS, EXPERT_WEIGHTS, SHARED_FIELDS, MoEParam
 from moejax.routers.base import Given, Router
 from moejax.stages import Stages, way_of
 from pallas_kernels.float32_matmul import float32_matmul
-from pallas_kernels.quantize import QTensor
+from pallas_kernels.quantize import QTensor, RoundedWeights
 from sharding.collectives import gather
 from sharding.exchange import Way
 from sharding.exchange.capacity import count_dropped, limit_to_capacity
@@ -146,6 +146,10 @@ def gathered(params: MoEParams, settings: Settings, axes: Axes) -> MoEParams:
         if "embed" not in logical:
             return value
         dimension = logical.index("embed")
+        if isinstance(value, RoundedWeights):  # of the array only the gradient is taken, which is scattered
+            parts = value.n_last.values, value.n_last.scale
+            n_last = QTensor(*(gather(part, axes.embed, dimension) for part in parts))
+            return RoundedWeights(whole(row, value.array), whole(row, value.k_major), n_last)
         if isinstance(value, QTensor):
             scale = value.scale if has_whole_scale else gather(value.scale, axes.embed, dimension)
             return QTensor(gather(value.values, axes.embed, dimension), scale)

@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from moejax.checks import check_config
 from moejax.config import MoEConfig
 from moejax.param import Param
-from pallas_kernels.quantize import Operand, QTensor, block_shape, check_qtensor, quantize
+from pallas_kernels.quantize import Operand, QTensor, RoundedWeights, Weights, block_shape, check_qtensor, quantize
 from sharding.mesh import has_explicit_axes, spec_in
 from sharding.partition import Axes
 from sharding.replicas import Replicas
@@ -103,7 +103,7 @@ def param_specs(params: MoEParams, config: MoEConfig, axes: Axes) -> MoEParams:
     if params.router is None:
         table = dataclasses.replace(table, router=None)
 
-    def spec(row: Param, value: Operand) -> Any:
+    def spec(row: Param, value: Weights) -> Any:
         return operand_spec(row, value, axes)
 
     without = dataclasses.replace(params, replicas=None)
@@ -111,8 +111,12 @@ def param_specs(params: MoEParams, config: MoEConfig, axes: Axes) -> MoEParams:
     return dataclasses.replace(specs, replicas=jax.tree.map(lambda _: PartitionSpec(), params.replicas))
 
 
-def operand_spec(row: Param, value: Operand, axes: Axes) -> Any:
-    """The PartitionSpec of one parameter; of the values and of the scales of a QTensor."""
+def operand_spec(row: Param, value: Weights, axes: Axes) -> Any:
+    """The PartitionSpec of one parameter; of the values and of the scales of what is in 8 bits."""
+    if isinstance(value, RoundedWeights):
+        array, k_major = axes.spec(row.axes), axes.spec(row.k_major(row.axes))
+        rounded = _qtensor_specs(k_major, value.k_major.scale.shape), _qtensor_specs(array, value.n_last.scale.shape)
+        return RoundedWeights(array, *rounded)  # type: ignore[arg-type]
     if not isinstance(value, QTensor):
         return axes.spec(row.axes)
     return _qtensor_specs(axes.spec(row.k_major(row.axes)), value.scale.shape)
@@ -260,10 +264,17 @@ def _to_8_bits(weights: jax.Array, row: Param, dtype: str, scaling: str) -> QTen
     return quantize(jnp.moveaxis(weights, -2, -3), dtype, scaling=scaling).mT
 
 
-def flat_halves(gate_up: Operand) -> Operand:
+def flat_halves(gate_up: Any) -> Any:
     """Gate and up as one matrix for the kernels: [L, H, 2, I] -> [L, H, 2I], or QTensors [L, 2, I, H] -> [L, 2I, H]."""
+
+    def joined(array: jax.Array) -> jax.Array:
+        return array.reshape(*array.shape[:-2], -1)
+
+    if isinstance(gate_up, RoundedWeights):
+        n_last = QTensor(joined(gate_up.n_last.values), joined(gate_up.n_last.scale))
+        return RoundedWeights(joined(gate_up.array), flat_halves(gate_up.k_major), n_last)
     if not isinstance(gate_up, QTensor):
-        return gate_up.reshape(*gate_up.shape[:-2], -1)
+        return joined(gate_up)
     *batch, halves, width, depth = gate_up.shape
     scale = gate_up.scale
     if scale.shape[-3:] == (halves, 1, 1):  # one scale for each of the two: as channels the kernels know it

@@ -19,8 +19,9 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from moejax.aux_output import MoEAux
+from moejax.axes import partition_here
 from moejax.config import MoEConfig
-from moejax.functional import check_input, partition_here
+from moejax.functional import check_input
 from moejax.initial import initial
 from moejax.layer import MoE
 from moejax.losses import LoadStats

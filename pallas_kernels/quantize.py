@@ -111,6 +111,23 @@ class Rounded(_OfArray):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class RoundedWeights(_OfArray):
+    """Weights with what they are in 8 bits, as products of them and of their gradients take them.
+
+    Products take the 8 bits, and gradients pass the rounding to the array, of which nothing else is taken.
+
+    Attributes:
+      array: [..., K, N], floating point.
+      k_major: the same, rounded: values [..., N, K].
+      n_last: the same numbers, values [..., K, N].
+    """
+
+    k_major: QTensor
+    n_last: QTensor
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class ToRound(_OfArray):
     """An array that whoever copies it to experts rounds to 8 bits, with scales "1x128", before that or on the way.
 
@@ -126,6 +143,9 @@ class ToRound(_OfArray):
 
 Operand = jax.Array | QTensor
 """What a matrix product takes."""
+
+Weights = Operand | RoundedWeights
+"""What its weights may be."""
 
 Rows = Operand | Rounded
 """What its rows may be, and what may travel."""

@@ -21,7 +21,7 @@ from bench.expert_parallel.decode_step import TOLERANCE
 from bench.measure.clock import CallTime, wall_times
 from bench.measure.errors import check, norm_error
 from bench.measure.every_chip import on_every_chip
-from moejax.functional import axes_on
+from moejax.axes import axes_on
 from sharding.mesh import EXPERT_AXIS
 
 STEPS = ("send", "give_back", "together")

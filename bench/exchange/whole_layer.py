@@ -18,7 +18,7 @@ from bench.measure.clock import wall_times
 from bench.measure.errors import check
 from bench.one_chip.cases import Case
 from moejax import MoEConfig, MoEParams, moe, with_changes
-from moejax.functional import axes_on
+from moejax.axes import axes_on
 from sharding.mesh import make_mesh
 
 

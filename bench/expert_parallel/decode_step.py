@@ -16,7 +16,7 @@ from bench.inputs.text import embed, sample_contexts
 from bench.measure.clock import kernel_times, wall_seconds, wall_times
 from bench.measure.errors import norm_error
 from moejax import LoadStats, MoEConfig, MoEParams, balance, dense_moe, moe, param_specs, place
-from moejax.functional import axes_on
+from moejax.axes import axes_on
 from moejax.stages import way_of
 from sharding.exchange import transport_name
 from sharding.mesh import EXPERT_AXIS

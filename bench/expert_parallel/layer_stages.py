@@ -24,8 +24,8 @@ from bench.measure.clock import CallTime, is_nvidia, kernel_times, wall_seconds
 from bench.measure.every_chip import on_every_chip
 from bench.measure.overlap import KERNEL_STAGES, OverlapTimes
 from moejax import MoEConfig, MoEParams, param_specs
+from moejax.axes import axes_on
 from moejax.experts import math_of, shared_mlp
-from moejax.functional import axes_on
 from moejax.stages import Stages, way_of
 from pallas_kernels.backend import Unsupported
 from sharding.mesh import EXPERT_AXIS

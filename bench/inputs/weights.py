@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from moejax import MoEConfig, MoEParams, quantize
-from moejax.functional import axes_on
+from moejax.axes import axes_on
 from moejax.param import Param
 from moejax.params import map_table
 from pallas_kernels.quantize import Operand

@@ -23,8 +23,8 @@ from bench.tpu.pallas_calls import find_kernels
 from bench.tpu.slices import Slice, parse_slice
 from bench.tpu.static_cycles import compile_alone
 from moejax import MoEConfig, MoEParams, get_preset, moe, param_specs, quantize_params
+from moejax.axes import axes_on
 from moejax.config import Precision
-from moejax.functional import axes_on
 from moejax.param import Param
 from moejax.params import map_table
 from pallas_kernels.quantize import QDtype

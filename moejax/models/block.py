@@ -17,6 +17,7 @@ from moejax.models.config import BlockConfig, MLPConfig
 from moejax.models.masks import kept, real_tokens
 from moejax.models.mlp import MLP
 from moejax.models.norm import RMSNorm
+from moejax.rounded_experts import RoundedExperts
 from sharding.partition import Partition
 
 
@@ -90,6 +91,7 @@ class DecoderBlock(nnx.Module):
         mask: jax.Array | None = None,
         token_ids: jax.Array | None = None,
         topk_ids: jax.Array | None = None,
+        rounded: RoundedExperts | None = None,
         train: bool | None = None,
     ) -> tuple[jax.Array, MoEAux | None]:
         """Whole sequences.
@@ -99,6 +101,7 @@ class DecoderBlock(nnx.Module):
           mask: bool [B, L], true for real tokens; None if all are.
           token_ids: for the experts, as is all that follows; see `moejax.MoE`.
           topk_ids: choices to repeat.
+          rounded: weights that are rounded already.
           train: whether a noisy router adds its noise.
 
         Returns:
@@ -110,7 +113,8 @@ class DecoderBlock(nnx.Module):
         check_tokens(x, self.config.hidden_size, mask)
         real = kept(x, mask)
         attended = self.attention(self.attention_norm(real), mask=mask)
-        y, aux = self._fed_forward(attended, real, mask, token_ids=token_ids, topk_ids=topk_ids, train=train)
+        of_experts: Any = {"token_ids": token_ids, "topk_ids": topk_ids, "rounded": rounded, "train": train}
+        y, aux = self._fed_forward(attended, real, mask, **of_experts)
         return kept(y, mask, x), aux
 
     def prefill(

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
+from moejax.axes import partition_here
 from moejax.experts import ExpertMath, expert_mlp
-from moejax.functional import partition_here
 from moejax.initial import Initializer, initial
 from moejax.models.checks import check_tokens
 from moejax.models.config import MLPConfig

@@ -35,6 +35,7 @@ from pallas_kernels.quantize import (
     Rounded,
     Rows,
     Scaling,
+    Weights,
     check_qdtype,
     scale_shape,
 )
@@ -45,7 +46,7 @@ _RESULT_SCALING: Scaling = "1x128"
 
 def grouped_matmul(
     lhs: Rows,
-    rhs: Operand,
+    rhs: Weights,
     group_sizes: jax.Array,
     *,
     bias: jax.Array | None = None,
@@ -59,7 +60,7 @@ def grouped_matmul(
 
     Args:
       lhs: [M, K], BF16, FP16, float32, a QTensor or a `Rounded`. Rows lie sorted by group.
-      rhs: [G, K, N] ([G, N, K] with `transpose_rhs`), the same kinds.
+      rhs: [G, K, N] ([G, N, K] with `transpose_rhs`), an array or a QTensor; or `RoundedWeights` of [G, K, N].
       group_sizes: integer [E], E ≥ G: rows per group, for all groups that the rows are sorted by. A negative one counts
         as 0, and groups end at row M however many rows they claim; inside of `pallas_kernels.debug.debug_checks` both
         are errors that name the group, when the program runs.
@@ -86,7 +87,7 @@ def grouped_matmul(
 
 def grouped_gate_up(
     lhs: Rows,
-    rhs: Operand,
+    rhs: Weights,
     group_sizes: jax.Array,
     *,
     bias: jax.Array | None = None,
@@ -133,7 +134,7 @@ def grouped_gate_up(
 
 def grouped_gate_up_in_8_bits(
     lhs: Rows,
-    rhs: Operand,
+    rhs: Weights,
     group_sizes: jax.Array,
     *,
     dtype: QDtype = "float8_e4m3fn",
@@ -185,7 +186,7 @@ def grouped_gate_up_in_8_bits(
 
 def grouped_gate_up_rounded(
     lhs: Rows,
-    rhs: Operand,
+    rhs: Weights,
     group_sizes: jax.Array,
     *,
     dtype: QDtype = "float8_e4m3fn",

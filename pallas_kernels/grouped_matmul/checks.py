@@ -5,13 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.activations import Activation, check_activation
-from pallas_kernels.quantize import Operand, QTensor, check_qtensor
+from pallas_kernels.quantize import Operand, QTensor, RoundedWeights, Weights, check_qtensor
 from pallas_kernels.tracing.concrete import is_known, is_less
 
 
 def check_operands(
     lhs: Operand,
-    rhs: Operand,
+    rhs: Weights,
     group_sizes: jax.Array,
     bias: jax.Array | None,
     group_offset: jax.Array | int,
@@ -40,10 +40,17 @@ def check_operands(
     _check_values(group_sizes, group_offset, num_groups, lhs.shape[0])
 
 
-def check_kind(name: str, operand: Operand) -> None:
-    """Raises ValueError unless the operand `name` is an array of floats of 16 or 32 bits, or a QTensor."""
+def check_kind(name: str, operand: Weights) -> None:
+    """Raises ValueError unless the operand `name` is an array of floats of 16 or 32 bits, or is in 8 bits."""
     if isinstance(operand, QTensor):
         check_qtensor(name, operand)
+    elif isinstance(operand, RoundedWeights):
+        check_kind(name, operand.array)
+        for layout, like in (("k_major", operand.array.mT), ("n_last", operand.array)):
+            found = getattr(operand, layout)
+            check_qtensor(f"{name}.{layout}", found)
+            if found.shape != like.shape:
+                raise ValueError(f"{name}.{layout} must be {list(like.shape)}, got {list(found.shape)}")
     elif not jnp.issubdtype(operand.dtype, jnp.floating) or operand.dtype.itemsize == 1:
         raise ValueError(
             f"{name} must be a BF16, FP16 or float32 array, or a QTensor (8-bit values with scales), got "
@@ -53,7 +60,7 @@ def check_kind(name: str, operand: Operand) -> None:
 
 def check_gate_up(
     lhs: Operand,
-    rhs: Operand,
+    rhs: Weights,
     group_sizes: jax.Array,
     bias: jax.Array | None,
     group_offset: jax.Array | int,

@@ -11,7 +11,8 @@ what the transposes of the products take: an array, and the same in 8 bits.
 A factor that was rounded to 8 bits enters all derivatives with its rounded values. Its `_face`, which no implementation
 sees, is the array that it was rounded from: tangents and cotangents go to and from the face, past the rounding
 (straight-through). A QTensor without a face is a constant. Where the face of lhs holds what the 8 bits say
-(`lhs_is_widened`), gradients of rhs, which need that, take the face.
+(`lhs_is_widened`), gradients of rhs, which need that, take the face. Of weights that come in both layouts, `rhs_n_last`
+is the one that gradients of lhs take.
 """
 
 from typing import Any
@@ -26,13 +27,23 @@ from pallas_kernels.grouped_matmul.group_sizes import bounds
 from pallas_kernels.grouped_matmul.of_columns import grouped_matmul_of_columns
 from pallas_kernels.grouped_matmul.weights import in_one_pass, rounded, rounded_both_ways
 from pallas_kernels.primitive import Operands, Operator, is_asked_for, is_zero, zero_tangent
-from pallas_kernels.quantize import Operand, QTensor, Quantization, Rounded, Rows, dequantize, is_of_one_row
+from pallas_kernels.quantize import (
+    Operand,
+    QTensor,
+    Quantization,
+    Rounded,
+    RoundedWeights,
+    Rows,
+    Weights,
+    dequantize,
+    is_of_one_row,
+)
 from pallas_kernels.quantize_columns import quantize_columns
 from pallas_kernels.quantize_rows import rows_in_8_bits
 
 _OF_ACTIVATION = ("activation", "activation_limit", "in_8_bits")
 
-_NO_FACES = {"lhs_face": None, "lhs_is_widened": False, "rhs_face": None}
+_NO_FACES = {"lhs_face": None, "lhs_is_widened": False, "rhs_face": None, "rhs_n_last": None}
 
 GATE_UP_NAME = "moe_gate_up"
 """What `jax.checkpoint` knows the product of gate and up as, before the activation, where a gradient is asked for."""
@@ -65,7 +76,9 @@ def _in_both_layouts(backend: str, operands: Operands, tangents: Operands) -> tu
         return operands, {}
     if _tangent_of("lhs", operands, tangents) is None or not in_one_pass(face, quantization):
         return operands, {}
-    k_major, n_last = rounded_both_ways(backend, face, quantization, transposed=operands["face_transposed"])
+    k_major, n_last = operands["rhs"], operands["rhs_n_last"]
+    if n_last is None:
+        k_major, n_last = rounded_both_ways(backend, face, quantization, transposed=operands["face_transposed"])
     return operands | {"rhs": k_major, "transpose_rhs": True}, {"rhs": n_last, "transpose_rhs": False}
 
 
@@ -85,7 +98,7 @@ def _terms(operands: Operands, of_dlhs: Operands, tangents: Operands) -> list[Op
         widened: Operands = {}
         if operands["lhs_is_widened"]:
             widened = {"lhs": operands["lhs_face"], "lhs_face": None, "lhs_is_widened": False}
-        terms.append(widened | {"rhs": drhs, "rhs_face": None, "transpose_rhs": transposed})
+        terms.append(widened | {"rhs": drhs, "rhs_face": None, "rhs_n_last": None, "transpose_rhs": transposed})
     dbias = None if is_zero(tangents["bias"]) else tangents["bias"]
     if dbias is not None and not terms:
         ones = jnp.ones((operands["lhs"].shape[0], 1), dbias.dtype)
@@ -150,6 +163,7 @@ def for_dlhs(backend: str, dout: jax.Array | None, dout_in_8_bits: QTensor | Non
     rhs, k_major = operands["rhs"], operands["transpose_rhs"]
     face = {
         "rhs_face": operands["rhs_face"],
+        "rhs_n_last": None,
         "face_transposed": not operands["face_transposed"],
         "lhs_is_widened": False,
     }
@@ -200,6 +214,7 @@ def _correlate_transpose(backend: str, drhs: jax.Array, operands: Operands) -> O
             lhs_face=operands[f"{other}_face"],
             rhs=drhs,
             rhs_face=None,
+            rhs_n_last=None,
             lhs_is_widened=False,
             group_sizes=operands["group_sizes"],
             group_offset=operands["group_offset"],
@@ -296,7 +311,7 @@ def _gradient_dtype(h: jax.Array, term: Operands) -> jnp.dtype | None:
     return jnp.dtype(quantization.gradient_dtype) if fits else None
 
 
-_HIDDEN = frozenset({"lhs_face", "lhs_is_widened", "rhs_face", "face_transposed", "quantization"})
+_HIDDEN = frozenset({"lhs_face", "lhs_is_widened", "rhs_face", "rhs_n_last", "face_transposed", "quantization"})
 
 multiplied = Operator(
     "grouped_matmul", "grouped_matmul", jvp=_multiply_jvp, transpose=_multiply_transpose, hidden=_HIDDEN
@@ -325,7 +340,7 @@ correlated = Operator(
 def factors(
     backend: str,
     lhs: Rows,
-    rhs: Operand,
+    rhs: Weights,
     group_sizes: jax.Array,
     group_offset: jax.Array,
     *,
@@ -336,12 +351,16 @@ def factors(
 
     What is rounded here has K last in rhs, as that is what Hopper needs.
     """
-    lhs_face = rhs_face = None
+    lhs_face = rhs_face = rhs_n_last = None
     lhs_is_widened = False
     face_transposed = transpose_rhs
     if isinstance(lhs, Rounded):
         lhs_is_widened = lhs.is_widened
         lhs_face, lhs = lhs.array, lhs.in_8_bits
+    if isinstance(rhs, RoundedWeights):
+        if transpose_rhs:
+            raise ValueError("rhs that are RoundedWeights lie as [G, K, N], got transpose_rhs=True")
+        rhs_face, rhs_n_last, rhs, transpose_rhs = rhs.array, _constant(rhs.n_last), rhs.k_major, True
     lhs, rhs = _constant(lhs), _constant(rhs)
     if quantization is not None and not isinstance(lhs, QTensor):
         lhs_face = lhs
@@ -356,6 +375,7 @@ def factors(
         "lhs_is_widened": lhs_is_widened,
         "rhs": rhs,
         "rhs_face": rhs_face,
+        "rhs_n_last": rhs_n_last,
         "group_sizes": group_sizes,
         "group_offset": group_offset,
         "transpose_rhs": transpose_rhs,

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.plan import Plan
-from pallas_kernels.quantize import Operand, QTensor, Rounded, Rows
+from pallas_kernels.quantize import QTensor, Rounded, RoundedWeights, Rows, Weights
 from pallas_kernels.trained_mlp.settings import Settings, fits
 from pallas_kernels.trained_mlp.tangent import trained
 
@@ -24,8 +24,8 @@ def trained_mlp(
     x: Rows,
     row_weights: jax.Array,
     plan: Plan,
-    gate_up: Operand,
-    down: Operand,
+    gate_up: Weights,
+    down: Weights,
     *,
     gate_up_bias: jax.Array | None,
     settings: Settings,
@@ -38,8 +38,8 @@ def trained_mlp(
       x: tokens [T, H]; a `Rounded` with scales "1x128", or a QTensor, which takes no gradient, with `quantization`.
       row_weights: float32 [R], of the choices in the plan's order; zeros for rows that hold no token.
       plan: of the choices.
-      gate_up: [E, H, 2I], gate first, or [E, 2I, H].
-      down: [E, I, H] or [E, H, I].
+      gate_up: [E, H, 2I], gate first, or [E, 2I, H]; `RoundedWeights` are the first.
+      down: [E, I, H] or [E, H, I], likewise.
       gate_up_bias: [E, 2I] or None.
       settings: see there.
       preferred_element_type: of the result.
@@ -54,14 +54,19 @@ def trained_mlp(
         array, in_8_bits = x.array, x.in_8_bits
     elif isinstance(x, QTensor):
         array, in_8_bits = None, x
-    weights = {"gate_up": gate_up, "down": down}
+    weights: dict[str, Any] = {}
+    for name, w in (("gate_up", gate_up), ("down", down)):
+        if isinstance(w, RoundedWeights):
+            weights |= {name: w.array, f"{name}_in_8_bits": jax.lax.stop_gradient((w.k_major, w.n_last))}
+        else:
+            weights |= {name: jax.lax.stop_gradient(w) if isinstance(w, QTensor) else w, f"{name}_in_8_bits": None}
     return trained(
         backend,
         x=array,
         x_in_8_bits=jax.lax.stop_gradient(in_8_bits),
         row_weights=row_weights,
         plan=plan,
-        **{name: jax.lax.stop_gradient(w) if isinstance(w, QTensor) else w for name, w in weights.items()},
+        **weights,
         gate_up_bias=gate_up_bias,
         settings=settings,
         out_dtype=jnp.dtype(preferred_element_type),

@@ -18,13 +18,26 @@ from pallas_kernels.trained_mlp.settings import Settings
 
 
 def as_multiplied(
-    backend: str, w: Operand, k_major: bool, settings: Settings, *, both_ways: bool
+    backend: str,
+    w: Operand,
+    in_8_bits: tuple[QTensor, QTensor] | None,
+    k_major: bool,
+    settings: Settings,
+    *,
+    both_ways: bool,
 ) -> tuple[Operands, Operands]:
-    """The operands of `multiplied` that are weights: for the product, and for the gradient of its rows."""
+    """The operands of `multiplied` that are weights: for the product, and for the gradient of its rows.
+
+    `in_8_bits` are the weights K-major and N last, where someone has rounded them.
+    """
     quantization = settings.quantization
     if quantization is None or isinstance(w, QTensor):
         return (as_is(w, k_major),) * 2
-    face = {"rhs_face": w, "face_transposed": k_major}
+    face = {"rhs_face": w, "rhs_n_last": None, "face_transposed": k_major}
+    if in_8_bits is not None:
+        first = face | {"rhs": in_8_bits[0], "transpose_rhs": True}
+        is_wanted = quantization.gradient_dtype is not None
+        return first, face | {"rhs": in_8_bits[1], "transpose_rhs": False} if is_wanted else first
     if both_ways and quantization.gradient_dtype is not None and in_one_pass(w, quantization):
         k_last, n_last = rounded_both_ways(backend, w, quantization, transposed=k_major)
         return face | {"rhs": k_last, "transpose_rhs": True}, face | {"rhs": n_last, "transpose_rhs": False}
@@ -34,7 +47,7 @@ def as_multiplied(
 
 def as_is(w: Operand, k_major: bool) -> Operands:
     """Weights that are not rounded here, as operands of `multiplied`."""
-    return {"rhs": w, "rhs_face": None, "transpose_rhs": k_major, "face_transposed": k_major}
+    return {"rhs": w, "rhs_face": None, "rhs_n_last": None, "transpose_rhs": k_major, "face_transposed": k_major}
 
 
 def moving(weights: Operands, direction: jax.Array, settings: Settings) -> Operands:

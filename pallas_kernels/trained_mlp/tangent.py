@@ -28,8 +28,8 @@ _DIFFERENTIATED = ("x", "row_weights", "gate_up", "down", "gate_up_bias")
 def _train(backend: str, *, gate_up: Operand, down: Operand, **operands: Any) -> jax.Array:
     settings = operands["settings"]
     first, second = (
-        as_multiplied(backend, w, k_major, settings, both_ways=False)[0]
-        for w, k_major in zip((gate_up, down), settings.k_major, strict=True)
+        as_multiplied(backend, w, operands[f"{name}_in_8_bits"], k_major, settings, both_ways=False)[0]
+        for name, w, k_major in zip(("gate_up", "down"), (gate_up, down), settings.k_major, strict=True)
     )
     pre = pre_activations(backend, first, operands)
     return _finish(backend, pre=pre, down=second, **_for_the_rest(operands))
@@ -54,10 +54,13 @@ def _train_jvp(backend: str, operands: Operands, tangents: Operands) -> tuple[An
     settings = operands["settings"]
     directions = {name: _direction(operands[name], tangents[name]) for name in _DIFFERENTIATED}
     before_down = any(tangent is not None for name, tangent in directions.items() if name != "down")
-    first, first_kept = as_multiplied(
-        backend, operands["gate_up"], settings.k_major[0], settings, both_ways=directions["x"] is not None
-    )
-    second, second_kept = as_multiplied(backend, operands["down"], settings.k_major[1], settings, both_ways=before_down)
+
+    def weights(name: str, k_major: bool, both_ways: bool) -> tuple[Operands, Operands]:
+        w, in_8_bits = operands[name], operands[f"{name}_in_8_bits"]
+        return as_multiplied(backend, w, in_8_bits, k_major, settings, both_ways=both_ways)
+
+    first, first_kept = weights("gate_up", settings.k_major[0], directions["x"] is not None)
+    second, second_kept = weights("down", settings.k_major[1], before_down)
     pre = pre_activations(backend, first, operands)
     y = finished(backend, pre=pre, down=second, **_for_the_rest(operands))
     kept = {name: operands[name] for name in ("x", "x_in_8_bits", "row_weights", "plan", "settings", "out_dtype")}

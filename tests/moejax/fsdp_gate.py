@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from bench.tpu.libtpu import serve
 from moejax import MoEConfig, TopKRouter, moe
-from moejax.functional import axes_on
+from moejax.axes import axes_on
 from moejax.params import map_table
 from pallas_kernels.chips import get_chip
 from pallas_kernels.tracing.target import targeting

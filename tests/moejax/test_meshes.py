@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from bench.tpu.libtpu import libtpu_version, run_job
 from moejax import MoEConfig, Partition, TopKRouter, dense_moe, moe
-from moejax.functional import axes_on
+from moejax.axes import axes_on
 from moejax.params import param_specs
 from tests.helpers import normal, relative_error
 from tests.moejax.layers import clear_cut_tokens, random_params

@@ -13,7 +13,7 @@ from flax import linen, nnx
 from jax.sharding import AxisType, PartitionSpec
 
 from moejax import MoE, MoEConfig, Partition, Quantization, make_mesh, moe, quantize_params, with_changes
-from moejax.functional import axes_on
+from moejax.axes import axes_on
 from tests.helpers import normal, raises_saying, relative_error, same_bits
 from tests.moejax.layers import clear_cut_tokens, random_params
 

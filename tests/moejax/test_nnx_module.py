@@ -30,7 +30,7 @@ from moejax import (
     quantize_params,
     route,
 )
-from moejax.functional import axes_on
+from moejax.axes import axes_on
 from moejax.params import param_shapes
 from pallas_kernels.quantize import QTensor, Quantization
 from tests.helpers import LIMIT, normal, raises_saying, relative_error, same_bits

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import NamedSharding
 
 from moejax import MoEConfig, dense_moe, moe
-from moejax.functional import axes_on
+from moejax.axes import axes_on
 from moejax.params import MoEParams, param_specs
 from sharding.mesh import make_mesh
 from tests.helpers import normal, relative_error, same_bits

@@ -8,8 +8,8 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from moejax import Partition, make_mesh, moe, param_specs
+from moejax.axes import axes_on
 from moejax.experts import math_of
-from moejax.functional import axes_on
 from moejax.stages import Stages, way_of
 from sharding.tokens import Tokens
 from tests.helpers import LIMIT, raises_saying, relative_error

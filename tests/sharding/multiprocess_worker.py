@@ -12,7 +12,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from moejax import MoEConfig, MoEParams, Partition, TopKRouter, dense_moe, make_mesh, moe, param_specs
-from moejax.functional import axes_on
+from moejax.axes import axes_on
 from tests.moejax.layers import random_params
 
 CHIPS_OF_A_PROCESS = 4

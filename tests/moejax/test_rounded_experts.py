@@ -1,0 +1,135 @@
+"""Weights that are rounded once for several passes: the bits of a layer that rounds them itself, and no more work."""
+
+import dataclasses
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import AxisType
+
+import moejax.linen
+from moejax import (
+    MoE,
+    MoEConfig,
+    Quantization,
+    RoundedExperts,
+    moe,
+    quantize_for_training,
+    quantize_params,
+)
+from moejax.models import AttentionConfig, BlockConfig, DecoderBlock
+from tests.helpers import normal, raises_saying, relative_error, same_bits
+from tests.moejax.layers import random_params
+from tests.moejax.test_meshes import equations
+
+ALL_IN_8_BITS = Quantization(gradient_dtype="float8_e4m3fn", weights_gradient_dtype="float8_e4m3fn")
+CONFIG = MoEConfig(256, 256, 8, 2, precision="w8a8", quantization=ALL_IN_8_BITS, shared_intermediate_size=256)
+IN_16_BITS_BACK = dataclasses.replace(CONFIG, quantization=Quantization())
+
+
+def mesh_of(axis_type=AxisType.Auto, **axes):
+    count = int(np.prod(list(axes.values())))
+    return jax.make_mesh(tuple(axes.values()), tuple(axes), (axis_type,) * len(axes), devices=jax.devices()[:count])
+
+
+def gradients(config, mesh=None, **checkpoint):
+    """(params, x, rounded) -> the loss, and the gradients of the first two."""
+
+    def loss(params, x, rounded):
+        y, aux = moe(x, params, config, rounded=rounded, mesh=mesh)
+        return jnp.square(y.astype(jnp.float32)).sum() + aux.loss
+
+    return jax.value_and_grad(jax.checkpoint(loss, **checkpoint) if checkpoint else loss, argnums=(0, 1))
+
+
+@pytest.mark.parametrize("config", [CONFIG, IN_16_BITS_BACK], ids=["all in 8 bits", "forward in 8 bits"])
+@pytest.mark.parametrize(
+    "axes",
+    [{}, {"expert": 4}, {"fsdp": 2, "expert": 2}, {"tensor": 2, "expert": 2}, {"data": 2, "expert": 2}],
+    ids=lambda axes: "x".join(axes) or "one chip",
+)
+@pytest.mark.quick("one chip-all*", "fsdp*-all*")
+def test_the_layer_is_the_same(rng, axes, config):
+    kind = AxisType.Explicit if "data" in axes else AxisType.Auto
+    mesh = mesh_of(kind, **axes) if axes else None
+    params, x = random_params(config, rng), normal(rng, 4, 16, 256, dtype="bfloat16")
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)  # as an FSDP axis gathers them
+    run = jax.jit(gradients(config, mesh))
+    rounded = jax.jit(functools.partial(quantize_for_training, config=config, mesh=mesh))(params)
+    assert same_bits(run(params, x, rounded), run(params, x, None))
+
+
+def test_micro_batches_round_no_weights(rng):
+    params, batches = random_params(CONFIG, rng), normal(rng, 2, 16, 256, dtype="bfloat16")
+
+    def step(params, batches, rounded):
+        def add(total, x):
+            return jax.tree.map(jnp.add, total, gradients(CONFIG)(params, x, rounded)[1][0]), None
+
+        return jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), batches)[0]
+
+    rounded = quantize_for_training(params, CONFIG)
+    for given, count in ((rounded, 0), (None, 4)):
+        traced = jax.make_jaxpr(step)(params, batches, given).jaxpr
+        assert len(equations(traced, "quantize_transpose")) == count
+    assert same_bits(jax.jit(step)(params, batches, rounded), jax.jit(step)(params, batches, None))
+
+
+def test_what_is_repeated_in_the_backward_pass_rounds_no_weights_either(rng):
+    params, x = random_params(CONFIG, rng), normal(rng, 16, 256, dtype="bfloat16")
+    rounded = quantize_for_training(params, CONFIG)
+    again = gradients(CONFIG, policy=jax.checkpoint_policies.nothing_saveable)
+    assert not equations(jax.make_jaxpr(again)(params, x, rounded).jaxpr, "quantize_transpose")
+    assert same_bits(jax.jit(again)(params, x, rounded), jax.jit(again)(params, x, None))
+
+
+def test_an_fsdp_axis_gathers_8_bits(rng):
+    """Of matrices; nothing of the arrays, whose gradients are scattered."""
+    mesh, params = mesh_of(fsdp=2, expert=1), random_params(CONFIG, rng)
+    x, rounded = normal(rng, 16, 256, dtype="bfloat16"), quantize_for_training(params, CONFIG, mesh=mesh)
+    compiled = jax.jit(gradients(CONFIG, mesh)).lower(params, x, rounded).compile().as_text()
+    gathered = re.findall(r"= (\w+)\[([\d,]+)\]\S* all-gather(?:-start)?\(", compiled)
+    matrices = [dtype for dtype, sizes in gathered if math.prod(map(int, sizes.split(","))) >= 256 * 256]
+    assert len(matrices) >= 4
+    assert set(matrices) <= {"u8", "f8e4m3fn"}
+
+
+def test_blocks_and_linen_modules_hand_it_on(rng):
+    x = normal(rng, 2, 8, 256, dtype="bfloat16")
+    block = DecoderBlock(BlockConfig(AttentionConfig(256, 2, 2, 128), CONFIG), rngs=nnx.Rngs(0))
+    call = nnx.jit(lambda block, x, rounded: block(x, rounded=rounded)[0])
+    assert same_bits(call(block, x, block.feed_forward.quantized_for_training()), call(block, x, None))
+
+    module, layer = moejax.linen.MoE(CONFIG), MoE(CONFIG, rngs=nnx.Rngs(0))
+    variables, rounded = jax.jit(module.init)(jax.random.key(0), x), layer.quantized_for_training()
+    (plain, _), (other, _) = (jax.jit(module.apply)(variables, x, rounded=given) for given in (None, rounded))
+    assert relative_error(other, plain) > 0.1  # those of other parameters are what it multiplies
+
+
+def test_what_does_not_fit_is_named(rng):
+    params, x = random_params(CONFIG, rng), normal(rng, 4, 256)
+    rounded = quantize_for_training(params, CONFIG)
+    with raises_saying(TypeError, "rounded must be RoundedExperts, of quantize_for_training, got dict"):
+        moe(x, params, CONFIG, rounded={})
+    other = dataclasses.replace(rounded, down=rounded.gate_up)
+    with raises_saying(ValueError, "rounded.down must be of params.down, an array [8, 256, 256], got [8, 256, 2, 256]"):
+        moe(x, params, CONFIG, rounded=other)
+    with raises_saying(ValueError, "rounded.shared_down must be of params.shared_down", "got None"):
+        moe(x, params, CONFIG, rounded=RoundedExperts(rounded.gate_up, rounded.down, rounded.shared_gate_up))
+    with raises_saying(ValueError, "config.precision must be 'w8a8' for rounded weights, got 'w16a16'"):
+        moe(x, params, dataclasses.replace(CONFIG, precision="w16a16", quantization=Quantization()), rounded=rounded)
+    with raises_saying(ValueError, "params.gate_up must be an array, got a QTensor, which is not trained"):
+        quantize_for_training(quantize_params(params, CONFIG), CONFIG)
+    with raises_saying(TypeError, "params must be MoEParams, got MoE; of a layer, layer.params()"):
+        quantize_for_training(MoE(CONFIG, rngs=nnx.Rngs(0)), CONFIG)
+    by_channel = Quantization(lhs_scaling="per_row", rhs_scaling="per_channel")
+    narrow = MoEConfig(256, 192, 8, 2, precision="w8a8", quantization=by_channel)
+    with raises_saying(ValueError, "params.gate_up is rounded for training to FP8 with scales of '128x128'", "192"):
+        quantize_for_training(random_params(narrow, rng), narrow)
+    with raises_saying(ValueError, "multiples of 128", "got [8, 64, 2, 256]"):
+        quantize_for_training(params, CONFIG, mesh=mesh_of(fsdp=4, expert=1))
