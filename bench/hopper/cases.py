@@ -101,7 +101,9 @@ def select_cases(names: Sequence[str] | None) -> tuple[Case, ...]:
     if names is None:
         return tuple(CASES.values())
     if unknown := [name for name in names if name not in CASES]:
-        raise ValueError(f"unknown case {', '.join(map(repr, unknown))} in --cases; expected some of {','.join(CASES)}")
+        raise ValueError(
+            f"unknown case {', '.join(map(repr, unknown))} in --cases; expected some of {', '.join(CASES)}"
+        )
     return tuple(case for name, case in CASES.items() if name in names)
 
 

@@ -221,6 +221,6 @@ def _held_out_figures(learner: Learner, state: State, batches: jax.Array) -> dic
 
 def _line(figures: dict[str, Any]) -> str:
     return (
-        f"loss {figures['loss']:.3f}, {figures['tokens_per_second']:,.0f} tokens/s, drops "
+        f"training loss {figures['loss']:.3f}, {figures['tokens_per_second']:,.0f} tokens/s, drops "
         f"{100 * figures['drop_rate']:.1f} %, load CV {np.mean(figures['load_cv']):.2f}"
     )

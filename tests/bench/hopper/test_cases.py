@@ -27,7 +27,7 @@ def test_cases_by_name():
 
 
 def test_an_unknown_case_is_an_error_that_lists_them():
-    with pytest.raises(ValueError, match="unknown case 'decode' in --cases; expected some of decode-fp8,decode-bf16,"):
+    with pytest.raises(ValueError, match="unknown case 'decode' in --cases; expected some of decode-fp8, decode-bf16,"):
         select_cases(["decode", "down-fp8"])
 
 
