@@ -6,7 +6,7 @@ from flax.core import spmd
 
 from moejax.config import MoEConfig
 from moejax.params import MoEParams, param_table
-from pallas_kernels.quantize import QTensor, scale_shape
+from pallas_kernels.quantize import QTensor, RoundedWeights, scale_shape
 from sharding.mesh import AnyMesh
 from sharding.partition import Axes, Partition
 from sharding.placement import Placement
@@ -50,6 +50,7 @@ def check_scales(params: MoEParams, config: MoEConfig, axes: Axes) -> None:
     table = param_table(config)
     for field in dataclasses.fields(params):
         value, row = getattr(params, field.name), getattr(table, field.name)
+        value = value.k_major if isinstance(value, RoundedWeights) else value
         if not isinstance(value, QTensor):
             continue
         for size, logical in zip(value.scale.shape, row.k_major(row.axes), strict=True):

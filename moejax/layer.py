@@ -224,7 +224,8 @@ class MoE(nnx.Module):
           mask: bool [...], true for real tokens; None if all are.
           token_ids: integer [...], for routers that go by them.
           topk_ids: integer [..., K], choices to repeat, −1 where the router is to choose.
-          rounded: what `quantized_for_training` gave; None rounds the weights in this call.
+          rounded: what `quantized_for_training` gave for the parameters as they are now, and placed as they are; None
+            rounds them in this call.
           train: whether a noisy router adds its noise; None for what `deterministic` says.
 
         Returns:

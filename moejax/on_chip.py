@@ -147,8 +147,7 @@ def gathered(params: MoEParams, settings: Settings, axes: Axes) -> MoEParams:
             return value
         dimension = logical.index("embed")
         if isinstance(value, RoundedWeights):  # of the array only the gradient is taken, which is scattered
-            parts = value.n_last.values, value.n_last.scale
-            n_last = QTensor(*(gather(part, axes.embed, dimension) for part in parts))
+            n_last = jax.tree.map(lambda part: gather(part, axes.embed, dimension), value.n_last)
             return RoundedWeights(whole(row, value.array), whole(row, value.k_major), n_last)
         if isinstance(value, QTensor):
             scale = value.scale if has_whole_scale else gather(value.scale, axes.embed, dimension)

@@ -115,8 +115,8 @@ def operand_spec(row: Param, value: Weights, axes: Axes) -> Any:
     """The PartitionSpec of one parameter; of the values and of the scales of what is in 8 bits."""
     if isinstance(value, RoundedWeights):
         array, k_major = axes.spec(row.axes), axes.spec(row.k_major(row.axes))
-        rounded = _qtensor_specs(k_major, value.k_major.scale.shape), _qtensor_specs(array, value.n_last.scale.shape)
-        return RoundedWeights(array, *rounded)  # type: ignore[arg-type]
+        n_last = None if value.n_last is None else _qtensor_specs(array, value.n_last.scale.shape)
+        return RoundedWeights(array, _qtensor_specs(k_major, value.k_major.scale.shape), n_last)  # type: ignore[arg-type]
     if not isinstance(value, QTensor):
         return axes.spec(row.axes)
     return _qtensor_specs(axes.spec(row.k_major(row.axes)), value.scale.shape)
@@ -271,8 +271,11 @@ def flat_halves(gate_up: Any) -> Any:
         return array.reshape(*array.shape[:-2], -1)
 
     if isinstance(gate_up, RoundedWeights):
-        n_last = QTensor(joined(gate_up.n_last.values), joined(gate_up.n_last.scale))
-        return RoundedWeights(joined(gate_up.array), flat_halves(gate_up.k_major), n_last)
+        k_major, n_last = gate_up.k_major, gate_up.n_last
+        parts = (k_major.values, k_major.scale)
+        rows = QTensor(*(part.reshape(*part.shape[:-3], -1, part.shape[-1]) for part in parts))
+        columns = None if n_last is None else QTensor(joined(n_last.values), joined(n_last.scale))
+        return RoundedWeights(joined(gate_up.array), rows, columns)
     if not isinstance(gate_up, QTensor):
         return joined(gate_up)
     *batch, halves, width, depth = gate_up.shape

@@ -4,8 +4,8 @@
     y, aux = layer(x, rounded=rounded)                 # in the loop; gradients go to the layer's parameters
 
 A layer in "w8a8" rounds its weights in every pass. A compiler for GPUs leaves that in a loop in which weights do not
-change, and what `jax.checkpoint` repeats rounds them again. Who rounds them before holds them in both layouts that
-products take, two bytes a number. Each chip rounds the part that it holds, and over an FSDP axis 8 bits are gathered.
+change, and what `jax.checkpoint` repeats rounds them again. Who rounds them before holds them in the layouts that
+products take, a byte a number each. Each chip rounds the part that it holds, and an FSDP axis gathers 8 bits.
 """
 
 import dataclasses
@@ -20,13 +20,16 @@ from moejax.config import MoEConfig
 from moejax.param import Param
 from moejax.params import EXPERT_WEIGHTS, MoEParams, check_expert_params, operand_spec, param_table
 from pallas_kernels.grouped_matmul.weights import in_one_pass
-from pallas_kernels.quantize import QTensor, Quantization, RoundedWeights
+from pallas_kernels.quantize import SCALE_BLOCK, QTensor, Quantization, RoundedWeights
 from pallas_kernels.quantize_transpose import quantize_transpose
 from sharding.mesh import AnyMesh, mesh_here, place
 from sharding.partition import Axes, Partition
 
-Layouts = tuple[QTensor, QTensor]
-"""Weights as `MoEParams` has them in 8 bits, and the same numbers in the order of the parameter."""
+Layouts = tuple[QTensor, QTensor | None]
+"""Weights as `MoEParams` has them in 8 bits, and the same numbers in the order of the parameter.
+
+The latter are None where no gradient is multiplied in 8 bits.
+"""
 
 
 @jax.tree_util.register_dataclass
@@ -46,16 +49,24 @@ class RoundedExperts:
           ValueError: they are of other parameters, or those of `config` are not multiplied in 8 bits.
         """
         _require_8_bits(config)
+        table, quantization = param_table(config), config.quantization
         found: dict[str, Any] = {}
         for name in EXPERT_WEIGHTS:
-            array, layouts = getattr(params, name), getattr(self, name)
-            expected, got = (None if value is None else list(value.shape) for value in (array, layouts and layouts[1]))
-            if isinstance(array, QTensor) or expected != got:
+            array, layouts, row = getattr(params, name), getattr(self, name), getattr(table, name)
+            if isinstance(array, QTensor):
+                raise ValueError(f"params.{name} must be an array where rounded is given, got a QTensor")
+            if array is None or row is None:
+                if layouts is not None:
+                    raise ValueError(f"rounded.{name} must be None, as params.{name} is, got {_told(layouts)}")
+                found[name] = None
+                continue
+            expected = _expected(name, array, row, quantization)
+            if _told(layouts) != _told(expected):
                 raise ValueError(
-                    f"rounded.{name} must be of params.{name}, an array {expected}, got {got}: "
-                    "quantize_for_training(params, config) makes it"
+                    f"rounded.{name} must be what quantize_for_training(params, config) makes of params.{name}, "
+                    f"{_told(expected)}, got {_told(layouts)}"
                 )
-            found[name] = None if array is None else RoundedWeights(array, *layouts)
+            found[name] = RoundedWeights(array, *layouts)
         return dataclasses.replace(params, **found)
 
 
@@ -98,6 +109,19 @@ def quantize_for_training(
     return RoundedExperts(**found)
 
 
+def _told(layouts: Any) -> str:
+    """Dtypes and shapes."""
+    leaves, structure = jax.tree.flatten(layouts)
+    names = [f"{leaf.dtype}{list(leaf.shape)}" if hasattr(leaf, "shape") else type(leaf).__name__ for leaf in leaves]
+    return str(jax.tree.unflatten(structure, names)).replace("'", "")
+
+
+def _expected(name: str, array: jax.Array, row: Param, quantization: Quantization) -> Layouts:
+    """Layouts without values of a parameter."""
+    rounded = functools.partial(_in_both_layouts, name, row=row, quantization=quantization, backend="xla")
+    return jax.eval_shape(rounded, jax.ShapeDtypeStruct(array.shape, array.dtype))
+
+
 def _require_8_bits(config: MoEConfig) -> None:
     if config.precision != "w8a8":
         raise ValueError(f"config.precision must be 'w8a8' for rounded weights, got {config.precision!r}")
@@ -108,30 +132,31 @@ def _over_mesh(round_: Any, weights: jax.Array, row: Param, mesh: Any, axes: Axe
     spec = axes.spec(row.axes)
     shapes = jax.eval_shape(round_, jax.ShapeDtypeStruct(weights.shape, weights.dtype))
     specs = operand_spec(row, RoundedWeights(weights, *shapes), axes)
-    on_chips = jax.shard_map(round_, mesh=mesh, in_specs=spec, out_specs=(specs.k_major, specs.n_last), check_vma=False)
+    out_specs = specs.k_major, specs.n_last
+    on_chips = jax.shard_map(round_, mesh=mesh, in_specs=spec, out_specs=out_specs, check_vma=False)
     return on_chips(place(weights, mesh, spec))
 
 
 def _in_both_layouts(name: str, weights: jax.Array, *, row: Param, quantization: Quantization, backend: str) -> Layouts:
     joined = weights.reshape(*weights.shape[:-2], -1) if row.has_halves else weights
     matrices = jax.lax.stop_gradient(joined.reshape(-1, *joined.shape[-2:]))
-    if weights.shape[-1] % 128 or not in_one_pass(matrices, quantization):
+    if weights.shape[-1] % SCALE_BLOCK or not in_one_pass(matrices, quantization):
         raise ValueError(
-            f"params.{name} is rounded for training to FP8 with scales of '128x128', where its sizes on each chip are "
-            f"multiples of 128; got {list(weights.shape)}, quantization.rhs_scaling={quantization.rhs_scaling!r} and "
-            f"dtype={quantization.dtype!r}"
+            f"params.{name} must be BF16, FP16 or float32 with sizes on each chip that are multiples of {SCALE_BLOCK}, "
+            f"and quantization FP8 with rhs_scaling='128x128', to be rounded for training; got {weights.dtype}"
+            f"{list(weights.shape)}, rhs_scaling={quantization.rhs_scaling!r} and dtype={quantization.dtype!r}"
         )
-    k_major, n_last = quantize_transpose(matrices, quantization.dtype, backend=backend)
+    back = quantization.gradient_dtype is not None
+    k_major, n_last = quantize_transpose(matrices, quantization.dtype, n_last=back, backend=backend)
     assert k_major is not None, "it was asked for"
-    assert n_last is not None, "it was asked for"
 
     def shaped(found: QTensor, shape: tuple[int, ...], order: Any) -> QTensor:
         blocks = list(weights.shape)
         for dimension in (-3, -1) if row.has_halves else (-2, -1):
-            blocks[dimension] //= 128
+            blocks[dimension] //= SCALE_BLOCK
         return QTensor(found.values.reshape(shape), found.scale.reshape(order(tuple(blocks))))
 
     return (
         shaped(k_major, row.k_major(weights.shape), row.k_major),
-        shaped(n_last, weights.shape, lambda sizes: sizes),
+        None if n_last is None else shaped(n_last, weights.shape, lambda sizes: sizes),
     )

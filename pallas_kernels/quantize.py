@@ -119,11 +119,11 @@ class RoundedWeights(_OfArray):
     Attributes:
       array: [..., K, N], floating point.
       k_major: the same, rounded: values [..., N, K].
-      n_last: the same numbers, values [..., K, N].
+      n_last: the same numbers, values [..., K, N]; None where no gradient is multiplied in 8 bits.
     """
 
     k_major: QTensor
-    n_last: QTensor
+    n_last: QTensor | None
 
 
 @jax.tree_util.register_dataclass

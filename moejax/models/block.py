@@ -101,7 +101,7 @@ class DecoderBlock(nnx.Module):
           mask: bool [B, L], true for real tokens; None if all are.
           token_ids: for the experts, as is all that follows; see `moejax.MoE`.
           topk_ids: choices to repeat.
-          rounded: weights that are rounded already.
+          rounded: weights that are rounded already, of experts.
           train: whether a noisy router adds its noise.
 
         Returns:

@@ -46,11 +46,14 @@ def check_kind(name: str, operand: Weights) -> None:
         check_qtensor(name, operand)
     elif isinstance(operand, RoundedWeights):
         check_kind(name, operand.array)
-        for layout, like in (("k_major", operand.array.mT), ("n_last", operand.array)):
+        for layout, shape in (("k_major", operand.array.mT.shape), ("n_last", operand.shape)):
             found = getattr(operand, layout)
+            if found is None and layout == "n_last":
+                continue
             check_qtensor(f"{name}.{layout}", found)
-            if found.shape != like.shape:
-                raise ValueError(f"{name}.{layout} must be {list(like.shape)}, got {list(found.shape)}")
+            dtype, got = operand.k_major.dtype, f"{found.dtype}{list(found.shape)}"
+            if (found.shape, found.dtype) != (shape, dtype):
+                raise ValueError(f"{name}.{layout} must be {dtype}{list(shape)}, got {got}")
     elif not jnp.issubdtype(operand.dtype, jnp.floating) or operand.dtype.itemsize == 1:
         raise ValueError(
             f"{name} must be a BF16, FP16 or float32 array, or a QTensor (8-bit values with scales), got "

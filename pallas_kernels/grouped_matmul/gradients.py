@@ -360,7 +360,9 @@ def factors(
     if isinstance(rhs, RoundedWeights):
         if transpose_rhs:
             raise ValueError("rhs that are RoundedWeights lie as [G, K, N], got transpose_rhs=True")
-        rhs_face, rhs_n_last, rhs, transpose_rhs = rhs.array, _constant(rhs.n_last), rhs.k_major, True
+        if quantization is None:
+            raise ValueError("rhs that are RoundedWeights are multiplied with a quantization, got None")
+        rhs_face, rhs_n_last, rhs, transpose_rhs = rhs.array, jax.lax.stop_gradient(rhs.n_last), rhs.k_major, True
     lhs, rhs = _constant(lhs), _constant(rhs)
     if quantization is not None and not isinstance(lhs, QTensor):
         lhs_face = lhs

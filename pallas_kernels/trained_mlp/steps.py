@@ -20,7 +20,7 @@ from pallas_kernels.trained_mlp.settings import Settings
 def as_multiplied(
     backend: str,
     w: Operand,
-    in_8_bits: tuple[QTensor, QTensor] | None,
+    in_8_bits: tuple[QTensor, QTensor | None] | None,
     k_major: bool,
     settings: Settings,
     *,
@@ -35,9 +35,10 @@ def as_multiplied(
         return (as_is(w, k_major),) * 2
     face = {"rhs_face": w, "rhs_n_last": None, "face_transposed": k_major}
     if in_8_bits is not None:
-        first = face | {"rhs": in_8_bits[0], "transpose_rhs": True}
-        is_wanted = quantization.gradient_dtype is not None
-        return first, face | {"rhs": in_8_bits[1], "transpose_rhs": False} if is_wanted else first
+        k_last, n_last = in_8_bits
+        first = face | {"rhs": k_last, "transpose_rhs": True}
+        is_wanted = quantization.gradient_dtype is not None and n_last is not None
+        return first, face | {"rhs": n_last, "transpose_rhs": False} if is_wanted else first
     if both_ways and quantization.gradient_dtype is not None and in_one_pass(w, quantization):
         k_last, n_last = rounded_both_ways(backend, w, quantization, transposed=k_major)
         return face | {"rhs": k_last, "transpose_rhs": True}, face | {"rhs": n_last, "transpose_rhs": False}

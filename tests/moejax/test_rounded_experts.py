@@ -16,9 +16,11 @@ import moejax.linen
 from moejax import (
     MoE,
     MoEConfig,
+    Partition,
+    QTensor,
     Quantization,
-    RoundedExperts,
     moe,
+    place,
     quantize_for_training,
     quantize_params,
 )
@@ -28,8 +30,8 @@ from tests.moejax.layers import random_params
 from tests.moejax.test_meshes import equations
 
 ALL_IN_8_BITS = Quantization(gradient_dtype="float8_e4m3fn", weights_gradient_dtype="float8_e4m3fn")
-CONFIG = MoEConfig(256, 256, 8, 2, precision="w8a8", quantization=ALL_IN_8_BITS, shared_intermediate_size=256)
-IN_16_BITS_BACK = dataclasses.replace(CONFIG, quantization=Quantization())
+CONFIG = MoEConfig(512, 256, 8, 2, precision="w8a8", quantization=ALL_IN_8_BITS, shared_intermediate_size=256)
+IN_16_BITS_BACK = dataclasses.replace(CONFIG, quantization=Quantization(dtype="float8_e5m2"))
 
 
 def mesh_of(axis_type=AxisType.Auto, **axes):
@@ -57,7 +59,7 @@ def gradients(config, mesh=None, **checkpoint):
 def test_the_layer_is_the_same(rng, axes, config):
     kind = AxisType.Explicit if "data" in axes else AxisType.Auto
     mesh = mesh_of(kind, **axes) if axes else None
-    params, x = random_params(config, rng), normal(rng, 4, 16, 256, dtype="bfloat16")
+    params, x = random_params(config, rng), normal(rng, 4, 16, 512, dtype="bfloat16")
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)  # as an FSDP axis gathers them
     run = jax.jit(gradients(config, mesh))
     rounded = jax.jit(functools.partial(quantize_for_training, config=config, mesh=mesh))(params)
@@ -65,7 +67,7 @@ def test_the_layer_is_the_same(rng, axes, config):
 
 
 def test_micro_batches_round_no_weights(rng):
-    params, batches = random_params(CONFIG, rng), normal(rng, 2, 16, 256, dtype="bfloat16")
+    params, batches = random_params(CONFIG, rng), normal(rng, 2, 16, 512, dtype="bfloat16")
 
     def step(params, batches, rounded):
         def add(total, x):
@@ -81,7 +83,7 @@ def test_micro_batches_round_no_weights(rng):
 
 
 def test_what_is_repeated_in_the_backward_pass_rounds_no_weights_either(rng):
-    params, x = random_params(CONFIG, rng), normal(rng, 16, 256, dtype="bfloat16")
+    params, x = random_params(CONFIG, rng), normal(rng, 16, 512, dtype="bfloat16")
     rounded = quantize_for_training(params, CONFIG)
     again = gradients(CONFIG, policy=jax.checkpoint_policies.nothing_saveable)
     assert not equations(jax.make_jaxpr(again)(params, x, rounded).jaxpr, "quantize_transpose")
@@ -91,7 +93,7 @@ def test_what_is_repeated_in_the_backward_pass_rounds_no_weights_either(rng):
 def test_an_fsdp_axis_gathers_8_bits(rng):
     """Of matrices; nothing of the arrays, whose gradients are scattered."""
     mesh, params = mesh_of(fsdp=2, expert=1), random_params(CONFIG, rng)
-    x, rounded = normal(rng, 16, 256, dtype="bfloat16"), quantize_for_training(params, CONFIG, mesh=mesh)
+    x, rounded = normal(rng, 16, 512, dtype="bfloat16"), quantize_for_training(params, CONFIG, mesh=mesh)
     compiled = jax.jit(gradients(CONFIG, mesh)).lower(params, x, rounded).compile().as_text()
     gathered = re.findall(r"= (\w+)\[([\d,]+)\]\S* all-gather(?:-start)?\(", compiled)
     matrices = [dtype for dtype, sizes in gathered if math.prod(map(int, sizes.split(","))) >= 256 * 256]
@@ -100,10 +102,12 @@ def test_an_fsdp_axis_gathers_8_bits(rng):
 
 
 def test_blocks_and_linen_modules_hand_it_on(rng):
-    x = normal(rng, 2, 8, 256, dtype="bfloat16")
-    block = DecoderBlock(BlockConfig(AttentionConfig(256, 2, 2, 128), CONFIG), rngs=nnx.Rngs(0))
+    x = normal(rng, 2, 8, 512, dtype="bfloat16")
+    block = DecoderBlock(BlockConfig(AttentionConfig(512, 2, 2, 128), CONFIG), rngs=nnx.Rngs(0))
     call = nnx.jit(lambda block, x, rounded: block(x, rounded=rounded)[0])
     assert same_bits(call(block, x, block.feed_forward.quantized_for_training()), call(block, x, None))
+    others = MoE(CONFIG, rngs=nnx.Rngs(1)).quantized_for_training()
+    assert relative_error(call(block, x, others), call(block, x, None)) > 0.1
 
     module, layer = moejax.linen.MoE(CONFIG), MoE(CONFIG, rngs=nnx.Rngs(0))
     variables, rounded = jax.jit(module.init)(jax.random.key(0), x), layer.quantized_for_training()
@@ -111,16 +115,63 @@ def test_blocks_and_linen_modules_hand_it_on(rng):
     assert relative_error(other, plain) > 0.1  # those of other parameters are what it multiplies
 
 
+def test_a_chip_rounds_its_part(rng):
+    params = random_params(CONFIG, rng)
+    mesh = mesh_of(fsdp=2, tensor=2, expert=2)
+    spread = quantize_for_training(params, CONFIG, mesh=mesh)
+    assert same_bits(spread, quantize_for_training(params, CONFIG))
+    partition = Partition(expert="a", embed="b", tokens=("a", "b"))
+    layer = MoE(CONFIG, rngs=nnx.Rngs(0), mesh=mesh_of(a=2, b=2), partition=partition)
+    values = layer.quantized_for_training().gate_up[1].values
+    assert values.sharding.spec[:2] == ("a", "b")
+
+
+def test_a_placed_layer_has_them_in_its_slots(rng):
+    params, x, mesh = random_params(CONFIG, rng), normal(rng, 16, 512, dtype="bfloat16"), mesh_of(expert=4)
+    params = place(params, jnp.array([0, 1, 2, 3, 4, 5, 6, 7, 0, 0, 1, 1], jnp.int32))
+    rounded = quantize_for_training(params, CONFIG, mesh=mesh)
+    call = jax.jit(lambda rounded: moe(x, params, CONFIG, rounded=rounded, mesh=mesh)[0])
+    assert same_bits(call(rounded), call(None))
+
+
+@pytest.mark.parametrize("ep", [1, 2])
+def test_gradients_of_tokens_take_the_other_layout(rng, ep):
+    config = dataclasses.replace(CONFIG, shared_intermediate_size=0)
+    params, x, mesh = random_params(config, rng), normal(rng, 16, 512, dtype="bfloat16"), mesh_of(expert=ep)
+    rounded = quantize_for_training(params, config)
+    run = jax.jit(gradients(config, mesh))
+    doubled = {
+        name: (k_major, QTensor(n_last.values, 2 * n_last.scale))
+        for name, (k_major, n_last) in (("gate_up", rounded.gate_up), ("down", rounded.down))
+    }
+    poisoned = dataclasses.replace(rounded, **doubled)
+    (_, (of_params, _)), (_, (others, _)) = run(params, x, rounded), run(params, x, poisoned)
+    assert relative_error(others.gate_up, 2 * of_params.gate_up) < 0.1  # what comes back through down
+    assert same_bits(others.down, of_params.down)
+
+
 def test_what_does_not_fit_is_named(rng):
-    params, x = random_params(CONFIG, rng), normal(rng, 4, 256)
+    params, x = random_params(CONFIG, rng), normal(rng, 4, 512)
     rounded = quantize_for_training(params, CONFIG)
     with raises_saying(TypeError, "rounded must be RoundedExperts, of quantize_for_training, got dict"):
         moe(x, params, CONFIG, rounded={})
-    other = dataclasses.replace(rounded, down=rounded.gate_up)
-    with raises_saying(ValueError, "rounded.down must be of params.down, an array [8, 256, 256], got [8, 256, 2, 256]"):
-        moe(x, params, CONFIG, rounded=other)
-    with raises_saying(ValueError, "rounded.shared_down must be of params.shared_down", "got None"):
-        moe(x, params, CONFIG, rounded=RoundedExperts(rounded.gate_up, rounded.down, rounded.shared_gate_up))
+    made = "rounded.down must be what quantize_for_training(params, config) makes of params.down"
+    with raises_saying(ValueError, made, "float8_e4m3fn[8, 512, 256]", "got (QTensor(values=float8_e4m3fn[8, 2,"):
+        moe(x, params, CONFIG, rounded=dataclasses.replace(rounded, down=rounded.gate_up))
+    with raises_saying(ValueError, made, "got (None, QTensor"):
+        moe(x, params, CONFIG, rounded=dataclasses.replace(rounded, down=(None, rounded.down[1])))
+    with raises_saying(ValueError, "rounded.shared_gate_up must be None, as params.shared_gate_up is"):
+        alone = dataclasses.replace(CONFIG, shared_intermediate_size=0)
+        moe(x, random_params(alone, rng), alone, rounded=rounded)
+    in_e5m2 = quantize_for_training(params, dataclasses.replace(CONFIG, quantization=Quantization(dtype="float8_e5m2")))
+    with raises_saying(
+        ValueError, "rounded.gate_up must be what", "float8_e4m3fn[8, 2, 256, 512]", "got (QTensor(values=float8_e5m2"
+    ):
+        moe(x, params, CONFIG, rounded=in_e5m2)
+    with raises_saying(ValueError, "params.gate_up must be an array where rounded is given, got a QTensor"):
+        moe(x, quantize_params(params, CONFIG), CONFIG, rounded=rounded)
+    with raises_saying(ValueError, "scales of params.gate_up=4 is not divisible by the 8 chips"):
+        moe(x, params, CONFIG, rounded=rounded, mesh=mesh_of(fsdp=8, expert=1))
     with raises_saying(ValueError, "config.precision must be 'w8a8' for rounded weights, got 'w16a16'"):
         moe(x, params, dataclasses.replace(CONFIG, precision="w16a16", quantization=Quantization()), rounded=rounded)
     with raises_saying(ValueError, "params.gate_up must be an array, got a QTensor, which is not trained"):
@@ -129,7 +180,7 @@ def test_what_does_not_fit_is_named(rng):
         quantize_for_training(MoE(CONFIG, rngs=nnx.Rngs(0)), CONFIG)
     by_channel = Quantization(lhs_scaling="per_row", rhs_scaling="per_channel")
     narrow = MoEConfig(256, 192, 8, 2, precision="w8a8", quantization=by_channel)
-    with raises_saying(ValueError, "params.gate_up is rounded for training to FP8 with scales of '128x128'", "192"):
+    with raises_saying(ValueError, "params.gate_up must be BF16, FP16 or float32 with sizes on each chip", "192"):
         quantize_for_training(random_params(narrow, rng), narrow)
-    with raises_saying(ValueError, "multiples of 128", "got [8, 64, 2, 256]"):
-        quantize_for_training(params, CONFIG, mesh=mesh_of(fsdp=4, expert=1))
+    with raises_saying(ValueError, "multiples of 128", "got float32[8, 64, 2, 256]"):
+        quantize_for_training(params, CONFIG, mesh=mesh_of(fsdp=8, expert=1))

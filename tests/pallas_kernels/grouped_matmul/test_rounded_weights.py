@@ -37,9 +37,14 @@ def test_values_and_gradients_are_those_of_arrays(rng, product, quantization):
 
 def test_layouts_that_do_not_fit_are_named(rng):
     x, w = normal(rng, 40, 256), normal(rng, 3, 256, 128)
-    _, n_last = quantize_transpose(w)
-    with raises_saying(ValueError, "rhs.k_major must be [3, 128, 256], got [3, 256, 128]"):
+    k_major, n_last = quantize_transpose(w)
+    with raises_saying(ValueError, "rhs.k_major must be float8_e4m3fn[3, 128, 256], got float8_e4m3fn[3, 256, 128]"):
         grouped_matmul(x, RoundedWeights(w, n_last, n_last), SIZES, quantization=Quantization())
     with raises_saying(ValueError, "rhs that are RoundedWeights lie as [G, K, N], got transpose_rhs=True"):
         square = RoundedWeights(w[:, :128], *quantize_transpose(w[:, :128]))
         grouped_matmul(x[:, :128], square, SIZES, transpose_rhs=True, quantization=Quantization())
+    with raises_saying(ValueError, "rhs.n_last must be float8_e4m3fn[3, 256, 128], got float8_e5m2[3, 256, 128]"):
+        mixed = RoundedWeights(w, k_major, quantize_transpose(w, "float8_e5m2")[1])
+        grouped_matmul(x, mixed, SIZES, quantization=Quantization())
+    with raises_saying(ValueError, "rhs that are RoundedWeights are multiplied with a quantization, got None"):
+        grouped_matmul(x, RoundedWeights(w, k_major, None), SIZES)
