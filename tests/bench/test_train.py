@@ -103,7 +103,7 @@ def test_command(call, tmp_path, capsys, monkeypatch):
         "hash collapsed, most tokens go to few experts: seed 0: layer 0 (entropy 0.33), layer 1 (entropy 0.33)" in out
     )
     assert "compiling softmax" in err
-    assert "softmax, seed 0, step 4: loss" in err
+    assert "softmax, seed 0, step 4: training loss" in err
     assert "report.html: figures need matplotlib, which is not installed" in err
     routers = {row["router"]: row for row in json.loads(table.read_text())["routers"]}
     assert routers["hash"]["least_entropy"] == pytest.approx(1 / 3, abs=1e-3)
