@@ -265,7 +265,10 @@ def _to_8_bits(weights: jax.Array, row: Param, dtype: str, scaling: str) -> QTen
 
 
 def flat_halves(gate_up: Any) -> Any:
-    """Gate and up as one matrix for the kernels: [L, H, 2, I] -> [L, H, 2I], or QTensors [L, 2, I, H] -> [L, 2I, H]."""
+    """Gate and up as one matrix for the kernels: [L, H, 2, I] -> [L, H, 2I], or QTensors [L, 2, I, H] -> [L, 2I, H].
+
+    RoundedWeights become those of one matrix, with the scales of blocks that they have.
+    """
 
     def joined(array: jax.Array) -> jax.Array:
         return array.reshape(*array.shape[:-2], -1)
