@@ -19,7 +19,17 @@ from pallas_kernels.grouped_matmul import (
     grouped_matmul,
     result_can_stay,
 )
-from pallas_kernels.quantize import Copied, Operand, QTensor, Quantization, Rows, ToRound, Weights, is_of_one_row
+from pallas_kernels.quantize import (
+    Copied,
+    Operand,
+    QTensor,
+    Quantization,
+    RoundedWeights,
+    Rows,
+    ToRound,
+    Weights,
+    is_of_one_row,
+)
 from pallas_kernels.quantize_rows import SCALING, rounded
 from pallas_kernels.routed_mlp import pays, routed_mlp
 from pallas_kernels.tracing.named import named
@@ -29,14 +39,15 @@ from pallas_kernels.tracing.unless_differentiated import unless_differentiated
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ExpertWeights:
-    """The parameters of L experts as products take them.
+    """The parameters of L experts; `as_multiplied` is what products take.
 
     Attributes:
-      gate_up: [L, H, 2I], gate first, or [L, 2I, H].
+      gate_up: [L, H, 2I], gate first, or [L, H, 2, I], or [L, 2I, H].
       down: [L, I, H] or [L, H, I].
       gate_up_bias: [L, 2I] or None.
       down_bias: [L, H] or None.
-      k_major: whether gate_up, and down, are the second of these.
+      k_major: whether gate_up, and down, are the last of these.
+      dtype: what arrays are cast to before they are multiplied; None for as they come.
     """
 
     gate_up: Weights
@@ -44,6 +55,12 @@ class ExpertWeights:
     gate_up_bias: jax.Array | None
     down_bias: jax.Array | None
     k_major: tuple[bool, bool] = dataclasses.field(metadata={"static": True})
+    dtype: jnp.dtype | None = dataclasses.field(default=None, metadata={"static": True})
+
+    def as_multiplied(self) -> "ExpertWeights":
+        """With gate and up as one matrix, in `dtype`."""
+        gate_up, down = _cast(_one_matrix(self.gate_up), self.dtype), _cast(self.down, self.dtype)
+        return dataclasses.replace(self, gate_up=gate_up, down=down, dtype=None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,18 +241,21 @@ def expert_mlp(
       [R, H] in math.dtype; zeros past the sum of group_sizes.
     """
     params = {"gate_up": gate_up, "down": down, "gate_up_bias": gate_up_bias, "down_bias": down_bias}
-    return math(rows, group_sizes, expert_weights(params, math))
+    return math(rows, group_sizes, expert_weights(params, math).as_multiplied())
 
 
 def expert_weights(params: dict[str, Any], math: ExpertMath) -> ExpertWeights:
-    """The `EXPERT_FIELDS` of MoEParams by name, as `math` takes them."""
+    """The `EXPERT_FIELDS` of MoEParams by name; what gradients are asked for is as it is."""
     gate_up, down = params["gate_up"], params["down"]
+    in_8_bits = isinstance(gate_up, QTensor | RoundedWeights)
+    flat = flat_halves(gate_up) if in_8_bits else gate_up
     return ExpertWeights(
-        flat_halves(_in_compute_dtype(gate_up, math)),
-        _in_compute_dtype(down, math),
+        dataclasses.replace(flat, array=gate_up.array) if isinstance(gate_up, RoundedWeights) else flat,
+        down,
         _flat_bias(params["gate_up_bias"]),
         params["down_bias"],
         (isinstance(gate_up, QTensor), isinstance(down, QTensor)),
+        _dtype_of_weights(math),
     )
 
 
@@ -248,7 +268,7 @@ def gate_up_projection(
     bias: jax.Array | None = None,
 ) -> Rows:
     """Kernel one of `expert_mlp` alone: rows [R, H] -> [R, I]."""
-    weights = flat_halves(_in_compute_dtype(gate_up, math))
+    weights = flat_halves(_cast(gate_up, _dtype_of_weights(math)))
     return math.gate_up(rows, group_sizes, weights, k_major=isinstance(gate_up, QTensor), bias=_flat_bias(bias))
 
 
@@ -256,7 +276,8 @@ def down_projection(
     h: Rows, group_sizes: jax.Array, down: Weights, math: ExpertMath, *, bias: jax.Array | None = None
 ) -> jax.Array:
     """Kernel two of `expert_mlp` alone: h [R, I] -> [R, H]."""
-    return math.down(h, group_sizes, _in_compute_dtype(down, math), k_major=isinstance(down, QTensor), bias=bias)
+    weights = _cast(down, _dtype_of_weights(math))
+    return math.down(h, group_sizes, weights, k_major=isinstance(down, QTensor), bias=bias)
 
 
 def few_tokens(
@@ -298,11 +319,22 @@ def _flat_bias(bias: jax.Array | None) -> jax.Array | None:
     return None if bias is None else bias.reshape(bias.shape[0], -1)
 
 
-def _in_compute_dtype(weights: Weights, math: ExpertMath) -> Weights:
-    """Casts weights to `math.dtype`, unless they are, or will be, in 8 bits: those are rounded as they come.
+def _dtype_of_weights(math: ExpertMath) -> jnp.dtype | None:
+    """That of `math`, unless weights will be in 8 bits: they are rounded as they come.
 
     Over an FSDP axis they were cast earlier, before they were gathered.
     """
-    if math.quantization is not None or not isinstance(weights, jax.Array) or weights.dtype == math.dtype:
+    return jnp.dtype(math.dtype) if math.quantization is None else None
+
+
+def _one_matrix(gate_up: Weights) -> Weights:
+    """[L, H, 2I] of arrays [L, H, 2, I]; layouts in 8 bits are that by then."""
+    if isinstance(gate_up, RoundedWeights):
+        return dataclasses.replace(gate_up, array=flat_halves(gate_up.array))
+    return flat_halves(gate_up) if len(gate_up.shape) == 4 else gate_up
+
+
+def _cast(weights: Weights, dtype: jnp.dtype | None) -> Weights:
+    if dtype is None or not isinstance(weights, jax.Array) or weights.dtype == dtype:
         return weights
-    return named(weights.astype(math.dtype), WEIGHTS_NAME)
+    return named(weights.astype(dtype), WEIGHTS_NAME)

@@ -44,11 +44,16 @@ def routed_experts(
     bias, width = weights.down_bias, weights.down.shape[2 if weights.k_major[1] else 1]
     is_elsewhere = way.axes.ep > 1 or (bias is not None and way.axes.tp > 1)
     if is_elsewhere or not (math.trains and fits(math.quantization, width)):
-        operands = x, topk_weights, topk_ids, functools.partial(_experts, math), weights, way
+        operands = x, topk_weights, topk_ids, functools.partial(_experts, math), weights.as_multiplied(), way
         return exchange(*operands, residual=residual, preferred_element_type=preferred_element_type)
     assert not isinstance(x, ToRound), "no gradient passes it"
     settings = Settings(
-        math.activation, math.activation_limit, math.quantization, weights.k_major, jnp.dtype(math.dtype)
+        math.activation,
+        math.activation_limit,
+        math.quantization,
+        weights.k_major,
+        jnp.dtype(math.dtype),
+        weights.dtype,
     )
     y = sum_of_weighed_rows(
         functools.partial(_trained, settings, math.backend),

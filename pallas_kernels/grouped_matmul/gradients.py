@@ -15,6 +15,7 @@ sees, is the array that it was rounded from: tangents and cotangents go to and f
 is the one that gradients of lhs take.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -40,6 +41,7 @@ from pallas_kernels.quantize import (
 )
 from pallas_kernels.quantize_columns import quantize_columns
 from pallas_kernels.quantize_rows import rows_in_8_bits
+from pallas_kernels.tracing.gradient_refs import added
 
 _OF_ACTIVATION = ("activation", "activation_limit", "in_8_bits")
 
@@ -124,17 +126,17 @@ def _multiply_transpose(
             out_dtype=lhs.aval.dtype,
         )
     if is_asked_for(rhs):
-        found["rhs"] = _for_drhs(backend, dout, operands)
+        found["rhs"] = added(rhs, functools.partial(_for_drhs, backend, dout, operands))
     if is_asked_for(bias):
         ones = jnp.ones((dout.shape[0], 1), dout.dtype)
         sizes = {"num_groups": bias.aval.shape[0], "out_dtype": bias.aval.dtype}
-        sums = correlated(backend, lhs=ones, lhs_face=None, dout=dout, dout_face=None, **groups, **sizes)
+        sums = correlated(backend, lhs=ones, lhs_face=None, dout=dout, dout_face=None, into=None, **groups, **sizes)
         found["bias"] = sums[:, 0]
     return found
 
 
-def _for_drhs(backend: str, dout: jax.Array, operands: Operands) -> jax.Array:
-    """The gradient of rhs, of which `operands` tell no more than shape and dtype."""
+def _for_drhs(backend: str, dout: jax.Array, operands: Operands, into: jax.Array | None) -> jax.Array:
+    """The gradient of rhs, of which `operands` tell no more than shape and dtype; added to `into`, if that is given."""
     rows, face, like = operands["lhs"], operands["lhs_face"], operands["rhs"].aval
     sizes, offset, quantization = (operands[name] for name in ("group_sizes", "group_offset", "quantization"))
     if quantization is not None and quantization.weights_gradient_dtype is not None:
@@ -143,8 +145,12 @@ def _for_drhs(backend: str, dout: jax.Array, operands: Operands) -> jax.Array:
         of_dout = quantize_columns(dout, sizes, dtype=quantization.weights_gradient_dtype, backend=backend)
         of_rows = quantize_columns(face, sizes, dtype=quantization.dtype, backend=backend)
         left, right = (of_dout, of_rows) if operands["transpose_rhs"] else (of_rows, of_dout)
-        sums = grouped_matmul_of_columns(left, right, sizes, preferred_element_type=like.dtype, backend=backend)
-        return jax.lax.dynamic_slice_in_dim(sums, offset, like.shape[0])
+        options: dict[str, Any] = {"preferred_element_type": like.dtype, "backend": backend}
+        if like.shape[0] == sizes.shape[0]:
+            return grouped_matmul_of_columns(left, right, sizes, into=into, **options)
+        of_all = grouped_matmul_of_columns(left, right, sizes, **options)
+        sums = jax.lax.dynamic_slice_in_dim(of_all, offset, like.shape[0])
+        return sums if into is None else into + sums
     factors = {"lhs": rows, "lhs_face": face, "dout": dout, "dout_face": None}
     if operands["transpose_rhs"]:
         factors = {"lhs": dout, "lhs_face": None, "dout": rows, "dout_face": face}
@@ -154,6 +160,7 @@ def _for_drhs(backend: str, dout: jax.Array, operands: Operands) -> jax.Array:
         group_sizes=sizes,
         group_offset=offset,
         num_groups=like.shape[0],
+        into=into,
         out_dtype=like.dtype,
     )
 
@@ -198,10 +205,12 @@ def rounded_rows(
 def _correlate_jvp(backend: str, operands: Operands, tangents: Operands) -> tuple[Any, Any]:
     result = correlated(backend, **operands)
     found = [
-        correlated(backend, **operands | {name: tangent, f"{name}_face": None})
+        correlated(backend, **operands | {name: tangent, f"{name}_face": None, "into": None})
         for name in ("lhs", "dout")
         if (tangent := _tangent_of(name, operands, tangents)) is not None
     ]
+    if not is_zero(tangents["into"]):
+        found.append(tangents["into"])
     return result, sum(found[1:], start=found[0]) if found else zero_tangent(result)
 
 

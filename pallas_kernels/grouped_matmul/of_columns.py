@@ -24,6 +24,7 @@ def grouped_matmul_of_columns(
     group_sizes: jax.Array,
     *,
     preferred_element_type: jax.typing.DTypeLike = jnp.bfloat16,
+    into: jax.Array | None = None,
     backend: str = "auto",
 ) -> jax.Array:
     """lhs[rows of g]ᵀ · dout[rows of g] for each group g, added up in float32; no gradient passes.
@@ -33,6 +34,7 @@ def grouped_matmul_of_columns(
       dout: of N features, of the same rows.
       group_sizes: integer [G], rows of each group, as when `lhs` and `dout` were made.
       preferred_element_type: dtype of the result.
+      into: [G, K, N] in that dtype, what the result is added to, in its buffer if nobody else needs it; or None.
       backend: "auto", "xla" or "pallas_gpu"; see `pallas_kernels.backend`.
 
     Returns:
@@ -43,13 +45,16 @@ def grouped_matmul_of_columns(
       TypeError: on differentiation.
       Unsupported: a named backend cannot do this.
     """
+    out_dtype = jnp.dtype(preferred_element_type)
     _check(lhs, dout, group_sizes)
+    _check_into(into, (group_sizes.shape[0], lhs.values.shape[0], dout.values.shape[0]), out_dtype)
     return _multiplied(
         backend,
         lhs=lhs,
         dout=dout,
         group_sizes=as_group_sizes(group_sizes, lhs.values.shape[1]),
-        out_dtype=jnp.dtype(preferred_element_type),
+        into=into,
+        out_dtype=out_dtype,
     )
 
 
@@ -78,6 +83,11 @@ def _check(lhs: Columns, dout: Columns, group_sizes: jax.Array) -> None:
                 f"group_sizes must be at least 0 and fit into {num_rows // BLOCK} blocks of {BLOCK} rows, got "
                 f"{sizes.tolist()}"
             )
+
+
+def _check_into(into: jax.Array | None, shape: tuple[int, ...], dtype: jnp.dtype) -> None:
+    if into is not None and (into.shape, into.dtype) != (shape, dtype):
+        raise ValueError(f"into must be {dtype.name}{list(shape)}, got {into.dtype.name}{list(into.shape)}")
 
 
 def _jvp(backend: str, operands: Operands, tangents: Operands) -> tuple[Any, Any]:

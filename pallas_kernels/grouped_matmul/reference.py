@@ -73,11 +73,13 @@ def grouped_matmul_drhs(
     *,
     num_groups: int,
     group_offset: jax.Array | int,
+    into: jax.Array | None = None,
     out_dtype: jax.typing.DTypeLike,
 ) -> jax.Array:
     """lhs[rows of g]ᵀ · dout[rows of g] for each of `num_groups` groups from `group_offset` on: [G, K, N].
 
-    Groups without rows get zeros.
+    Groups without rows get zeros. `into`, [G, K, N] in `out_dtype`, is what the result is added to; kernels do that in
+    its buffer, if nobody else needs it.
     """
 
     def body(index, accumulator):
@@ -90,12 +92,18 @@ def grouped_matmul_drhs(
     blocks = _Blocks(group_sizes, num_groups, group_offset, num_rows=lhs.shape[0])
     zeros = jnp.zeros((num_groups, lhs.shape[1], dout.shape[1]), jnp.float32)
     if lhs.shape[0] == 0:
-        return zeros.astype(out_dtype)
-    return lax.fori_loop(0, blocks.count, body, vary_over(zeros, varying_axes(lhs))).astype(out_dtype)
+        return zeros.astype(out_dtype) if into is None else into
+    sums = lax.fori_loop(0, blocks.count, body, vary_over(zeros, varying_axes(lhs))).astype(out_dtype)
+    return sums if into is None else into + sums
 
 
 def grouped_matmul_of_columns(
-    lhs: Columns, dout: Columns, group_sizes: jax.Array, *, out_dtype: jax.typing.DTypeLike
+    lhs: Columns,
+    dout: Columns,
+    group_sizes: jax.Array,
+    *,
+    into: jax.Array | None = None,
+    out_dtype: jax.typing.DTypeLike,
 ) -> jax.Array:
     """`grouped_matmul_drhs` of the rows that `lhs` and `dout` stand for, of as many groups as there are sizes."""
     return grouped_matmul_drhs(
@@ -104,6 +112,7 @@ def grouped_matmul_of_columns(
         padded_sizes(jnp.clip(group_sizes, 0, lhs.values.shape[1])),
         num_groups=group_sizes.shape[0],
         group_offset=0,
+        into=into,
         out_dtype=out_dtype,
     )
 

@@ -38,7 +38,8 @@ def trained_mlp(
       x: tokens [T, H]; a `Rounded` with scales "1x128", or a QTensor, which takes no gradient, with `quantization`.
       row_weights: float32 [R], of the choices in the plan's order; zeros for rows that hold no token.
       plan: of the choices.
-      gate_up: [E, H, 2I], gate first, or [E, 2I, H]; `RoundedWeights` are the first.
+      gate_up: [E, H, 2, I], gate first, or that as [E, H, 2I], or [E, 2I, H]; `RoundedWeights` hold an array of one of
+        the first two, and layouts of the second. Arrays are cast as `settings` say.
       down: [E, I, H] or [E, H, I], likewise.
       gate_up_bias: [E, 2I] or None.
       settings: see there.

@@ -21,8 +21,9 @@ from pallas_kernels.primitive import Operands, is_asked_for
 from pallas_kernels.quantize import QTensor, dequantize
 from pallas_kernels.quantize_columns import quantize_columns
 from pallas_kernels.quantize_rows import SCALING, rows_in_8_bits
+from pallas_kernels.tracing.gradient_refs import added
 from pallas_kernels.trained_mlp.settings import Settings
-from pallas_kernels.trained_mlp.steps import activated, groups, summed, tokens_again
+from pallas_kernels.trained_mlp.steps import activated, as_matrices, groups, summed, tokens_again
 
 Factor = jax.Array | Columns
 """What a gradient of weights, a sum over rows, takes."""
@@ -32,14 +33,16 @@ def pullback(backend: str, dy: jax.Array, operands: Operands) -> Operands:
     """The cotangents of the `directions` of `moved` that are asked for, of dy [T, H]."""
     settings = operands["settings"]
     asked = {name for name, direction in operands["directions"].items() if is_asked_for(direction)}
-    like = {name: operands["directions"][name].aval for name in asked}
+    directions = operands["directions"]
     dy = dy.astype(settings.dtype)
     sums = _Sums(backend, operands["plan"], settings)
     if asked == {"down"}:
         h, _ = activated(backend, operands["pre"], operands)
         assert h is not None, "it was asked for"
         return {
-            "directions": {"down": sums.gradient(sums.of_rows(h), sums.of_tokens(dy), operands["down"], like["down"])}
+            "directions": {
+                "down": sums.gradient(sums.of_rows(h), sums.of_tokens(dy), operands["down"], directions["down"])
+            }
         }
     rounds_to = settings.gradients_round_to
     drows, in_8_bits = dispatched(backend, x=dy, plan=operands["plan"]), None
@@ -52,16 +55,16 @@ def pullback(backend: str, dy: jax.Array, operands: Operands) -> Operands:
     if "row_weights" in asked:
         found["row_weights"] = of_activation.row_weights
     if "down" in asked:
-        found["down"] = sums.gradient(of_activation.result, sums.of_tokens(dy), operands["down"], like["down"])
+        found["down"] = sums.gradient(of_activation.result, sums.of_tokens(dy), operands["down"], directions["down"])
     if "gate_up" in asked:
         found["gate_up"] = sums.gradient(
-            sums.of_x(operands), of_activation.factor, operands["gate_up"], like["gate_up"]
+            sums.of_x(operands), of_activation.factor, operands["gate_up"], directions["gate_up"]
         )
     if "gate_up_bias" in asked:
-        found["gate_up_bias"] = sums.of_bias(of_activation.array, like["gate_up_bias"])
+        found["gate_up_bias"] = sums.of_bias(of_activation.array, directions["gate_up_bias"].aval)
     if "x" in asked:
         dx = _of_rows(backend, of_activation.array, of_activation.in_8_bits, operands["gate_up"], operands)
-        found["x"] = summed(backend, [dx], operands["plan"], like["x"].dtype)
+        found["x"] = summed(backend, [dx], operands["plan"], directions["x"].aval.dtype)
     return {"directions": found}
 
 
@@ -139,20 +142,36 @@ class _Sums:
     plan: Plan
     settings: Settings
 
-    def gradient(self, rows: Factor, drows: Factor, weights: Operands, like: jax.core.ShapedArray) -> jax.Array:
-        """That of the weights of a product of `rows`."""
+    def gradient(self, rows: Factor, drows: Factor, weights: Operands, asked: Any) -> jax.Array | None:
+        """That of the weights of a product of `rows`, which are `asked` for; None if it went to a ref.
+
+        Of weights that are cast it is one of the cast ones, as ever, but for a ref, to which more digits are added.
+        """
         left, right = (drows, rows) if weights["face_transposed"] else (rows, drows)
+        like = asked.aval
+
+        def cotangent(into: jax.Array | None) -> jax.Array:
+            if into is not None:
+                return self._gradient(left, right, like.shape[0], like.dtype, as_matrices(into)).reshape(like.shape)
+            dtype = self.settings.weights_dtype or like.dtype
+            return self._gradient(left, right, like.shape[0], dtype).reshape(like.shape).astype(like.dtype)
+
+        return added(asked, cotangent)
+
+    def _gradient(
+        self, left: Factor, right: Factor, num_experts: int, dtype: jnp.dtype, into: jax.Array | None = None
+    ) -> jax.Array:
         if isinstance(left, Columns) and isinstance(right, Columns):
-            options = {"preferred_element_type": like.dtype, "backend": self.backend}
+            options: Any = {"preferred_element_type": dtype, "into": into, "backend": self.backend}
             return grouped_matmul_of_columns(left, right, self.plan.group_sizes, **options)
         assert isinstance(left, jax.Array), "both are, or none is"
         assert isinstance(right, jax.Array), "both are, or none is"
-        return self._correlated(left, right, like)
+        return self._correlated(left, right, num_experts, dtype, into)
 
     def of_bias(self, drows: jax.Array, like: jax.core.ShapedArray) -> jax.Array:
         """That of the bias of a product."""
         ones = jnp.ones((drows.shape[0], 1), self.settings.dtype)
-        return self._correlated(ones, drows, like)[:, 0]
+        return self._correlated(ones, drows, like.shape[0], like.dtype)[:, 0]
 
     def of_tokens(self, dy: jax.Array) -> Factor:
         """Cotangents of tokens [T, H] as a factor."""
@@ -180,7 +199,9 @@ class _Sums:
         name: Any = jnp.dtype(dtype).name
         return quantize_columns(x, self.plan.group_sizes, row_ids=tokens, dtype=name, backend=self.backend)
 
-    def _correlated(self, lhs: jax.Array, dout: jax.Array, like: jax.core.ShapedArray) -> jax.Array:
+    def _correlated(
+        self, lhs: jax.Array, dout: jax.Array, num_experts: int, dtype: jnp.dtype, into: jax.Array | None = None
+    ) -> jax.Array:
         return correlated(
             self.backend,
             lhs=lhs,
@@ -188,6 +209,7 @@ class _Sums:
             dout=dout,
             dout_face=None,
             **groups(self.plan),
-            num_groups=like.shape[0],
-            out_dtype=like.dtype,
+            num_groups=num_experts,
+            into=into,
+            out_dtype=dtype,
         )

@@ -19,6 +19,7 @@ class Settings:
       quantization: how operands are rounded to 8 bits, or None; see `fits`.
       k_major: whether weights of gate/up, and of down, have K last.
       dtype: of rows.
+      weights_dtype: what weights that are not rounded are cast to; None for as they come.
     """
 
     activation: Activation
@@ -26,6 +27,7 @@ class Settings:
     quantization: Quantization | None
     k_major: tuple[bool, bool]
     dtype: jnp.dtype
+    weights_dtype: jnp.dtype | None = None
 
     @property
     def rounds_to(self) -> jnp.dtype | None:

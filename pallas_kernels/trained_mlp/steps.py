@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from pallas_kernels.gated_activation import gradients as activation
 from pallas_kernels.grouped_matmul.gradients import GATE_UP_NAME
 from pallas_kernels.grouped_matmul.gradients import multiplied as product
-from pallas_kernels.grouped_matmul.weights import in_one_pass, rounded, rounded_both_ways
+from pallas_kernels.grouped_matmul.weights import WEIGHTS_NAME, in_one_pass, rounded, rounded_both_ways
 from pallas_kernels.moved_rows import combined, dispatched
 from pallas_kernels.plan import Plan
 from pallas_kernels.primitive import Operands
@@ -31,7 +31,12 @@ def as_multiplied(
     `in_8_bits` are the weights K-major and N last, where someone has rounded them.
     """
     quantization = settings.quantization
-    if quantization is None or isinstance(w, QTensor):
+    if isinstance(w, QTensor):
+        return (as_is(w, k_major),) * 2
+    w = as_matrices(w)
+    if quantization is None:
+        if settings.weights_dtype not in (None, w.dtype):
+            w = named(w.astype(settings.weights_dtype), WEIGHTS_NAME)
         return (as_is(w, k_major),) * 2
     face = {"rhs_face": w, "rhs_n_last": None, "face_transposed": k_major}
     if in_8_bits is not None:
@@ -46,6 +51,11 @@ def as_multiplied(
     return (face | {"rhs": rhs, "transpose_rhs": True},) * 2
 
 
+def as_matrices(w: jax.Array) -> jax.Array:
+    """[E, K, N] of that or of [E, K, 2, N / 2]."""
+    return w.reshape(*w.shape[:2], -1)
+
+
 def as_is(w: Operand, k_major: bool) -> Operands:
     """Weights that are not rounded here, as operands of `multiplied`."""
     return {"rhs": w, "rhs_face": None, "rhs_n_last": None, "transpose_rhs": k_major, "face_transposed": k_major}
@@ -53,7 +63,7 @@ def as_is(w: Operand, k_major: bool) -> Operands:
 
 def moving(weights: Operands, direction: jax.Array, settings: Settings) -> Operands:
     """`direction` in the place of weights, in the dtype of rows, beside which kernels take no other."""
-    return as_is(direction.astype(settings.dtype), weights["face_transposed"])
+    return as_is(as_matrices(direction).astype(settings.dtype), weights["face_transposed"])
 
 
 def groups(plan: Plan) -> Operands:

@@ -24,6 +24,7 @@ from pallas_kernels.quantize import QTensor, dequantize
 from pallas_kernels.rms_norm import rms_norm, rms_norm_in_8_bits
 from pallas_kernels.tracing.target import targeting
 from tests.helpers import gradients
+from tests.pallas_kernels.grouped_matmul.grouped import drhs
 
 GROUPS, TOKENS, TOP_K, HIDDEN, WIDTH = 8, 40, 4, 1024, 512
 ROWS = TOKENS * TOP_K
@@ -46,6 +47,12 @@ def cases(array, chip, mesh) -> dict:
     def sharded(x, weights, rhs, sizes, plan):
         rows = grouped_matmul(dispatch(x, plan, **on_tpu), rhs, sizes, **on_tpu)
         return combine(rows, plan, weights, **on_tpu)
+
+    def onto_sums(lhs, left, dout, right, sizes, into):
+        columns, options = (Columns(lhs, left), Columns(dout, right)), {"preferred_element_type": "float32"}
+        rows = lhs.T.astype("bfloat16"), dout.T.astype("bfloat16")
+        in_8_bits = grouped_matmul_of_columns(*columns, sizes, into=into, **options, **on_tpu)
+        return in_8_bits, drhs("pallas_tpu", *rows, sizes, into)
 
     def training_step(x, router, gate_up, down, direction):
         """In the 8 bits that the chip multiplies: all products in FP8, or the forward pass in INT8."""
@@ -75,6 +82,15 @@ def cases(array, chip, mesh) -> dict:
             array((1536, 4096), "float8_e5m2"),
             array((32, 1536), "float32"),
             groups,
+        ),
+        "gradients onto sums": (
+            onto_sums,
+            array((2880, 4096), eight),
+            array((32, 2880), "float32"),
+            array((1536, 4096), eight),
+            array((32, 1536), "float32"),
+            groups,
+            array((GROUPS, 2880, 1536), "float32"),
         ),
         "dispatch": (lambda x, plan: dispatch(x, plan, **on_tpu), array((TOKENS, HIDDEN), "bfloat16"), plan),
         "dispatch 8 bits": (lambda x, plan: dispatch(x, plan, **on_tpu), array((TOKENS, HIDDEN), eight), plan),

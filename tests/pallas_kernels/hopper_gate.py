@@ -42,6 +42,7 @@ from pallas_kernels.routed_mlp import routed_mlp
 from pallas_kernels.top_k import Groups, ranked_top_k
 from pallas_kernels.tracing.target import targeting
 from tests.helpers import gradients
+from tests.pallas_kernels.grouped_matmul.grouped import drhs
 from tests.pallas_kernels.kernels_gpu import abstract_plan
 
 TARGET = """
@@ -102,6 +103,19 @@ def of_columns(*shape: int, dtype: str, out_dtype: str) -> Case:
     )
     run = functools.partial(grouped_matmul_of_columns, preferred_element_type=out_dtype, backend="pallas_gpu")
     return run, lhs, dout, array("int32", groups)
+
+
+def onto_sums(groups: int, rows: int, depth: int, columns: int) -> Case:
+    """Both gradients of weights, added to float32."""
+    of_columns_alone, left, right, sizes = of_columns(
+        groups, rows, depth, columns, dtype="float8_e4m3fn", out_dtype="float32"
+    )
+
+    def run(lhs: jax.Array, dout: jax.Array, left: Columns, right: Columns, sizes: jax.Array, sums: Any) -> Any:
+        return drhs("pallas_gpu", lhs, dout, sizes, sums[0]), of_columns_alone(left, right, sizes, into=sums[1])
+
+    lhs, dout = (array("bfloat16", groups * rows, n) for n in (depth, columns))
+    return run, lhs, dout, left, right, sizes, [array("float32", groups, depth, columns)] * 2
 
 
 def layer(num_tokens: int, **options: Any) -> tuple[MoEConfig, Any, Any]:
@@ -216,6 +230,7 @@ CASES: dict[str, Callable[[], Case]] = {
     ),
     "gradients in fp8": lambda: of_columns(128, 2048, 2048, 1536, dtype="float8_e4m3fn", out_dtype="bfloat16"),
     "gradients in fp8 to float32": lambda: of_columns(32, 1024, 7168, 4096, dtype="float8_e5m2", out_dtype="float32"),
+    "gradients onto sums": lambda: onto_sums(128, 512, 2048, 1536),
     "gradients of combine": lambda: (
         lambda rows, weights, plan: gradients(
             lambda rows, weights: combine(rows, plan, weights, backend="pallas_gpu"), rows, weights

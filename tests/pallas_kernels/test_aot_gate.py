@@ -12,6 +12,7 @@ KERNELS = {
         "gate/up fp8 blocks K-major": ["grouped_gate_up"],
         "all_to_all": ["all_to_all"],
         "combine onto a residual": ["combine"],
+        "gradients onto sums": ["grouped_matmul_drhs", "grouped_matmul_drhs_8_bits"],
         "rms_norm gradients": ["rms_norm", "rms_norm_pullback"],
     },
     "others": {

@@ -16,6 +16,7 @@ KERNELS = {
         "gradients of combine": ["combine_dweights", "dispatch"],
         "gradients": ["grouped_matmul", "grouped_matmul_drhs"],
         "gradients in fp8": ["grouped_matmul_drhs_8_bits"],
+        "gradients onto sums": ["grouped_matmul_drhs", "grouped_matmul_drhs_8_bits"],
         "serving in fp8": [
             "combine",
             "grouped_gate_up",

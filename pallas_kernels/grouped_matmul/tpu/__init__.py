@@ -98,9 +98,10 @@ def grouped_matmul_drhs(
     *,
     num_groups: int,
     group_offset: jax.Array | int,
+    into: jax.Array | None = None,
     out_dtype: jax.typing.DTypeLike,
 ) -> jax.Array:
-    """lhs[rows of g]ᵀ · dout[rows of g] for each of `num_groups` groups from `group_offset` on: [G, K, N].
+    """See `pallas_kernels.grouped_matmul.reference.grouped_matmul_drhs`.
 
     Operands in 8 bits are dequantised first, to the dtype of the other one: scales that change along the rows, which
     are summed over, cannot be applied after.
@@ -113,26 +114,33 @@ def grouped_matmul_drhs(
     _check_float("out_dtype", out)
     shape = (num_groups, left.shape[1], right.shape[1])
     if 0 in (left.shape[0], *shape):
-        return jnp.zeros(shape, out)
+        return jnp.zeros(shape, out) if into is None else into
     return drhs.grouped_drhs(
         left.astype(multiply),
         right.astype(multiply),
         group_sizes,
         jnp.asarray(group_offset, jnp.int32),
         num_groups,
+        into,
         out,
-        drhs.pick(chip, left.shape[0], shape, multiply, out),
+        drhs.pick(chip, left.shape[0], shape, multiply, out, adds=into is not None),
         vmem_limit_bytes=tiling.vmem_limit(chip),
     )
 
 
 def grouped_matmul_of_columns(
-    lhs: Columns, dout: Columns, group_sizes: jax.Array, *, out_dtype: jax.typing.DTypeLike
+    lhs: Columns,
+    dout: Columns,
+    group_sizes: jax.Array,
+    *,
+    into: jax.Array | None = None,
+    out_dtype: jax.typing.DTypeLike,
 ) -> jax.Array:
     """See `pallas_kernels.grouped_matmul.grouped_matmul_of_columns`."""
     chip, out = tpu_chip(), jnp.dtype(out_dtype)
     _check_float("out_dtype", out)
-    return of_columns.grouped_drhs(lhs, dout, group_sizes, out, chip, vmem_limit_bytes=tiling.vmem_limit(chip))
+    limit = tiling.vmem_limit(chip)
+    return of_columns.grouped_drhs(lhs, dout, group_sizes, into, out, chip, vmem_limit_bytes=limit)
 
 
 def _product(

@@ -25,6 +25,9 @@ from pallas_kernels.grouped_matmul.group_sizes import bounds
 from pallas_kernels.grouped_matmul.tpu.visits import visits_of
 from pallas_kernels.tracing.varying import result_varying_as
 
+_SCALARS = 4
+"""Operands that the kernel reads before it begins: where the groups lie."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -42,9 +45,17 @@ class Config:
 
 
 def pick(
-    chip: Chip, num_rows: int, shape: tuple[int, int, int], dtype: jax.typing.DTypeLike, out_dtype: jnp.dtype
+    chip: Chip,
+    num_rows: int,
+    shape: tuple[int, int, int],
+    dtype: jax.typing.DTypeLike,
+    out_dtype: jnp.dtype,
+    *,
+    adds: bool = False,
 ) -> Config:
     """The configuration of least modelled time for rows spread evenly over groups with matrices of `shape` [G, K, N].
+
+    `adds` says that the result is added to an array, which is read for that.
 
     Raises:
       Unsupported: no tile fits VMEM.
@@ -52,11 +63,12 @@ def pick(
     num_groups, depth, columns = shape
     itemsize = jnp.dtype(dtype).itemsize
     limit = int(chip.fast_memory_bytes * 0.8) - 4 * MIB
+    passes = 2 if adds else 1
 
     def vmem(config: Config) -> int:
         operands = 2 * config.block_m * (config.block_k + config.block_n) * itemsize
         transposed = 2 * config.block_m * (config.block_k + config.block_n) * itemsize
-        return operands + transposed + config.block_k * config.block_n * (8 + 2 * out_dtype.itemsize)
+        return operands + transposed + config.block_k * config.block_n * (8 + 2 * passes * out_dtype.itemsize)
 
     def seconds(config: Config) -> float:
         rows = -(-num_rows // config.block_m)
@@ -65,7 +77,7 @@ def pick(
         padded = tiles_k * config.block_k * tiles_n * config.block_n
         multiply = 2 * visits * padded / chip.peak(dtype)
         read = visits * itemsize * (tiles_n * tiles_k * (config.block_k + config.block_n))
-        write = num_groups * depth * columns * out_dtype.itemsize
+        write = passes * num_groups * depth * columns * out_dtype.itemsize
         steps = (rows + num_groups) * tiles_k * tiles_n * 0.4e-6
         return max(multiply, (read + write) / chip.hbm_bandwidth) + steps
 
@@ -91,6 +103,7 @@ def grouped_drhs(
     group_sizes: jax.Array,
     group_offset: jax.Array,
     num_groups: int,
+    into: jax.Array | None,
     out_dtype: jnp.dtype,
     config: Config,
     *,
@@ -104,7 +117,8 @@ def grouped_drhs(
       group_sizes: int32 [E].
       group_offset: int32, the first group.
       num_groups: G.
-      out_dtype: of the result.
+      into: [G, K, N], what the result is added to, or None.
+      out_dtype: of the result, and of `into`.
       config: how to cut the work.
       vmem_limit_bytes: what the kernel may use of VMEM.
 
@@ -126,7 +140,8 @@ def grouped_drhs(
         del block, begin, end
         return group[visit + 1], k, n
 
-    def body(group, block, begin, end, lhs_ref, dout_ref, out_ref, total):
+    def body(group, block, begin, end, lhs_ref, dout_ref, *rest):
+        *into_ref, out_ref, total = rest
         visit = pl.program_id(2)
         mine = group[visit + 1]
         first_row = block[visit] * config.block_m
@@ -151,20 +166,26 @@ def grouped_drhs(
 
         @pl.when(group[visit + 2] != mine)
         def _():
-            out_ref[...] = total[...].astype(out_dtype)
+            out_ref[...] = sum((ref[...] for ref in into_ref), start=total[...].astype(out_dtype))
 
     itemsize = lhs.dtype.itemsize
+    of_result = pl.BlockSpec((None, config.block_k, config.block_n), out_block)
+    in_specs = [
+        pl.BlockSpec((config.block_m, config.block_k), lhs_block),
+        pl.BlockSpec((config.block_m, config.block_n), dout_block),
+    ]
+    operands = [lhs, dout]
+    if into is not None:
+        in_specs.append(of_result)
+        operands.append(into)
     return pl.pallas_call(
         body,
         out_shape=result_varying_as(lhs, (num_groups, depth, columns), out_dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=4,
+            num_scalar_prefetch=_SCALARS,
             grid=(pl.cdiv(depth, config.block_k), pl.cdiv(columns, config.block_n), visits.count),
-            in_specs=[
-                pl.BlockSpec((config.block_m, config.block_k), lhs_block),
-                pl.BlockSpec((config.block_m, config.block_n), dout_block),
-            ],
-            out_specs=pl.BlockSpec((None, config.block_k, config.block_n), out_block),
+            in_specs=in_specs,
+            out_specs=of_result,
             scratch_shapes=[pltpu.VMEM((config.block_k, config.block_n), jnp.float32)],
         ),
         compiler_params=pltpu.CompilerParams(
@@ -175,8 +196,9 @@ def grouped_drhs(
             bytes_accessed=num_rows * (depth + columns) * itemsize + num_groups * depth * columns * out_dtype.itemsize,
             transcendentals=0,
         ),
+        input_output_aliases={} if into is None else {_SCALARS + len(operands) - 1: 0},
         name="grouped_matmul_drhs",
-    )(visits.group, visits.block, visits.begin, visits.end, lhs, dout)
+    )(visits.group, visits.block, visits.begin, visits.end, *operands)
 
 
 def _transposed_product(lhs: jax.Array, dout: jax.Array) -> jax.Array:

@@ -27,11 +27,15 @@ _LARGEST_TILE = 1024
 
 _SUBLANES = 8
 
+_SCALARS = 3
+"""Operands that the kernel reads before it begins: where the groups lie."""
+
 
 def grouped_drhs(
     lhs: Columns,
     dout: Columns,
     group_sizes: jax.Array,
+    into: jax.Array | None,
     out_dtype: jnp.dtype,
     chip: Chip,
     *,
@@ -44,7 +48,8 @@ def grouped_drhs(
       lhs: of K features.
       dout: of N features.
       group_sizes: int32 [G], as when the operands were made.
-      out_dtype: of the result.
+      into: [G, K, N], what the result is added to, or None.
+      out_dtype: of the result, and of `into`.
       chip: where it runs.
       vmem_limit_bytes: what the kernel may use of VMEM.
       largest_tile: for tests.
@@ -59,8 +64,9 @@ def grouped_drhs(
     is_native = lhs.dtype == dout.dtype and chip.is_native(lhs.dtype)
     multiplied_as = lhs.dtype if is_native else jnp.dtype(jnp.bfloat16)  # which holds any of 8 bits
 
-    def body(group, block, has_rows, lhs_ref, lhs_scale, dout_ref, dout_scale, out_ref, total):
+    def body(group, block, has_rows, lhs_ref, lhs_scale, dout_ref, dout_scale, *rest):
         del block
+        *into_ref, out_ref, total = rest
         visit = pl.program_id(2)
         mine = group[visit + 1]
 
@@ -81,7 +87,7 @@ def grouped_drhs(
 
         @pl.when(group[visit + 2] != mine)
         def _():
-            out_ref[...] = total[...].astype(out_dtype)
+            out_ref[...] = sum((ref[...] for ref in into_ref), start=total[...].astype(out_dtype))
 
     def values(features: int, axis: int) -> pl.BlockSpec:
         return pl.BlockSpec((features, BLOCK), lambda *at: (at[axis], at[4][at[2]]))
@@ -89,14 +95,20 @@ def grouped_drhs(
     def scales(features: int, axis: int) -> pl.BlockSpec:
         return pl.BlockSpec((None, 1, features), lambda *at: (at[4][at[2]], 0, at[axis]))
 
+    of_result = pl.BlockSpec((None, block_k, block_n), lambda *at: (at[3][at[2] + 1], at[0], at[1]))
+    in_specs = [values(block_k, 0), scales(block_k, 0), values(block_n, 1), scales(block_n, 1)]
+    operands = [lhs.values, lhs.scale[:, None], dout.values, dout.scale[:, None]]
+    if into is not None:
+        in_specs.append(of_result)
+        operands.append(into)
     return pl.pallas_call(
         body,
         out_shape=result_varying_as(lhs.values, (num_groups, depth, columns), out_dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=3,
+            num_scalar_prefetch=_SCALARS,
             grid=(pl.cdiv(depth, block_k), pl.cdiv(columns, block_n), visits.count),
-            in_specs=[values(block_k, 0), scales(block_k, 0), values(block_n, 1), scales(block_n, 1)],
-            out_specs=pl.BlockSpec((None, block_k, block_n), lambda *at: (at[3][at[2] + 1], at[0], at[1])),
+            in_specs=in_specs,
+            out_specs=of_result,
             scratch_shapes=[pltpu.VMEM((block_k, block_n), jnp.float32)],
         ),
         compiler_params=pltpu.CompilerParams(
@@ -107,8 +119,9 @@ def grouped_drhs(
             bytes_accessed=num_blocks * BLOCK * (depth + columns) + num_groups * depth * columns * out_dtype.itemsize,
             transcendentals=0,
         ),
+        input_output_aliases={} if into is None else {_SCALARS + len(operands) - 1: 0},
         name="grouped_matmul_drhs_8_bits",
-    )(visits.group, visits.block, visits.has_rows, lhs.values, lhs.scale[:, None], dout.values, dout.scale[:, None])
+    )(visits.group, visits.block, visits.has_rows, *operands)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.grouped_matmul import grouped_gate_up, grouped_matmul
+from pallas_kernels.grouped_matmul.gradients import correlated
 from pallas_kernels.quantize import QTensor, quantize
 from tests.helpers import LIMIT, float64, normal
 
@@ -77,6 +78,13 @@ def dense_gate_up(lhs, rhs, group_sizes, bias=None, group_offset: int = 0, activ
     h = dense_matmul(lhs, rhs, group_sizes, bias, group_offset)
     mask = owned(h.shape[0], group_sizes, values(rhs).shape[0], group_offset)
     return np.where(mask[:, None], gated(*np.split(h, 2, axis=1), activation, limit), 0)
+
+
+def drhs(backend, lhs, dout, group_sizes, into=None, *, out_dtype="float32", **window) -> jax.Array:
+    """The gradient of weights by `backend`, added to `into`; `window` is group_offset and num_groups."""
+    operands = {"lhs": lhs, "lhs_face": None, "dout": dout, "dout_face": None, "group_sizes": group_sizes}
+    window = {"group_offset": jnp.int32(0), "num_groups": group_sizes.shape[0]} | window
+    return correlated(backend, **operands, **window, into=into, out_dtype=jnp.dtype(out_dtype))
 
 
 def dense_drhs(lhs, dout, group_sizes, num_groups: int, group_offset: int = 0) -> np.ndarray:

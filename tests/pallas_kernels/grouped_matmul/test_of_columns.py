@@ -95,7 +95,7 @@ def test_tiles_on_a_simulated_tpu(rng, chip, dtypes):
     lhs, dout = operands(rng, sizes, (256, 320, 200), dtypes)
     with interpreted_on_tpu(), targeting(chip):
         out = of_columns.grouped_drhs(
-            lhs, dout, sizes, jnp.dtype("float32"), chip, vmem_limit_bytes=2**24, largest_tile=128
+            lhs, dout, sizes, None, jnp.dtype("float32"), chip, vmem_limit_bytes=2**24, largest_tile=128
         )
     assert relative_error(out, dense(lhs, dout, sizes)) < LIMIT["float32"]
     assert not np.asarray(out)[1].any()

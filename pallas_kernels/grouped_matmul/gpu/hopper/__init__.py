@@ -78,9 +78,10 @@ def grouped_matmul_drhs(
     *,
     num_groups: int,
     group_offset: jax.Array | int,
+    into: jax.Array | None = None,
     out_dtype: jax.typing.DTypeLike,
 ) -> jax.Array:
-    """lhs[rows of g]ᵀ · dout[rows of g] for each of `num_groups` groups from `group_offset` on: [G, K, N].
+    """See `pallas_kernels.grouped_matmul.reference.grouped_matmul_drhs`.
 
     Operands in 8 bits are dequantised to BF16 first: the sum runs over rows, of which FP8 would need a transposed copy.
     """
@@ -92,7 +93,7 @@ def grouped_matmul_drhs(
     require_multiple("K", depth, 8)
     require_multiple("N", columns, 64)
     if num_rows == 0:
-        return jnp.zeros((num_groups, depth, columns), out_dtype)
+        return jnp.zeros((num_groups, depth, columns), out_dtype) if into is None else into
     begins, ends = (
         jax.lax.dynamic_slice_in_dim(rows, group_offset, num_groups) for rows in bounds(group_sizes, num_rows)
     )
@@ -102,8 +103,9 @@ def grouped_matmul_drhs(
         jnp.pad(right, padding),
         begins,
         ends,
+        into,
         out_dtype,
-        drhs.Config(),
+        drhs.pick(out_dtype, adds=into is not None),
         num_blocks=chip.cores,
     )
 
@@ -113,6 +115,7 @@ def grouped_matmul_of_columns(
     dout: Columns,
     group_sizes: jax.Array,
     *,
+    into: jax.Array | None = None,
     out_dtype: jax.typing.DTypeLike,
     config: drhs_8_bits.Config | None = None,
 ) -> jax.Array:
@@ -133,8 +136,9 @@ def grouped_matmul_of_columns(
         lhs,
         dout,
         jnp.minimum(blocks, num_rows // BLOCK),
+        into,
         out_dtype,
-        config or drhs_8_bits.Config(),
+        config or drhs_8_bits.pick(out_dtype, num_rows // group_sizes.shape[0], adds=into is not None),
         num_blocks=chip.cores,
     )
 

@@ -25,6 +25,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.grouped_matmul.gpu.tiles import place_in_strips
+from pallas_kernels.on_gpu.into import fetch_tile, run_into, store_sum
 from pallas_kernels.on_gpu.smem import SWIZZLE, Views, swizzled
 from pallas_kernels.on_gpu.store import store_rows
 from pallas_kernels.on_gpu.wgmma import WGMMA_ROWS
@@ -54,11 +55,17 @@ class Config:
     out_slots: int = 4
 
 
+def pick(out_dtype: jnp.dtype, *, adds: bool) -> Config:
+    """The configuration; to be added to an array, a tile needs slots for all of it."""
+    return Config(block_n=128, num_stages=5, strip=8) if adds and out_dtype.itemsize == 4 else Config()
+
+
 def grouped_drhs(
     lhs: jax.Array,
     dout: jax.Array,
     begins: jax.Array,
     ends: jax.Array,
+    into: jax.Array | None,
     out_dtype: jnp.dtype,
     config: Config,
     *,
@@ -71,7 +78,8 @@ def grouped_drhs(
       dout: [M, N], the same dtype; N a multiple of 64.
       begins: int32 [G], first row of each group.
       ends: int32 [G], the row after its last.
-      out_dtype: of the result.
+      into: [G, K, N], what the result is added to, or None.
+      out_dtype: of the result, and of `into`.
       config: see there.
       num_blocks: of the grid.
 
@@ -176,18 +184,18 @@ def grouped_drhs(
             step, group_rows = carry
             group, row_tile, column_tile = place(tile)
             after = rows_of(group_of(tile + num_blocks))
+            row = pl.multiple_of((row_tile * _WARPGROUPS + warpgroup) * WGMMA_ROWS, WGMMA_ROWS)
+            place_of_tile: Any = {"row": row, "column": pl.multiple_of(column_tile * config.block_n, config.block_n)}
+            held = out.at[group], staging, scratch.held, warpgroup
+            if into is not None:
+                pl.when(group_rows.steps > 0)(lambda: fetch_tile(*held, **place_of_tile))
             result = pl.run_scoped(
                 functools.partial(multiply, group_rows, step), plgpu.ACC((WGMMA_ROWS, config.block_n), jnp.float32)
             )
-            store_rows(
-                out.at[group],
-                staging,
-                warpgroup,
-                result,
-                row=(row_tile * _WARPGROUPS + warpgroup) * WGMMA_ROWS,
-                rows=None,
-                column=column_tile * config.block_n,
-            )
+            if into is not None:
+                pl.when(group_rows.steps > 0)(lambda: store_sum(*held, result, **place_of_tile))
+            else:
+                store_rows(out.at[group], staging, warpgroup, result, rows=None, **place_of_tile)
             return step + group_rows.steps, after
 
         @pl.when(warpgroup == _WARPGROUPS)
@@ -204,10 +212,10 @@ def grouped_drhs(
             for_each_tile(compute, (jnp.int32(0), rows_of(group_of(lax.axis_index("block")))))
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    kernel = plgpu.kernel(
+    kernel = functools.partial(
+        plgpu.kernel,
         body,
-        out_type=jax.ShapeDtypeStruct((num_groups, depth, columns), out_dtype),
-        scratch_types=[_Scratch.describe(lhs.dtype, out_dtype, config)],
+        scratch_types=[_Scratch.describe(lhs.dtype, out_dtype, config, adds=into is not None)],
         grid=(num_blocks,),
         grid_names=("block",),
         num_threads=_WARPGROUPS + 1,
@@ -219,7 +227,8 @@ def grouped_drhs(
             unsafe_no_auto_barriers=True,
         ),
     )
-    return kernel(lhs, dout, begins, ends)
+    out_type = jax.ShapeDtypeStruct((num_groups, depth, columns), out_dtype)
+    return run_into(kernel, out_type, into, lhs, dout, begins, ends)
 
 
 @jax.tree_util.register_dataclass
@@ -266,6 +275,7 @@ class _Scratch(NamedTuple):
       full: a ring buffer has been filled.
       empty: a ring buffer has been read.
       cleared: both math warpgroups have cleared their share of a step.
+      held: what a warpgroup's tile is added to has been fetched.
     """
 
     lhs: Any
@@ -274,9 +284,10 @@ class _Scratch(NamedTuple):
     full: Any
     empty: Any
     cleared: Any
+    held: Any
 
     @classmethod
-    def describe(cls, dtype: jnp.dtype, out_dtype: jnp.dtype, config: Config) -> "_Scratch":
+    def describe(cls, dtype: jnp.dtype, out_dtype: jnp.dtype, config: Config, *, adds: bool) -> "_Scratch":
         """The types to allocate."""
         stages, rows = config.num_stages, config.block_rows
         return cls(
@@ -286,4 +297,5 @@ class _Scratch(NamedTuple):
             full=plgpu.Barrier(num_arrivals=_WARPGROUPS + 1, num_barriers=stages),
             empty=plgpu.Barrier(num_arrivals=_WARPGROUPS, num_barriers=stages),
             cleared=plgpu.Barrier(num_arrivals=_WARPGROUPS),
+            held=plgpu.Barrier(num_arrivals=config.out_slots, num_barriers=_WARPGROUPS) if adds else None,
         )
