@@ -23,6 +23,7 @@ from bench.hopper.case_data import (
     permute,
     whole_layer,
 )
+from bench.hopper.micro_batches import micro_batches
 from bench.hopper.products import Product, layer_products
 from bench.hopper.training import training
 from bench.model.shapes import OPERAND_DTYPES, GemmShape
@@ -145,11 +146,18 @@ def _training(name: str, shape: GemmShape, in_8_bits: bool, goal: Goal, note: st
     return Case(name, shape, "fp8" if in_8_bits else "bf16", goal, build, products, moves, note, 8e-2)
 
 
+def _sums(name: str, shape: GemmShape, in_8_bits: bool, goal: Goal, note: str) -> Case:
+    """A micro-batch of several, the gradients of which are added up."""
+    case = _training(name, shape, in_8_bits, goal, note)
+    return dataclasses.replace(case, build=functools.partial(micro_batches, in_8_bits=in_8_bits))
+
+
 _DECODE, _DOWN = GemmShape(8, 48, 7168, 2048), GemmShape(8, 48, 2048, 7168)
 _PREFILL, _PREFILL_BACK = GemmShape(8, 4096, 7168, 4096), GemmShape(8, 4096, 4096, 7168)
 _MANY = GemmShape(64, 64, 2048, 1536)
 # A layer with the rows of 32768 tokens, and one on one of 8 chips with those of 4096.
 _QWEN3, _DEEPSEEK = GemmShape(128, 2048, 2048, 768), GemmShape(32, 1024, 7168, 2048)
+_MICRO = dataclasses.replace(_QWEN3, M=128)  # the rows of 2048 tokens
 _PERMUTE = GemmShape(PERMUTE_EXPERTS, 16384, 4096, 4096)
 
 _BLOCKS = (Product(_PREFILL, "fp8-blocks"),)
@@ -187,6 +195,8 @@ _TABLE = (
     _training("qwen3-train-fp8", _QWEN3, True, Goal("TFLOP/s", 550, 625), "from BF16 parameters"),
     _training("deepseek-train-bf16", _DEEPSEEK, False, Goal("TFLOP/s", 560, 640), "4096 tokens, both ways"),
     _training("deepseek-train-fp8", _DEEPSEEK, True, Goal("TFLOP/s", 672, 784), "from BF16 parameters"),
+    _sums("qwen3-sums-bf16", _MICRO, False, Goal("µs", 1850, 1650), "gradients of 2048 tokens added up, BF16"),
+    _sums("qwen3-sums-fp8", _MICRO, True, Goal("µs", 2700, 2400), "the same, float32"),
 )
 
 CASES: Mapping[str, Case] = MappingProxyType({case.name: case for case in _TABLE})

@@ -12,7 +12,7 @@ from bench.hopper.peers import Implementation, to_torch
 from bench.inputs.weights import normal
 from bench.model.shapes import GemmShape
 from bench.plain import layer_in_jax, layer_in_torch
-from moejax import MoEConfig, MoEParams, Quantization, moe, with_changes
+from moejax import MoEConfig, MoEParams, Quantization, RoundedExperts, moe, with_changes
 
 Weights = Mapping[str, Any]
 """Parameters by their dotted names: "router.kernel" [H, E], "gate_up" [E, H, 2, I] and "down" [E, I, H]."""
@@ -26,20 +26,10 @@ def training(s: GemmShape, *, in_8_bits: bool) -> CaseData:
     In 8 bits weights, rows and cotangents are rounded in each step, for all six products, and the peer is our own layer
     in BF16. Peers in BF16 are the layer in plain JAX and in torch.
     """
-    config = MoEConfig(s.K, s.N, s.G, LAYER_TOP_K)
-    if in_8_bits:
-        fp8: Any = "float8_e4m3fn"
-        quantization = Quantization(gradient_dtype=fp8, weights_gradient_dtype=fp8)
-        config = with_changes(config, precision="w8a8", quantization=quantization)
-    tokens = s.G * s.M // LAYER_TOP_K
-    weights = {
-        "router.kernel": normal(1, (s.K, s.G), scale=s.K**-0.5),
-        "gate_up": normal(2, (s.G, s.K, 2, s.N), scale=s.K**-0.5),
-        "down": normal(3, (s.G, s.N, s.K), scale=s.N**-0.5),
-    }
-    x, dy = (normal(seed, (tokens, s.K)) for seed in (0, 4))
-    ours = Implementation("moejax", "moejax", {"": _step_of(functools.partial(_ours, config=config))})
-    in_bf16 = functools.partial(_ours, config=with_changes(config, precision="w16a16", quantization=Quantization()))
+    config, weights = config_of(s, in_8_bits=in_8_bits), weights_of(s)
+    x, dy = (normal(seed, (s.G * s.M // LAYER_TOP_K, s.K)) for seed in (0, 4))
+    ours = Implementation("moejax", "moejax", {"": _step_of(functools.partial(our_layer, config=config))})
+    in_bf16 = functools.partial(our_layer, config=config_of(s, in_8_bits=False))
     in_jax = functools.partial(_in_jax, config=config)
     peers = (
         (Implementation("moejax, BF16", "moejax", {"": _step_of(in_bf16)}),)
@@ -51,11 +41,35 @@ def training(s: GemmShape, *, in_8_bits: bool) -> CaseData:
             ),
         )
     )
-    in_float32 = with_changes(config, precision="w16a16", quantization=Quantization(), dtype=jnp.float32, backend="xla")
-    reference = _step_of(functools.partial(_ours, config=in_float32))
+    reference = _step_of(functools.partial(our_layer, config=exact(config)))
     return CaseData(
         (x, weights, dy), ours, peers, reference, calls=1, checked=(x[:_CHECKED_TOKENS], weights, dy[:_CHECKED_TOKENS])
     )
+
+
+def config_of(s: GemmShape, *, in_8_bits: bool) -> MoEConfig:
+    """A layer of G experts of width N, K its hidden size; in 8 bits all six products are."""
+    config = MoEConfig(s.K, s.N, s.G, LAYER_TOP_K)
+    if not in_8_bits:
+        return config
+    fp8: Any = "float8_e4m3fn"
+    quantization = Quantization(gradient_dtype=fp8, weights_gradient_dtype=fp8)
+    return with_changes(config, precision="w8a8", quantization=quantization)
+
+
+def exact(config: MoEConfig) -> MoEConfig:
+    """The same layer by XLA in float32."""
+    return with_changes(config, precision="w16a16", quantization=Quantization(), dtype=jnp.float32, backend="xla")
+
+
+def weights_of(s: GemmShape, dtype: jax.typing.DTypeLike = jnp.bfloat16) -> Weights:
+    """Random parameters of that layer."""
+    shapes = {"router.kernel": (s.K, s.G), "gate_up": (s.G, s.K, 2, s.N), "down": (s.G, s.N, s.K)}
+    widths = {"down": s.N}
+    return {
+        name: normal(seed, shape, scale=widths.get(name, s.K) ** -0.5).astype(dtype)
+        for seed, (name, shape) in enumerate(shapes.items(), start=1)
+    }
 
 
 def _step_of(layer: Callable[..., jax.Array]) -> Callable[..., Any]:
@@ -68,9 +82,15 @@ def _step_of(layer: Callable[..., jax.Array]) -> Callable[..., Any]:
     return step
 
 
-def _ours(x: jax.Array, weights: Weights, *, config: MoEConfig) -> jax.Array:
+def params_of(weights: Weights) -> MoEParams:
+    """The parameters as our layer takes them."""
     router = {"kernel": weights["router.kernel"]}
-    return moe(x, MoEParams(router=router, gate_up=weights["gate_up"], down=weights["down"]), config)[0]
+    return MoEParams(router=router, gate_up=weights["gate_up"], down=weights["down"])
+
+
+def our_layer(x: jax.Array, weights: Weights, *, config: MoEConfig, rounded: RoundedExperts | None = None) -> jax.Array:
+    """Y of tokens x."""
+    return moe(x, params_of(weights), config, rounded=rounded)[0]
 
 
 def _in_jax(x: jax.Array, weights: Weights, *, config: MoEConfig) -> jax.Array:

@@ -11,7 +11,7 @@ H200 = get_chip("h200")
 
 def test_all_cases_in_the_order_of_the_table():
     assert [case.name for case in select_cases(None)] == list(CASES)
-    assert len(CASES) == 22
+    assert len(CASES) == 24
 
 
 def test_of_few_tokens_only_the_experts_that_are_chosen_are_read():

@@ -71,6 +71,15 @@ def test_a_training_step_is_right(name):
     assert peer["relative_error"] < 2e-2
 
 
+@pytest.mark.parametrize("name", ["qwen3-sums-bf16", "qwen3-sums-fp8"])
+@pytest.mark.quick("qwen3-sums-fp8")
+def test_sums_over_micro_batches_are_right(name):
+    case = dataclasses.replace(CASES[name], shape=GemmShape(8, 16, 128, 128))
+    ours, peers = measure_case(case, repeats=1, with_peers=True)
+    assert ours["relative_error"] < case.tolerance
+    assert peers["jax.grad and sums"]["relative_error"] < case.tolerance
+
+
 def test_peers_get_the_same_inputs(times):
     case = dataclasses.replace(CASES["decode-bf16"], shape=GemmShape(2, 8, 128, 128))
     _, peers = measure_case(case, repeats=1, with_peers=True)
