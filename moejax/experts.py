@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from moejax.config import MoEConfig
-from moejax.params import flat_halves
+from moejax.params import flat_array, flat_halves, flat_layouts
 from pallas_kernels.activations import Activation
 from pallas_kernels.grouped_matmul import (
     WEIGHTS_NAME,
@@ -24,7 +24,6 @@ from pallas_kernels.quantize import (
     Operand,
     QTensor,
     Quantization,
-    RoundedWeights,
     Rows,
     ToRound,
     Weights,
@@ -42,7 +41,7 @@ class ExpertWeights:
     """The parameters of L experts; `as_multiplied` is what products take.
 
     Attributes:
-      gate_up: [L, H, 2I], gate first, or [L, H, 2, I], or [L, 2I, H].
+      gate_up: [L, H, 2, I], or that as [L, H, 2I], gate first, or [L, 2I, H]; layouts in 8 bits are of the last two.
       down: [L, I, H] or [L, H, I].
       gate_up_bias: [L, 2I] or None.
       down_bias: [L, H] or None.
@@ -59,7 +58,8 @@ class ExpertWeights:
 
     def as_multiplied(self) -> "ExpertWeights":
         """With gate and up as one matrix, in `dtype`."""
-        gate_up, down = _cast(_one_matrix(self.gate_up), self.dtype), _cast(self.down, self.dtype)
+        gate_up = self.gate_up if len(self.gate_up.shape) == 3 else flat_array(self.gate_up)
+        gate_up, down = _cast(gate_up, self.dtype), _cast(self.down, self.dtype)
         return dataclasses.replace(self, gate_up=gate_up, down=down, dtype=None)
 
 
@@ -91,7 +91,7 @@ class ExpertMath:
         Args:
           rows: [R, H], sorted by expert; a QTensor takes no gradient.
           group_sizes: int32 [L], rows of each of the L experts whose weights are given.
-          weights: of these.
+          weights: of these, `as_multiplied`.
 
         Returns:
           [R, H] in `dtype`; zeros past the sum of group_sizes.
@@ -245,12 +245,10 @@ def expert_mlp(
 
 
 def expert_weights(params: dict[str, Any], math: ExpertMath) -> ExpertWeights:
-    """The `EXPERT_FIELDS` of MoEParams by name; what gradients are asked for is as it is."""
+    """The `EXPERT_FIELDS` of MoEParams by name: arrays stay as they are, so that gradients are those of parameters."""
     gate_up, down = params["gate_up"], params["down"]
-    in_8_bits = isinstance(gate_up, QTensor | RoundedWeights)
-    flat = flat_halves(gate_up) if in_8_bits else gate_up
     return ExpertWeights(
-        dataclasses.replace(flat, array=gate_up.array) if isinstance(gate_up, RoundedWeights) else flat,
+        flat_layouts(gate_up),
         down,
         _flat_bias(params["gate_up_bias"]),
         params["down_bias"],
@@ -325,13 +323,6 @@ def _dtype_of_weights(math: ExpertMath) -> jnp.dtype | None:
     Over an FSDP axis they were cast earlier, before they were gathered.
     """
     return jnp.dtype(math.dtype) if math.quantization is None else None
-
-
-def _one_matrix(gate_up: Weights) -> Weights:
-    """[L, H, 2I] of arrays [L, H, 2, I]; layouts in 8 bits are that by then."""
-    if isinstance(gate_up, RoundedWeights):
-        return dataclasses.replace(gate_up, array=flat_halves(gate_up.array))
-    return flat_halves(gate_up) if len(gate_up.shape) == 4 else gate_up
 
 
 def _cast(weights: Weights, dtype: jnp.dtype | None) -> Weights:

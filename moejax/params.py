@@ -269,18 +269,26 @@ def flat_halves(gate_up: Any) -> Any:
 
     RoundedWeights become those of one matrix, with the scales of blocks that they have.
     """
+    return flat_array(flat_layouts(gate_up))
 
-    def joined(array: jax.Array) -> jax.Array:
-        return array.reshape(*array.shape[:-2], -1)
 
+def flat_array(gate_up: Any) -> Any:
+    """`flat_halves` of an array, and of that in RoundedWeights; all that is in 8 bits stays as it is."""
+    if isinstance(gate_up, RoundedWeights):
+        return dataclasses.replace(gate_up, array=flat_array(gate_up.array))
+    return gate_up if isinstance(gate_up, QTensor) else _joined(gate_up)
+
+
+def flat_layouts(gate_up: Any) -> Any:
+    """`flat_halves` of what is in 8 bits; arrays, in RoundedWeights too, stay as they are."""
     if isinstance(gate_up, RoundedWeights):
         k_major, n_last = gate_up.k_major, gate_up.n_last
         parts = (k_major.values, k_major.scale)
         rows = QTensor(*(part.reshape(*part.shape[:-3], -1, part.shape[-1]) for part in parts))
-        columns = None if n_last is None else QTensor(joined(n_last.values), joined(n_last.scale))
-        return RoundedWeights(joined(gate_up.array), rows, columns)
+        columns = None if n_last is None else QTensor(_joined(n_last.values), _joined(n_last.scale))
+        return RoundedWeights(gate_up.array, rows, columns)
     if not isinstance(gate_up, QTensor):
-        return joined(gate_up)
+        return gate_up
     *batch, halves, width, depth = gate_up.shape
     scale = gate_up.scale
     if scale.shape[-3:] == (halves, 1, 1):  # one scale for each of the two: as channels the kernels know it
@@ -289,3 +297,7 @@ def flat_halves(gate_up: Any) -> Any:
         gate_up.values.reshape(*batch, halves * width, depth),
         scale.reshape(*scale.shape[:-3], -1, scale.shape[-1]),
     )
+
+
+def _joined(array: jax.Array) -> jax.Array:
+    return array.reshape(*array.shape[:-2], -1)

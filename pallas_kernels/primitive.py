@@ -31,7 +31,7 @@ from jax.interpreters import partial_eval as pe
 
 from pallas_kernels.backend import PREFERRED, check_backend, run
 from pallas_kernels.on_tpu.device import as_on_a_tpu
-from pallas_kernels.tracing.gradient_refs import defines_transpose
+from pallas_kernels.tracing.gradient_refs import define_transpose
 from pallas_kernels.tracing.override import Overrides, overrides
 from pallas_kernels.tracing.target import lowering_for, named_platform
 from pallas_kernels.tracing.unless_differentiated import jvp_of_moving
@@ -89,7 +89,7 @@ class Operator:
       jvp: (backend, operands, tangents) -> (result, its tangent), where `linear_in` is not given. Tangents have the
         structure of the operands, or are `ad.Zero`. The default for what is made of operators follows from them.
       transpose: (backend, cotangent, operands) -> the cotangents of those operands that are asked for, by name, within
-        dictionaries and lists as the operands are; see `tracing.gradient_refs.added` for those that go to refs. Of
+        dictionaries and lists as the operands are; see `tracing.gradient_refs.accumulate` for those that go to refs. Of
         several results it gets a tuple of cotangents, some of which may be `ad.Zero`.
       hidden: names of operands that only the rules see.
       fewer: (operands, which leaves of the result are used) -> operands with which no more is computed than is needed,
@@ -127,7 +127,7 @@ class Operator:
         if jvp is not None:
             ad.primitive_jvps[self._primitive] = functools.partial(self._jvp, jvp)
         if transpose is not None:
-            defines_transpose(self._primitive, functools.partial(self._transpose, transpose))
+            define_transpose(self._primitive, functools.partial(self._transpose, transpose))
         if fewer is not None:
             pe.dce_rules[self._primitive] = functools.partial(_without_unused, fewer)
 
@@ -222,7 +222,7 @@ def is_zero(tangent: Any) -> bool:
 
 def is_asked_for(operand: Any) -> bool:
     """Whether the rule of a transpose is asked for the cotangent of `operand`."""
-    return isinstance(operand, ad.UndefinedPrimal)
+    return isinstance(operand, ad.UndefinedPrimal)  # one asked for in a ref too, which `ad.is_undefined_primal` is not
 
 
 def zero_tangent(of: jax.Array) -> ad.Zero:

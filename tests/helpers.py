@@ -41,6 +41,18 @@ def same_bits(a, b) -> bool:
     return all(x.dtype == y.dtype and x.shape == y.shape and x.tobytes() == y.tobytes() for x, y in _arrays(pairs))
 
 
+def added_in_refs(function, primals, cotangent, sums):
+    """`sums`, a tree like `primals`, after the gradients of `function` went to refs that held them."""
+    refs = jax.tree.map(jax.new_ref, sums)
+    jax.vjp(function, primals)[1].with_refs(refs)(cotangent)
+    return jax.tree.map(jax.freeze, refs)
+
+
+def additions_to_refs(function, *args) -> int:
+    """How often JAX itself adds to a ref."""
+    return str(jax.make_jaxpr(function)(*args)).count(" += ")
+
+
 def _arrays(pairs):
     return ((np.asarray(x), np.asarray(y)) for x, y in pairs)
 

@@ -1,7 +1,7 @@
 """The grouped products as primitives: each is linear in either factor, and its transposes are such products again.
 
     multiplied(lhs, rhs, bias)   [M, N]      transposed: lhs: multiplied by rhs the other way round, rhs: `correlated`
-    correlated(lhs, dout)        [G, K, N]   transposed: both: multiplied
+    correlated(lhs, dout, onto)  [G, K, N]   transposed: of lhs and dout: multiplied
     activated(lhs, rhs, bias)    [M, I]      where a gradient is asked for: multiplied, and the activation after it
     pushed(h, terms)             [M, I]      the tangent of that; transposed: the activation's pullback, then the terms'
 
@@ -41,7 +41,7 @@ from pallas_kernels.quantize import (
 )
 from pallas_kernels.quantize_columns import quantize_columns
 from pallas_kernels.quantize_rows import rows_in_8_bits
-from pallas_kernels.tracing.gradient_refs import added
+from pallas_kernels.tracing.gradient_refs import accumulate
 
 _OF_ACTIVATION = ("activation", "activation_limit", "in_8_bits")
 
@@ -126,17 +126,17 @@ def _multiply_transpose(
             out_dtype=lhs.aval.dtype,
         )
     if is_asked_for(rhs):
-        found["rhs"] = added(rhs, functools.partial(_for_drhs, backend, dout, operands))
+        found["rhs"] = accumulate(rhs, functools.partial(_for_drhs, backend, dout, operands))
     if is_asked_for(bias):
         ones = jnp.ones((dout.shape[0], 1), dout.dtype)
         sizes = {"num_groups": bias.aval.shape[0], "out_dtype": bias.aval.dtype}
-        sums = correlated(backend, lhs=ones, lhs_face=None, dout=dout, dout_face=None, into=None, **groups, **sizes)
+        sums = correlated(backend, lhs=ones, lhs_face=None, dout=dout, dout_face=None, onto=None, **groups, **sizes)
         found["bias"] = sums[:, 0]
     return found
 
 
-def _for_drhs(backend: str, dout: jax.Array, operands: Operands, into: jax.Array | None) -> jax.Array:
-    """The gradient of rhs, of which `operands` tell no more than shape and dtype; added to `into`, if that is given."""
+def _for_drhs(backend: str, dout: jax.Array, operands: Operands, onto: jax.Array | None) -> jax.Array:
+    """The gradient of rhs, of which `operands` tell no more than shape and dtype; added to `onto`, if that is given."""
     rows, face, like = operands["lhs"], operands["lhs_face"], operands["rhs"].aval
     sizes, offset, quantization = (operands[name] for name in ("group_sizes", "group_offset", "quantization"))
     if quantization is not None and quantization.weights_gradient_dtype is not None:
@@ -146,11 +146,12 @@ def _for_drhs(backend: str, dout: jax.Array, operands: Operands, into: jax.Array
         of_rows = quantize_columns(face, sizes, dtype=quantization.dtype, backend=backend)
         left, right = (of_dout, of_rows) if operands["transpose_rhs"] else (of_rows, of_dout)
         options: dict[str, Any] = {"preferred_element_type": like.dtype, "backend": backend}
-        if like.shape[0] == sizes.shape[0]:
-            return grouped_matmul_of_columns(left, right, sizes, into=into, **options)
-        of_all = grouped_matmul_of_columns(left, right, sizes, **options)
-        sums = jax.lax.dynamic_slice_in_dim(of_all, offset, like.shape[0])
-        return sums if into is None else into + sums
+        is_whole = like.shape[0] == sizes.shape[0]
+        sums = grouped_matmul_of_columns(left, right, sizes, onto=onto if is_whole else None, **options)
+        if is_whole:
+            return sums
+        sums = jax.lax.dynamic_slice_in_dim(sums, offset, like.shape[0])
+        return sums if onto is None else onto + sums
     factors = {"lhs": rows, "lhs_face": face, "dout": dout, "dout_face": None}
     if operands["transpose_rhs"]:
         factors = {"lhs": dout, "lhs_face": None, "dout": rows, "dout_face": face}
@@ -160,7 +161,7 @@ def _for_drhs(backend: str, dout: jax.Array, operands: Operands, into: jax.Array
         group_sizes=sizes,
         group_offset=offset,
         num_groups=like.shape[0],
-        into=into,
+        onto=onto,
         out_dtype=like.dtype,
     )
 
@@ -205,12 +206,12 @@ def rounded_rows(
 def _correlate_jvp(backend: str, operands: Operands, tangents: Operands) -> tuple[Any, Any]:
     result = correlated(backend, **operands)
     found = [
-        correlated(backend, **operands | {name: tangent, f"{name}_face": None, "into": None})
+        correlated(backend, **operands | {name: tangent, f"{name}_face": None, "onto": None})
         for name in ("lhs", "dout")
         if (tangent := _tangent_of(name, operands, tangents)) is not None
     ]
-    if not is_zero(tangents["into"]):
-        found.append(tangents["into"])
+    if not is_zero(tangents["onto"]):
+        found.append(tangents["onto"])
     return result, sum(found[1:], start=found[0]) if found else zero_tangent(result)
 
 

@@ -24,7 +24,7 @@ def grouped_matmul_of_columns(
     group_sizes: jax.Array,
     *,
     preferred_element_type: jax.typing.DTypeLike = jnp.bfloat16,
-    into: jax.Array | None = None,
+    onto: jax.Array | None = None,
     backend: str = "auto",
 ) -> jax.Array:
     """lhs[rows of g]ᵀ · dout[rows of g] for each group g, added up in float32; no gradient passes.
@@ -34,11 +34,11 @@ def grouped_matmul_of_columns(
       dout: of N features, of the same rows.
       group_sizes: integer [G], rows of each group, as when `lhs` and `dout` were made.
       preferred_element_type: dtype of the result.
-      into: [G, K, N] in that dtype, what the result is added to, in its buffer if nobody else needs it; or None.
-      backend: "auto", "xla" or "pallas_gpu"; see `pallas_kernels.backend`.
+      onto: [G, K, N] in that dtype, what the result is added to, in its buffer if nobody else needs it; or None.
+      backend: "auto", "xla", "pallas_tpu" or "pallas_gpu"; see `pallas_kernels.backend`.
 
     Returns:
-      [G, K, N]; zeros for groups without rows.
+      [G, K, N]; zeros, or what `onto` holds, for groups without rows.
 
     Raises:
       ValueError: shapes or dtypes do not fit, or there are fewer blocks than group_sizes that are known take up.
@@ -47,13 +47,13 @@ def grouped_matmul_of_columns(
     """
     out_dtype = jnp.dtype(preferred_element_type)
     _check(lhs, dout, group_sizes)
-    _check_into(into, (group_sizes.shape[0], lhs.values.shape[0], dout.values.shape[0]), out_dtype)
+    _check_onto(onto, (group_sizes.shape[0], lhs.values.shape[0], dout.values.shape[0]), out_dtype)
     return _multiplied(
         backend,
         lhs=lhs,
         dout=dout,
         group_sizes=as_group_sizes(group_sizes, lhs.values.shape[1]),
-        into=into,
+        onto=onto,
         out_dtype=out_dtype,
     )
 
@@ -85,9 +85,9 @@ def _check(lhs: Columns, dout: Columns, group_sizes: jax.Array) -> None:
             )
 
 
-def _check_into(into: jax.Array | None, shape: tuple[int, ...], dtype: jnp.dtype) -> None:
-    if into is not None and (into.shape, into.dtype) != (shape, dtype):
-        raise ValueError(f"into must be {dtype.name}{list(shape)}, got {into.dtype.name}{list(into.shape)}")
+def _check_onto(onto: jax.Array | None, shape: tuple[int, ...], dtype: jnp.dtype) -> None:
+    if onto is not None and (onto.shape, onto.dtype) != (shape, dtype):
+        raise ValueError(f"onto must be {dtype.name}{list(shape)}, got {onto.dtype.name}{list(onto.shape)}")
 
 
 def _jvp(backend: str, operands: Operands, tangents: Operands) -> tuple[Any, Any]:

@@ -73,12 +73,12 @@ def grouped_matmul_drhs(
     *,
     num_groups: int,
     group_offset: jax.Array | int,
-    into: jax.Array | None = None,
+    onto: jax.Array | None = None,
     out_dtype: jax.typing.DTypeLike,
 ) -> jax.Array:
     """lhs[rows of g]ᵀ · dout[rows of g] for each of `num_groups` groups from `group_offset` on: [G, K, N].
 
-    Groups without rows get zeros. `into`, [G, K, N] in `out_dtype`, is what the result is added to; kernels do that in
+    Groups without rows get zeros. `onto`, [G, K, N] in `out_dtype`, is what the result is added to; kernels do that in
     its buffer, if nobody else needs it.
     """
 
@@ -92,9 +92,9 @@ def grouped_matmul_drhs(
     blocks = _Blocks(group_sizes, num_groups, group_offset, num_rows=lhs.shape[0])
     zeros = jnp.zeros((num_groups, lhs.shape[1], dout.shape[1]), jnp.float32)
     if lhs.shape[0] == 0:
-        return zeros.astype(out_dtype) if into is None else into
+        return zeros.astype(out_dtype) if onto is None else onto
     sums = lax.fori_loop(0, blocks.count, body, vary_over(zeros, varying_axes(lhs))).astype(out_dtype)
-    return sums if into is None else into + sums
+    return sums if onto is None else onto + sums
 
 
 def grouped_matmul_of_columns(
@@ -102,7 +102,7 @@ def grouped_matmul_of_columns(
     dout: Columns,
     group_sizes: jax.Array,
     *,
-    into: jax.Array | None = None,
+    onto: jax.Array | None = None,
     out_dtype: jax.typing.DTypeLike,
 ) -> jax.Array:
     """`grouped_matmul_drhs` of the rows that `lhs` and `dout` stand for, of as many groups as there are sizes."""
@@ -112,7 +112,7 @@ def grouped_matmul_of_columns(
         padded_sizes(jnp.clip(group_sizes, 0, lhs.values.shape[1])),
         num_groups=group_sizes.shape[0],
         group_offset=0,
-        into=into,
+        onto=onto,
         out_dtype=out_dtype,
     )
 

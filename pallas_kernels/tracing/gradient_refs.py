@@ -2,9 +2,10 @@
 
 JAX adds the cotangent of an operand to the ref that is given for it, which reads and writes the sum and the cotangent
 once more. A rule for a transpose that sees the ref can have a kernel add to it instead. JAX has no public name for the
-table of such rules. Where it is not found, cotangents are returned as ever, and JAX adds them.
+table of such rules. Where there is none, cotangents are returned as usual, and JAX adds them.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -12,14 +13,11 @@ import jax
 from jax.experimental.hijax import GradAccum, RefAccum
 from jax.interpreters import ad
 
-try:
-    from jax._src.interpreters.ad import fancy_transposes
-except ImportError:  # a version that has moved it
-    fancy_transposes = {}
+_RULES: dict[Any, Callable[..., None]] = getattr(inspect.getmodule(RefAccum), "fancy_transposes", {})
 
 
 class AskedInRef(ad.UndefinedPrimal):
-    """An operand whose cotangent is to be added to `ref`, of the same dtype."""
+    """An operand whose cotangent is to be added to `ref`, of the same dtype. A leaf of pytrees."""
 
     __slots__ = ("ref",)
 
@@ -28,7 +26,7 @@ class AskedInRef(ad.UndefinedPrimal):
         self.ref = ref
 
 
-def added(operand: Any, cotangent: Callable[[jax.Array | None], jax.Array]) -> jax.Array | None:
+def accumulate(operand: Any, cotangent: Callable[[jax.Array | None], jax.Array]) -> jax.Array | None:
     """The cotangent of an operand that is asked for: `cotangent(None)`.
 
     Where it goes to a ref, that takes `cotangent(value)`, which is to add it to the value of the ref, in the shape of
@@ -40,7 +38,7 @@ def added(operand: Any, cotangent: Callable[[jax.Array | None], jax.Array]) -> j
     return None
 
 
-def defines_transpose(primitive: Any, transpose: Callable[..., Any]) -> None:
+def define_transpose(primitive: Any, transpose: Callable[..., Any]) -> None:
     """Has `transpose`, a rule as of `ad.primitive_transposes`, see which operands are asked for in refs."""
 
     def rule(cotangents: Any, *operands: Any, **params: Any) -> None:
@@ -50,11 +48,11 @@ def defines_transpose(primitive: Any, transpose: Callable[..., Any]) -> None:
                 operand.accum(found)
 
     ad.primitive_transposes[primitive] = transpose
-    fancy_transposes[primitive] = rule
+    _RULES[primitive] = rule
 
 
-def _asked(operand: Any) -> ad.UndefinedPrimal:
-    ref = operand.ref if isinstance(operand, RefAccum) else None
-    if ref is None or ref.dtype != operand.aval.dtype:
-        return ad.UndefinedPrimal(operand.aval)
-    return AskedInRef(operand.aval, ref)
+def _asked(operand: GradAccum) -> ad.UndefinedPrimal:
+    aval: Any = operand.aval
+    ref = operand.ref if type(operand) is RefAccum else None
+    # A ref that JAX makes has the dtype of the cotangent that came first, which may be another.
+    return ad.UndefinedPrimal(aval) if ref is None or ref.dtype != aval.dtype else AskedInRef(aval, ref)

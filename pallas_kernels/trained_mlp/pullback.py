@@ -21,7 +21,7 @@ from pallas_kernels.primitive import Operands, is_asked_for
 from pallas_kernels.quantize import QTensor, dequantize
 from pallas_kernels.quantize_columns import quantize_columns
 from pallas_kernels.quantize_rows import SCALING, rows_in_8_bits
-from pallas_kernels.tracing.gradient_refs import added
+from pallas_kernels.tracing.gradient_refs import accumulate
 from pallas_kernels.trained_mlp.settings import Settings
 from pallas_kernels.trained_mlp.steps import activated, as_matrices, groups, summed, tokens_again
 
@@ -32,18 +32,15 @@ Factor = jax.Array | Columns
 def pullback(backend: str, dy: jax.Array, operands: Operands) -> Operands:
     """The cotangents of the `directions` of `moved` that are asked for, of dy [T, H]."""
     settings = operands["settings"]
-    asked = {name for name, direction in operands["directions"].items() if is_asked_for(direction)}
     directions = operands["directions"]
+    asked = {name for name, direction in directions.items() if is_asked_for(direction)}
     dy = dy.astype(settings.dtype)
     sums = _Sums(backend, operands["plan"], settings)
     if asked == {"down"}:
         h, _ = activated(backend, operands["pre"], operands)
         assert h is not None, "it was asked for"
-        return {
-            "directions": {
-                "down": sums.gradient(sums.of_rows(h), sums.of_tokens(dy), operands["down"], directions["down"])
-            }
-        }
+        of_down = sums.gradient(sums.of_rows(h), sums.of_tokens(dy), operands["down"], directions["down"])
+        return {"directions": {"down": of_down}}
     rounds_to = settings.gradients_round_to
     drows, in_8_bits = dispatched(backend, x=dy, plan=operands["plan"]), None
     if rounds_to is not None:
@@ -142,31 +139,32 @@ class _Sums:
     plan: Plan
     settings: Settings
 
-    def gradient(self, rows: Factor, drows: Factor, weights: Operands, asked: Any) -> jax.Array | None:
-        """That of the weights of a product of `rows`, which are `asked` for; None if it went to a ref.
+    def gradient(self, rows: Factor, drows: Factor, weights: Operands, direction: Any) -> jax.Array | None:
+        """That of the weights of a product of `rows`, which `direction` asks for; None if it went to a ref.
 
-        Of weights that are cast it is one of the cast ones, as ever, but for a ref, to which more digits are added.
+        Where weights are cast, it is rounded to the dtype of the cast ones, as the derivative of a cast is; what is
+        added to a ref is not.
         """
         left, right = (drows, rows) if weights["face_transposed"] else (rows, drows)
-        like = asked.aval
+        like = direction.aval
 
-        def cotangent(into: jax.Array | None) -> jax.Array:
-            if into is not None:
-                return self._gradient(left, right, like.shape[0], like.dtype, as_matrices(into)).reshape(like.shape)
-            dtype = self.settings.weights_dtype or like.dtype
+        def cotangent(onto: jax.Array | None) -> jax.Array:
+            if onto is not None:
+                return self._gradient(left, right, like.shape[0], like.dtype, as_matrices(onto)).reshape(like.shape)
+            dtype = like.dtype if self.settings.weights_dtype is None else self.settings.weights_dtype
             return self._gradient(left, right, like.shape[0], dtype).reshape(like.shape).astype(like.dtype)
 
-        return added(asked, cotangent)
+        return accumulate(direction, cotangent)
 
     def _gradient(
-        self, left: Factor, right: Factor, num_experts: int, dtype: jnp.dtype, into: jax.Array | None = None
+        self, left: Factor, right: Factor, num_experts: int, dtype: jnp.dtype, onto: jax.Array | None = None
     ) -> jax.Array:
         if isinstance(left, Columns) and isinstance(right, Columns):
-            options: Any = {"preferred_element_type": dtype, "into": into, "backend": self.backend}
+            options: Any = {"preferred_element_type": dtype, "onto": onto, "backend": self.backend}
             return grouped_matmul_of_columns(left, right, self.plan.group_sizes, **options)
         assert isinstance(left, jax.Array), "both are, or none is"
         assert isinstance(right, jax.Array), "both are, or none is"
-        return self._correlated(left, right, num_experts, dtype, into)
+        return self._correlated(left, right, num_experts, dtype, onto)
 
     def of_bias(self, drows: jax.Array, like: jax.core.ShapedArray) -> jax.Array:
         """That of the bias of a product."""
@@ -200,7 +198,7 @@ class _Sums:
         return quantize_columns(x, self.plan.group_sizes, row_ids=tokens, dtype=name, backend=self.backend)
 
     def _correlated(
-        self, lhs: jax.Array, dout: jax.Array, num_experts: int, dtype: jnp.dtype, into: jax.Array | None = None
+        self, lhs: jax.Array, dout: jax.Array, num_experts: int, dtype: jnp.dtype, onto: jax.Array | None = None
     ) -> jax.Array:
         return correlated(
             self.backend,
@@ -210,6 +208,6 @@ class _Sums:
             dout_face=None,
             **groups(self.plan),
             num_groups=num_experts,
-            into=into,
+            onto=onto,
             out_dtype=dtype,
         )

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from moejax import MoEConfig, Quantization, moe, quantize_for_training, quantize_params
-from tests.helpers import normal, relative_error, same_bits
+from tests.helpers import added_in_refs, additions_to_refs, normal, relative_error, same_bits
 from tests.moejax.layers import random_params
 
 IN_8_BITS = {
@@ -39,7 +39,7 @@ def added_by_jax(params, batches, config, **options):
     return jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), batches)[0]
 
 
-def added_in_refs(params, batches, config, wrap=lambda function: function, **options):
+def in_refs(params, batches, config, wrap=lambda function: function, **options):
     sums = jax.tree.map(lambda w: jax.new_ref(jnp.zeros_like(w)), params)
 
     def add(_, x):
@@ -51,11 +51,6 @@ def added_in_refs(params, batches, config, wrap=lambda function: function, **opt
     return jax.tree.map(jax.freeze, sums)
 
 
-def additions(function, *args):
-    """How often JAX adds to a ref."""
-    return str(jax.make_jaxpr(function)(*args)).count(" += ")
-
-
 @pytest.mark.parametrize("name", CONFIGS)
 def test_sums_have_the_same_bits(rng, name):
     config, batches = CONFIGS[name], normal(rng, 3, 24, 256, dtype="bfloat16")
@@ -63,23 +58,44 @@ def test_sums_have_the_same_bits(rng, name):
     if config.precision == "w16a16":
         params = jax.tree.map(lambda w: w.astype(jnp.bfloat16), params)
     rounded = quantize_for_training(params, config) if name == "8 bits" else None
-    run = functools.partial(added_in_refs, config=config)
+    run = functools.partial(in_refs, config=config)
     by_jax = jax.jit(functools.partial(added_by_jax, config=config))(params, batches, rounded=rounded)
     assert same_bits(jax.jit(run)(params, batches, rounded=rounded), by_jax)
-    # Left to JAX: the router, and biases.
-    assert additions(lambda *args: run(*args, rounded=rounded), params, batches) == (3 if name == "biases" else 1)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_jax_adds_routers_and_biases(rng, name):
+    config, batches = CONFIGS[name], normal(rng, 3, 24, 256, dtype="bfloat16")
+    params = random_params(config, rng)
+    rounded = quantize_for_training(params, config) if name == "8 bits" else None
+    run = functools.partial(in_refs, config=config, rounded=rounded)
+    assert additions_to_refs(run, params, batches) == (3 if name == "biases" else 1)
+
+
+def test_stacked_layers(rng):
+    """As `nnx.scan` has them, with a part of a ref for each."""
+    config, x = CONFIGS["8 bits"], normal(rng, 24, 256, dtype="bfloat16")
+    params = jax.tree.map(lambda *layers: jnp.stack(layers), *(random_params(config, rng) for _ in range(2)))
+
+    def deep(params):
+        y = jax.lax.scan(lambda x, params: (moe(x, params, config)[0], None), x, params)[0]
+        return jnp.square(y.astype(jnp.float32)).sum()
+
+    start = jax.tree.map(lambda w: normal(rng, *w.shape), params)
+    run = functools.partial(added_in_refs, deep, cotangent=jnp.float32(1), sums=start)
+    plain = jax.jit(jax.grad(deep))(params)
+    assert same_bits(jax.jit(run)(params), jax.tree.map(jnp.add, start, plain))
+    assert additions_to_refs(run, params) == 1
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["16 bits", "8 bits"])
 def test_sums_have_the_same_bits_on_a_gpu(rng, name):
-    config, batches = (
-        dataclasses.replace(CONFIGS[name], backend="pallas_gpu"),
-        normal(rng, 3, 200, 256, dtype="bfloat16"),
-    )
+    config, batches = CONFIGS[name], normal(rng, 3, 200, 256, dtype="bfloat16")
     params = jax.tree.map(lambda w: w.astype(jnp.bfloat16), random_params(config, rng))
-    by_jax, in_refs = (jax.jit(functools.partial(f, config=config)) for f in (added_by_jax, added_in_refs))
-    assert same_bits(in_refs(params, batches), by_jax(params, batches))
+    options = {"config": dataclasses.replace(config, backend="pallas_gpu")}
+    by_jax, by_kernels = (jax.jit(functools.partial(f, **options))(params, batches) for f in (added_by_jax, in_refs))
+    assert same_bits(by_kernels, by_jax)
 
 
 def test_weights_that_are_cast_keep_more_digits(rng):
@@ -90,19 +106,19 @@ def test_weights_that_are_cast_keep_more_digits(rng):
     exact = jax.jit(functools.partial(added_by_jax, config=dataclasses.replace(config, dtype=jnp.float32)))(
         dataclasses.replace(cast, router=params.router), x.astype(jnp.float32)
     )
-    by_jax, in_refs = (jax.jit(functools.partial(f, config=config))(params, x) for f in (added_by_jax, added_in_refs))
-    assert same_bits(in_refs.down.astype(jnp.bfloat16), by_jax.down.astype(jnp.bfloat16))
-    assert not same_bits(in_refs.down, by_jax.down)
-    assert relative_error(in_refs.down, np.asarray(exact.down)) < relative_error(by_jax.down, np.asarray(exact.down))
+    by_jax, by_kernels = (jax.jit(functools.partial(f, config=config))(params, x) for f in (added_by_jax, in_refs))
+    assert same_bits(by_kernels.down.astype(jnp.bfloat16), by_jax.down.astype(jnp.bfloat16))
+    assert not same_bits(by_kernels.down, by_jax.down)
+    assert relative_error(by_kernels.down, np.asarray(exact.down)) < relative_error(by_jax.down, np.asarray(exact.down))
 
 
 def test_under_checkpoint_jax_adds(rng):
     config, batches = CONFIGS["8 bits"], normal(rng, 2, 24, 256, dtype="bfloat16")
     params = random_params(config, rng)
-    again = functools.partial(added_in_refs, config=config, wrap=jax.checkpoint)
-    assert same_bits(
-        jax.jit(again)(params, batches), jax.jit(functools.partial(added_by_jax, config=config))(params, batches)
-    )
+    again = functools.partial(in_refs, config=config, wrap=jax.checkpoint)
+    by_jax = jax.jit(functools.partial(added_by_jax, config=config))(params, batches)
+    assert same_bits(jax.jit(again)(params, batches), by_jax)
+    assert additions_to_refs(again, params, batches) == 3
 
 
 def test_a_ref_for_some_weights_alone(rng):
@@ -136,13 +152,9 @@ def test_layers_that_share_weights_add_twice(rng):
         y, _ = moe(x, params, config)
         return jnp.square(moe(y, params, config)[0].astype(jnp.float32)).sum()
 
-    def in_refs(params):
-        refs = jax.tree.map(lambda w: jax.new_ref(jnp.zeros_like(w)), params)
-        value, pullback = jax.vjp(twice, params)
-        pullback.with_refs(refs)(jnp.ones_like(value))
-        return jax.tree.map(jax.freeze, refs)
-
-    assert same_bits(jax.jit(in_refs)(params), jax.jit(jax.grad(twice))(params))
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    total = jax.jit(functools.partial(added_in_refs, twice))(params, jnp.float32(1), zeros)
+    assert same_bits(total, jax.jit(jax.grad(twice))(params))
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])

@@ -48,11 +48,21 @@ def cases(array, chip, mesh) -> dict:
         rows = grouped_matmul(dispatch(x, plan, **on_tpu), rhs, sizes, **on_tpu)
         return combine(rows, plan, weights, **on_tpu)
 
-    def onto_sums(lhs, left, dout, right, sizes, into):
-        columns, options = (Columns(lhs, left), Columns(dout, right)), {"preferred_element_type": "float32"}
+    def onto_sums(lhs, left, dout, right, sizes, onto):
+        columns, dtype = (Columns(lhs, left), Columns(dout, right)), onto.dtype
         rows = lhs.T.astype("bfloat16"), dout.T.astype("bfloat16")
-        in_8_bits = grouped_matmul_of_columns(*columns, sizes, into=into, **options, **on_tpu)
-        return in_8_bits, drhs("pallas_tpu", *rows, sizes, into)
+        in_8_bits = grouped_matmul_of_columns(*columns, sizes, preferred_element_type=dtype, onto=onto, **on_tpu)
+        return in_8_bits, drhs("pallas_tpu", *rows, sizes, onto, out_dtype=dtype)
+
+    def columns(dtype):
+        """Operands of a gradient of weights in 8 bits, the second of this dtype."""
+        return (
+            array((2880, 4096), eight),
+            array((32, 2880), "float32"),
+            array((1536, 4096), dtype),
+            array((32, 1536), "float32"),
+            groups,
+        )
 
     def training_step(x, router, gate_up, down, direction):
         """In the 8 bits that the chip multiplies: all products in FP8, or the forward pass in INT8."""
@@ -77,21 +87,10 @@ def cases(array, chip, mesh) -> dict:
             lambda lhs, left, dout, right, sizes: grouped_matmul_of_columns(
                 Columns(lhs, left), Columns(dout, right), sizes, backend="pallas_tpu"
             ),
-            array((2880, 4096), eight),
-            array((32, 2880), "float32"),
-            array((1536, 4096), "float8_e5m2"),
-            array((32, 1536), "float32"),
-            groups,
+            *columns("float8_e5m2"),
         ),
-        "gradients onto sums": (
-            onto_sums,
-            array((2880, 4096), eight),
-            array((32, 2880), "float32"),
-            array((1536, 4096), eight),
-            array((32, 1536), "float32"),
-            groups,
-            array((GROUPS, 2880, 1536), "float32"),
-        ),
+        "gradients onto sums": (onto_sums, *columns(eight), array((GROUPS, 2880, 1536), "float32")),
+        "gradients onto sums in bf16": (onto_sums, *columns(eight), array((GROUPS, 2880, 1536), "bfloat16")),
         "dispatch": (lambda x, plan: dispatch(x, plan, **on_tpu), array((TOKENS, HIDDEN), "bfloat16"), plan),
         "dispatch 8 bits": (lambda x, plan: dispatch(x, plan, **on_tpu), array((TOKENS, HIDDEN), eight), plan),
         "dispatch float16": (lambda x, plan: dispatch(x, plan, **on_tpu), array((TOKENS, HIDDEN), "float16"), plan),

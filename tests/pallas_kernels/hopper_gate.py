@@ -105,17 +105,17 @@ def of_columns(*shape: int, dtype: str, out_dtype: str) -> Case:
     return run, lhs, dout, array("int32", groups)
 
 
-def onto_sums(groups: int, rows: int, depth: int, columns: int) -> Case:
-    """Both gradients of weights, added to float32."""
-    of_columns_alone, left, right, sizes = of_columns(
-        groups, rows, depth, columns, dtype="float8_e4m3fn", out_dtype="float32"
-    )
+def onto_sums(*shape: int, dtype: str = "float32") -> Case:
+    """Both gradients of weights, added to an array."""
+    groups, rows, depth, columns = shape
+    in_8_bits, left, right, sizes = of_columns(*shape, dtype="float8_e4m3fn", out_dtype=dtype)
 
     def run(lhs: jax.Array, dout: jax.Array, left: Columns, right: Columns, sizes: jax.Array, sums: Any) -> Any:
-        return drhs("pallas_gpu", lhs, dout, sizes, sums[0]), of_columns_alone(left, right, sizes, into=sums[1])
+        in_16_bits = drhs("pallas_gpu", lhs, dout, sizes, sums[0], out_dtype=dtype)
+        return in_16_bits, in_8_bits(left, right, sizes, onto=sums[1])
 
     lhs, dout = (array("bfloat16", groups * rows, n) for n in (depth, columns))
-    return run, lhs, dout, left, right, sizes, [array("float32", groups, depth, columns)] * 2
+    return run, lhs, dout, left, right, sizes, [array(dtype, groups, depth, columns)] * 2
 
 
 def layer(num_tokens: int, **options: Any) -> tuple[MoEConfig, Any, Any]:
@@ -231,6 +231,8 @@ CASES: dict[str, Callable[[], Case]] = {
     "gradients in fp8": lambda: of_columns(128, 2048, 2048, 1536, dtype="float8_e4m3fn", out_dtype="bfloat16"),
     "gradients in fp8 to float32": lambda: of_columns(32, 1024, 7168, 4096, dtype="float8_e5m2", out_dtype="float32"),
     "gradients onto sums": lambda: onto_sums(128, 512, 2048, 1536),
+    "gradients of many rows onto sums": lambda: onto_sums(16, 2048, 2048, 1408),
+    "gradients onto sums in bf16": lambda: onto_sums(128, 512, 2048, 1536, dtype="bfloat16"),
     "gradients of combine": lambda: (
         lambda rows, weights, plan: gradients(
             lambda rows, weights: combine(rows, plan, weights, backend="pallas_gpu"), rows, weights

@@ -17,6 +17,7 @@ KERNELS = {
     },
     "others": {
         "gradient of weights in 8 bits": ["grouped_matmul_drhs_8_bits"],
+        "gradients onto sums in bf16": ["grouped_matmul_drhs", "grouped_matmul_drhs_8_bits"],
         "rms_norm 2880": ["rms_norm", "rms_norm_pullback"],
         "rms_norm e4m3 blocks": ["rms_norm"],
         "rms_norm e5m2": ["rms_norm"],

@@ -50,6 +50,8 @@ KERNELS = {
         "gate/up with bias": ["grouped_gate_up"],
         "gate/up relu2": ["grouped_gate_up"],
         "gradients in fp8 to float32": ["grouped_matmul_drhs_8_bits"],
+        "gradients of many rows onto sums": ["grouped_matmul_drhs", "grouped_matmul_drhs_8_bits"],
+        "gradients onto sums in bf16": ["grouped_matmul_drhs", "grouped_matmul_drhs_8_bits"],
         "experts in fp8": [
             "combine",
             "grouped_gate_up",

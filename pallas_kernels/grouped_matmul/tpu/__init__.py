@@ -98,7 +98,7 @@ def grouped_matmul_drhs(
     *,
     num_groups: int,
     group_offset: jax.Array | int,
-    into: jax.Array | None = None,
+    onto: jax.Array | None = None,
     out_dtype: jax.typing.DTypeLike,
 ) -> jax.Array:
     """See `pallas_kernels.grouped_matmul.reference.grouped_matmul_drhs`.
@@ -114,16 +114,16 @@ def grouped_matmul_drhs(
     _check_float("out_dtype", out)
     shape = (num_groups, left.shape[1], right.shape[1])
     if 0 in (left.shape[0], *shape):
-        return jnp.zeros(shape, out) if into is None else into
+        return jnp.zeros(shape, out) if onto is None else onto
     return drhs.grouped_drhs(
         left.astype(multiply),
         right.astype(multiply),
         group_sizes,
         jnp.asarray(group_offset, jnp.int32),
+        onto,
         num_groups,
-        into,
         out,
-        drhs.pick(chip, left.shape[0], shape, multiply, out, adds=into is not None),
+        drhs.pick(chip, left.shape[0], shape, multiply, out, adds=onto is not None),
         vmem_limit_bytes=tiling.vmem_limit(chip),
     )
 
@@ -133,14 +133,14 @@ def grouped_matmul_of_columns(
     dout: Columns,
     group_sizes: jax.Array,
     *,
-    into: jax.Array | None = None,
+    onto: jax.Array | None = None,
     out_dtype: jax.typing.DTypeLike,
 ) -> jax.Array:
     """See `pallas_kernels.grouped_matmul.grouped_matmul_of_columns`."""
     chip, out = tpu_chip(), jnp.dtype(out_dtype)
     _check_float("out_dtype", out)
     limit = tiling.vmem_limit(chip)
-    return of_columns.grouped_drhs(lhs, dout, group_sizes, into, out, chip, vmem_limit_bytes=limit)
+    return of_columns.grouped_drhs(lhs, dout, group_sizes, onto, out, chip, vmem_limit_bytes=limit)
 
 
 def _product(

@@ -25,9 +25,6 @@ from pallas_kernels.grouped_matmul.group_sizes import bounds
 from pallas_kernels.grouped_matmul.tpu.visits import visits_of
 from pallas_kernels.tracing.varying import result_varying_as
 
-_SCALARS = 4
-"""Operands that the kernel reads before it begins: where the groups lie."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -51,7 +48,7 @@ def pick(
     dtype: jax.typing.DTypeLike,
     out_dtype: jnp.dtype,
     *,
-    adds: bool = False,
+    adds: bool,
 ) -> Config:
     """The configuration of least modelled time for rows spread evenly over groups with matrices of `shape` [G, K, N].
 
@@ -63,12 +60,12 @@ def pick(
     num_groups, depth, columns = shape
     itemsize = jnp.dtype(dtype).itemsize
     limit = int(chip.fast_memory_bytes * 0.8) - 4 * MIB
-    passes = 2 if adds else 1
+    result_itemsize = out_dtype.itemsize * (2 if adds else 1)
 
     def vmem(config: Config) -> int:
         operands = 2 * config.block_m * (config.block_k + config.block_n) * itemsize
         transposed = 2 * config.block_m * (config.block_k + config.block_n) * itemsize
-        return operands + transposed + config.block_k * config.block_n * (8 + 2 * passes * out_dtype.itemsize)
+        return operands + transposed + config.block_k * config.block_n * (8 + 2 * result_itemsize)
 
     def seconds(config: Config) -> float:
         rows = -(-num_rows // config.block_m)
@@ -77,9 +74,9 @@ def pick(
         padded = tiles_k * config.block_k * tiles_n * config.block_n
         multiply = 2 * visits * padded / chip.peak(dtype)
         read = visits * itemsize * (tiles_n * tiles_k * (config.block_k + config.block_n))
-        write = passes * num_groups * depth * columns * out_dtype.itemsize
+        result = num_groups * depth * columns * result_itemsize
         steps = (rows + num_groups) * tiles_k * tiles_n * 0.4e-6
-        return max(multiply, (read + write) / chip.hbm_bandwidth) + steps
+        return max(multiply, (read + result) / chip.hbm_bandwidth) + steps
 
     options = [
         Config(block_m, block_k, block_n)
@@ -102,8 +99,8 @@ def grouped_drhs(
     dout: jax.Array,
     group_sizes: jax.Array,
     group_offset: jax.Array,
+    onto: jax.Array | None,
     num_groups: int,
-    into: jax.Array | None,
     out_dtype: jnp.dtype,
     config: Config,
     *,
@@ -116,14 +113,14 @@ def grouped_drhs(
       dout: [M, N], of the same dtype.
       group_sizes: int32 [E].
       group_offset: int32, the first group.
+      onto: [G, K, N], what the result is added to, or None.
       num_groups: G.
-      into: [G, K, N], what the result is added to, or None.
-      out_dtype: of the result, and of `into`.
+      out_dtype: of the result, and of `onto`.
       config: how to cut the work.
       vmem_limit_bytes: what the kernel may use of VMEM.
 
     Returns:
-      [G, K, N]; zeros for groups without rows.
+      [G, K, N]; zeros, or what `onto` holds, for groups without rows.
     """
     (num_rows, depth), columns = lhs.shape, dout.shape[1]
     visits = _Visits.of(group_sizes, group_offset, num_groups, num_rows, config.block_m)
@@ -141,7 +138,7 @@ def grouped_drhs(
         return group[visit + 1], k, n
 
     def body(group, block, begin, end, lhs_ref, dout_ref, *rest):
-        *into_ref, out_ref, total = rest
+        *onto_ref, out_ref, total = rest
         visit = pl.program_id(2)
         mine = group[visit + 1]
         first_row = block[visit] * config.block_m
@@ -166,25 +163,26 @@ def grouped_drhs(
 
         @pl.when(group[visit + 2] != mine)
         def _():
-            out_ref[...] = sum((ref[...] for ref in into_ref), start=total[...].astype(out_dtype))
+            result = total[...].astype(out_dtype)
+            out_ref[...] = onto_ref[0][...] + result if onto_ref else result
 
     itemsize = lhs.dtype.itemsize
     of_result = pl.BlockSpec((None, config.block_k, config.block_n), out_block)
-    in_specs = [
-        pl.BlockSpec((config.block_m, config.block_k), lhs_block),
-        pl.BlockSpec((config.block_m, config.block_n), dout_block),
-    ]
-    operands = [lhs, dout]
-    if into is not None:
-        in_specs.append(of_result)
-        operands.append(into)
+    sums = [] if onto is None else [onto]
+    scalars = visits.group, visits.block, visits.begin, visits.end
+    operands = *scalars, lhs, dout, *sums
+    result_bytes = (1 + len(sums)) * num_groups * depth * columns * out_dtype.itemsize
     return pl.pallas_call(
         body,
         out_shape=result_varying_as(lhs, (num_groups, depth, columns), out_dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=_SCALARS,
+            num_scalar_prefetch=len(scalars),
             grid=(pl.cdiv(depth, config.block_k), pl.cdiv(columns, config.block_n), visits.count),
-            in_specs=in_specs,
+            in_specs=[
+                pl.BlockSpec((config.block_m, config.block_k), lhs_block),
+                pl.BlockSpec((config.block_m, config.block_n), dout_block),
+                *[of_result] * len(sums),
+            ],
             out_specs=of_result,
             scratch_shapes=[pltpu.VMEM((config.block_k, config.block_n), jnp.float32)],
         ),
@@ -193,12 +191,12 @@ def grouped_drhs(
         ),
         cost_estimate=pl.CostEstimate(
             flops=2 * num_rows * depth * columns,
-            bytes_accessed=num_rows * (depth + columns) * itemsize + num_groups * depth * columns * out_dtype.itemsize,
+            bytes_accessed=num_rows * (depth + columns) * itemsize + result_bytes,
             transcendentals=0,
         ),
-        input_output_aliases={} if into is None else {_SCALARS + len(operands) - 1: 0},
+        input_output_aliases={len(operands) - 1: 0} if sums else {},
         name="grouped_matmul_drhs",
-    )(visits.group, visits.block, visits.begin, visits.end, *operands)
+    )(*operands)
 
 
 def _transposed_product(lhs: jax.Array, dout: jax.Array) -> jax.Array:

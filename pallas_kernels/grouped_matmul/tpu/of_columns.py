@@ -27,15 +27,12 @@ _LARGEST_TILE = 1024
 
 _SUBLANES = 8
 
-_SCALARS = 3
-"""Operands that the kernel reads before it begins: where the groups lie."""
-
 
 def grouped_drhs(
     lhs: Columns,
     dout: Columns,
     group_sizes: jax.Array,
-    into: jax.Array | None,
+    onto: jax.Array | None,
     out_dtype: jnp.dtype,
     chip: Chip,
     *,
@@ -48,14 +45,14 @@ def grouped_drhs(
       lhs: of K features.
       dout: of N features.
       group_sizes: int32 [G], as when the operands were made.
-      into: [G, K, N], what the result is added to, or None.
-      out_dtype: of the result, and of `into`.
+      onto: [G, K, N], what the result is added to, or None.
+      out_dtype: of the result, and of `onto`.
       chip: where it runs.
       vmem_limit_bytes: what the kernel may use of VMEM.
       largest_tile: for tests.
 
     Returns:
-      [G, K, N]; zeros for groups without rows.
+      [G, K, N]; zeros, or what `onto` holds, for groups without rows.
     """
     depth, columns = lhs.values.shape[0], dout.values.shape[0]
     block_k, block_n = min(depth, largest_tile), min(columns, largest_tile)
@@ -66,7 +63,7 @@ def grouped_drhs(
 
     def body(group, block, has_rows, lhs_ref, lhs_scale, dout_ref, dout_scale, *rest):
         del block
-        *into_ref, out_ref, total = rest
+        *onto_ref, out_ref, total = rest
         visit = pl.program_id(2)
         mine = group[visit + 1]
 
@@ -87,7 +84,8 @@ def grouped_drhs(
 
         @pl.when(group[visit + 2] != mine)
         def _():
-            out_ref[...] = sum((ref[...] for ref in into_ref), start=total[...].astype(out_dtype))
+            result = total[...].astype(out_dtype)
+            out_ref[...] = onto_ref[0][...] + result if onto_ref else result
 
     def values(features: int, axis: int) -> pl.BlockSpec:
         return pl.BlockSpec((features, BLOCK), lambda *at: (at[axis], at[4][at[2]]))
@@ -96,18 +94,18 @@ def grouped_drhs(
         return pl.BlockSpec((None, 1, features), lambda *at: (at[4][at[2]], 0, at[axis]))
 
     of_result = pl.BlockSpec((None, block_k, block_n), lambda *at: (at[3][at[2] + 1], at[0], at[1]))
-    in_specs = [values(block_k, 0), scales(block_k, 0), values(block_n, 1), scales(block_n, 1)]
-    operands = [lhs.values, lhs.scale[:, None], dout.values, dout.scale[:, None]]
-    if into is not None:
-        in_specs.append(of_result)
-        operands.append(into)
+    sums = [] if onto is None else [onto]
+    scalars = visits.group, visits.block, visits.has_rows
+    operands = *scalars, lhs.values, lhs.scale[:, None], dout.values, dout.scale[:, None], *sums
+    of_operands = values(block_k, 0), scales(block_k, 0), values(block_n, 1), scales(block_n, 1)
+    result_bytes = (1 + len(sums)) * num_groups * depth * columns * out_dtype.itemsize
     return pl.pallas_call(
         body,
         out_shape=result_varying_as(lhs.values, (num_groups, depth, columns), out_dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=_SCALARS,
+            num_scalar_prefetch=len(scalars),
             grid=(pl.cdiv(depth, block_k), pl.cdiv(columns, block_n), visits.count),
-            in_specs=in_specs,
+            in_specs=[*of_operands, *[of_result] * len(sums)],
             out_specs=of_result,
             scratch_shapes=[pltpu.VMEM((block_k, block_n), jnp.float32)],
         ),
@@ -116,12 +114,12 @@ def grouped_drhs(
         ),
         cost_estimate=pl.CostEstimate(
             flops=2 * num_blocks * BLOCK * depth * columns,
-            bytes_accessed=num_blocks * BLOCK * (depth + columns) + num_groups * depth * columns * out_dtype.itemsize,
+            bytes_accessed=num_blocks * BLOCK * (depth + columns) + result_bytes,
             transcendentals=0,
         ),
-        input_output_aliases={} if into is None else {_SCALARS + len(operands) - 1: 0},
+        input_output_aliases={len(operands) - 1: 0} if sums else {},
         name="grouped_matmul_drhs_8_bits",
-    )(visits.group, visits.block, visits.has_rows, *operands)
+    )(*operands)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -80,11 +80,11 @@ def dense_gate_up(lhs, rhs, group_sizes, bias=None, group_offset: int = 0, activ
     return np.where(mask[:, None], gated(*np.split(h, 2, axis=1), activation, limit), 0)
 
 
-def drhs(backend, lhs, dout, group_sizes, into=None, *, out_dtype="float32", **window) -> jax.Array:
-    """The gradient of weights by `backend`, added to `into`; `window` is group_offset and num_groups."""
+def drhs(backend, lhs, dout, group_sizes, onto=None, *, out_dtype="float32", **window) -> jax.Array:
+    """The gradient of weights by `backend`, added to `onto`; `window` is group_offset and num_groups."""
     operands = {"lhs": lhs, "lhs_face": None, "dout": dout, "dout_face": None, "group_sizes": group_sizes}
     window = {"group_offset": jnp.int32(0), "num_groups": group_sizes.shape[0]} | window
-    return correlated(backend, **operands, **window, into=into, out_dtype=jnp.dtype(out_dtype))
+    return correlated(backend, **operands, **window, onto=onto, out_dtype=jnp.dtype(out_dtype))
 
 
 def dense_drhs(lhs, dout, group_sizes, num_groups: int, group_offset: int = 0) -> np.ndarray:

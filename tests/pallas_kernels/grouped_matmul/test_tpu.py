@@ -226,7 +226,7 @@ def test_gradient_of_the_weights_in_small_tiles(rng, blocks, dtype):
     lhs, dout = lhs.at[146:].set(jnp.nan), dout.at[146:].set(jnp.nan)
     with interpreted():
         out = drhs.grouped_drhs(
-            lhs, dout, sizes, jnp.int32(0), 8, None, jnp.dtype(dtype), drhs.Config(*blocks), vmem_limit_bytes=1 << 24
+            lhs, dout, sizes, jnp.int32(0), None, 8, jnp.dtype(dtype), drhs.Config(*blocks), vmem_limit_bytes=1 << 24
         )
     # The oracle takes no NaN: rows from 146 on belong to no group.
     ref = dense_drhs(lhs.at[146:].set(0), dout.at[146:].set(0), sizes, 8)

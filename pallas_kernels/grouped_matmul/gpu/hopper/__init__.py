@@ -78,7 +78,7 @@ def grouped_matmul_drhs(
     *,
     num_groups: int,
     group_offset: jax.Array | int,
-    into: jax.Array | None = None,
+    onto: jax.Array | None = None,
     out_dtype: jax.typing.DTypeLike,
 ) -> jax.Array:
     """See `pallas_kernels.grouped_matmul.reference.grouped_matmul_drhs`.
@@ -93,7 +93,7 @@ def grouped_matmul_drhs(
     require_multiple("K", depth, 8)
     require_multiple("N", columns, 64)
     if num_rows == 0:
-        return jnp.zeros((num_groups, depth, columns), out_dtype) if into is None else into
+        return jnp.zeros((num_groups, depth, columns), out_dtype) if onto is None else onto
     begins, ends = (
         jax.lax.dynamic_slice_in_dim(rows, group_offset, num_groups) for rows in bounds(group_sizes, num_rows)
     )
@@ -103,9 +103,9 @@ def grouped_matmul_drhs(
         jnp.pad(right, padding),
         begins,
         ends,
-        into,
+        onto,
         out_dtype,
-        drhs.pick(out_dtype, adds=into is not None),
+        drhs.pick(out_dtype, adds=onto is not None),
         num_blocks=chip.cores,
     )
 
@@ -115,7 +115,7 @@ def grouped_matmul_of_columns(
     dout: Columns,
     group_sizes: jax.Array,
     *,
-    into: jax.Array | None = None,
+    onto: jax.Array | None = None,
     out_dtype: jax.typing.DTypeLike,
     config: drhs_8_bits.Config | None = None,
 ) -> jax.Array:
@@ -136,9 +136,9 @@ def grouped_matmul_of_columns(
         lhs,
         dout,
         jnp.minimum(blocks, num_rows // BLOCK),
-        into,
+        onto,
         out_dtype,
-        config or drhs_8_bits.pick(out_dtype, num_rows // group_sizes.shape[0], adds=into is not None),
+        config or drhs_8_bits.pick(out_dtype, num_rows // group_sizes.shape[0], adds=onto is not None),
         num_blocks=chip.cores,
     )
 

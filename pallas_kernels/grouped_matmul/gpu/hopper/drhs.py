@@ -5,7 +5,7 @@
 Built like `kernel`: one warpgroup loads, two multiply, each 64 of the 128 rows of an output tile; here the rows of a
 group are what is summed over, 64 in a step. Copies begin at every eighth row, so the first and the last step of a group
 may hold rows of others. Those are overwritten with zeros in both operands (a NaN times zero would stay a NaN). Groups
-without rows take no step and store zeros.
+without rows take no step, and store zeros, or nothing where results are added.
 
 A tile has few steps, 17 if its group has 1024 rows, so what happens once a tile counts:
 - The first step is taken last but one: what is to be cleared, of that one and of the last, is cleared while the tensor
@@ -25,9 +25,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.grouped_matmul.gpu.tiles import place_in_strips
-from pallas_kernels.on_gpu.into import fetch_tile, run_into, store_sum
 from pallas_kernels.on_gpu.smem import SWIZZLE, Views, swizzled
-from pallas_kernels.on_gpu.store import store_rows
+from pallas_kernels.on_gpu.sums import Tile, run_onto
 from pallas_kernels.on_gpu.wgmma import WGMMA_ROWS
 
 ROW_ALIGNMENT = 8
@@ -45,7 +44,7 @@ class Config:
       block_rows: rows of lhs and dout in a step.
       num_stages: buffers in the ring.
       strip: column tiles visited for one row tile before the next.
-      out_slots: parts of 128 bytes of an output tile's rows that can be on their way out at the same time.
+      out_slots: parts of 128 bytes of an output tile's rows that can be on their way out at the same time; to add, all.
     """
 
     block_n: int = 256
@@ -56,7 +55,7 @@ class Config:
 
 
 def pick(out_dtype: jnp.dtype, *, adds: bool) -> Config:
-    """The configuration; to be added to an array, a tile needs slots for all of it."""
+    """The configuration; with float32 sums a tile of half the width has slots for all of it."""
     return Config(block_n=128, num_stages=5, strip=8) if adds and out_dtype.itemsize == 4 else Config()
 
 
@@ -65,7 +64,7 @@ def grouped_drhs(
     dout: jax.Array,
     begins: jax.Array,
     ends: jax.Array,
-    into: jax.Array | None,
+    onto: jax.Array | None,
     out_dtype: jnp.dtype,
     config: Config,
     *,
@@ -78,8 +77,8 @@ def grouped_drhs(
       dout: [M, N], the same dtype; N a multiple of 64.
       begins: int32 [G], first row of each group.
       ends: int32 [G], the row after its last.
-      into: [G, K, N], what the result is added to, or None.
-      out_dtype: of the result, and of `into`.
+      onto: [G, K, N], what the result is added to, or None.
+      out_dtype: of the result, and of `onto`.
       config: see there.
       num_blocks: of the grid.
 
@@ -185,17 +184,14 @@ def grouped_drhs(
             group, row_tile, column_tile = place(tile)
             after = rows_of(group_of(tile + num_blocks))
             row = pl.multiple_of((row_tile * _WARPGROUPS + warpgroup) * WGMMA_ROWS, WGMMA_ROWS)
-            place_of_tile: Any = {"row": row, "column": pl.multiple_of(column_tile * config.block_n, config.block_n)}
-            held = out.at[group], staging, scratch.held, warpgroup
-            if into is not None:
-                pl.when(group_rows.steps > 0)(lambda: fetch_tile(*held, **place_of_tile))
+            column = pl.multiple_of(column_tile * config.block_n, config.block_n)
+            goes_to = Tile(out.at[group], staging, scratch.fetched, warpgroup, row, column)
+            if onto is not None:
+                pl.when(group_rows.steps > 0)(goes_to.fetch)
             result = pl.run_scoped(
                 functools.partial(multiply, group_rows, step), plgpu.ACC((WGMMA_ROWS, config.block_n), jnp.float32)
             )
-            if into is not None:
-                pl.when(group_rows.steps > 0)(lambda: store_sum(*held, result, **place_of_tile))
-            else:
-                store_rows(out.at[group], staging, warpgroup, result, rows=None, **place_of_tile)
+            pl.when(onto is None or group_rows.steps > 0)(lambda: goes_to.store(result))
             return step + group_rows.steps, after
 
         @pl.when(warpgroup == _WARPGROUPS)
@@ -215,7 +211,7 @@ def grouped_drhs(
     kernel = functools.partial(
         plgpu.kernel,
         body,
-        scratch_types=[_Scratch.describe(lhs.dtype, out_dtype, config, adds=into is not None)],
+        scratch_types=[_Scratch.describe(lhs.dtype, out_dtype, config, adds=onto is not None)],
         grid=(num_blocks,),
         grid_names=("block",),
         num_threads=_WARPGROUPS + 1,
@@ -228,7 +224,7 @@ def grouped_drhs(
         ),
     )
     out_type = jax.ShapeDtypeStruct((num_groups, depth, columns), out_dtype)
-    return run_into(kernel, out_type, into, lhs, dout, begins, ends)
+    return run_onto(kernel, out_type, onto, lhs, dout, begins, ends)
 
 
 @jax.tree_util.register_dataclass
@@ -271,11 +267,11 @@ class _Scratch(NamedTuple):
     Attributes:
       lhs: ring [stages, warpgroups, block_rows, 64].
       dout: ring [stages, block_rows, block_n].
-      out: staging of the result, see `store_rows`.
+      out: staging of the result, see `Tile`.
       full: a ring buffer has been filled.
       empty: a ring buffer has been read.
       cleared: both math warpgroups have cleared their share of a step.
-      held: what a warpgroup's tile is added to has been fetched.
+      fetched: what a warpgroup's tile is added to is in its slots; None where nothing is.
     """
 
     lhs: Any
@@ -284,7 +280,7 @@ class _Scratch(NamedTuple):
     full: Any
     empty: Any
     cleared: Any
-    held: Any
+    fetched: Any
 
     @classmethod
     def describe(cls, dtype: jnp.dtype, out_dtype: jnp.dtype, config: Config, *, adds: bool) -> "_Scratch":
@@ -297,5 +293,5 @@ class _Scratch(NamedTuple):
             full=plgpu.Barrier(num_arrivals=_WARPGROUPS + 1, num_barriers=stages),
             empty=plgpu.Barrier(num_arrivals=_WARPGROUPS, num_barriers=stages),
             cleared=plgpu.Barrier(num_arrivals=_WARPGROUPS),
-            held=plgpu.Barrier(num_arrivals=config.out_slots, num_barriers=_WARPGROUPS) if adds else None,
+            fetched=plgpu.Barrier(num_arrivals=config.out_slots, num_barriers=_WARPGROUPS) if adds else None,
         )

@@ -17,7 +17,8 @@ element. What a product of 64 x 128 takes, in cycles (counted in the compiled co
 A warpgroup that scales and adds leaves the tensor cores to the others. Of three, each needs them for a third of the
 time, and may take twice as long as a product to wait for it, scale and add; while one stores its tile, two keep them
 busy. Three are as many as the registers hold: 160 a thread, of which the total and the product take 64 each. Two have
-room for 192 columns, but leave the tensor cores waiting while one stores. Nobody tells them to take turns: the tensor
+room for 192 columns, but leave the tensor cores waiting while one stores; for few rows, whose sums in float32 wait for
+memory, they are enough. Nobody tells them to take turns: the tensor
 cores do one product after the other, so whoever is ahead gets further ahead.
 """
 
@@ -33,17 +34,16 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.columns import BLOCK, Columns
 from pallas_kernels.grouped_matmul.gpu.tiles import place_in_strips
-from pallas_kernels.on_gpu.into import fetch_tile, run_into, store_sum
 from pallas_kernels.on_gpu.smem import SWIZZLE, Views, swizzled
-from pallas_kernels.on_gpu.store import store_rows
+from pallas_kernels.on_gpu.sums import Tile, run_onto
 from pallas_kernels.on_gpu.wgmma import COLUMNS, ROWS, WGMMA_ROWS, zeros
 
 _PIECE = 32
 """Columns of a total that are scaled and added at a time: the factors of more would not fit into the registers."""
 
 _FEW_ROWS = 1024
-"""Of a group, up to which two warpgroups and a longer ring are faster, for sums in float32 (H200: 7 % of 512 rows; of
-2048 they are 5 % slower)."""
+"""Up to so many a group, sums in float32 are faster with two warpgroups and a longer ring: with 512 rows by 7 % on an
+H200, where they are slower with 2048, by 5 %."""
 
 _REGISTERS = {2: (232, 40), 3: (160, 32)}
 """Of each thread that multiplies, and of each that loads, by the number of math warpgroups."""
@@ -58,7 +58,7 @@ class Config:
       block_n: columns of an output tile, a multiple of 64, at most 256.
       num_stages: buffers in the ring.
       strip: column tiles visited for one row tile before the next.
-      out_slots: parts of 128 bytes of an output tile's rows that can be on their way out at the same time.
+      out_slots: parts of 128 bytes of an output tile's rows that can be on their way out at the same time; to add, all.
     """
 
     warpgroups: int = 3
@@ -74,7 +74,7 @@ class Config:
 
 
 def pick(out_dtype: jnp.dtype, rows_a_group: int, *, adds: bool) -> Config:
-    """The configuration; to be added to an array, a tile needs slots for all of it, of which the ring makes room."""
+    """The configuration; with float32 sums a tile has slots for all of it. Rows count with what pads their blocks."""
     if not adds or out_dtype.itemsize < 4:
         return Config()
     return Config(warpgroups=2, out_slots=4) if rows_a_group <= _FEW_ROWS else Config(num_stages=3, out_slots=4)
@@ -84,7 +84,7 @@ def grouped_drhs(
     lhs: Columns,
     dout: Columns,
     first_blocks: jax.Array,
-    into: jax.Array | None,
+    onto: jax.Array | None,
     out_dtype: jnp.dtype,
     config: Config,
     *,
@@ -96,8 +96,8 @@ def grouped_drhs(
       lhs: of K features, a multiple of 8; e4m3 or e5m2.
       dout: of N features, a multiple of 8; e4m3 or e5m2.
       first_blocks: see `pallas_kernels.columns.first_blocks`.
-      into: [G, K, N], what the result is added to, or None.
-      out_dtype: of the result, and of `into`.
+      onto: [G, K, N], what the result is added to, or None.
+      out_dtype: of the result, and of `onto`.
       config: see there.
       num_blocks: of the grid.
 
@@ -200,10 +200,10 @@ def grouped_drhs(
         def compute(tile, blocks, step):
             group, row, column = place(tile)
             first, end = blocks
-            place_of_tile: Any = {"row": row + warpgroup * WGMMA_ROWS, "column": column}
-            held = out.at[group], Views.of(scratch.out), scratch.held, warpgroup
-            if into is not None:
-                pl.when(end > first)(lambda: fetch_tile(*held, **place_of_tile))
+            row += warpgroup * WGMMA_ROWS
+            goes_to = Tile(out.at[group], Views.of(scratch.out), scratch.fetched, warpgroup, row, column)
+            if onto is not None:
+                pl.when(end > first)(goes_to.fetch)
 
             def one_step(block, state):
                 step, totals = state
@@ -213,10 +213,7 @@ def grouped_drhs(
             step, totals = lax.fori_loop(first, end, one_step, (step, [nothing] * len(pieces)))
             pl.when(end > first)(lambda: release(step + stages - 1))
             result = lax.concatenate(totals, 1).astype(out_dtype)
-            if into is not None:
-                pl.when(end > first)(lambda: store_sum(*held, result, **place_of_tile))
-            else:
-                store_rows(out.at[group], Views.of(scratch.out), warpgroup, result, rows=None, **place_of_tile)
+            pl.when(onto is None or end > first)(lambda: goes_to.store(result))
             return step
 
         math_registers, load_registers = _REGISTERS[warpgroups]
@@ -238,7 +235,7 @@ def grouped_drhs(
     kernel = functools.partial(
         plgpu.kernel,
         body,
-        scratch_types=[_Scratch.describe(lhs.dtype, dout.dtype, out_dtype, config, adds=into is not None)],
+        scratch_types=[_Scratch.describe(lhs.dtype, dout.dtype, out_dtype, config, adds=onto is not None)],
         grid=(num_blocks,),
         grid_names=("block",),
         num_threads=warpgroups + 1,
@@ -251,7 +248,7 @@ def grouped_drhs(
         ),
     )
     out_type = jax.ShapeDtypeStruct((num_groups, depth, columns), out_dtype)
-    return run_into(kernel, out_type, into, lhs.values, lhs.scale, dout.values, dout.scale, first_blocks)
+    return run_onto(kernel, out_type, onto, lhs.values, lhs.scale, dout.values, dout.scale, first_blocks)
 
 
 class _Scratch(NamedTuple):
@@ -262,10 +259,10 @@ class _Scratch(NamedTuple):
       dout: ring [stages, block_n, 128].
       lhs_scale: ring [stages, block_k].
       dout_scale: ring [stages, block_n].
-      out: staging of the result, see `store_rows`.
+      out: staging of the result, see `Tile`.
       full: a ring buffer has been filled.
       empty: a ring buffer has been read.
-      held: what a warpgroup's tile is added to has been fetched.
+      fetched: what a warpgroup's tile is added to is in its slots; None where nothing is.
     """
 
     lhs: Any
@@ -275,7 +272,7 @@ class _Scratch(NamedTuple):
     out: Any
     full: Any
     empty: Any
-    held: Any
+    fetched: Any
 
     @classmethod
     def describe(cls, lhs: jnp.dtype, dout: jnp.dtype, out: jnp.dtype, config: Config, *, adds: bool) -> "_Scratch":
@@ -289,5 +286,5 @@ class _Scratch(NamedTuple):
             out=swizzled((config.warpgroups, config.out_slots, WGMMA_ROWS, SWIZZLE // out.itemsize), out),
             full=plgpu.Barrier(num_arrivals=4, num_barriers=stages),
             empty=plgpu.Barrier(num_arrivals=config.warpgroups, num_barriers=stages),
-            held=plgpu.Barrier(num_arrivals=config.out_slots, num_barriers=config.warpgroups) if adds else None,
+            fetched=plgpu.Barrier(num_arrivals=config.out_slots, num_barriers=config.warpgroups) if adds else None,
         )

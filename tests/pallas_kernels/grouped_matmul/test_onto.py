@@ -18,7 +18,7 @@ from pallas_kernels.on_gpu.smem import single_view
 from pallas_kernels.quantize import Quantization
 from pallas_kernels.quantize_columns import quantize_columns
 from pallas_kernels.tracing.target import targeting
-from tests.helpers import normal, raises_saying, relative_error, same_bits
+from tests.helpers import added_in_refs, additions_to_refs, normal, raises_saying, relative_error, same_bits
 from tests.pallas_kernels.backends import every_backend
 from tests.pallas_kernels.grouped_matmul.grouped import dense_drhs, drhs, random_sizes
 from tests.pallas_kernels.kernels_gpu import interpreted
@@ -32,12 +32,6 @@ SIZES = (1, 130, 0, 200, 9)
 E4M3 = "float8_e4m3fn"
 
 
-def rows(rng, dtype="bfloat16"):
-    """Both factors; the rows that no group owns are NaN."""
-    used = sum(SIZES)
-    return [normal(rng, M, n, dtype=dtype).at[used:].set(jnp.nan) for n in (K, N)]
-
-
 def columns(rng, sizes, shape=(M, 256, 384)):
     m, *features = shape
     return [quantize_columns(normal(rng, m, n), sizes, dtype=E4M3) for n in features]
@@ -47,17 +41,28 @@ def columns(rng, sizes, shape=(M, 256, 384)):
 @pytest.mark.quick("xla-float32", "pallas_gpu-*", "pallas_tpu-float32")
 def test_a_sum_has_the_bits_of_an_addition(backend, rng, dtype):
     run = jax.jit(functools.partial(drhs, backend, out_dtype=dtype))
-    lhs, dout = rows(rng, "float16" if dtype == "float16" and backend == "pallas_gpu" else "bfloat16")
+    rows = [normal(rng, M, n, dtype="bfloat16") for n in (K, N)]
     for sizes in (SIZES, (0, M, 0), tuple(random_sizes(rng, 5, M))):
-        sizes, into = jnp.array(sizes, jnp.int32), normal(rng, len(sizes), K, N, dtype=dtype)
-        before = into.copy()
-        lhs, dout = (jnp.where(jnp.arange(M)[:, None] < sizes.sum(), jnp.nan_to_num(x), jnp.nan) for x in (lhs, dout))
-        plain, out = run(lhs, dout, sizes, None), run(lhs, dout, sizes, into)
-        assert same_bits(out, into + plain)
-        assert same_bits(into, before)  # which has a use left
-        assert relative_error(plain, dense_drhs(jnp.nan_to_num(lhs), jnp.nan_to_num(dout), sizes, len(sizes))) < 1e-2
-        window = drhs(backend, lhs, dout, sizes, into[1:2], out_dtype=dtype, group_offset=jnp.int32(1), num_groups=1)
-        assert same_bits(window, out[1:2])
+        sizes, onto = jnp.array(sizes, jnp.int32), normal(rng, len(sizes), K, N, dtype=dtype)
+        lhs, dout = (x.at[sizes.sum() :].set(jnp.nan) for x in rows)  # of no group
+        assert same_bits(run(lhs, dout, sizes, onto), onto + run(lhs, dout, sizes))
+
+
+def test_a_buffer_that_is_needed_is_not_taken(backend, rng):
+    lhs, dout = (normal(rng, M, n, dtype="bfloat16") for n in (K, N))
+    sizes, onto = jnp.array(SIZES, jnp.int32), normal(rng, len(SIZES), K, N)
+    before = np.array(onto)
+    out, again = jax.jit(lambda onto: (drhs(backend, lhs, dout, sizes, onto), onto + 1))(onto)
+    assert same_bits(onto, before)
+    assert same_bits(again, before + 1)
+    assert relative_error(out, before + dense_drhs(lhs, dout, sizes, len(SIZES))) < 1e-3
+
+
+def test_a_window_of_groups(backend, rng):
+    lhs, dout = (normal(rng, M, n, dtype="bfloat16") for n in (K, N))
+    sizes, onto = jnp.array(SIZES, jnp.int32), normal(rng, len(SIZES), K, N)
+    window = drhs(backend, lhs, dout, sizes, onto[1:3], group_offset=jnp.int32(1), num_groups=2)
+    assert same_bits(window, drhs(backend, lhs, dout, sizes, onto)[1:3])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -65,15 +70,15 @@ def test_a_sum_has_the_bits_of_an_addition(backend, rng, dtype):
 def test_a_sum_of_columns_too(backend, rng, dtype):
     run = functools.partial(grouped_matmul_of_columns, preferred_element_type=dtype, backend=backend)
     for sizes in (SIZES, (0, 300, 0)):
-        sizes, into = jnp.array(sizes, jnp.int32), normal(rng, len(sizes), 256, 384, dtype=dtype)
+        sizes, onto = jnp.array(sizes, jnp.int32), normal(rng, len(sizes), 256, 384, dtype=dtype)
         lhs, dout = columns(rng, sizes)
-        assert same_bits(jax.jit(run)(lhs, dout, sizes, into=into), into + jax.jit(run)(lhs, dout, sizes))
+        assert same_bits(jax.jit(run)(lhs, dout, sizes, onto=onto), onto + jax.jit(run)(lhs, dout, sizes))
 
 
 def test_without_rows_it_is_what_was_there(backend, rng):
-    into = normal(rng, 2, K, N)
+    onto = normal(rng, 2, K, N)
     nothing = jnp.zeros((0, K), jnp.bfloat16), jnp.zeros((0, N), jnp.bfloat16)
-    assert same_bits(drhs(backend, *nothing, jnp.zeros(2, jnp.int32), into), into)
+    assert same_bits(drhs(backend, *nothing, jnp.zeros(2, jnp.int32), onto), onto)
 
 
 @pytest.mark.parametrize(
@@ -89,11 +94,11 @@ def test_without_rows_it_is_what_was_there(backend, rng):
 def test_rows_on_a_simulated_gpu(rng, config, dtype):
     """A GPU of two blocks that finds races; K is no multiple of a tile."""
     sizes, (lhs, dout) = jnp.array((5, 0, 70, 1), jnp.int32), (normal(rng, 80, n, dtype="bfloat16") for n in (136, 192))
-    into, ends = normal(rng, 4, 136, 192, dtype=dtype), jnp.cumsum(sizes)
+    onto, ends = normal(rng, 4, 136, 192, dtype=dtype), jnp.cumsum(sizes)
     run = jax.jit(functools.partial(drhs_on_gpu.grouped_drhs, out_dtype=jnp.dtype(dtype), config=config, num_blocks=2))
     with single_view(True), interpreted():
-        out, plain = (run(lhs, dout, ends - sizes, ends, to) for to in (into, None))
-    assert same_bits(out, into + plain)
+        out, plain = (run(lhs, dout, ends - sizes, ends, to) for to in (onto, None))
+    assert same_bits(out, onto + plain)
 
 
 @pytest.mark.parametrize("rows_a_group", [0, 4096])
@@ -102,53 +107,46 @@ def test_rows_on_a_simulated_gpu(rng, config, dtype):
 def test_columns_on_a_simulated_gpu(rng, dtype, rows_a_group):
     sizes = jnp.array((3, 0, 200, 1), jnp.int32)
     lhs, dout = columns(rng, sizes, (256, 256, 136))
-    into, config = normal(rng, 4, 256, 136, dtype=dtype), drhs_8_bits.pick(jnp.dtype(dtype), rows_a_group, adds=True)
+    onto, config = normal(rng, 4, 256, 136, dtype=dtype), drhs_8_bits.pick(jnp.dtype(dtype), rows_a_group, adds=True)
     run = functools.partial(drhs_8_bits.grouped_drhs, out_dtype=jnp.dtype(dtype), config=config, num_blocks=2)
     with single_view(True), interpreted():
-        out, plain = (jax.jit(run)(lhs, dout, first_blocks(sizes), to) for to in (into, None))
-    assert same_bits(out, into + plain)
+        out, plain = (jax.jit(run)(lhs, dout, first_blocks(sizes), to) for to in (onto, None))
+    assert same_bits(out, onto + plain)
 
 
 def test_small_tiles_on_a_simulated_tpu(rng):
-    sizes, chip, into = jnp.array((3, 0, 200), jnp.int32), get_chip("v6e"), normal(rng, 3, 256, 384)
+    sizes, chip, onto = jnp.array((3, 0, 200), jnp.int32), get_chip("v6e"), normal(rng, 3, 256, 384)
     small, out_dtype = drhs_on_tpu.Config(32, 128, 128), jnp.dtype("float32")
     lhs, dout = (normal(rng, 210, n, dtype="bfloat16") for n in (256, 384))
     left, right = columns(rng, sizes, (256, 256, 384))
 
-    def of_rows(into):
-        operands = lhs, dout, sizes, jnp.int32(0), 3, into
+    def of_rows(onto):
+        operands = lhs, dout, sizes, jnp.int32(0), onto, 3
         return drhs_on_tpu.grouped_drhs(*operands, out_dtype, small, vmem_limit_bytes=2**24)
 
-    def of_both_columns(into):
-        operands = left, right, sizes, into, out_dtype, chip
+    def of_both_columns(onto):
+        operands = left, right, sizes, onto, out_dtype, chip
         return of_columns.grouped_drhs(*operands, vmem_limit_bytes=2**24, largest_tile=128)
 
     with interpreted_on_tpu(), targeting(chip):
         for run in (of_rows, of_both_columns):
-            assert same_bits(run(into), into + run(None))
+            assert same_bits(run(onto), onto + run(None))
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
 def test_kernels_take_the_buffer(platform):
-    sizes, into = jax.ShapeDtypeStruct((5,), "int32"), jax.ShapeDtypeStruct((5, 256, 384), "float32")
+    sizes, onto = jax.ShapeDtypeStruct((5,), "int32"), jax.ShapeDtypeStruct((5, 256, 384), "float32")
     lhs, dout = (jax.ShapeDtypeStruct((M, n), "bfloat16") for n in (256, 384))
     left, right = jax.eval_shape(lambda x, y, sizes: [quantize_columns(a, sizes) for a in (x, y)], lhs, dout, sizes)
     run = functools.partial(grouped_matmul_of_columns, preferred_element_type="float32")
     for function, *factors in ((functools.partial(drhs, "auto", out_dtype="float32"), lhs, dout), (run, left, right)):
         lower = lower_for_tpu if platform == "tpu" else lowered_for_cuda
-        text = lower(lambda *args, f=function: f(*args[:3], into=args[3]), *factors, sizes, into).as_text()
+        text = lower(lambda *args, f=function: f(*args[:3], onto=args[3]), *factors, sizes, onto).as_text()
         assert "output_operand_alias" in text
 
 
 def lowered_for_cuda(function, *args):
     return jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",))
-
-
-def added_in_refs(function, weights, dout, sums):
-    """`sums` after the gradient of `weights` went to refs that held them."""
-    refs = jax.tree.map(jax.new_ref, sums)
-    jax.vjp(function, weights)[1].with_refs(refs)(dout)
-    return jax.tree.map(jax.freeze, refs)
 
 
 QUANTIZATIONS = {
@@ -169,16 +167,16 @@ def test_gradients_go_to_refs(rng, fused, name):
     def function(w):
         return product(x, w, sizes)
 
-    dout, into = normal(rng, M, 256 if fused else 512, dtype="bfloat16"), normal(rng, 5, 256, 512, dtype=weights.dtype)
+    dout, onto = normal(rng, M, 256 if fused else 512, dtype="bfloat16"), normal(rng, 5, 256, 512, dtype=weights.dtype)
     gradient = jax.jit(lambda: jax.vjp(function, weights)[1](dout)[0])()
     run = functools.partial(added_in_refs, function, weights, dout)
-    assert same_bits(jax.jit(run)(into), into + gradient)
-    assert "+=" not in str(jax.make_jaxpr(run)(into))
+    assert same_bits(jax.jit(run)(onto), onto + gradient)
+    assert not additions_to_refs(run, onto)
 
 
 def test_a_window_of_groups_goes_to_a_ref(rng):
     sizes, x = jnp.array(SIZES, jnp.int32), normal(rng, M, 256, dtype="bfloat16")
-    weights, into, dout = (normal(rng, *shape) for shape in ((2, 256, 128), (2, 256, 128), (M, 128)))
+    weights, onto, dout = (normal(rng, *shape) for shape in ((2, 256, 128), (2, 256, 128), (M, 128)))
     for quantization in QUANTIZATIONS.values():
 
         def function(w, quantization=quantization):
@@ -187,23 +185,23 @@ def test_a_window_of_groups_goes_to_a_ref(rng):
             return grouped_matmul(x, w, sizes, group_offset=2, **options)
 
         gradient = jax.jit(lambda function=function: jax.vjp(function, weights)[1](dout)[0])()
-        total = jax.jit(functools.partial(added_in_refs, function, weights, dout))(into)
-        assert same_bits(total, into + gradient)
+        total = jax.jit(functools.partial(added_in_refs, function, weights, dout))(onto)
+        assert same_bits(total, onto + gradient)
 
 
 def test_its_derivatives(rng):
-    lhs, dout = (jnp.nan_to_num(x).astype(jnp.float32) for x in rows(rng))
-    sizes, into = jnp.array(SIZES, jnp.int32), normal(rng, 5, K, N)
-    moving = [normal(rng, *x.shape) for x in (lhs, dout, into)]
+    lhs, dout = (normal(rng, M, n) for n in (K, N))
+    sizes, onto = jnp.array(SIZES, jnp.int32), normal(rng, 5, K, N)
+    moving = [normal(rng, *x.shape) for x in (lhs, dout, onto)]
     run = functools.partial(drhs, "auto", out_dtype="float32")
     plain, tangent = jax.jvp(lambda lhs, dout: run(lhs, dout, sizes, None), (lhs, dout), tuple(moving[:2]))
-    total, of_all = jax.jvp(lambda lhs, dout, to: run(lhs, dout, sizes, to), (lhs, dout, into), tuple(moving))
-    assert same_bits(total, into + plain)
+    total, of_all = jax.jvp(lambda lhs, dout, to: run(lhs, dout, sizes, to), (lhs, dout, onto), tuple(moving))
+    assert same_bits(total, onto + plain)
     assert relative_error(of_all, np.asarray(tangent + moving[2])) < 1e-6
 
 
 def test_what_does_not_fit_is_named(rng):
     sizes = jnp.array(SIZES, jnp.int32)
-    for into in (jnp.zeros((5, 256, 384), jnp.bfloat16), jnp.zeros((5, 256, 128))):
-        with raises_saying(ValueError, "into must be float32[5, 256, 384], got"):
-            grouped_matmul_of_columns(*columns(rng, sizes), sizes, preferred_element_type=jnp.float32, into=into)
+    for onto in (jnp.zeros((5, 256, 384), jnp.bfloat16), jnp.zeros((5, 256, 128))):
+        with raises_saying(ValueError, "onto must be float32[5, 256, 384], got"):
+            grouped_matmul_of_columns(*columns(rng, sizes), sizes, preferred_element_type=jnp.float32, onto=onto)
