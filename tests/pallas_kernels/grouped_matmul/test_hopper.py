@@ -213,7 +213,7 @@ def test_gradient_of_the_weights_on_a_simulated_gpu(sizes, columns, dtype, confi
     ends = jnp.cumsum(jnp.array(sizes, jnp.int32))
     run = functools.partial(drhs.grouped_drhs, out_dtype=jnp.dtype(dtype), config=config, num_blocks=2)
     with single_view(True), interpreted():
-        out = jax.jit(run)(lhs, dout, ends - jnp.array(sizes), ends)
+        out = jax.jit(run)(lhs, dout, ends - jnp.array(sizes), ends, None)
     assert relative_error(out, dense_drhs(lhs, dout, sizes, len(sizes))) < LIMIT[dtype]
     assert not np.asarray(out[1]).any()
 

@@ -109,7 +109,9 @@ CONFIGS = [
 
 def simulated(config, out_dtype="float32"):
     return jax.jit(
-        functools.partial(drhs_8_bits.grouped_drhs, out_dtype=jnp.dtype(out_dtype), config=config, num_blocks=2)
+        functools.partial(
+            drhs_8_bits.grouped_drhs, onto=None, out_dtype=jnp.dtype(out_dtype), config=config, num_blocks=2
+        )
     )
 
 
