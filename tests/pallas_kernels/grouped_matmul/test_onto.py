@@ -14,7 +14,7 @@ from pallas_kernels.grouped_matmul.gpu.hopper import drhs as drhs_on_gpu
 from pallas_kernels.grouped_matmul.gpu.hopper import drhs_8_bits
 from pallas_kernels.grouped_matmul.tpu import drhs as drhs_on_tpu
 from pallas_kernels.grouped_matmul.tpu import of_columns
-from pallas_kernels.on_gpu.smem import single_view
+from pallas_kernels.on_gpu.smem import SWIZZLE, single_view
 from pallas_kernels.quantize import Quantization
 from pallas_kernels.quantize_columns import quantize_columns
 from pallas_kernels.tracing.target import targeting
@@ -38,7 +38,7 @@ def columns(rng, sizes, shape=(M, 256, 384)):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.quick("xla-float32", "pallas_gpu-*", "pallas_tpu-float32")
+@pytest.mark.quick("xla-float32", "pallas_gpu-*", "pallas_tpu-bfloat16")
 def test_a_sum_has_the_bits_of_an_addition(backend, rng, dtype):
     run = jax.jit(functools.partial(drhs, backend, out_dtype=dtype))
     rows = [normal(rng, M, n, dtype="bfloat16") for n in (K, N)]
@@ -66,7 +66,7 @@ def test_a_window_of_groups(backend, rng):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.quick("xla-float32", "pallas_gpu-*", "pallas_tpu-float32")
+@pytest.mark.quick("xla-float32", "pallas_gpu-*", "pallas_tpu-bfloat16")
 def test_a_sum_of_columns_too(backend, rng, dtype):
     run = functools.partial(grouped_matmul_of_columns, preferred_element_type=dtype, backend=backend)
     for sizes in (SIZES, (0, 300, 0)):
@@ -174,19 +174,37 @@ def test_gradients_go_to_refs(rng, fused, name):
     assert not additions_to_refs(run, onto)
 
 
-def test_a_window_of_groups_goes_to_a_ref(rng):
-    sizes, x = jnp.array(SIZES, jnp.int32), normal(rng, M, 256, dtype="bfloat16")
-    weights, onto, dout = (normal(rng, *shape) for shape in ((2, 256, 128), (2, 256, 128), (M, 128)))
-    for quantization in QUANTIZATIONS.values():
+@pytest.mark.parametrize("name", QUANTIZATIONS)
+def test_a_window_of_groups_goes_to_a_ref(rng, name):
+    """As the same groups of all do."""
+    sizes, x, dout = jnp.array(SIZES, jnp.int32), normal(rng, M, 256, dtype="bfloat16"), normal(rng, M, 128)
+    weights, onto = normal(rng, 5, 256, 128), normal(rng, 2, 256, 128)
 
-        def function(w, quantization=quantization):
-            w = w if quantization else w.astype(jnp.bfloat16)
-            options = {"preferred_element_type": jnp.float32, "quantization": quantization}
-            return grouped_matmul(x, w, sizes, group_offset=2, **options)
+    def product(w, offset):
+        w = w if QUANTIZATIONS[name] else w.astype(jnp.bfloat16)
+        options = {"preferred_element_type": jnp.float32, "quantization": QUANTIZATIONS[name]}
+        return grouped_matmul(x, w, sizes, group_offset=offset, **options)
 
-        gradient = jax.jit(lambda function=function: jax.vjp(function, weights)[1](dout)[0])()
-        total = jax.jit(functools.partial(added_in_refs, function, weights, dout))(onto)
-        assert same_bits(total, onto + gradient)
+    of_all = jax.jit(lambda w: jax.vjp(functools.partial(product, offset=0), w)[1](dout)[0])(weights)
+    run = jax.jit(functools.partial(added_in_refs, functools.partial(product, offset=2)))
+    assert same_bits(run(weights[2:4], dout, onto), onto + of_all[2:4])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_slots_hold_all_of_a_tile(dtype):
+    dtype = jnp.dtype(dtype)
+    for config in (
+        drhs_on_gpu.pick(dtype, adds=True),
+        drhs_8_bits.pick(dtype, 64, adds=True),
+        drhs_8_bits.pick(dtype, 4096, adds=True),
+    ):
+        assert config.out_slots * SWIZZLE == config.block_n * dtype.itemsize
+
+
+def test_tiles_on_a_tpu_leave_room_for_what_is_added_to():
+    chip, shape, dtype = get_chip("v7x"), (8, 4096, 4096), jnp.dtype("float32")
+    alone, added = (drhs_on_tpu.pick(chip, 8192, shape, "bfloat16", dtype, adds=adds) for adds in (False, True))
+    assert added.block_k * added.block_n < alone.block_k * alone.block_n
 
 
 def test_its_derivatives(rng):
