@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.arrays import require_arrays
 from pallas_kernels.dtypes import FLOATS, is_float
 
 
@@ -16,21 +17,6 @@ def require(condition: bool, name: str, expected: str, got: object) -> None:
     """Raises ValueError unless `condition`."""
     if not condition:
         raise ValueError(f"{name} must be {expected}, got {got!r}")
-
-
-def require_arrays(**arrays: object) -> None:
-    """Raises TypeError, naming the argument, for what is neither an array nor None."""
-    for name, value in arrays.items():
-        if value is not None and not (hasattr(value, "shape") and hasattr(value, "dtype")):
-            raise TypeError(f"{name} must be an array, got {type(value).__name__}")
-
-
-def require_given_arrays(**arrays: object) -> None:
-    """`require_arrays` for what cannot be left out."""
-    for name, value in arrays.items():
-        if value is None:
-            raise TypeError(f"{name} must be an array, got None")
-    require_arrays(**arrays)
 
 
 def check_config(config: object) -> None:

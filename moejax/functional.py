@@ -17,11 +17,12 @@ from jax.sharding import Mesh, PartitionSpec
 
 from moejax.aux_output import MoEAux
 from moejax.axes import axes_on, check_scales
-from moejax.checks import check_config, check_residual, require_arrays, require_given_arrays, require_integer
+from moejax.checks import check_config, check_residual, require_integer
 from moejax.config import MoEConfig
 from moejax.on_chip import Held, PerToken, Settings, experts_on_chip, layer_on_chip, whole_scales
 from moejax.params import MoEParams, check_expert_params, check_params, param_specs
 from moejax.rounded_experts import RoundedExperts
+from pallas_kernels.arrays import require_arrays, require_given_arrays
 from pallas_kernels.dtypes import is_float
 from pallas_kernels.plan import as_ids, in_int32
 from pallas_kernels.tracing.concrete import is_known, nan_rows

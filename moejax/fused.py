@@ -6,11 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moejax.checks import check_residual, require, require_arrays, require_given_arrays
+from moejax.checks import check_residual, require
 from moejax.experts import ExpertMath, ExpertWeights
 from moejax.packing import GateUpOrder, Layout, split_gate_up
 from moejax.routed_experts import routed_experts
 from pallas_kernels.activations import Activation
+from pallas_kernels.arrays import require_arrays, require_given_arrays
 from pallas_kernels.dtypes import is_float
 from pallas_kernels.grouped_matmul.checks import check_kind
 from pallas_kernels.plan import in_int32

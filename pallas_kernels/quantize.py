@@ -22,6 +22,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.arrays import require_given_arrays
+
 Scaling = str
 """Block of one scale over the last two dimensions: a name of `NAMED_BLOCKS` or "RxC" such as "1x128"."""
 
@@ -250,8 +252,7 @@ def quantize(
       TypeError: on differentiation. A rounding has no useful gradient and 8-bit cotangents lose what they carry, so
         the operators take BF16 and quantise inside: pass them `quantization=`.
     """
-    if not hasattr(x, "dtype"):
-        raise TypeError(f"x must be an array, got {type(x).__name__}")
+    require_given_arrays(x=x)
     if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype.itemsize == 1:
         raise ValueError(f"x must be a 16-, 32- or 64-bit floating-point array, got {x.dtype}{list(x.shape)}")
     name = check_qdtype(dtype)

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moejax.checks import require, require_arrays, require_given_arrays
+from moejax.checks import require
+from pallas_kernels.arrays import require_arrays, require_given_arrays
 from pallas_kernels.dtypes import is_float
 from pallas_kernels.tracing.concrete import is_known
 from sharding.mesh import split_by_type

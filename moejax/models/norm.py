@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from moejax.checks import require, require_arrays, require_given_arrays
+from moejax.checks import require
 from moejax.initial import Initializer
+from pallas_kernels.arrays import require_arrays, require_given_arrays
 from pallas_kernels.rms_norm import rms_norm
 from pallas_kernels.tracing.concrete import is_less
 from sharding.mesh import free_axes, mesh_here

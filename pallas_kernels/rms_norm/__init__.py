@@ -14,6 +14,7 @@ from typing import Any, overload
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.arrays import require_arrays, require_given_arrays
 from pallas_kernels.dtypes import is_float
 from pallas_kernels.quantize import QDtype, Rounded, Scaling, check_qdtype, is_of_one_row, scale_shape
 from pallas_kernels.rms_norm.gradients import normalized
@@ -165,9 +166,9 @@ def _rows(x: jax.Array) -> jax.Array:
 def _check(x: jax.Array, weight: jax.Array | None, residual: jax.Array | None, eps: object, out_dtype: Any) -> None:
     if not isinstance(eps, numbers.Real) or not 0 <= float(eps) < math.inf:
         raise ValueError(f"eps must be a number from 0 on that is known when this is traced, got {eps!r}")
+    require_given_arrays(x=x)
+    require_arrays(weight=weight, residual=residual)
     for name, array in (("x", x), ("weight", weight), ("residual", residual)):
-        if (name == "x" or array is not None) and not hasattr(array, "dtype"):
-            raise TypeError(f"{name} must be an array, got {type(array).__name__}")
         if array is not None and not is_float(array.dtype):
             raise ValueError(f"{name} must be BF16, FP16 or float32, got {array.dtype}")
     if out_dtype is not None and not is_float(out_dtype):
