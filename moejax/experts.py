@@ -12,26 +12,16 @@ from moejax.config import MoEConfig
 from moejax.params import flat_array, flat_halves, flat_layouts
 from pallas_kernels.activations import Activation
 from pallas_kernels.grouped_matmul import (
-    WEIGHTS_NAME,
     grouped_gate_up,
     grouped_gate_up_in_8_bits,
     grouped_gate_up_rounded,
     grouped_matmul,
     result_can_stay,
 )
-from pallas_kernels.quantize import (
-    Copied,
-    Operand,
-    QTensor,
-    Quantization,
-    Rows,
-    ToRound,
-    Weights,
-    is_of_one_row,
-)
+from pallas_kernels.grouped_matmul.weights import cast
+from pallas_kernels.quantize import Copied, Operand, QTensor, Quantization, Rows, ToRound, Weights, is_of_one_row
 from pallas_kernels.quantize_rows import SCALING, rounded
 from pallas_kernels.routed_mlp import pays, routed_mlp
-from pallas_kernels.tracing.named import named
 from pallas_kernels.tracing.unless_differentiated import unless_differentiated
 
 
@@ -59,7 +49,7 @@ class ExpertWeights:
     def as_multiplied(self) -> "ExpertWeights":
         """With gate and up as one matrix, in `dtype`."""
         gate_up = self.gate_up if len(self.gate_up.shape) == 3 else flat_array(self.gate_up)
-        gate_up, down = _cast(gate_up, self.dtype), _cast(self.down, self.dtype)
+        gate_up, down = cast(gate_up, self.dtype), cast(self.down, self.dtype)
         return dataclasses.replace(self, gate_up=gate_up, down=down, dtype=None)
 
 
@@ -266,7 +256,7 @@ def gate_up_projection(
     bias: jax.Array | None = None,
 ) -> Rows:
     """Kernel one of `expert_mlp` alone: rows [R, H] -> [R, I]."""
-    weights = flat_halves(_cast(gate_up, _dtype_of_weights(math)))
+    weights = flat_halves(cast(gate_up, _dtype_of_weights(math)))
     return math.gate_up(rows, group_sizes, weights, k_major=isinstance(gate_up, QTensor), bias=_flat_bias(bias))
 
 
@@ -274,7 +264,7 @@ def down_projection(
     h: Rows, group_sizes: jax.Array, down: Weights, math: ExpertMath, *, bias: jax.Array | None = None
 ) -> jax.Array:
     """Kernel two of `expert_mlp` alone: h [R, I] -> [R, H]."""
-    weights = _cast(down, _dtype_of_weights(math))
+    weights = cast(down, _dtype_of_weights(math))
     return math.down(h, group_sizes, weights, k_major=isinstance(down, QTensor), bias=bias)
 
 
@@ -323,9 +313,3 @@ def _dtype_of_weights(math: ExpertMath) -> jnp.dtype | None:
     Over an FSDP axis they were cast earlier, before they were gathered.
     """
     return jnp.dtype(math.dtype) if math.quantization is None else None
-
-
-def _cast(weights: Weights, dtype: jnp.dtype | None) -> Weights:
-    if dtype is None or not isinstance(weights, jax.Array) or weights.dtype == dtype:
-        return weights
-    return named(weights.astype(dtype), WEIGHTS_NAME)

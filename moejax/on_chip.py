@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from moejax.config import MoEConfig
 from moejax.experts import ExpertMath, math_of, shared_mlp
 from moejax.param import Param
-from moejax.params import EXPERT_FIELDS, EXPERT_WEIGHTS, SHARED_FIELDS, MoEParams, param_table
+from moejax.params import EXPERT_FIELDS, EXPERT_WEIGHTS, SHARED_FIELDS, MoEParams, flat_array, param_table
 from moejax.routers.base import Given, Router
 from moejax.stages import Stages, way_of
 from pallas_kernels.float32_matmul import float32_matmul
@@ -136,7 +136,7 @@ def gathered(params: MoEParams, settings: Settings, axes: Axes) -> MoEParams:
         # Gate and up joined, as kernels want them: XLA for TPUs turns the reduce-scatter of an array of four dimensions
         # into an all-reduce and a slice.
         halves, width = x.shape[-2:]
-        joined = gather(x.reshape(*x.shape[:-2], -1), axes.embed, dimension)
+        joined = gather(flat_array(x), axes.embed, dimension)
         return joined.reshape(*joined.shape[:-1], halves, width)
 
     def whole(row: Param | None, value: Any, has_whole_scale: bool = False) -> Any:

@@ -258,7 +258,7 @@ def _to_8_bits(weights: jax.Array, row: Param, dtype: str, scaling: str) -> QTen
     if not row.has_halves:
         return quantize(weights, dtype, scaling=scaling).mT
     if block_shape(scaling) == (None, None):  # one scale for both
-        joined = quantize(weights.reshape(*weights.shape[:-2], -1), dtype, scaling=scaling)
+        joined = quantize(flat_array(weights), dtype, scaling=scaling)
         values = jnp.moveaxis(joined.values.reshape(weights.shape), -2, -3)
         return QTensor(values.mT, joined.scale[..., None])
     return quantize(jnp.moveaxis(weights, -2, -3), dtype, scaling=scaling).mT
@@ -276,7 +276,7 @@ def flat_array(gate_up: Any) -> Any:
     """`flat_halves` of an array, and of that in RoundedWeights; all that is in 8 bits stays as it is."""
     if isinstance(gate_up, RoundedWeights):
         return dataclasses.replace(gate_up, array=flat_array(gate_up.array))
-    return gate_up if isinstance(gate_up, QTensor) else _joined(gate_up)
+    return gate_up if isinstance(gate_up, QTensor) else gate_up.reshape(*gate_up.shape[:-2], -1)
 
 
 def flat_layouts(gate_up: Any) -> Any:
@@ -285,7 +285,7 @@ def flat_layouts(gate_up: Any) -> Any:
         k_major, n_last = gate_up.k_major, gate_up.n_last
         parts = (k_major.values, k_major.scale)
         rows = QTensor(*(part.reshape(*part.shape[:-3], -1, part.shape[-1]) for part in parts))
-        columns = None if n_last is None else QTensor(_joined(n_last.values), _joined(n_last.scale))
+        columns = None if n_last is None else QTensor(flat_array(n_last.values), flat_array(n_last.scale))
         return RoundedWeights(gate_up.array, rows, columns)
     if not isinstance(gate_up, QTensor):
         return gate_up
@@ -297,7 +297,3 @@ def flat_layouts(gate_up: Any) -> Any:
         gate_up.values.reshape(*batch, halves * width, depth),
         scale.reshape(*scale.shape[:-3], -1, scale.shape[-1]),
     )
-
-
-def _joined(array: jax.Array) -> jax.Array:
-    return array.reshape(*array.shape[:-2], -1)

@@ -18,7 +18,7 @@ from moejax.axes import axes_on
 from moejax.checks import check_config
 from moejax.config import MoEConfig
 from moejax.param import Param
-from moejax.params import EXPERT_WEIGHTS, MoEParams, check_expert_params, operand_spec, param_table
+from moejax.params import EXPERT_WEIGHTS, MoEParams, check_expert_params, flat_array, operand_spec, param_table
 from pallas_kernels.grouped_matmul.weights import in_one_pass
 from pallas_kernels.quantize import SCALE_BLOCK, QTensor, Quantization, RoundedWeights
 from pallas_kernels.quantize_transpose import quantize_transpose
@@ -138,7 +138,7 @@ def _over_mesh(round_: Any, weights: jax.Array, row: Param, mesh: Any, axes: Axe
 
 
 def _in_both_layouts(name: str, weights: jax.Array, *, row: Param, quantization: Quantization, backend: str) -> Layouts:
-    joined = weights.reshape(*weights.shape[:-2], -1) if row.has_halves else weights
+    joined = flat_array(weights) if row.has_halves else weights
     matrices = jax.lax.stop_gradient(joined.reshape(-1, *joined.shape[-2:]))
     if weights.shape[-1] % SCALE_BLOCK or not in_one_pass(matrices, quantization):
         raise ValueError(

@@ -46,5 +46,5 @@ def params_of(weights: Weights) -> MoEParams:
 
 
 def our_layer(x: jax.Array, weights: Weights, *, config: MoEConfig, rounded: RoundedExperts | None = None) -> jax.Array:
-    """Y of tokens x."""
+    """The layer's y of tokens x."""
     return moe(x, params_of(weights), config, rounded=rounded)[0]

@@ -26,7 +26,6 @@ from pallas_kernels.grouped_matmul.gradients import (
 )
 from pallas_kernels.grouped_matmul.group_sizes import as_group_sizes
 from pallas_kernels.grouped_matmul.of_columns import grouped_matmul_of_columns
-from pallas_kernels.grouped_matmul.weights import WEIGHTS_NAME
 from pallas_kernels.quantize import (
     Operand,
     QDtype,
@@ -257,7 +256,6 @@ def _result_dtype(lhs: Rows, preferred: jax.typing.DTypeLike | None) -> jnp.dtyp
 
 __all__ = [
     "GATE_UP_NAME",
-    "WEIGHTS_NAME",
     "Operand",
     "grouped_gate_up",
     "grouped_gate_up_in_8_bits",

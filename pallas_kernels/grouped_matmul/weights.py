@@ -1,6 +1,9 @@
-"""Weights of a product, rounded to 8 bits as its products and those of its gradients take them."""
+"""Weights of a product, cast, or rounded to 8 bits, as its products and those of its gradients take them."""
+
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels.quantize import QTensor, Quantization, quantize
 from pallas_kernels.quantize_transpose import SCALING, quantize_transpose
@@ -9,6 +12,13 @@ from pallas_kernels.tracing.named import named
 
 WEIGHTS_NAME = "moe_weights"
 """What `jax.checkpoint` knows weights as that were cast or rounded for a product from parameters of another kind."""
+
+
+def cast(weights: Any, dtype: jnp.dtype | None) -> Any:
+    """An array of weights in `dtype`, if there is one; what is in 8 bits stays as it is."""
+    if dtype is None or not isinstance(weights, jax.Array) or weights.dtype == dtype:
+        return weights
+    return named(weights.astype(dtype), WEIGHTS_NAME)
 
 
 def in_one_pass(weights: jax.Array, quantization: Quantization) -> bool:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from pallas_kernels.gated_activation import gradients as activation
 from pallas_kernels.grouped_matmul.gradients import GATE_UP_NAME
 from pallas_kernels.grouped_matmul.gradients import multiplied as product
-from pallas_kernels.grouped_matmul.weights import WEIGHTS_NAME, in_one_pass, rounded, rounded_both_ways
+from pallas_kernels.grouped_matmul.weights import cast, in_one_pass, rounded, rounded_both_ways
 from pallas_kernels.moved_rows import combined, dispatched
 from pallas_kernels.plan import Plan
 from pallas_kernels.primitive import Operands
@@ -35,9 +35,7 @@ def as_multiplied(
         return (as_is(w, k_major),) * 2
     w = as_matrices(w)
     if quantization is None:
-        if settings.weights_dtype not in (None, w.dtype):
-            w = named(w.astype(settings.weights_dtype), WEIGHTS_NAME)
-        return (as_is(w, k_major),) * 2
+        return (as_is(cast(w, settings.weights_dtype), k_major),) * 2
     face = {"rhs_face": w, "rhs_n_last": None, "face_transposed": k_major}
     if in_8_bits is not None:
         k_last, n_last = in_8_bits
