@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.tracing.concrete import nan_rows
+from pallas_kernels.tracing.running_sums import running_sums
 
 
 @jax.tree_util.register_dataclass
@@ -51,7 +52,7 @@ def poison(logits: jax.Array) -> jax.Array:
 def forced(free_ids: jax.Array, topk_ids: jax.Array) -> jax.Array:
     """The choices `topk_ids` [T, K], and where they are −1 the first of `free_ids` [T, K], best first."""
     is_free = topk_ids < 0
-    place = jnp.cumsum(is_free, axis=1, dtype=jnp.int32) - is_free.astype(jnp.int32)
+    place = running_sums(is_free, axis=1) - is_free.astype(jnp.int32)
     return jnp.where(is_free, jnp.take_along_axis(free_ids, place, axis=1), topk_ids)
 
 

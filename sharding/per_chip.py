@@ -132,14 +132,15 @@ def choose_layout(
     if any(size % axes.size(names) for size, names in zip(leading, layout, strict=True)):
         return None
     for axis in axes.tokens:
-        if axes.size((axis,)) == 1 or any(axis in names for names in layout):
+        if any(axis in names for names in layout):
             continue
         for dimension in range(splittable):
             if leading[dimension] % axes.size((*layout[dimension], axis)) == 0:
                 layout[dimension] = (*layout[dimension], axis)
                 break
         else:
-            return None
+            if axes.size((axis,)) > 1:
+                return None
     return tuple(layout)
 
 

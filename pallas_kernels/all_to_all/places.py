@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.tracing.running_sums import running_sums
+
 
 def first_places(counts: jax.Array, num_local: int) -> jax.Array:
     """Counts [ep, E] -> int32 [ep, E]: the place of a chip's first row for an expert among all rows of its chip.
@@ -11,7 +13,7 @@ def first_places(counts: jax.Array, num_local: int) -> jax.Array:
       counts: int32, rows of each chip for each expert.
       num_local: experts of a chip.
     """
-    before_sender = jnp.cumsum(counts, 0) - counts
+    before_sender = running_sums(counts) - counts
     by_rank = counts.sum(0).reshape(-1, num_local)
-    before_expert = (jnp.cumsum(by_rank, 1) - by_rank).reshape(-1)
+    before_expert = (running_sums(by_rank, axis=1) - by_rank).reshape(-1)
     return (before_expert + before_sender).astype(jnp.int32)

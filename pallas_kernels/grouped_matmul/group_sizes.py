@@ -52,7 +52,7 @@ def _sums(group_sizes: jax.Array, num_rows: int) -> tuple[jax.Array, jax.Array]:
     """The running sums of the sizes, uint32 [E], and where they exceed M; past that point they may have overflowed."""
     rows = jnp.asarray(num_rows, jnp.int32)
     # Neither addend is more than 2³¹ − 1, so the first sum past M has not wrapped round; what follows is past it too.
-    sums = running_sums(jnp.clip(group_sizes, 0, rows), num_rows, dtype=jnp.uint32)
+    sums = running_sums(jnp.clip(group_sizes, 0, rows), dtype=jnp.uint32)
     is_past = sums > rows.astype(jnp.uint32)
     if not _fits(group_sizes.shape[0], num_rows):
         is_past = lax.cummax(is_past.astype(jnp.int32)) > 0

@@ -129,7 +129,7 @@ class _Blocks:
         self.starts = lax.dynamic_slice_in_dim(starts, group_offset, num_groups)
         self.ends = lax.dynamic_slice_in_dim(ends, group_offset, num_groups)
         per_group = -(-(self.ends - self.starts) // self.block_m)
-        self.last = running_sums(per_group, num_rows)
+        self.last = running_sums(per_group)
         self.first = self.last - per_group
         self.count = self.last[-1]
 

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from pallas_kernels.plan.counting_sort import Sorted, counting_sort
 from pallas_kernels.plan.ids import as_ids, in_int32
 from pallas_kernels.tracing.concrete import is_less
+from pallas_kernels.tracing.running_sums import running_sums
 
 
 @jax.tree_util.register_dataclass
@@ -89,7 +90,7 @@ def check_choices(topk_ids: jax.Array, num_groups: int) -> None:
 def tight_plan(by_group: Sorted, shape: tuple[int, ...]) -> Plan:
     """The plan in which the T·K assignments of `shape` [T, K] lie as they are sorted."""
     rows, order, group_sizes = by_group
-    offsets = jnp.cumsum(group_sizes, dtype=jnp.int32) - group_sizes
+    offsets = running_sums(group_sizes) - group_sizes
     return Plan(order, rows.reshape(shape), group_sizes, offsets, jnp.zeros((), jnp.int32))
 
 

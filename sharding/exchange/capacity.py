@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.core import max_dim, min_dim
 
 from pallas_kernels.plan import make_plan
+from pallas_kernels.tracing.running_sums import running_sums
 from sharding.tokens import Tokens
 
 Scope = Literal["batch", "chip"]
@@ -148,6 +149,7 @@ def _before(counts: jax.Array, begins: jax.Array, own_begins: jax.Array) -> jax.
       begins: int32 [runs], the first token of each.
       own_begins: int32 [own runs].
     """
-    of_earlier_k = jnp.cumsum(counts.sum(0, dtype=jnp.int32), axis=0, dtype=jnp.int32) - counts.sum(0, dtype=jnp.int32)
+    of_each_k = counts.sum(0, dtype=jnp.int32)
+    of_earlier_k = running_sums(of_each_k) - of_each_k
     earlier = (begins < own_begins[:, None]).astype(jnp.int32)
     return of_earlier_k + jnp.einsum("or,rke->oke", earlier, counts, preferred_element_type=jnp.int32)

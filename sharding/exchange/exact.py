@@ -27,6 +27,7 @@ from pallas_kernels.all_to_all.places import first_places
 from pallas_kernels.dispatch import dispatch
 from pallas_kernels.plan import Plan, make_plan, unsorted_plan
 from pallas_kernels.quantize import Operand
+from pallas_kernels.tracing.running_sums import running_sums
 from pallas_kernels.tracing.target import target_platform
 from sharding.exchange.between_chips import BetweenChips, RoundPlan
 from sharding.exchange.room import bounded, slab_and_rounds
@@ -160,7 +161,7 @@ def blocks_between(
     """
     first = jnp.clip(places, begin, begin + room)
     sizes = jnp.clip(places + counts, begin, begin + room) - first
-    sources = jnp.cumsum(counts, 1) - counts + first - places
+    sources = running_sums(counts, axis=1) - counts + first - places
     tables = [table.astype(jnp.int32) for table in (sizes, sources, first - begin)]  # [ep, E]
     by_rank = [table.reshape(placement.ep, placement.ep, placement.num_local) for table in tables]
     from_here = [table[rank] for table in by_rank]

@@ -254,15 +254,20 @@ def test_flax_rules_say_the_partition(params, rng):
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
-@pytest.mark.slow
-def test_inside_another_shard_map(check_vma, params, rng):
-    """Two stages with a layer each, over an axis that the layer knows nothing of."""
+@pytest.mark.parametrize(
+    "sizes",
+    [{"expert": 4}, {"expert": 1}, {"data": 1, "expert": 4}, {"data": 2, "expert": 1}, {"fsdp": 1, "expert": 2}],
+    ids=str,
+)
+@pytest.mark.quick("*'data': 1*-True")
+def test_inside_another_shard_map(sizes, check_vma, params, rng):
+    """Two stages with a layer each, over an axis that the layer knows nothing of, beside axes of one chip too."""
     x, direction = normal(rng, 2, 12, 32), normal(rng, 2, 12, 32)
     layers = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), params)
 
     def loss(x, params, direction):
         y, aux = moe(x, params, with_changes(CONFIG, load_balance_loss=0.1))
-        return (y * direction).sum() + aux.loss
+        return ((y - direction) ** 2).sum() + aux.loss
 
     def in_stages(x, layers):
         def stage(*args):
@@ -276,7 +281,7 @@ def test_inside_another_shard_map(check_vma, params, rng):
         return sum(loss(x[i], jax.tree.map(lambda leaf, i=i: leaf[i], layers), direction[i]) for i in range(2))
 
     expected = jax.jit(jax.value_and_grad(one_by_one, argnums=(0, 1)))(x, layers)
-    with jax.set_mesh(mesh_of(stage=2, expert=4)):
+    with jax.set_mesh(mesh_of(stage=2, **sizes)):
         got = jax.jit(jax.value_and_grad(in_stages, argnums=(0, 1)))(x, layers)
     for leaf, ref in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         assert relative_error(leaf, ref) < 1e-5

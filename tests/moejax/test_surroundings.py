@@ -194,6 +194,16 @@ def test_an_export_for_any_number_of_tokens(params, rng, platforms):
         assert relative_error(exported.call(params, x), layer(params, x)) < 1e-6
 
 
+@pytest.mark.filterwarnings("ignore:.*falling back to the XLA reference")
+def test_an_export_for_several_platforms_runs_on_each(params, rng):
+    """XLA's compiler for CPUs aborts on running sums as they are for several platforms."""
+    config = dataclasses.replace(CONFIG, capacity_factor=0.75)
+    layer = jax.jit(lambda params, x, ids: moe(x, params, config, topk_ids=ids)[0])
+    x, ids = normal(rng, 40, 32), jnp.full((40, CONFIG.top_k), -1, jnp.int32).at[3, 0].set(2)
+    exported = export.export(layer, platforms=["cpu", "cuda", "tpu"])(params, x, ids)
+    assert relative_error(exported.call(params, x, ids), layer(params, x, ids)) < 1e-6
+
+
 @pytest.mark.parametrize("scope", ["batch", "chip"])
 def test_an_export_for_any_number_of_tokens_drops_what_exceeds_a_capacity(params, rng, scope):
     config = dataclasses.replace(CONFIG, capacity_factor=0.75, capacity_of=scope)
