@@ -40,9 +40,14 @@ def partition_here(partition: Partition | None) -> Partition:
         if not isinstance(partition, Partition):
             raise TypeError(f"partition must be a moejax.Partition, got {type(partition).__name__}")
         return partition
+    return partition_by_rules() or Partition()
+
+
+def partition_by_rules() -> Partition | None:
+    """What flax's logical axis rules say that are in force, None if they say nothing of ours."""
     rules = spmd.get_logical_axis_rules()
     is_ours = any(name in ("expert", "embed", "mlp", "tokens") for name, _ in rules)
-    return Partition.from_rules(rules) if is_ours else Partition()
+    return Partition.from_rules(rules) if is_ours else None
 
 
 def check_scales(params: MoEParams, config: MoEConfig, axes: Axes) -> None:

@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moejax.aux_output import MoEAux
-from moejax.axes import axes_on
+from moejax.axes import axes_on, partition_by_rules
 from moejax.checks import check_config
 from moejax.config import MoEConfig
 from moejax.functional import moe
@@ -115,7 +115,7 @@ class MoE(nnx.Module):
           rngs: the stream "params" initialises the parameters, the stream "router" gives a noisy router its noise.
           mesh: the default is the mesh of `jax.set_mesh`, if any: that in force at a call, else that in force here.
           partition: which axes of the mesh split what; default is what flax's logical axis rules say, if any are in
-            force, else `Partition()`.
+            force here, else at a call, else `Partition()`.
           kernel_init: initialises each matrix [in, out] of each expert, gate and up separately.
           bias_init: initialises all biases.
           router_init: initialises the router's kernels, except those that the router initialises itself.
@@ -128,7 +128,7 @@ class MoE(nnx.Module):
         check_config(config)
         self.config = config
         self.mesh = mesh
-        self.partition = partition
+        self.partition = partition_by_rules() if partition is None else partition
         self.deterministic = deterministic
         here = mesh_here(mesh)
         self._made_on = here if mesh is None else None
@@ -163,7 +163,7 @@ class MoE(nnx.Module):
         """The layer with these parameters, which may be in 8 bits.
 
         Args:
-          params: see `MoEParams`.
+          params: see `MoEParams`. They keep their dtype, whatever `config.param_dtype` says of new ones: float32 to train.
           config: the layer.
           **settings: those of the constructor, such as `mesh`.
 

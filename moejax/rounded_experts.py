@@ -21,7 +21,7 @@ from moejax.param import Param
 from moejax.params import EXPERT_WEIGHTS, MoEParams, check_expert_params, flat_array, operand_spec, param_table
 from pallas_kernels.grouped_matmul.weights import in_one_pass
 from pallas_kernels.quantize import SCALE_BLOCK, QTensor, Quantization, RoundedWeights
-from pallas_kernels.quantize_transpose import quantize_transpose
+from pallas_kernels.quantize_transpose import SCALING, quantize_transpose
 from sharding.mesh import AnyMesh, mesh_here, place
 from sharding.partition import Axes, Partition
 
@@ -63,8 +63,8 @@ class RoundedExperts:
             expected = _expected(name, array, row, quantization)
             if _told(layouts) != _told(expected):
                 raise ValueError(
-                    f"rounded.{name} must be what quantize_for_training(params, config) makes of params.{name}, "
-                    f"{_told(expected)}, got {_told(layouts)}"
+                    f"rounded.{name} must be what quantize_for_training(params, config) makes of params.{name}, with "
+                    f"the same config (sizes, quantization): {_told(expected)}, got {_told(layouts)}"
                 )
             found[name] = RoundedWeights(array, *layouts)
         return dataclasses.replace(params, **found)
@@ -122,9 +122,18 @@ def _expected(name: str, array: jax.Array, row: Param, quantization: Quantizatio
     return jax.eval_shape(rounded, jax.ShapeDtypeStruct(array.shape, array.dtype))
 
 
+_WITHOUT = "leave rounded= out, and the layer rounds its weights in each call"
+
+
 def _require_8_bits(config: MoEConfig) -> None:
     if config.precision != "w8a8":
         raise ValueError(f"config.precision must be 'w8a8' for rounded weights, got {config.precision!r}")
+    dtype, scaling = config.quantization.dtype, config.quantization.rhs_scaling
+    if dtype == "int8" or scaling != SCALING:
+        raise ValueError(
+            f"config.quantization must be of FP8 with rhs_scaling={SCALING!r} for rounded weights, got dtype={dtype!r} "
+            f"and rhs_scaling={scaling!r}; {_WITHOUT}"
+        )
 
 
 def _over_mesh(round_: Any, weights: jax.Array, row: Param, mesh: Any, axes: Axes) -> Layouts:
@@ -142,9 +151,8 @@ def _in_both_layouts(name: str, weights: jax.Array, *, row: Param, quantization:
     matrices = jax.lax.stop_gradient(joined.reshape(-1, *joined.shape[-2:]))
     if weights.shape[-1] % SCALE_BLOCK or not in_one_pass(matrices, quantization):
         raise ValueError(
-            f"params.{name} must be BF16, FP16 or float32 with sizes on each chip that are multiples of {SCALE_BLOCK}, "
-            f"and quantization FP8 with rhs_scaling='128x128', to be rounded for training; got {weights.dtype}"
-            f"{list(weights.shape)}, rhs_scaling={quantization.rhs_scaling!r} and dtype={quantization.dtype!r}"
+            f"params.{name} must be BF16, FP16 or float32 with sizes on each chip that are multiples of {SCALE_BLOCK} "
+            f"to be rounded for training, got {weights.dtype}{list(weights.shape)}; {_WITHOUT}"
         )
     back = quantization.gradient_dtype is not None
     k_major, n_last = quantize_transpose(matrices, quantization.dtype, n_last=back, backend=backend)

@@ -202,6 +202,11 @@ def one_or_all(axes: tuple[str, ...]) -> str | tuple[str, ...] | None:
     return axes[0] if len(axes) == 1 else axes or None
 
 
+def names_in(spec: PartitionSpec) -> tuple[str, ...]:
+    """The axes that a PartitionSpec names."""
+    return tuple(axis for entry in spec for axis in ((entry,) if isinstance(entry, str) else entry or ()))
+
+
 def _names_axes(axes: object) -> bool:
     is_sequence = isinstance(axes, Sequence) and all(isinstance(axis, str) for axis in axes)
     return axes is None or is_sequence

@@ -16,10 +16,10 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from pallas_kernels.tracing.target import target_chip
-from pallas_kernels.tracing.varying import varying_axes
+from pallas_kernels.tracing.varying import vary_over, varying_axes
 from sharding.in_one_piece import in_one_piece
 from sharding.mesh import AnyMesh, free_axes, has_explicit_axes, place, spec_in
-from sharding.partition import ONE_CHIP, Axes, one_or_all
+from sharding.partition import ONE_CHIP, Axes, names_in, one_or_all
 from sharding.tokens import Tokens
 
 
@@ -70,6 +70,8 @@ def per_chip(
         of_tokens, rest = _on_chip(rows, params, mask, sequence_length=sequence_length, **settings)
         return _reshaped(of_tokens, 1, leading), rest
 
+    alone = tuple(axis for axis in free_axes(mesh) if mesh.shape[axis] == 1)
+    specs = jax.tree.map(functools.partial(_naming, alone), params, specs)
     first = jax.tree.leaves(per_token)[0]
     lies = spec_in(first, mesh)
     layout = choose_layout(leading, lies, axes, whole_sequences)
@@ -127,8 +129,7 @@ def choose_layout(
     elif lies is not None:
         for dimension in range(splittable):
             entry = lies[dimension]
-            names = () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
-            layout[dimension] = tuple(name for name in names if name in axes.tokens)
+            layout[dimension] = tuple(name for name in names_in(PartitionSpec(entry)) if name in axes.tokens)
     if any(size % axes.size(names) for size, names in zip(leading, layout, strict=True)):
         return None
     for axis in axes.tokens:
@@ -142,6 +143,18 @@ def choose_layout(
             if axes.size((axis,)) > 1:
                 return None
     return tuple(layout)
+
+
+def _naming(axes: tuple[str, ...], leaf: jax.Array, spec: PartitionSpec) -> PartitionSpec:
+    """`spec` of a parameter with axes of one chip, where it has a dimension: JAX adds gradients up in refs if all are.
+
+    That is, if all axes of the mesh are named.
+    """
+    missing = tuple(axis for axis in axes if axis not in names_in(spec))
+    if not missing or leaf.ndim == 0:
+        return spec
+    first, *rest = spec or (None,)
+    return PartitionSpec((*names_in(PartitionSpec(first)), *missing), *rest)
 
 
 def _cut_anew(arrays: Any, leading: tuple[int, ...], axes: Axes, whole_sequences: bool) -> tuple[Any, int]:
@@ -225,6 +238,7 @@ def _on_mesh(
     last_split = max((i for i, names in enumerate(by_token) if names), default=0)
 
     def on_chip(arrays: dict[str, Any], params: Any) -> tuple[Any, Any]:
+        params = vary_over(params, summed)
         leading = arrays["index"].shape[:-1]
         index = arrays["index"].reshape(-1)
         real = None if arrays["mask"] is None else arrays["mask"].reshape(-1)
@@ -236,6 +250,8 @@ def _on_mesh(
         return _reshaped(of_tokens, 1, leading), rest
 
     outside = varying_axes((arrays, params))
+    # Gradients are summed over these axes as what they are of, and not as what a chip casts that to.
+    summed = outside | set(axes.tokens) if outside else outside
     sharded = functools.partial(
         jax.shard_map,
         mesh=mesh,

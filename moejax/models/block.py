@@ -9,6 +9,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from moejax.aux_output import MoEAux
+from moejax.checks import require
 from moejax.layer import MoE
 from moejax.models.attention import Attention
 from moejax.models.cache import KVCache, check_cache
@@ -84,6 +85,10 @@ class DecoderBlock(nnx.Module):
         """Whether the output of a token never depends on later tokens, which is for the experts' router to say."""
         return isinstance(self.feed_forward, MLP) or self.feed_forward.causal
 
+    def quantized_for_training(self) -> RoundedExperts | None:
+        """The weights of its experts in 8 bits, for `rounded=`; see `MoE`. None of a dense network, which has none."""
+        return None if isinstance(self.feed_forward, MLP) else self.feed_forward.quantized_for_training()
+
     def __call__(
         self,
         x: jax.Array,
@@ -101,7 +106,7 @@ class DecoderBlock(nnx.Module):
           mask: bool [B, L], true for real tokens; None if all are.
           token_ids: for the experts, as is all that follows; see `moejax.MoE`.
           topk_ids: choices to repeat.
-          rounded: weights that are rounded already, of experts.
+          rounded: what `quantized_for_training` made, or None.
           train: whether a noisy router adds its noise.
 
         Returns:
@@ -111,6 +116,9 @@ class DecoderBlock(nnx.Module):
           ValueError: shapes or dtypes do not fit.
         """
         check_tokens(x, self.config.hidden_size, mask)
+        if isinstance(self.feed_forward, MLP):
+            got = type(rounded).__name__
+            require(rounded is None, "rounded", "None for a dense network, which has no experts", got)
         real = kept(x, mask)
         attended = self.attention(self.attention_norm(real), mask=mask)
         of_experts: Any = {"token_ids": token_ids, "topk_ids": topk_ids, "rounded": rounded, "train": train}

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
-from moejax.axes import partition_here
+from moejax.axes import partition_by_rules, partition_here
 from moejax.experts import ExpertMath, expert_mlp
 from moejax.initial import Initializer, initial
 from moejax.models.checks import check_tokens
@@ -67,7 +67,7 @@ class MLP(nnx.Module):
         """
         self.config = config
         self.mesh = mesh
-        self.partition = partition
+        self.partition = partition_by_rules() if partition is None else partition
         hidden, width, here = config.hidden_size, config.intermediate_size, mesh_here(mesh)
         self._made_on = here if mesh is None else None
 

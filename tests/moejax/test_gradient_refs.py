@@ -159,9 +159,9 @@ def test_layers_that_share_weights_add_twice(rng):
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 def test_experts_of_a_mesh(rng, kind):
-    """Of weights that all axes split; for the router, which no axis does, JAX has no refs."""
+    """Of weights that all axes of several chips split; for the router, which no axis does, JAX has no refs."""
     config, x = CONFIGS["8 bits"], normal(rng, 24, 256, dtype="bfloat16")
-    mesh = jax.make_mesh((4,), ("expert",), (kind,), devices=jax.devices()[:4])
+    mesh = jax.make_mesh((1, 4), ("data", "expert"), (kind,) * 2, devices=jax.devices()[:4])
     params = random_params(config, rng)
     split = jax.device_put(
         {"gate_up": params.gate_up, "down": params.down}, NamedSharding(mesh, PartitionSpec("expert"))

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from flax.core import spmd
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from moejax import (
@@ -195,6 +196,15 @@ def test_calls_outside_of_the_mesh_are_spread_over_the_one_that_the_layer_was_ma
     assert same_bits(y, inside)
     with pytest.warns(UserWarning, match="made under jit over the mesh .* is called without a mesh"):
         in_mesh("set_mesh, jit", mesh_of(AxisType.Auto))(x)
+
+
+def test_a_layer_keeps_the_logical_axis_rules_that_it_was_made_under(x):
+    mesh = jax.make_mesh((2, 2), ("zero", "ep"), (AxisType.Auto,) * 2, devices=jax.devices()[:4])
+    with jax.set_mesh(mesh):
+        with spmd.logical_axis_rules([("expert", "ep"), ("embed", "zero"), ("tokens", ("zero", "ep"))]):
+            layer = new_layer()
+        y, _ = layer(x)
+    assert relative_error(y, new_layer()(x)[0]) < LIMIT["float32"]
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from moejax import (
     quantize_for_training,
     quantize_params,
 )
-from moejax.models import AttentionConfig, BlockConfig, DecoderBlock
+from moejax.models import AttentionConfig, BlockConfig, DecoderBlock, MLPConfig
 from tests.helpers import normal, raises_saying, relative_error, same_bits
 from tests.moejax.layers import random_params
 from tests.moejax.test_meshes import equations
@@ -105,9 +105,14 @@ def test_blocks_and_linen_modules_hand_it_on(rng):
     x = normal(rng, 2, 8, 512, dtype="bfloat16")
     block = DecoderBlock(BlockConfig(AttentionConfig(512, 2, 2, 128), CONFIG), rngs=nnx.Rngs(0))
     call = nnx.jit(lambda block, x, rounded: block(x, rounded=rounded)[0])
-    assert same_bits(call(block, x, block.feed_forward.quantized_for_training()), call(block, x, None))
+    assert same_bits(call(block, x, block.quantized_for_training()), call(block, x, None))
     others = MoE(CONFIG, rngs=nnx.Rngs(1)).quantized_for_training()
     assert relative_error(call(block, x, others), call(block, x, None)) > 0.1
+
+    dense = DecoderBlock(BlockConfig(AttentionConfig(512, 2, 2, 128), MLPConfig(512, 256)), rngs=nnx.Rngs(0))
+    assert dense.quantized_for_training() is None
+    with raises_saying(ValueError, "rounded must be None for a dense network", "got 'RoundedExperts'"):
+        dense(x, rounded=others)
 
     module, layer = moejax.linen.MoE(CONFIG), MoE(CONFIG, rngs=nnx.Rngs(0))
     variables, rounded = jax.jit(module.init)(jax.random.key(0), x), layer.quantized_for_training()
@@ -179,8 +184,11 @@ def test_what_does_not_fit_is_named(rng):
     with raises_saying(TypeError, "params must be MoEParams, got MoE; of a layer, layer.params()"):
         quantize_for_training(MoE(CONFIG, rngs=nnx.Rngs(0)), CONFIG)
     by_channel = Quantization(lhs_scaling="per_row", rhs_scaling="per_channel")
-    narrow = MoEConfig(256, 192, 8, 2, precision="w8a8", quantization=by_channel)
-    with raises_saying(ValueError, "params.gate_up must be BF16, FP16 or float32 with sizes on each chip", "192"):
-        quantize_for_training(random_params(narrow, rng), narrow)
-    with raises_saying(ValueError, "multiples of 128", "got float32[8, 64, 2, 256]"):
+    for quantization in (by_channel, Quantization(dtype="int8")):
+        other = dataclasses.replace(CONFIG, quantization=quantization)
+        with raises_saying(
+            ValueError, "must be of FP8 with rhs_scaling='128x128'", quantization.dtype, "leave rounded="
+        ):
+            quantize_for_training(params, other)
+    with raises_saying(ValueError, "multiples of 128", "got float32[8, 64, 2, 256]; leave rounded= out"):
         quantize_for_training(params, CONFIG, mesh=mesh_of(fsdp=8, expert=1))

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -57,6 +59,22 @@ def test_inside_a_shard_map_over_all_axes_it_is_the_layer_of_one_chip(check_vma,
     assert relative_error(value, expected) < 1e-6
     for got, reference in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected_gradients), strict=True):
         assert relative_error(got, reference) < 1e-5
+
+
+@pytest.mark.parametrize("check_vma", [False, True])
+@pytest.mark.parametrize("sizes", [(2, 4), (2, 1)], ids=str)
+def test_gradients_are_summed_over_stages_as_their_parameters_are(sizes, check_vma, params, rng):
+    """In float32, whatever the layer casts its parameters to."""
+    config = dataclasses.replace(CONFIG, dtype=jnp.bfloat16)
+    x = normal(rng, 2, 4, 32, dtype="bfloat16")
+    mesh = jax.make_mesh(sizes, ("stage", "expert"), (AxisType.Auto,) * 2, devices=jax.devices()[: math.prod(sizes)])
+    with jax.set_mesh(mesh):
+        over = {"in_specs": (P(), P("stage")), "out_specs": P("stage"), "axis_names": {"stage"}}
+        each = jax.shard_map(lambda params, x: moe(x, params, config)[0], **over, check_vma=check_vma)
+        program = str(jax.make_jaxpr(jax.grad(lambda params: each(params, x).astype("float32").sum()))(params))
+    sums = re.findall(r":(\w+)\[\S* = psum", program)
+    assert "f32" in sums
+    assert "bf16" not in sums
 
 
 @pytest.mark.parametrize("check_vma", [False, True])
