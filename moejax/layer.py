@@ -163,7 +163,7 @@ class MoE(nnx.Module):
         """The layer with these parameters, which may be in 8 bits.
 
         Args:
-          params: see `MoEParams`. They keep their dtype, whatever `config.param_dtype` says of new ones: float32 to train.
+          params: see `MoEParams`. They keep their dtype, whatever `config.param_dtype` says of new ones.
           config: the layer.
           **settings: those of the constructor, such as `mesh`.
 

@@ -11,6 +11,7 @@ from moejax.config import MoEConfig
 from moejax.experts import ExpertMath, math_of, shared_mlp
 from moejax.param import Param
 from moejax.params import EXPERT_FIELDS, EXPERT_WEIGHTS, SHARED_FIELDS, MoEParams, flat_array, param_table
+from moejax.rounded_experts import in_both_layouts
 from moejax.routers.base import Given, Router
 from moejax.stages import Stages, way_of
 from pallas_kernels.float32_matmul import float32_matmul
@@ -124,13 +125,15 @@ def experts_on_chip(
 def gathered(params: MoEParams, settings: Settings, axes: Axes) -> MoEParams:
     """The parameters with H whole, where it is split over the axes of "embed" (FSDP).
 
-    Matrices of experts are cast to `config.dtype` before they are gathered; those held in 8 bits are gathered in 8
-    bits. The gradient of a gather is a reduce-scatter.
+    Matrices of experts are rounded to 8 bits, or cast to `config.dtype`, before they are gathered. The gradient of a
+    gather is a reduce-scatter.
     """
     if axes.size(axes.embed) == 1:
         return params
+    config = settings.config
 
-    def gather_matrices(x: jax.Array, dimension: int, has_halves: bool) -> jax.Array:
+    def cast_and_gathered(x: jax.Array, dimension: int, has_halves: bool) -> jax.Array:
+        x = x.astype(config.dtype)
         if not has_halves:
             return gather(x, axes.embed, dimension)
         # Gate and up joined, as kernels want them: XLA for TPUs turns the reduce-scatter of an array of four dimensions
@@ -146,17 +149,22 @@ def gathered(params: MoEParams, settings: Settings, axes: Axes) -> MoEParams:
         if "embed" not in logical:
             return value
         dimension = logical.index("embed")
-        if isinstance(value, RoundedWeights):  # of the array only the gradient is taken, which is scattered
+        if isinstance(value, RoundedWeights):
+            array = cast_and_gathered(value.array, dimension, row.has_halves)  # only for its gradient, a reduce-scatter
             n_last = jax.tree.map(lambda part: gather(part, axes.embed, dimension), value.n_last)
-            return RoundedWeights(whole(row, value.array), whole(row, value.k_major), n_last)
+            return RoundedWeights(array, whole(row, value.k_major), n_last)
         if isinstance(value, QTensor):
             scale = value.scale if has_whole_scale else gather(value.scale, axes.embed, dimension)
             return QTensor(gather(value.values, axes.embed, dimension), scale)
         if row.kind != "kernel":
             return gather(value, axes.embed, dimension)
-        return gather_matrices(value.astype(settings.config.dtype), dimension, row.has_halves)
+        if config.precision == "w8a8":
+            layouts = in_both_layouts(value, row=row, quantization=config.quantization, backend=config.backend)
+            if layouts is not None:
+                return whole(row, RoundedWeights(value, *layouts))
+        return cast_and_gathered(value, dimension, row.has_halves)
 
-    table = param_table(settings.config)
+    table = param_table(config)
     router = params.router
     if router is not None:
         router = {name: whole(table.router[name], value) for name, value in router.items()}  # type: ignore[index]

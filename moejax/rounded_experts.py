@@ -147,13 +147,21 @@ def _over_mesh(round_: Any, weights: jax.Array, row: Param, mesh: Any, axes: Axe
 
 
 def _in_both_layouts(name: str, weights: jax.Array, *, row: Param, quantization: Quantization, backend: str) -> Layouts:
-    joined = flat_array(weights) if row.has_halves else weights
-    matrices = jax.lax.stop_gradient(joined.reshape(-1, *joined.shape[-2:]))
-    if weights.shape[-1] % SCALE_BLOCK or not in_one_pass(matrices, quantization):
+    found = in_both_layouts(weights, row=row, quantization=quantization, backend=backend)
+    if found is None:
         raise ValueError(
             f"params.{name} must be BF16, FP16 or float32 with sizes on each chip that are multiples of {SCALE_BLOCK} "
             f"to be rounded for training, got {weights.dtype}{list(weights.shape)}; {_WITHOUT}"
         )
+    return found
+
+
+def in_both_layouts(weights: jax.Array, *, row: Param, quantization: Quantization, backend: str) -> Layouts | None:
+    """What a chip holds of a parameter, rounded; None where no kernel rounds it to both layouts in one pass."""
+    joined = flat_array(weights) if row.has_halves else weights
+    matrices = jax.lax.stop_gradient(joined.reshape(-1, *joined.shape[-2:]))
+    if weights.shape[-1] % SCALE_BLOCK or not in_one_pass(matrices, quantization):
+        return None
     back = quantization.gradient_dtype is not None
     k_major, n_last = quantize_transpose(matrices, quantization.dtype, n_last=back, backend=backend)
     assert k_major is not None, "it was asked for"
