@@ -146,10 +146,7 @@ def choose_layout(
 
 
 def _naming(axes: tuple[str, ...], leaf: jax.Array, spec: PartitionSpec) -> PartitionSpec:
-    """`spec` of a parameter with axes of one chip, where it has a dimension: JAX adds gradients up in refs if all are.
-
-    That is, if all axes of the mesh are named.
-    """
+    """`spec` of a parameter with the axes of one chip that it lacks: JAX has refs for gradients where all are named."""
     missing = tuple(axis for axis in axes if axis not in names_in(spec))
     if not missing or leaf.ndim == 0:
         return spec
