@@ -15,7 +15,9 @@ from moejax.rounded_experts import in_both_layouts
 from moejax.routers.base import Given, Router
 from moejax.stages import Stages, way_of
 from pallas_kernels.float32_matmul import float32_matmul
+from pallas_kernels.grouped_matmul.weights import WEIGHTS_NAME
 from pallas_kernels.quantize import QTensor, RoundedWeights
+from pallas_kernels.tracing.named import named
 from sharding.collectives import gather
 from sharding.exchange import Way
 from sharding.exchange.capacity import count_dropped, limit_to_capacity
@@ -161,7 +163,8 @@ def gathered(params: MoEParams, settings: Settings, axes: Axes) -> MoEParams:
         if config.precision == "w8a8":
             layouts = in_both_layouts(value, row=row, quantization=config.quantization, backend=config.backend)
             if layouts is not None:
-                return whole(row, RoundedWeights(value, *layouts))
+                found = whole(row, RoundedWeights(value, *layouts))
+                return RoundedWeights(found.array, *named((found.k_major, found.n_last), WEIGHTS_NAME))
         return cast_and_gathered(value, dimension, row.has_halves)
 
     table = param_table(config)

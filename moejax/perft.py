@@ -11,7 +11,7 @@ training begins with the frozen layer's output.
 import functools
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,7 @@ from moejax.initial import initial
 from moejax.layer import MoE
 from moejax.losses import LoadStats
 from moejax.param import Param
+from moejax.rounded_experts import RoundedExperts
 from moejax.routers.base import load_of
 from moejax.routers.top_k import TopKRouter, route
 from pallas_kernels.grouped_matmul import grouped_matmul
@@ -134,6 +135,7 @@ class Perft(nnx.Module):
         mask: jax.Array | None = None,
         token_ids: jax.Array | None = None,
         topk_ids: jax.Array | None = None,
+        rounded: RoundedExperts | None = None,
         train: bool | None = None,
     ) -> tuple[jax.Array, MoEAux]:
         """The base layer's output plus the adapters'.
@@ -144,6 +146,7 @@ class Perft(nnx.Module):
           mask: bool [...], true for real tokens; None if all are.
           token_ids: for a base layer that routes by them.
           topk_ids: choices of the base layer to be made again.
+          rounded: what `quantized_for_training` made of the base layer, or None.
           train: has no effect: neither the frozen layer nor the adapters' router has noise.
 
         Returns:
@@ -154,10 +157,15 @@ class Perft(nnx.Module):
         graph, *states = nnx.split(self.base, nnx.Param, ...)
         params, rest = states
         frozen = nnx.merge(graph, jax.lax.stop_gradient(params), rest)
-        y, aux = frozen(x, residual=residual, mask=mask, token_ids=token_ids, topk_ids=topk_ids, train=False)
+        of_base: Any = {"token_ids": token_ids, "topk_ids": topk_ids, "rounded": rounded, "train": False}
+        y, aux = frozen(x, residual=residual, mask=mask, **of_base)
         adapted, (losses, _) = self._adapters(x, mask)
         losses = {f"adapter_{name}": loss for name, loss in losses.items()}
         return y + adapted, MoEAux(losses, aux.load, aux.topk_ids, aux.topk_weights)
+
+    def quantized_for_training(self) -> RoundedExperts:
+        """The weights of the base layer's experts in 8 bits, for as long as it is frozen; see `MoE`."""
+        return self.base.quantized_for_training()
 
     def adapter_load(self, x: jax.Array, *, mask: jax.Array | None = None) -> LoadStats:
         """How the tokens x [..., H] fall on the N adapters."""

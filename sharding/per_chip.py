@@ -70,8 +70,6 @@ def per_chip(
         of_tokens, rest = _on_chip(rows, params, mask, sequence_length=sequence_length, **settings)
         return _reshaped(of_tokens, 1, leading), rest
 
-    alone = tuple(axis for axis in free_axes(mesh) if mesh.shape[axis] == 1)
-    specs = jax.tree.map(functools.partial(_naming, alone), params, specs)
     first = jax.tree.leaves(per_token)[0]
     lies = spec_in(first, mesh)
     layout = choose_layout(leading, lies, axes, whole_sequences)
@@ -85,6 +83,7 @@ def per_chip(
     shape = jax.tree.leaves(arrays)[0].shape[:-1]
     arrays["index"] = jnp.arange(math.prod(shape), dtype=jnp.int32).reshape(*shape, 1)
     by_token = PartitionSpec(*(one_or_all(names) for names in layout))
+    specs = jax.tree.map(functools.partial(_as_tokens, mesh, names_in(by_token)), params, specs)
     arrays = place(arrays, mesh, jax.tree.map(lambda _: by_token, arrays))
     of_tokens, rest = _on_mesh(
         arrays,
@@ -140,18 +139,20 @@ def choose_layout(
                 layout[dimension] = (*layout[dimension], axis)
                 break
         else:
-            if axes.size((axis,)) > 1:
-                return None
+            return None
     return tuple(layout)
 
 
-def _naming(axes: tuple[str, ...], leaf: jax.Array, spec: PartitionSpec) -> PartitionSpec:
-    """`spec` of a parameter with the axes of one chip that it lacks: JAX has refs for gradients where all are named."""
-    missing = tuple(axis for axis in axes if axis not in names_in(spec))
-    if not missing or leaf.ndim == 0:
+def _as_tokens(mesh: AnyMesh, of_tokens: tuple[str, ...], leaf: jax.Array, spec: PartitionSpec) -> PartitionSpec:
+    """`spec` of a parameter, which names of the axes of one chip those that tokens name.
+
+    What they make together varies over these and no others, and JAX has refs for gradients of what names all axes.
+    """
+    if leaf.ndim == 0:
         return spec
-    first, *rest = spec or (None,)
-    return PartitionSpec((*names_in(PartitionSpec(first)), *missing), *rest)
+    entries = [tuple(a for a in names_in(PartitionSpec(entry)) if mesh.shape[a] > 1) for entry in spec] or [()]
+    entries[0] += tuple(axis for axis in of_tokens if mesh.shape[axis] == 1)
+    return PartitionSpec(*map(one_or_all, entries))
 
 
 def _cut_anew(arrays: Any, leading: tuple[int, ...], axes: Axes, whole_sequences: bool) -> tuple[Any, int]:
@@ -248,7 +249,7 @@ def _on_mesh(
 
     outside = varying_axes((arrays, params))
     # Gradients are summed over these axes as what they are of, and not as what a chip casts that to.
-    summed = outside | set(axes.tokens) if outside else outside
+    summed = outside | set(names_in(by_token)) if outside else outside
     sharded = functools.partial(
         jax.shard_map,
         mesh=mesh,

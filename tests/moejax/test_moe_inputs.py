@@ -12,8 +12,19 @@ import pytest
 from flax import linen, nnx
 from jax.sharding import AxisType, PartitionSpec
 
-from moejax import MoE, MoEConfig, Partition, Quantization, make_mesh, moe, quantize_params, with_changes
+from moejax import (
+    MoE,
+    MoEConfig,
+    Partition,
+    Quantization,
+    TopKRouter,
+    make_mesh,
+    moe,
+    quantize_params,
+    with_changes,
+)
 from moejax.axes import axes_on
+from moejax.routers import NoisyTopKRouter, SoftRouter
 from tests.helpers import normal, raises_saying, relative_error, same_bits
 from tests.moejax.layers import clear_cut_tokens, random_params
 
@@ -255,18 +266,28 @@ def test_flax_rules_say_the_partition(params, rng):
 
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize(
-    "sizes",
-    [{"expert": 4}, {"expert": 1}, {"data": 1, "expert": 4}, {"data": 2, "expert": 1}, {"fsdp": 1, "expert": 2}],
+    ("sizes", "partition"),
+    [
+        ({"expert": 4}, None),
+        ({"expert": 1}, None),
+        ({"data": 1, "expert": 4}, None),
+        ({"data": 1, "expert": 4}, Partition(tokens="expert")),
+        ({"data": 1, "expert": 1}, Partition(tokens=())),
+        ({"data": 2, "expert": 1}, None),
+        ({"fsdp": 1, "expert": 2}, None),
+        ({"other": 1, "expert": 4}, None),
+        ({"other": 1, "expert": 4}, Partition(repeated="other")),
+    ],
     ids=str,
 )
-@pytest.mark.quick("*'data': 1*-True")
-def test_inside_another_shard_map(sizes, check_vma, params, rng):
+@pytest.mark.quick("*'data': 1, 'expert': 4*-None-True", "*'other': 1, 'expert': 4*-None-True")
+def test_inside_another_shard_map(sizes, partition, check_vma, params, rng):
     """Two stages with a layer each, over an axis that the layer knows nothing of, beside axes of one chip too."""
     x, direction = normal(rng, 2, 12, 32), normal(rng, 2, 12, 32)
     layers = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), params)
 
     def loss(x, params, direction):
-        y, aux = moe(x, params, with_changes(CONFIG, load_balance_loss=0.1))
+        y, aux = moe(x, params, with_changes(CONFIG, load_balance_loss=0.1), partition=partition)
         return ((y - direction) ** 2).sum() + aux.loss
 
     def in_stages(x, layers):
@@ -285,6 +306,25 @@ def test_inside_another_shard_map(sizes, check_vma, params, rng):
         got = jax.jit(jax.value_and_grad(in_stages, argnums=(0, 1)))(x, layers)
     for leaf, ref in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         assert relative_error(leaf, ref) < 1e-5
+
+
+@pytest.mark.parametrize("router", [TopKRouter(), SoftRouter()], ids=["a token", "a sequence"])
+def test_what_no_axis_splits_inside_another_shard_map(router, rng):
+    """Over axes of one chip, which are named all the same."""
+    config = with_changes(CONFIG, router=router)
+    params, x = random_params(config, rng), normal(rng, 2, *(() if isinstance(router, TopKRouter) else (3,)), 32)
+    with jax.set_mesh(mesh_of(stage=2, data=1, expert=1)):
+        over = {"in_specs": (PartitionSpec("stage"), PartitionSpec()), "out_specs": PartitionSpec("stage")}
+        each = jax.shard_map(lambda x, params: moe(x[0], params, config)[0][None], **over, axis_names={"stage"})
+        y = jax.jit(each)(x, params)
+    assert relative_error(y, jnp.stack([moe(one, params, config)[0] for one in x])) < 1e-5
+
+
+def test_the_noise_of_a_mesh_of_axes_of_one_chip(rng):
+    config = with_changes(CONFIG, router=NoisyTopKRouter())
+    params, x, key = random_params(config, rng), normal(rng, 8, 32), jax.random.key(0)
+    y, _ = moe(x, params, config, key=key, mesh=mesh_of(data=1, expert=2))
+    assert relative_error(y, moe(x, params, config, key=key)[0]) < 1e-5
 
 
 def test_one_vector_is_one_token(params, rng):

@@ -32,6 +32,7 @@ from moejax import (
     route,
 )
 from moejax.axes import axes_on
+from moejax.models import MLP, MLPConfig
 from moejax.params import param_shapes
 from pallas_kernels.quantize import QTensor, Quantization
 from tests.helpers import LIMIT, normal, raises_saying, relative_error, same_bits
@@ -200,11 +201,16 @@ def test_calls_outside_of_the_mesh_are_spread_over_the_one_that_the_layer_was_ma
 
 def test_a_layer_keeps_the_logical_axis_rules_that_it_was_made_under(x):
     mesh = jax.make_mesh((2, 2), ("zero", "ep"), (AxisType.Auto,) * 2, devices=jax.devices()[:4])
+    rules = [("expert", "ep"), ("embed", "zero"), ("tokens", ("zero", "ep"))]
     with jax.set_mesh(mesh):
-        with spmd.logical_axis_rules([("expert", "ep"), ("embed", "zero"), ("tokens", ("zero", "ep"))]):
+        with spmd.logical_axis_rules(rules):
             layer = new_layer()
+            other = new_layer(partition=Partition(expert="zero", tokens=("zero", "ep")))
+            network = MLP(MLPConfig(CONFIG.hidden_size, 16), rngs=nnx.Rngs(0))
         y, _ = layer(x)
     assert relative_error(y, new_layer()(x)[0]) < LIMIT["float32"]
+    assert layer.partition == network.partition == Partition.from_rules(rules)
+    assert other.partition == Partition(expert="zero", tokens=("zero", "ep"))
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import AxisType
 
 from moejax import REMAT_NAMES, MoEConfig, Quantization, make_mesh, moe, remat_policy
 from moejax.params import map_table
@@ -115,6 +116,19 @@ def test_one_chip_casts_or_rounds_weights_once(precision, gradient_dtype, rng):
     casts = [aval.shape for aval in named if aval.dtype == jnp.bfloat16]
     assert sorted(casts) == ([(8, 128, 128), (8, 128, 2 * 128)] if precision == "w16a16" else [])
     assert len(equations(jaxpr, "quantize_transpose")) == 2 * (precision == "w8a8")
+
+
+def test_weights_that_an_fsdp_axis_gathers_in_8_bits_can_be_kept(rng):
+    config = MoEConfig(256, 128, 8, 2, precision="w8a8", quantization=Quantization(gradient_dtype="float8_e4m3fn"))
+    mesh = jax.make_mesh((2, 1), ("fsdp", "expert"), (AxisType.Auto,) * 2, devices=jax.devices()[:2])
+    params, x = random_params(config, rng), normal(rng, 32, 256, dtype=jnp.bfloat16)
+
+    def rounded_times(policy) -> int:
+        run = jax.checkpoint(lambda x, params: moe(x, params, config, mesh=mesh)[0].sum(), policy=policy)
+        return len(equations(jax.make_jaxpr(jax.grad(run, argnums=(0, 1)))(x, params).jaxpr, "quantize_transpose"))
+
+    assert rounded_times(jax.checkpoint_policies.save_only_these_names("moe_weights")) == 2
+    assert rounded_times(jax.checkpoint_policies.nothing_saveable) == 4
 
 
 def test_every_name_is_one_of_a_layer(rng):

@@ -65,6 +65,26 @@ def test_the_layer_is_the_same(rng, axes, config):
     assert same_bits(run(params, x, rounded), run(params, x, None))
 
 
+@pytest.mark.parametrize(
+    "quantization",
+    [
+        Quantization(),
+        Quantization(gradient_dtype="float8_e4m3fn"),
+        Quantization(lhs_scaling="per_row", rhs_scaling="per_channel"),
+        Quantization(dtype="int8"),
+    ],
+    ids=["forward", "and back", "by channel", "int8"],
+)
+@pytest.mark.quick("forward", "and back", "by channel")
+def test_an_fsdp_axis_gives_what_one_chip_gives(rng, quantization):
+    """Whether chips round their parts or, where scales are others, what they have gathered."""
+    config = dataclasses.replace(CONFIG, quantization=quantization, dtype=jnp.float32)
+    params, x = random_params(config, rng), normal(rng, 4, 16, 512)
+    found, expected = (jax.jit(gradients(config, mesh))(params, x, None) for mesh in (mesh_of(fsdp=2, expert=1), None))
+    for part, whole in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert relative_error(part, whole) < 1e-5
+
+
 def test_micro_batches_round_no_weights(rng):
     params, batches = random_params(CONFIG, rng), normal(rng, 2, 16, 512, dtype="bfloat16")
 

@@ -29,6 +29,11 @@ CONFIG = MoEConfig(
 )
 
 
+def mesh_of(**sizes: int) -> jax.sharding.Mesh:
+    devices = jax.devices()[: math.prod(sizes.values())]
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), (AxisType.Auto,) * len(sizes), devices=devices)
+
+
 @pytest.fixture
 def params(rng):
     return random_params(CONFIG, rng)
@@ -62,13 +67,12 @@ def test_inside_a_shard_map_over_all_axes_it_is_the_layer_of_one_chip(check_vma,
 
 
 @pytest.mark.parametrize("check_vma", [False, True])
-@pytest.mark.parametrize("sizes", [(2, 4), (2, 1)], ids=str)
+@pytest.mark.parametrize("sizes", [{"expert": 4}, {"expert": 1}, {"data": 2, "expert": 2}], ids=str)
 def test_gradients_are_summed_over_stages_as_their_parameters_are(sizes, check_vma, params, rng):
     """In float32, whatever the layer casts its parameters to."""
     config = dataclasses.replace(CONFIG, dtype=jnp.bfloat16)
     x = normal(rng, 2, 4, 32, dtype="bfloat16")
-    mesh = jax.make_mesh(sizes, ("stage", "expert"), (AxisType.Auto,) * 2, devices=jax.devices()[: math.prod(sizes)])
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh_of(stage=2, **sizes)):
         over = {"in_specs": (P(), P("stage")), "out_specs": P("stage"), "axis_names": {"stage"}}
         each = jax.shard_map(lambda params, x: moe(x, params, config)[0], **over, check_vma=check_vma)
         program = str(jax.make_jaxpr(jax.grad(lambda params: each(params, x).astype("float32").sum()))(params))

@@ -76,7 +76,7 @@ def test_layouts_of_whole_sequences():
 def test_axes_of_one_chip_are_named_where_there_is_a_dimension():
     """Inside another `jax.shard_map` what is on every chip is told from what varies over an axis of one chip."""
     assert choose_layout((4, 3), None, axes_of(data=1, expert=4)) == (("data", "expert"), ())
-    assert choose_layout((), None, axes_of(data=1, expert=1)) == ()
+    assert choose_layout((), None, axes_of(data=1, expert=1)) is None
 
 
 def test_every_layout_gives_each_axis_once_to_a_dimension_that_it_divides():

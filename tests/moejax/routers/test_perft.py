@@ -1,5 +1,6 @@
 """PERFT: adapters against numpy, a frozen base, masks that train the adapters alone."""
 
+import dataclasses
 import operator
 
 import jax
@@ -10,6 +11,7 @@ import pytest
 from flax import nnx
 
 from moejax import ROUTERS, AdapterParam, MoE, MoEConfig, Perft, TopKRouter, make_mesh, perft_mask
+from moejax.models import AttentionConfig, BlockConfig, DecoderBlock
 from tests.helpers import LIMIT, float64, normal, raises_saying, relative_error, same_bits
 from tests.moejax.routers.layers import arrays_of, by_path
 from tests.moejax.routers.reference import best, chosen_by, silu, softmax_of, switch_loss
@@ -110,6 +112,16 @@ def test_training_begins_with_the_frozen_layer(name, rng):
     assert same_bits(y, base_y)
     assert same_bits((aux.load, aux.topk_ids), (base_aux.load, base_aux.topk_ids))
     assert layer.causal
+
+
+def test_it_takes_the_place_of_a_blocks_experts(rng):
+    config = dataclasses.replace(CONFIG, hidden_size=128, intermediate_size=128, precision="w8a8")
+    block = DecoderBlock(BlockConfig(AttentionConfig(128, 2, 2, 64, dtype=config.dtype), config), rngs=nnx.Rngs(0))
+    x = normal(rng, 1, 6, 128)
+    frozen, _ = block(x)
+    block.feed_forward = Perft(block.feed_forward, **ADAPTERS, rngs=nnx.Rngs(3))
+    for rounded in (None, block.quantized_for_training()):
+        assert same_bits(block(x, rounded=rounded)[0], frozen)
 
 
 @pytest.mark.slow
