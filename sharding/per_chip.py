@@ -245,7 +245,7 @@ def _on_mesh(
         tokens = Tokens(index, total, sequence_length, axes.tokens, math.prod(leading[last_split:]), real)
         rows = jax.tree.map(lambda array: array.reshape(-1, array.shape[-1]), arrays["per_token"])
         of_tokens, rest = body(rows, params, tokens, axes, static)
-        return _reshaped(of_tokens, 1, leading), rest
+        return vary_over(_reshaped(of_tokens, 1, leading), summed), rest
 
     outside = varying_axes((arrays, params))
     # Gradients are summed over these axes as what they are of, and not as what a chip casts that to.
