@@ -310,6 +310,6 @@ def _flat_bias(bias: jax.Array | None) -> jax.Array | None:
 def _dtype_of_weights(math: ExpertMath) -> jnp.dtype | None:
     """That of `math`, unless weights will be in 8 bits: they are rounded as they come.
 
-    Over an FSDP axis they were cast earlier, before they were gathered.
+    Over an FSDP axis they were cast or rounded earlier, before they were gathered.
     """
     return jnp.dtype(math.dtype) if math.quantization is None else None

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec
 
 from moejax.param import Param
 from sharding.mesh import AnyMesh, free_axes
+from sharding.partition import names_of
 
 Initializer = Callable[..., Any]
 """(key, shape, dtype) -> array, as in `flax.nnx.initializers`."""
@@ -137,7 +138,7 @@ def _on_mesh(
 ) -> _Programs:
     """The programs for one kind of parameter, kept by its initialiser, so that further layers compile nothing."""
     entries = tuple(spec) + (None,) * (len(shape) - len(spec))
-    axes = tuple(() if names is None else (names,) if isinstance(names, str) else tuple(names) for names in entries)
+    axes = tuple(map(names_of, entries))
     whole_spec = PartitionSpec(*entries)
     part = _Part(axes)
     parts = math.prod(mesh.shape[name] for name in axes[0]) if axes else 1

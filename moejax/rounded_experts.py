@@ -19,7 +19,7 @@ from moejax.checks import check_config
 from moejax.config import MoEConfig
 from moejax.param import Param
 from moejax.params import EXPERT_WEIGHTS, MoEParams, check_expert_params, flat_array, operand_spec, param_table
-from pallas_kernels.grouped_matmul.weights import in_one_pass
+from pallas_kernels.grouped_matmul.weights import can_be_in_one_pass, in_one_pass
 from pallas_kernels.quantize import SCALE_BLOCK, QTensor, Quantization, RoundedWeights
 from pallas_kernels.quantize_transpose import SCALING, quantize_transpose
 from sharding.mesh import AnyMesh, mesh_here, place
@@ -48,7 +48,7 @@ class RoundedExperts:
         Raises:
           ValueError: they are of other parameters, or those of `config` are not multiplied in 8 bits.
         """
-        _require_8_bits(config)
+        _require_fp8(config)
         table, quantization = param_table(config), config.quantization
         found: dict[str, Any] = {}
         for name in EXPERT_WEIGHTS:
@@ -89,7 +89,7 @@ def quantize_for_training(
     if not isinstance(params, MoEParams):
         raise TypeError(f"params must be MoEParams, got {type(params).__name__}; of a layer, layer.params()")
     check_config(config)
-    _require_8_bits(config)
+    _require_fp8(config)
     check_expert_params(params, config)
     mesh = mesh_here(mesh)
     axes = None if mesh is None else axes_on(mesh, partition, config, num_slots=params.num_slots)
@@ -125,11 +125,11 @@ def _expected(name: str, array: jax.Array, row: Param, quantization: Quantizatio
 _WITHOUT = "leave rounded= out, and the layer rounds its weights in each call"
 
 
-def _require_8_bits(config: MoEConfig) -> None:
+def _require_fp8(config: MoEConfig) -> None:
     if config.precision != "w8a8":
         raise ValueError(f"config.precision must be 'w8a8' for rounded weights, got {config.precision!r}")
-    dtype, scaling = config.quantization.dtype, config.quantization.rhs_scaling
-    if dtype == "int8" or scaling != SCALING:
+    if not can_be_in_one_pass(config.quantization):
+        dtype, scaling = config.quantization.dtype, config.quantization.rhs_scaling
         raise ValueError(
             f"config.quantization must be of FP8 with rhs_scaling={SCALING!r} for rounded weights, got dtype={dtype!r} "
             f"and rhs_scaling={scaling!r}; {_WITHOUT}"

@@ -97,15 +97,15 @@ class Partition:
         taken = set(mesh.axis_names) - set(there)
 
         def left_over(axes: MeshAxes | Sequence[str]) -> tuple[str, ...]:
-            return tuple(axis for axis in _tuple(axes) if axis not in taken)
+            return tuple(axis for axis in names_of(axes) if axis not in taken)
 
         def default(axis: str) -> tuple[str, ...]:
             return (axis,) if axis in there else ()
 
         named = {
-            "expert": _tuple(self.expert),
-            "embed": default(FSDP_AXIS) if self.embed == DEFAULT else _tuple(self.embed),
-            "mlp": default(TENSOR_AXIS) if self.mlp == DEFAULT else _tuple(self.mlp),
+            "expert": names_of(self.expert),
+            "embed": default(FSDP_AXIS) if self.embed == DEFAULT else names_of(self.embed),
+            "mlp": default(TENSOR_AXIS) if self.mlp == DEFAULT else names_of(self.mlp),
         }
         repeated = left_over(self.repeated)
         by_dimension: tuple[tuple[str, ...], ...] = ()
@@ -202,18 +202,14 @@ def one_or_all(axes: tuple[str, ...]) -> str | tuple[str, ...] | None:
     return axes[0] if len(axes) == 1 else axes or None
 
 
-def names_in(spec: PartitionSpec) -> tuple[str, ...]:
-    """The axes that a PartitionSpec names."""
-    return tuple(axis for entry in spec for axis in ((entry,) if isinstance(entry, str) else entry or ()))
+def names_of(entry: str | Sequence[str] | None) -> tuple[str, ...]:
+    """The axes that an element of a PartitionSpec names: the other way of `one_or_all`."""
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
 def _names_axes(axes: object) -> bool:
     is_sequence = isinstance(axes, Sequence) and all(isinstance(axis, str) for axis in axes)
     return axes is None or is_sequence
-
-
-def _tuple(axes: str | Sequence[str] | None) -> tuple[str, ...]:
-    return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
 
 
 def _lacks(role: str, axis: str, there: Sequence[str]) -> str:

@@ -19,7 +19,7 @@ from pallas_kernels.tracing.target import target_chip
 from pallas_kernels.tracing.varying import vary_over, varying_axes
 from sharding.in_one_piece import in_one_piece
 from sharding.mesh import AnyMesh, free_axes, has_explicit_axes, place, spec_in
-from sharding.partition import ONE_CHIP, Axes, names_in, one_or_all
+from sharding.partition import ONE_CHIP, Axes, names_of, one_or_all
 from sharding.tokens import Tokens
 
 
@@ -83,7 +83,7 @@ def per_chip(
     shape = jax.tree.leaves(arrays)[0].shape[:-1]
     arrays["index"] = jnp.arange(math.prod(shape), dtype=jnp.int32).reshape(*shape, 1)
     by_token = PartitionSpec(*(one_or_all(names) for names in layout))
-    specs = jax.tree.map(functools.partial(_as_tokens, mesh, names_in(by_token)), params, specs)
+    specs = jax.tree.map(functools.partial(_as_tokens, mesh, sum(layout, ())), params, specs)
     arrays = place(arrays, mesh, jax.tree.map(lambda _: by_token, arrays))
     of_tokens, rest = _on_mesh(
         arrays,
@@ -128,7 +128,7 @@ def choose_layout(
     elif lies is not None:
         for dimension in range(splittable):
             entry = lies[dimension]
-            layout[dimension] = tuple(name for name in names_in(PartitionSpec(entry)) if name in axes.tokens)
+            layout[dimension] = tuple(name for name in names_of(entry) if name in axes.tokens)
     if any(size % axes.size(names) for size, names in zip(leading, layout, strict=True)):
         return None
     for axis in axes.tokens:
@@ -150,7 +150,7 @@ def _as_tokens(mesh: AnyMesh, of_tokens: tuple[str, ...], leaf: jax.Array, spec:
     """
     if leaf.ndim == 0:
         return spec
-    entries = [tuple(a for a in names_in(PartitionSpec(entry)) if mesh.shape[a] > 1) for entry in spec] or [()]
+    entries = [tuple(axis for axis in names_of(entry) if mesh.shape[axis] > 1) for entry in spec] or [()]
     entries[0] += tuple(axis for axis in of_tokens if mesh.shape[axis] == 1)
     return PartitionSpec(*map(one_or_all, entries))
 
@@ -249,7 +249,7 @@ def _on_mesh(
 
     outside = varying_axes((arrays, params))
     # Gradients are summed over these axes as what they are of, and not as what a chip casts that to.
-    summed = outside | set(names_in(by_token)) if outside else outside
+    summed = outside.union(*map(names_of, by_token)) if outside else outside
     sharded = functools.partial(
         jax.shard_map,
         mesh=mesh,

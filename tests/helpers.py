@@ -1,12 +1,15 @@
 """What tests compare with: float64 arrays and errors by norm."""
 
 import contextlib
+import functools
+import math
 from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 
 LIMIT = {"float32": 1e-5, "bfloat16": 5e-3, "float16": 1e-3}
 """Largest relative error of a result that is computed in float32 and rounded once to this dtype."""
@@ -69,3 +72,10 @@ def raises_saying(error: type[Exception], *parts: str) -> Iterator[None]:
 def gradients(function, *args):
     """The gradients of the sum of function(*args) for all of its arguments."""
     return jax.grad(lambda *args: function(*args).astype(jnp.float32).sum(), argnums=tuple(range(len(args))))(*args)
+
+
+@functools.cache
+def mesh_of(axis_type: AxisType = AxisType.Auto, **sizes: int) -> jax.sharding.Mesh:
+    """A mesh of the first devices, with axes of these names and sizes."""
+    devices = jax.devices()[: math.prod(sizes.values())]
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), (axis_type,) * len(sizes), devices=devices)

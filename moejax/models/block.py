@@ -116,9 +116,8 @@ class DecoderBlock(nnx.Module):
           ValueError: shapes or dtypes do not fit.
         """
         check_tokens(x, self.config.hidden_size, mask)
-        if isinstance(self.feed_forward, MLP):
-            got = type(rounded).__name__
-            require(rounded is None, "rounded", "None for a dense network, which has no experts", got)
+        fits = rounded is None or not isinstance(self.feed_forward, MLP)
+        require(fits, "rounded", "None for a dense network, which has no experts", type(rounded).__name__)
         real = kept(x, mask)
         attended = self.attention(self.attention_norm(real), mask=mask)
         of_experts: Any = {"token_ids": token_ids, "topk_ids": topk_ids, "rounded": rounded, "train": train}

@@ -21,11 +21,15 @@ def cast(weights: Any, dtype: jnp.dtype | None) -> Any:
     return named(weights.astype(dtype), WEIGHTS_NAME)
 
 
+def can_be_in_one_pass(quantization: Quantization) -> bool:
+    """Whether weights of some sizes are rounded in this way in one pass; see `in_one_pass`."""
+    return quantization.rhs_scaling == SCALING and quantization.dtype != "int8"
+
+
 def in_one_pass(weights: jax.Array, quantization: Quantization) -> bool:
     """Whether there are kernels that round weights [G, K, N] in one pass, to both layouts if need be."""
     return (
-        quantization.rhs_scaling == SCALING
-        and quantization.dtype != "int8"
+        can_be_in_one_pass(quantization)
         and weights.dtype.itemsize <= 4
         and not is_symbolic(*weights.shape)
         and weights.size > 0

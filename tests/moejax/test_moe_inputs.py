@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +24,7 @@ from moejax import (
 )
 from moejax.axes import axes_on
 from moejax.routers import NoisyTopKRouter, SoftRouter
-from tests.helpers import normal, raises_saying, relative_error, same_bits
+from tests.helpers import mesh_of, normal, raises_saying, relative_error, same_bits
 from tests.moejax.layers import clear_cut_tokens, random_params
 
 CONFIG = MoEConfig(
@@ -118,11 +117,6 @@ def test_a_mesh_without_the_axis_is_refused(params, rng):
     mesh = mesh_of(data=2, model=4)
     with raises_saying(ValueError, "the mesh has no axis 'expert'", "only ('data', 'model')", "Partition(expert=...)"):
         moe(normal(rng, 8, 32), params, CONFIG, mesh=mesh)
-
-
-def mesh_of(axis_type=AxisType.Auto, **sizes: int) -> jax.sharding.Mesh:
-    devices = jax.devices()[: math.prod(sizes.values())]
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), (axis_type,) * len(sizes), devices=devices)
 
 
 TRAINED = with_changes(

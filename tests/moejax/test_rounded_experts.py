@@ -7,7 +7,6 @@ import re
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import AxisType
@@ -25,18 +24,13 @@ from moejax import (
     quantize_params,
 )
 from moejax.models import AttentionConfig, BlockConfig, DecoderBlock, MLPConfig
-from tests.helpers import normal, raises_saying, relative_error, same_bits
+from tests.helpers import mesh_of, normal, raises_saying, relative_error, same_bits
 from tests.moejax.layers import random_params
 from tests.moejax.test_meshes import equations
 
 ALL_IN_8_BITS = Quantization(gradient_dtype="float8_e4m3fn", weights_gradient_dtype="float8_e4m3fn")
 CONFIG = MoEConfig(512, 256, 8, 2, precision="w8a8", quantization=ALL_IN_8_BITS, shared_intermediate_size=256)
 IN_16_BITS_BACK = dataclasses.replace(CONFIG, quantization=Quantization(dtype="float8_e5m2"))
-
-
-def mesh_of(axis_type=AxisType.Auto, **axes):
-    count = int(np.prod(list(axes.values())))
-    return jax.make_mesh(tuple(axes.values()), tuple(axes), (axis_type,) * len(axes), devices=jax.devices()[:count])
 
 
 def gradients(config, mesh=None, **checkpoint):

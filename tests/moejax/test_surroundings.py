@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 import re
 
 import jax
@@ -16,7 +15,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moejax import ROUTERS, MoE, MoEConfig, Partition, TopKRouter, dense_moe, make_mesh, moe, with_changes
-from tests.helpers import normal, relative_error, same_bits
+from tests.helpers import mesh_of, normal, relative_error, same_bits
 from tests.moejax.layers import random_params
 
 CONFIG = MoEConfig(
@@ -27,11 +26,6 @@ CONFIG = MoEConfig(
     router=TopKRouter(load_balance_loss=0.1, z_loss=0.1),
     dtype=jnp.float32,
 )
-
-
-def mesh_of(**sizes: int) -> jax.sharding.Mesh:
-    devices = jax.devices()[: math.prod(sizes.values())]
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), (AxisType.Auto,) * len(sizes), devices=devices)
 
 
 @pytest.fixture

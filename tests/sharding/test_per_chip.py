@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from sharding.partition import Axes, Partition
 from sharding.per_chip import choose_layout, per_chip
-from tests.helpers import normal, relative_error
+from tests.helpers import mesh_of, normal, relative_error
 
 WIDTH = 3
 DEFAULT = Partition()
@@ -140,12 +140,6 @@ def check(got, x, mask=None, static=7):
     for value, reference in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         assert value.shape == np.shape(reference)
         np.testing.assert_allclose(value, reference, rtol=1e-5, atol=1e-5)
-
-
-@functools.cache
-def mesh_of(axis_type=AxisType.Auto, **sizes: int) -> jax.sharding.Mesh:
-    count = math.prod(sizes.values())
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), (axis_type,) * len(sizes), devices=jax.devices()[:count])
 
 
 def place(x, mesh, *spec):
