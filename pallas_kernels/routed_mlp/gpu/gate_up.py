@@ -106,7 +106,7 @@ class GateUp(Multiplier):
 
     def _store_largest(self, h, hit, tile) -> None:
         """The largest number of each token of a tile of h, from which its scale will be made."""
-        buffer = self.scratch.h_largest.at[self.team]
+        buffer = self.scratch.row_numbers.at[self.team]
         buffer[...] = jnp.max(jnp.abs(h), axis=1)  # the tile before has left with its rows
         plgpu.commit_smem()
         first = pl.multiple_of(hit * self.sizes.up_groups * WGMMA_ROWS + tile * TOKENS, TOKENS)

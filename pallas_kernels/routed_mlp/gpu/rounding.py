@@ -34,7 +34,11 @@ class Rounding(Multiplier):
         values = clipped_to(h * along_rows(1 / scale, BLOCK), dtype)
         staging = Views.of(self.scratch.rounded_staging)
         store_rows(self.between.rounded, staging, self.team, values, row=row, rows=None, column=0)
-        self.between.scale[pl.ds(row, WGMMA_ROWS)] = scale
+        buffer = self.scratch.row_numbers.at[self.team]
+        buffer[...] = scale  # those of the tile before have left with its rows
+        plgpu.commit_smem()
+        # By the copy engine, as other blocks read them with theirs.
+        plgpu.copy_smem_to_gmem(buffer, self.between.scale.at[pl.ds(row, WGMMA_ROWS)])
 
     def _h_of(self, row, part):
         """64 rows of h, zeros past its width: what lies there nobody has written."""

@@ -38,8 +38,8 @@ class Scratch(NamedTuple):
       choice_numbers: int32 [CHOICES].
       token_weights: float32 [TOKENS, CHOICES], what each token gives each expert of the list.
       h_staging: of a tile of h on its way out.
-      h_largest: float32 [TEAMS, WGMMA_ROWS], the largest numbers of its rows likewise.
       rounded_staging: of rows in 8 bits on their way out.
+      row_numbers: float32 [TEAMS, WGMMA_ROWS], on their way out: the largest numbers of rows of h, then their scales.
       depth_sums: of each team, where it adds up what tiles of different depth gave, 8 columns at a time.
       y_share: what the second team has of a tile of y, 8 columns at a time.
       scaled: barrier, complete when x_scale has been written.
@@ -64,8 +64,8 @@ class Scratch(NamedTuple):
     choice_numbers: Any
     token_weights: Any
     h_staging: Any
-    h_largest: Any
     rounded_staging: Any
+    row_numbers: Any
     depth_sums: Any
     y_share: Any
     scaled: Any
@@ -116,8 +116,8 @@ class Scratch(NamedTuple):
             choice_numbers=plgpu.SMEM((CHOICES,), jnp.int32),
             token_weights=plgpu.SMEM((TOKENS, CHOICES), jnp.float32),
             h_staging=swizzled((TEAMS, 1, WGMMA_ROWS, h_columns), jnp.float32),
-            h_largest=plgpu.SMEM((TEAMS, WGMMA_ROWS), jnp.float32),
             rounded_staging=swizzled((TEAMS, 1, WGMMA_ROWS, BLOCK), dtype),
+            row_numbers=plgpu.SMEM((TEAMS, WGMMA_ROWS), jnp.float32),
             depth_sums=swizzled((TEAMS, 2, 2 * WGMMA_ROWS, TOKENS), jnp.float32, any_row=False),
             y_share=swizzled((config.out_columns // TOKENS, WGMMA_ROWS, TOKENS), jnp.float32, any_row=False),
             scaled=plgpu.Barrier(),
@@ -133,8 +133,8 @@ def slots_that_fit(sizes: Sizes, fast_memory_bytes: int) -> int:
     behind = WGMMA_ROWS - TOKENS
     rows_of_h = config.rows_ahead * sizes.h_rows
     lhs = BLOCK * (max(sizes.x_rows, rows_of_h) + behind)
-    largest = 2 * TEAMS * WGMMA_ROWS  # of tokens, on their way out and where they are compared
-    scales = 4 * (sizes.x_rows + rows_of_h + 2 * behind + largest)
+    numbers = 2 * TEAMS * WGMMA_ROWS  # of rows, on their way out and where they are compared
+    scales = 4 * (sizes.x_rows + rows_of_h + 2 * behind + numbers)
     h_columns = min(config.columns, BLOCK // 4)
     staging = WGMMA_ROWS * (TEAMS * (4 * h_columns + BLOCK) + 2 * 4 * config.out_columns)
     depth_sums = TEAMS * 2 * 2 * WGMMA_ROWS * TOKENS * 4

@@ -65,7 +65,6 @@ def run_team(
             with jax.named_scope("round"):
                 lax.fori_loop(0, turns, lambda turn, _: rounding.round(worker + turn * workers), None)
                 plgpu.wait_smem_to_gmem(0)
-                plgpu.commit_smem()  # all threads have written their scales
 
         if rounded is not None:
             with jax.named_scope("wait for rows"):
