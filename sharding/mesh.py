@@ -117,6 +117,13 @@ def free_axes(mesh: AnyMesh) -> tuple[str, ...]:
     return tuple(name for name, kind in pairs if kind != AxisType.Manual)
 
 
+def is_split_here(made_on: AnyMesh | None) -> bool:
+    """Whether XLA spreads arrays over chips here: by the mesh in force, else by the one that a module was made on."""
+    around = jax.sharding.get_abstract_mesh()
+    mesh = made_on if around.empty else around
+    return mesh is not None and any(mesh.shape[name] > 1 for name in free_axes(mesh))
+
+
 def is_in_order(mesh: AnyMesh) -> bool | None:
     """Whether `mesh` has the devices 0, 1, 2, … in this order, its last axis fastest; None for an abstract mesh."""
     return [device.id for device in mesh.devices.flat] == list(range(mesh.size)) if isinstance(mesh, Mesh) else None

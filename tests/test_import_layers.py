@@ -78,6 +78,7 @@ def test_every_layer_and_operator_is_looked_at():
     assert set(OPERATORS) == {
         "all_to_all",
         "combine",
+        "dense_matmul",
         "dispatch",
         "float32_matmul",
         "grouped_matmul",

@@ -5,15 +5,18 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from moejax.initial import Initializer
 from moejax.models.cache import KVCache, check_cache
 from moejax.models.checks import check_auto_axes, check_prompts, check_step, check_tokens
 from moejax.models.config import AttentionConfig
 from moejax.models.dot_product import attend
+from moejax.models.linear import project
 from moejax.models.masks import kept, real_tokens
 from moejax.models.norm import RMSNorm
 from moejax.models.rotary import beside_rotated, rotate
+from sharding.mesh import is_split_here, mesh_here
 
 _LECUN = nnx.initializers.lecun_normal()
 _ZEROS = nnx.initializers.zeros
@@ -37,6 +40,7 @@ class Attention(nnx.Module):
         config: AttentionConfig,
         *,
         rngs: nnx.Rngs,
+        mesh: Mesh | None = None,
         kernel_init: Initializer = _LECUN,
         bias_init: Initializer = _ZEROS,
     ):
@@ -45,10 +49,13 @@ class Attention(nnx.Module):
         Args:
           config: the attention.
           rngs: the stream "params" initialises the parameters.
+          mesh: that splits tokens; the default is the mesh of `jax.set_mesh`, if any: that in force at a call, else
+            that in force here.
           kernel_init: initialises the two kernels.
           bias_init: initialises the biases.
         """
         self.config = config
+        self._made_on = mesh_here(mesh)
         linear = functools.partial(
             nnx.Linear,
             use_bias=config.attention_bias,
@@ -164,4 +171,5 @@ class Attention(nnx.Module):
 
     def _joined(self, y: jax.Array, dtype: jax.typing.DTypeLike, mask: jax.Array | None) -> jax.Array:
         """[B, L, N, D] -> [B, L, H], zeros where the mask [B, L] is false."""
-        return kept(self.out(y.reshape(*y.shape[:-2], -1)).astype(dtype), mask)
+        joined = project(self.out, y.reshape(*y.shape[:-2], -1), is_split=is_split_here(self._made_on))
+        return kept(joined.astype(dtype), mask)

@@ -73,7 +73,7 @@ class DecoderBlock(nnx.Module):
             mesh=mesh,
         )
         self.attention_norm = norm()
-        self.attention = Attention(attention, rngs=rngs)
+        self.attention = Attention(attention, rngs=rngs, mesh=mesh)
         self.feed_forward_norm = norm()
         if isinstance(feed_forward, MLPConfig):
             self.feed_forward = MLP(feed_forward, rngs=rngs, mesh=mesh, partition=partition)
@@ -177,5 +177,5 @@ class DecoderBlock(nnx.Module):
         """The second half of the block."""
         normed, x = self.feed_forward_norm(attended, residual=x)
         if isinstance(self.feed_forward, MLP):
-            return x + self.feed_forward(normed, mask=mask), None
+            return self.feed_forward(normed, residual=x, mask=mask), None
         return self.feed_forward(normed, residual=x, mask=mask, **of_experts)

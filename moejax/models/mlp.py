@@ -1,10 +1,12 @@
 """The dense feed-forward network as a flax.nnx module, by the kernels of the experts, of which it is a group of one.
 
 For few tokens, or few numbers of y, it is two dots of XLA's, which cut K in parts: of 64 tokens and 2048 columns, a
-GPU's kernel would have a tile for every fourth multiprocessor.
+GPU's kernel would have a tile for every fourth multiprocessor. Where no gradient is asked for a GPU has kernels for a
+few hundred tokens, see `pallas_kernels.dense_matmul`.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,14 +14,17 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
 from moejax.axes import partition_by_rules, partition_here
+from moejax.checks import check_residual
 from moejax.experts import ExpertMath, expert_mlp
 from moejax.initial import Initializer, initial
 from moejax.models.checks import check_tokens
 from moejax.models.config import MLPConfig
 from moejax.param import Param
 from pallas_kernels.activations import gated_halves
+from pallas_kernels.dense_matmul import dense_gate_up, dense_matmul, pays
 from pallas_kernels.tracing.concrete import is_less
 from pallas_kernels.tracing.target import target_platform
+from pallas_kernels.tracing.unless_differentiated import unless_differentiated
 from sharding.mesh import mesh_at_call, mesh_here
 from sharding.partition import Axes, Partition
 from sharding.per_chip import per_chip
@@ -77,25 +82,30 @@ class MLP(nnx.Module):
         self.gate_up = make(Param((hidden, 2, width), ("embed", None, "mlp"), "kernel"))
         self.down = make(Param((width, hidden), ("mlp", "embed"), "kernel"))
 
-    def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, *, residual: jax.Array | None = None, mask: jax.Array | None = None) -> jax.Array:
         """Every token by itself.
 
         Args:
           x: [B, L, H], BF16, FP16 or float32.
-          mask: bool [B, L], true for real tokens; None if all are. What is masked comes out as zeros.
+          residual: of the shape of x, BF16, FP16 or float32, what the result is added to, as in a decoder block; None
+            for nothing.
+          mask: bool [B, L], true for real tokens; None if all are. What is masked comes out as zeros, whatever the
+            residual.
 
         Returns:
-          [B, L, H] in the dtype of x.
+          [B, L, H] in the dtype of x; with a residual that has more bits, in its dtype.
 
         Raises:
+          TypeError: an argument is not an array.
           ValueError: shapes or dtypes do not fit, or the mesh would repeat work.
         """
         check_tokens(x, self.config.hidden_size, mask)
+        check_residual(residual, x)
         params = {"gate_up": self.gate_up[...], "down": self.down[...]}
         mesh = mesh_here(mesh_at_call(self.mesh, self._made_on, "a network"))
         y, _ = per_chip(
             _on_chip,
-            x,
+            _PerToken(x, residual),
             params,
             self.config,
             leading=x.shape[:-1],
@@ -107,14 +117,30 @@ class MLP(nnx.Module):
         return y
 
 
+class _PerToken(NamedTuple):
+    x: jax.Array
+    residual: jax.Array | None
+
+
 def _on_chip(
-    per_token: jax.Array, params: dict[str, jax.Array], tokens: Tokens, axes: Axes, static: MLPConfig
+    per_token: _PerToken, params: dict[str, jax.Array], tokens: Tokens, axes: Axes, static: MLPConfig
 ) -> tuple[jax.Array, None]:
     """The network on the tokens [T, H] of this chip, which holds all of it."""
     del axes  # nothing is split
-    x, config = tokens.keep(per_token.astype(static.dtype)), static  # zeros: a gradient multiplies what is masked by 0
-    run = _dots if _takes_dots(config.backend, *x.shape) else _kernels
-    return tokens.keep(run(x, params["gate_up"], params["down"], config).astype(per_token.dtype)), None
+    (x, residual), config = per_token, static
+    dtype = x.dtype if residual is None else jnp.promote_types(x.dtype, residual.dtype)
+    kept = tokens.keep(x.astype(config.dtype))  # zeros: a gradient multiplies what is masked by 0
+    y = _network(config, kept, residual, params["gate_up"], params["down"])
+    return tokens.keep(y.astype(dtype)), None
+
+
+def _network(
+    config: MLPConfig, x: jax.Array, residual: jax.Array | None, gate_up: jax.Array, down: jax.Array
+) -> jax.Array:
+    run = functools.partial(_dots if _takes_dots(config.backend, *x.shape) else _kernels, config)
+    if config.backend == "auto" and _takes_tiles(x, residual, down):
+        return unless_differentiated(functools.partial(_tiles, config), run, x, residual, gate_up, down)
+    return run(x, residual, gate_up, down)
 
 
 def _takes_dots(backend: str, num_tokens: int, hidden_size: int) -> bool:
@@ -125,13 +151,34 @@ def _takes_dots(backend: str, num_tokens: int, hidden_size: int) -> bool:
     return platform == "cpu" or (platform == "gpu" and are_few)
 
 
-def _dots(x: jax.Array, gate_up: jax.Array, down: jax.Array, config: MLPConfig) -> jax.Array:
+def _takes_tiles(x: jax.Array, residual: jax.Array | None, down: jax.Array) -> bool:
+    (num_tokens, hidden), width = x.shape, down.shape[0]
+    is_alike = residual is None or residual.dtype == x.dtype
+    return is_alike and pays(num_tokens, hidden, width, x.dtype) and pays(num_tokens, width, hidden, x.dtype)
+
+
+def _dots(
+    config: MLPConfig, x: jax.Array, residual: jax.Array | None, gate_up: jax.Array, down: jax.Array
+) -> jax.Array:
     dot = functools.partial(jnp.dot, precision="highest" if x.dtype == jnp.float32 else None)
     h = dot(x, gate_up.reshape(gate_up.shape[0], -1).astype(x.dtype), preferred_element_type=jnp.float32)
     h = gated_halves(h, config.activation, config.activation_limit).astype(x.dtype)
-    return dot(h, down.astype(x.dtype))
+    y = dot(h, down.astype(x.dtype))
+    return y if residual is None else y + residual
 
 
-def _kernels(x: jax.Array, gate_up: jax.Array, down: jax.Array, config: MLPConfig) -> jax.Array:
+def _tiles(
+    config: MLPConfig, x: jax.Array, residual: jax.Array | None, gate_up: jax.Array, down: jax.Array
+) -> jax.Array:
+    h = dense_gate_up(
+        x, gate_up.astype(x.dtype), activation=config.activation, activation_limit=config.activation_limit
+    )
+    return dense_matmul(h, down.astype(x.dtype), residual=residual)
+
+
+def _kernels(
+    config: MLPConfig, x: jax.Array, residual: jax.Array | None, gate_up: jax.Array, down: jax.Array
+) -> jax.Array:
     math = ExpertMath(config.activation, config.activation_limit, None, config.dtype, config.backend)
-    return expert_mlp(x, jnp.array([x.shape[0]], jnp.int32), gate_up[None], down[None], math)
+    y = expert_mlp(x, jnp.array([x.shape[0]], jnp.int32), gate_up[None], down[None], math)
+    return y if residual is None else y + residual

@@ -17,7 +17,7 @@ from moejax.initial import Initializer
 from pallas_kernels.arrays import require_arrays, require_given_arrays
 from pallas_kernels.rms_norm import rms_norm
 from pallas_kernels.tracing.concrete import is_less
-from sharding.mesh import free_axes, mesh_here
+from sharding.mesh import is_split_here, mesh_here
 
 _ONES = nnx.initializers.ones
 
@@ -96,7 +96,4 @@ class RMSNorm(nnx.Module):
         """XLA's where a launch costs more than a kernel gains, and over a mesh."""
         if self.backend == "auto" and is_less(size, _FEW_NUMBERS + 1):
             return "xla"
-        around = jax.sharding.get_abstract_mesh()
-        mesh = self._made_on if around.empty else around
-        is_split = mesh is not None and any(mesh.shape[name] > 1 for name in free_axes(mesh))
-        return "xla" if is_split else self.backend
+        return "xla" if is_split_here(self._made_on) else self.backend

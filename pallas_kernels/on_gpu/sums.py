@@ -28,6 +28,7 @@ class Tile:
       warpgroup: index of the calling warpgroup.
       row: first row of `out`; rows past its end are left out.
       column: first column of `out`, likewise.
+      onto: global memory [M, N], what the tile is added to; None for `out` itself.
     """
 
     out: Any
@@ -36,18 +37,20 @@ class Tile:
     warpgroup: jax.Array
     row: jax.Array
     column: jax.Array
+    onto: Any = None
 
     def fetch(self) -> None:
         """Begins to fetch what the tile is added to, once the last tile has left the slots."""
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         for slot in range(self.staging.copied.shape[1]):
             buffer = self.staging.copied.at[self.warpgroup, slot]
-            plgpu.copy_gmem_to_smem(self._part(slot), buffer, self.fetched.at[self.warpgroup])
+            theirs = self._part(self.out if self.onto is None else self.onto, slot)
+            plgpu.copy_gmem_to_smem(theirs, buffer, self.fetched.at[self.warpgroup])
 
     def store(self, value: jax.Array) -> None:
-        """Stores `value`, registers [R, columns], or its sum with what `fetch` fetches."""
+        """Stores `value`, registers [R, columns], or its sum with what `fetch` fetches, rounded once."""
         if self.fetched is None:
-            row, column = self.row, self.column
+            row, column, value = self.row, self.column, value.astype(self.out.dtype)
             store_rows(self.out, self.staging, self.warpgroup, value, row=row, rows=None, column=column)
             return
         _, slots, _, chunk = self.staging.tiled.shape
@@ -56,17 +59,18 @@ class Tile:
         for slot in range(slots):
             buffer = self.staging.tiled.at[self.warpgroup, slot]
             part = value[:, slot * chunk : (slot + 1) * chunk]
-            buffer[...] = plgpu.load(buffer, layout=plgpu.Layout.WGMMA) + part
+            before = plgpu.load(buffer, layout=plgpu.Layout.WGMMA).astype(value.dtype)
+            buffer[...] = (before + part).astype(self.out.dtype)
         plgpu.commit_smem()
         for slot in range(slots):
             buffer = self.staging.copied.at[self.warpgroup, slot]
-            plgpu.copy_smem_to_gmem(buffer, self._part(slot), commit_group=False)
+            plgpu.copy_smem_to_gmem(buffer, self._part(self.out, slot), commit_group=False)
         plgpu.commit_smem_to_gmem_group()
 
-    def _part(self, slot: int) -> Any:
-        """The part of `out` that passes through a slot."""
+    def _part(self, of: Any, slot: int) -> Any:
+        """The part of an array that passes through a slot."""
         _, _, rows, chunk = self.staging.copied.shape
-        return self.out.at[pl.ds(self.row, rows), pl.ds(self.column + slot * chunk, chunk)]
+        return of.at[pl.ds(self.row, rows), pl.ds(self.column + slot * chunk, chunk)]
 
 
 def run_onto(

@@ -26,6 +26,7 @@ from pallas_kernels.all_to_all import all_to_all, make_routes
 from pallas_kernels.chips import get_chip
 from pallas_kernels.columns import Columns, padded_rows
 from pallas_kernels.combine import combine
+from pallas_kernels.dense_matmul import dense_gate_up, dense_matmul
 from pallas_kernels.dispatch import dispatch
 from pallas_kernels.float32_matmul import float32_matmul
 from pallas_kernels.gated_activation import gated_activation, gated_activation_in_8_bits
@@ -158,6 +159,18 @@ def of_few_rows(num_rows: int, dtype: str, depth: int = 2880, columns: int = 128
     return functools.partial(float32_matmul, backend="pallas_gpu"), *shapes
 
 
+def dense(*shape: int, dtype: str = "bfloat16") -> Case:
+    """Both products of a dense network, of M tokens, H and I."""
+    rows, hidden, width = shape
+
+    def run(x: jax.Array, gate_up: jax.Array, down: jax.Array, residual: jax.Array) -> jax.Array:
+        h = dense_gate_up(x, gate_up, backend="pallas_gpu")
+        return dense_matmul(h, down, residual=residual, backend="pallas_gpu")
+
+    tokens = array(dtype, rows, hidden)
+    return run, tokens, array(dtype, hidden, 2, width), array(dtype, width, hidden), tokens
+
+
 def activation_with_columns(activation: Activation, in_8_bits: str, limit: float | None = None) -> Case:
     """The pullback for gradients of weights in 8 bits."""
     options = {"activation": activation, "limit": limit, "in_8_bits": jnp.dtype(in_8_bits), "with_weights": True}
@@ -241,6 +254,11 @@ CASES: dict[str, Callable[[], Case]] = {
         array("float32", 512, 4),
         Plan(array("int32", 2048), array("int32", 512, 4), array("int32", 8), array("int32", 8), array("int32")),
     ),
+    "dense network, 64 rows": lambda: dense(64, 2048, 4096),
+    "dense network, 128 rows": lambda: dense(128, 768, 3072, dtype="float16"),
+    "dense network, 256 rows": lambda: dense(256, 2048, 4096),
+    "dense network, 512 rows": lambda: dense(512, 2048, 4096),
+    "dense network, 1024 rows": lambda: dense(1024, 2048, 4096),
     "rms_norm gradients": lambda: (
         lambda x, weight, residual: gradients(
             lambda *args: sum(rms_norm(*args[:2], residual=args[2], backend="pallas_gpu")), x, weight, residual

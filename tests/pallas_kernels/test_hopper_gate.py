@@ -67,6 +67,9 @@ KERNELS = {
         "four rows in bf16": ["float32_matmul"],
         "eight rows, many columns": ["float32_matmul"],
     },
+    "dense networks": {
+        f"dense network, {rows} rows": ["dense_gate_up", "dense_matmul"] for rows in (64, 128, 256, 512, 1024)
+    },
     "norms, weights and activations": {
         "weights in float32": ["quantize_transpose"],
         "weights K-major": ["quantize_transpose"],

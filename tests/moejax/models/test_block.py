@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -228,7 +229,7 @@ def test_a_network_by_dots_is_rounded_once(rng):
     """What a gate shuts may be too large for 16 bits."""
     config = MLPConfig(32, 16, dtype=jnp.float16)
     gate_up = jnp.stack([jnp.full((32, 16), -100.0), jnp.ones((32, 16))], axis=1).astype(jnp.float16)
-    y = dense._dots(jnp.full((1, 32), 40, jnp.float16), gate_up, jnp.ones((16, 32), jnp.float16), config)
+    y = dense._dots(config, jnp.full((1, 32), 40, jnp.float16), None, gate_up, jnp.ones((16, 32), jnp.float16))
     assert y.dtype == jnp.float16
     np.testing.assert_array_equal(y, jnp.zeros_like(y))
 
@@ -253,8 +254,9 @@ def test_a_dense_network_takes_dots_for_few_tokens_and_kernels_for_many(rng):
     config = MLPConfig(32, 16, activation="swigluoai", activation_limit=0.3, dtype=jnp.float32)
     weights = normal(rng, 32, 2, 16), normal(rng, 16, 32)
     x = normal(rng, 70, 32)
-    assert relative_error(dense._dots(x, *weights, config), dense._kernels(x, *weights, config)) < LIMIT["float32"]
-    dots = str(jax.make_jaxpr(lambda *args: dense._dots(*args, config))(x, *weights))
+    by_dots, by_kernels = (run(config, x, x, *weights) for run in (dense._dots, dense._kernels))
+    assert relative_error(by_dots, by_kernels) < LIMIT["float32"]
+    dots = str(jax.make_jaxpr(functools.partial(dense._dots, config))(x, None, *weights))
     assert dots.count("dot_general") == dots.count("precision=(Precision.HIGHEST, Precision.HIGHEST)") == 2
     asked = ("xla", 900, 4096), ("pallas_gpu", 1, 8), ("pallas_tpu", 1, 8), ("auto", 900, 4096)
     assert [dense._takes_dots(*each) for each in asked] == [True, False, False, jax.default_backend() == "cpu"]
@@ -263,3 +265,34 @@ def test_a_dense_network_takes_dots_for_few_tokens_and_kernels_for_many(rng):
         assert [dense._takes_dots("auto", 512, hidden) for hidden in (2048, 2049)] == [True, False]
     with targeting(get_chip("v6e")):
         assert not dense._takes_dots("auto", 1, 8)
+
+
+def test_a_residual_is_what_a_network_is_added_to(rng):
+    """As by itself: of more bits, and of what is masked, which comes out as zeros."""
+    network = MLP(dataclasses.replace(DENSE.feed_forward, dtype=jnp.bfloat16), rngs=nnx.Rngs(0))
+    x, mask = normal(rng, 1, 5, 32, dtype="bfloat16"), jnp.array([[1, 1, 0, 1, 0]], bool)
+    residual = normal(rng, 1, 5, 32)
+    y = network(x, residual=residual, mask=mask)
+    assert y.dtype == jnp.float32
+    assert not y[~mask].any()
+    assert relative_error(y[mask], (network(x) + residual)[mask]) < LIMIT["float32"]
+    with raises_saying(ValueError, "residual must be", "[1, 5, 32]", "[1, 4, 32]"):
+        network(x, residual=residual[:, :4])
+
+
+@pytest.mark.parametrize("tokens", [64, 512, 4096])
+def test_a_dense_network_has_kernels_for_some_hundred_tokens_where_no_gradient_is_asked_for(tokens):
+    network = MLP(MLPConfig(256, 512), rngs=nnx.Rngs(0))
+    x = jax.ShapeDtypeStruct((1, tokens, 256), jnp.bfloat16)
+
+    def run(x):
+        return network(x, residual=x)
+
+    def loss(x):
+        return run(x).astype(jnp.float32).sum()
+
+    with targeting(get_chip("h200")):
+        served, trained = (str(jax.make_jaxpr(function)(x)) for function in (run, jax.grad(loss)))
+    kernels = "dense_gate_up", "dense_matmul"
+    assert [name in served for name in kernels] == [tokens == 512] * 2
+    assert not any(name in trained for name in kernels)

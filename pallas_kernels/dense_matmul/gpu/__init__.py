@@ -1,0 +1,67 @@
+"""The products on an NVIDIA GPU."""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.activations import Activation
+from pallas_kernels.backend import Unsupported
+from pallas_kernels.chips import Chip
+from pallas_kernels.dense_matmul import reference
+from pallas_kernels.dense_matmul.gpu.kernel import dense_product
+from pallas_kernels.dense_matmul.gpu.sizes import Config, Sizes
+from pallas_kernels.dense_matmul.gpu.tiling import pick
+from pallas_kernels.on_gpu.device import hopper_chip
+from pallas_kernels.tracing.override import Override
+
+forced = Override[Config]("forced_dense")
+"""Products traced inside `with forced(config)` are cut as `config` says."""
+
+_LEAST_ROWS, _MOST_ROWS = 128, 1024
+"""Of tokens for which the kernels were measured to be faster than XLA's."""
+
+_DEPTHS, _COLUMNS = 8, 64
+"""What divides K, as the copy engine needs it, and N, whose tiles jax 0.11.2 wants to be whole."""
+
+
+def dense_matmul(lhs: jax.Array, rhs: jax.Array, *, residual: jax.Array | None) -> jax.Array:
+    """See `pallas_kernels.dense_matmul.dense_matmul`."""
+    sizes = _cut(lhs, rhs, windows=1, adds=residual is not None)
+    if sizes is None:
+        return reference.dense_matmul(lhs, rhs, residual=residual)
+    return dense_product(lhs, rhs, residual, None, sizes)
+
+
+def dense_gate_up(
+    lhs: jax.Array, rhs: jax.Array, *, activation: Activation, activation_limit: float | None
+) -> jax.Array:
+    """See `pallas_kernels.dense_matmul.dense_gate_up`."""
+    sizes = _cut(lhs, rhs, windows=2, adds=False)
+    if sizes is None:
+        return reference.dense_gate_up(lhs, rhs, activation=activation, activation_limit=activation_limit)
+    return dense_product(lhs, rhs.reshape(rhs.shape[0], -1), None, (activation, activation_limit), sizes)
+
+
+def pays(num_rows: int, depth: int, columns: int, dtype: jnp.dtype) -> bool:
+    """See `pallas_kernels.dense_matmul.pays`."""
+    _require(depth, columns, dtype)
+    return _LEAST_ROWS <= num_rows <= _MOST_ROWS
+
+
+def _cut(lhs: jax.Array, rhs: jax.Array, *, windows: int, adds: bool) -> Sizes | None:
+    """How the kernel cuts a product; None if there is nothing to multiply."""
+    (rows, depth), columns = lhs.shape, rhs.shape[-1]
+    chip = _require(depth, columns, lhs.dtype)
+    if 0 in (rows, depth, columns):
+        return None
+    sizes = Sizes(rows, depth, columns, windows, adds, lhs.dtype, forced.get() or Config(128, 1))
+    return sizes if forced.get() else pick(chip, sizes)
+
+
+def _require(depth: int, columns: int, dtype: jnp.dtype) -> Chip:
+    """The chip; raises Unsupported for what the kernel does not take."""
+    if dtype.itemsize != 2:
+        raise Unsupported(f"dense_matmul: the kernel multiplies BF16 and FP16, got {dtype}")
+    if depth % _DEPTHS or columns % _COLUMNS:
+        needed = f"K must be a multiple of {_DEPTHS}, N of {_COLUMNS}"
+        raise Unsupported(f"dense_matmul: {needed}, got {depth} and {columns}")
+    return hopper_chip("dense_matmul")
