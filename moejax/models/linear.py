@@ -24,8 +24,8 @@ def project(linear: nnx.Linear, x: jax.Array, *, is_split: bool) -> jax.Array:
     """
     is_plain = type(linear) is nnx.Linear and linear.bias is None and linear.dot_general is lax.dot_general
     dtype = linear.dtype or jnp.result_type(x, linear.kernel)
-    num_tokens = math.prod(x.shape[:-1])
-    if is_split or not is_plain or not pays(num_tokens, linear.in_features, linear.out_features, dtype):
+    sizes = math.prod(x.shape[:-1]), linear.in_features, linear.out_features
+    if is_split or not is_plain or not pays(*sizes, dtype, is_bare=True):
         return linear(x)
     return unless_differentiated(_by_kernel, jnp.dot, x.astype(dtype), linear.kernel[...].astype(dtype))
 

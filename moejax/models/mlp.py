@@ -1,8 +1,8 @@
 """The dense feed-forward network as a flax.nnx module, by the kernels of the experts, of which it is a group of one.
 
 For few tokens, or few numbers of y, it is two dots of XLA's, which cut K in parts: of 64 tokens and 2048 columns, a
-GPU's kernel would have a tile for every fourth multiprocessor. Where no gradient is asked for a GPU has kernels for a
-few hundred tokens, see `pallas_kernels.dense_matmul`.
+GPU's kernel would have a tile for every fourth multiprocessor. Where no gradient is asked for a GPU has kernels for
+some hundred tokens; see `pallas_kernels.dense_matmul`.
 """
 
 import functools

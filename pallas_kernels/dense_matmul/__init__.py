@@ -1,9 +1,9 @@
-"""Products of a dense network's weights with a few hundred tokens: each multiprocessor has one tile of the result.
+"""Products of a dense network's weights with some hundred tokens: each multiprocessor has a tile of the result.
 
     dense_matmul     lhs [M, K] · rhs [K, N] + residual [M, N]                     -> [M, N]
     dense_gate_up    act(lhs · gate) · (lhs · up), gate and up in rhs [K, 2, N]    -> [M, N]
 
-Of fewer tokens a product is bound by reading weights, of more by multiplying: `grouped_matmul` of one group.
+Of fewer tokens a product is bound by reading weights, and XLA as fast; of more it is `grouped_matmul` of one group.
 """
 
 import jax
@@ -75,23 +75,24 @@ def dense_gate_up(
     return _dense_gate_up(backend, lhs=lhs, rhs=rhs, activation=activation, activation_limit=activation_limit)
 
 
-def pays(num_rows: int, depth: int, columns: int, dtype: jax.typing.DTypeLike) -> bool:
-    """Whether the kernels take products of this size on the chip that is traced for.
+def pays(num_rows: int, depth: int, columns: int, dtype: jax.typing.DTypeLike, *, is_bare: bool = False) -> bool:
+    """Whether the kernels are faster than XLA's for products of this size on the chip that is traced for.
 
-    They are then faster than XLA's: docs/results.md has figures.
+    docs/results.md has figures.
 
     Args:
       num_rows: M.
       depth: K.
       columns: N.
       dtype: of the operands.
+      is_bare: whether there is neither a gate nor a residual.
     """
     if target_platform() != "gpu" or is_symbolic(num_rows, depth, columns):
         return False
     from pallas_kernels.dense_matmul import gpu
 
     try:
-        return gpu.pays(num_rows, depth, columns, jnp.dtype(dtype))
+        return gpu.pays(num_rows, depth, columns, jnp.dtype(dtype), is_bare=is_bare)
     except Unsupported:
         return False
 
