@@ -68,6 +68,21 @@ def grouped_gate_up_cost(
     return dataclasses.replace(unfused, hbm_bytes=unfused.hbm_bytes - num_rows * intermediate * _size(out_dtype))
 
 
+def dense_matmul_cost(
+    num_rows: int,
+    k: int,
+    n: int,
+    *,
+    dtype: jax.typing.DTypeLike = jnp.bfloat16,
+    gated: bool = False,
+    has_residual: bool = False,
+) -> Cost:
+    """[num_rows, k] · [k, n] onto a residual, or the gated product of two such matrices."""
+    of_groups = grouped_gate_up_cost if gated else grouped_matmul_cost
+    cost = of_groups(num_rows, k, n, 1, lhs_dtype=dtype, rhs_dtype=dtype, out_dtype=dtype)
+    return dataclasses.replace(cost, hbm_bytes=cost.hbm_bytes + has_residual * num_rows * n * _size(dtype))
+
+
 def plan_cost(num_tokens: int, top_k: int, num_groups: int) -> Cost:
     """Ids read, order and inverse written, all int32, and two short vectors."""
     return Cost(hbm_bytes=4 * (3 * num_tokens * top_k + 2 * num_groups))

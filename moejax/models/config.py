@@ -30,7 +30,9 @@ class AttentionConfig:
       dtype: the dtype to compute in: bfloat16, float16 or float32.
       param_dtype: of the parameters.
       backend: whose product of queries and keys: "cudnn", "xla", or "auto" for the first where it runs. cuDNN's
-        gradient adds in no fixed order: equal bits in training want "xla".
+        gradient adds in no fixed order: equal bits in training want "xla". With "xla" all of attention is XLA's; with
+        the others its last product is `pallas_kernels.dense_matmul` where that is faster, on one chip, and no gradient
+        is asked for.
 
     Raises:
       ValueError: on construction, when a field or a combination of fields makes no sense.
@@ -78,8 +80,10 @@ class MLPConfig:
       activation_limit: clamp of gate and up before the activation, or None.
       dtype: the dtype to compute in: bfloat16, float16 or float32.
       param_dtype: of the parameters.
-      backend: "auto", "xla", "pallas_tpu" or "pallas_gpu". "auto" is two dots of XLA's for few tokens on a GPU, and on
-        CPUs; by the platform at hand when it is traced, so that what a CPU exports for others has dots.
+      backend: "auto", "xla" (two dots), or "pallas_tpu" and "pallas_gpu" (the experts' kernels, of one group). "auto"
+        is on a GPU `pallas_kernels.dense_matmul` where that is faster and no gradient is asked for, else two dots for
+        few tokens or few numbers of y, else the experts' kernels; on CPUs two dots. It goes by the platform at hand
+        when it is traced, so that what a CPU exports for others has dots.
 
     Raises:
       ValueError: on construction, when a field makes no sense.

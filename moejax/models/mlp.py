@@ -1,11 +1,15 @@
-"""The dense feed-forward network as a flax.nnx module, by the kernels of the experts, of which it is a group of one.
+"""The dense feed-forward network as a flax.nnx module.
 
-For few tokens, or few numbers of y, it is two dots of XLA's, which cut K in parts: of 64 tokens and 2048 columns, a
-GPU's kernel would have a tile for every fourth multiprocessor. Where no gradient is asked for a GPU has kernels for
-some hundred tokens; see `pallas_kernels.dense_matmul`.
+A GPU runs it in one of three ways:
+
+- 128 to 2048 tokens, where no gradient is asked for, by two kernels of `pallas_kernels.dense_matmul`;
+- else few tokens, or few numbers of y, by two dots of XLA's, which cut K in parts: of 64 tokens and 2048 columns the
+  experts' kernels would have a tile for every fourth multiprocessor;
+- else by the experts' kernels, of which it is a group of one.
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -20,8 +24,8 @@ from moejax.initial import Initializer, initial
 from moejax.models.checks import check_tokens
 from moejax.models.config import MLPConfig
 from moejax.param import Param
+from pallas_kernels import dense_matmul
 from pallas_kernels.activations import gated_halves
-from pallas_kernels.dense_matmul import dense_gate_up, dense_matmul, pays
 from pallas_kernels.tracing.concrete import is_less
 from pallas_kernels.tracing.target import target_platform
 from pallas_kernels.tracing.unless_differentiated import unless_differentiated
@@ -137,10 +141,15 @@ def _on_chip(
 def _network(
     config: MLPConfig, x: jax.Array, residual: jax.Array | None, gate_up: jax.Array, down: jax.Array
 ) -> jax.Array:
-    run = functools.partial(_dots if _takes_dots(config.backend, *x.shape) else _kernels, config)
-    if config.backend == "auto" and _takes_tiles(x, residual, down):
-        return unless_differentiated(functools.partial(_tiles, config), run, x, residual, gate_up, down)
-    return run(x, residual, gate_up, down)
+    network = _by_dots if _takes_dots(config.backend, *x.shape) else _as_one_expert
+    operands = x, residual, gate_up, down
+    if config.backend == "auto" and _pays(x, residual, down):
+        by_kernels, with_gradients = (
+            functools.partial(_by_dense_kernels, config),
+            functools.partial(_onto, network, config),
+        )
+        return unless_differentiated(by_kernels, with_gradients, *operands)
+    return _onto(network, config, *operands)
 
 
 def _takes_dots(backend: str, num_tokens: int, hidden_size: int) -> bool:
@@ -151,34 +160,35 @@ def _takes_dots(backend: str, num_tokens: int, hidden_size: int) -> bool:
     return platform == "cpu" or (platform == "gpu" and are_few)
 
 
-def _takes_tiles(x: jax.Array, residual: jax.Array | None, down: jax.Array) -> bool:
+def _pays(x: jax.Array, residual: jax.Array | None, down: jax.Array) -> bool:
     (num_tokens, hidden), width = x.shape, down.shape[0]
     is_alike = residual is None or residual.dtype == x.dtype
+    pays = dense_matmul.pays
     return is_alike and pays(num_tokens, hidden, width, x.dtype) and pays(num_tokens, width, hidden, x.dtype)
 
 
-def _dots(
+def _by_dense_kernels(
     config: MLPConfig, x: jax.Array, residual: jax.Array | None, gate_up: jax.Array, down: jax.Array
 ) -> jax.Array:
+    h = dense_matmul.dense_gate_up(
+        x, gate_up.astype(x.dtype), activation=config.activation, activation_limit=config.activation_limit
+    )
+    return dense_matmul.dense_matmul(h, down.astype(x.dtype), residual=residual)
+
+
+def _onto(network: Callable[..., jax.Array], config: MLPConfig, x: jax.Array, residual: jax.Array | None, *weights):
+    y = network(config, x, *weights)
+    return y if residual is None else y + residual
+
+
+def _by_dots(config: MLPConfig, x: jax.Array, gate_up: jax.Array, down: jax.Array) -> jax.Array:
+    # As `dense_matmul` by XLA, which takes no gradient.
     dot = functools.partial(jnp.dot, precision="highest" if x.dtype == jnp.float32 else None)
     h = dot(x, gate_up.reshape(gate_up.shape[0], -1).astype(x.dtype), preferred_element_type=jnp.float32)
     h = gated_halves(h, config.activation, config.activation_limit).astype(x.dtype)
-    y = dot(h, down.astype(x.dtype))
-    return y if residual is None else y + residual
+    return dot(h, down.astype(x.dtype))
 
 
-def _tiles(
-    config: MLPConfig, x: jax.Array, residual: jax.Array | None, gate_up: jax.Array, down: jax.Array
-) -> jax.Array:
-    h = dense_gate_up(
-        x, gate_up.astype(x.dtype), activation=config.activation, activation_limit=config.activation_limit
-    )
-    return dense_matmul(h, down.astype(x.dtype), residual=residual)
-
-
-def _kernels(
-    config: MLPConfig, x: jax.Array, residual: jax.Array | None, gate_up: jax.Array, down: jax.Array
-) -> jax.Array:
+def _as_one_expert(config: MLPConfig, x: jax.Array, gate_up: jax.Array, down: jax.Array) -> jax.Array:
     math = ExpertMath(config.activation, config.activation_limit, None, config.dtype, config.backend)
-    y = expert_mlp(x, jnp.array([x.shape[0]], jnp.int32), gate_up[None], down[None], math)
-    return y if residual is None else y + residual
+    return expert_mlp(x, jnp.array([x.shape[0]], jnp.int32), gate_up[None], down[None], math)

@@ -1,9 +1,9 @@
-"""Products of a dense network's weights with some hundred tokens: each multiprocessor has a tile of the result.
+"""Products of 128 to 2048 tokens with a dense network's weights, cut so that every multiprocessor has work at once.
 
     dense_matmul     lhs [M, K] · rhs [K, N] + residual [M, N]                     -> [M, N]
     dense_gate_up    act(lhs · gate) · (lhs · up), gate and up in rhs [K, 2, N]    -> [M, N]
 
-Of fewer tokens a product is bound by reading weights, and XLA as fast; of more it is `grouped_matmul` of one group.
+Of fewer tokens it is weights that take the time, and XLA is as fast or faster; of more, `grouped_matmul` of one group.
 """
 
 import jax
@@ -101,11 +101,11 @@ _dense_matmul = Operator("dense_matmul", "dense_matmul")
 _dense_gate_up = Operator("dense_matmul", "dense_gate_up")
 
 
-def _check(lhs: jax.Array, rhs: jax.Array, *windows: int) -> None:
+def _check(lhs: jax.Array, rhs: jax.Array, *halves: int) -> None:
     if lhs.ndim != 2 or not is_float(lhs.dtype):
         raise ValueError(f"lhs must be [M, K], BF16, FP16 or float32, got {lhs.dtype}{list(lhs.shape)}")
-    if (rhs.shape[:-1], rhs.dtype) != ((lhs.shape[1], *windows), lhs.dtype):
-        wanted = ", ".join(map(str, ("K", *windows, "N")))
+    if (rhs.shape[:-1], rhs.dtype) != ((lhs.shape[1], *halves), lhs.dtype):
+        wanted = ", ".join(map(str, ("K", *halves, "N")))
         got = f"{rhs.dtype}{list(rhs.shape)}"
         raise ValueError(f"rhs must be [{wanted}] of the dtype of lhs, {lhs.dtype}, K = {lhs.shape[1]}, got {got}")
 

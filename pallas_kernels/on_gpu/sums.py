@@ -1,4 +1,4 @@
-"""Tiles that are stored, or added to what an array holds, in its buffer if nobody else needs it.
+"""Tiles that are stored, or added to what an array holds: that one, in its buffer if nobody else needs it, or another.
 
 To add, each warpgroup fetches what its tile is added to into the slots from which the sum will leave, and multiplies
 meanwhile. For 1.6 GB an H200 takes 0.86 ms to read and write them, and 1.0 ms for this. The copy engine could add as it
@@ -28,7 +28,7 @@ class Tile:
       warpgroup: index of the calling warpgroup.
       row: first row of `out`; rows past its end are left out.
       column: first column of `out`, likewise.
-      onto: global memory [M, N], what the tile is added to; None for `out` itself.
+      added_to: global memory [M, N] that holds what the tile is added to; None for `out` itself.
     """
 
     out: Any
@@ -37,14 +37,14 @@ class Tile:
     warpgroup: jax.Array
     row: jax.Array
     column: jax.Array
-    onto: Any = None
+    added_to: Any = None
 
     def fetch(self) -> None:
         """Begins to fetch what the tile is added to, once the last tile has left the slots."""
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         for slot in range(self.staging.copied.shape[1]):
             buffer = self.staging.copied.at[self.warpgroup, slot]
-            theirs = self._part(self.out if self.onto is None else self.onto, slot)
+            theirs = self._part(self.out if self.added_to is None else self.added_to, slot)
             plgpu.copy_gmem_to_smem(theirs, buffer, self.fetched.at[self.warpgroup])
 
     def store(self, value: jax.Array) -> None:

@@ -28,6 +28,14 @@ from pallas_kernels.cost import Cost
             Cost(flops=480, hbm_bytes=48 + 40 + 30 * 4),
         ),
         (cost.grouped_matmul_cost(0, 4, 6, 0, lhs_dtype="int8", rhs_dtype="int8"), Cost()),
+        (
+            cost.dense_matmul_cost(10, 4, 6, has_residual=True),
+            Cost(flops=480, hbm_bytes=24 * 2 + 40 * 2 + 2 * 60 * 2),
+        ),
+        (
+            cost.dense_matmul_cost(10, 4, 3, dtype="float32", gated=True),
+            Cost(flops=480, hbm_bytes=24 * 4 + 40 * 4 + 30 * 4),
+        ),
         # 5 tokens with 2 choices: 10 ids in, order and inverse out; sizes and offsets of 3 groups.
         (cost.plan_cost(5, 2, 3), Cost(hbm_bytes=4 * (10 + 10 + 10 + 3 + 3))),
         (cost.dispatch_cost(5, 10, 8), Cost(hbm_bytes=5 * 8 * 2 + 10 * 8 * 2 + 10 * 4)),

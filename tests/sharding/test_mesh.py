@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from sharding.mesh import current_mesh, free_axes, has_explicit_axes, make_mesh, mesh_here, place, spec_in
+from sharding.mesh import (
+    current_mesh,
+    free_axes,
+    has_explicit_axes,
+    is_split_here,
+    make_mesh,
+    mesh_here,
+    place,
+    spec_in,
+)
 from tests.sharding.shard_maps import inside
 
 BY_TOKEN = PartitionSpec(("data", "expert"))
@@ -200,3 +209,15 @@ def test_spec_in_has_an_entry_for_every_dimension():
     x = jax.device_put(jnp.zeros((8, 4, 2)), NamedSharding(mesh, PartitionSpec("data")))
     assert spec_in(x, mesh) == PartitionSpec("data", None, None)
     assert spec_in(x, mesh.abstract_mesh) == PartitionSpec("data", None, None)
+
+
+def test_arrays_are_split_by_the_mesh_in_force_else_by_the_one_made_on():
+    one, four = make_mesh(ep=1), make_mesh(ep=4)
+    assert [is_split_here(mesh) for mesh in (None, one, four)] == [False, False, True]
+    with jax.set_mesh(one):
+        assert not is_split_here(four)
+    with jax.set_mesh(four):
+        assert is_split_here(None)
+        seen = []
+        jax.shard_map(lambda: seen.append(is_split_here(four)), in_specs=(), out_specs=None)()
+    assert seen == [False], "every chip has its own"

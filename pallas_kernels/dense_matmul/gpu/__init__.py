@@ -9,25 +9,22 @@ from pallas_kernels.backend import Unsupported
 from pallas_kernels.chips import Chip
 from pallas_kernels.dense_matmul import reference
 from pallas_kernels.dense_matmul.gpu.kernel import dense_product
-from pallas_kernels.dense_matmul.gpu.sizes import BLOCK_M, Config, Sizes
+from pallas_kernels.dense_matmul.gpu.problem import BLOCK_M, BLOCK_N, Problem
+from pallas_kernels.dense_matmul.gpu.sizes import Sizes
 from pallas_kernels.dense_matmul.gpu.tiling import pick
 from pallas_kernels.on_gpu.device import hopper_chip
-from pallas_kernels.tracing.override import Override
 
-forced = Override[Config]("forced_dense")
-"""Products traced inside `with forced(config)` are cut as `config` says."""
+_DEPTH_UNIT = 8
+"""What divides K, in numbers of 16 bits, as the copy engine needs it."""
 
 _LEAST_ROWS, _MOST_ROWS = 128, 2048
-"""Of tokens for which the kernels were measured to be faster than XLA's, if they fill their tiles."""
+"""Of tokens: with fewer XLA was faster, more were not measured."""
 
 _LEAST_FILLED = 0.8
-"""Of the rows of tiles: 192 tokens, three quarters of two tiles, take 12 % longer than XLA's."""
+"""Of the rows of tiles: between 0.75, with which a network takes 12 % longer than XLA's, and 1."""
 
-_FEW_NUMBERS = 1 << 20
-"""Of a bare product's result. Of more XLA does not cut K, and has one kernel too, about as fast."""
-
-_DEPTHS, _COLUMNS = 8, 64
-"""What divides K, as the copy engine needs it, and N, whose tiles jax 0.11.2 wants to be whole."""
+_MOST_BARE_NUMBERS = 1 << 20
+"""Of a bare product's result. Of more XLA does not cut K: it has one kernel, too, for 0.83 to 1.12 of the time."""
 
 
 def dense_matmul(lhs: jax.Array, rhs: jax.Array, *, residual: jax.Array | None) -> jax.Array:
@@ -51,9 +48,10 @@ def dense_gate_up(
 def pays(num_rows: int, depth: int, columns: int, dtype: jnp.dtype, *, is_bare: bool) -> bool:
     """See `pallas_kernels.dense_matmul.pays`."""
     _require(depth, columns, dtype)
-    filled = num_rows / (BLOCK_M * pl.cdiv(num_rows, BLOCK_M)) if num_rows else 0
-    suits = not is_bare or num_rows * columns <= _FEW_NUMBERS
-    return suits and _LEAST_ROWS <= num_rows <= _MOST_ROWS and filled >= _LEAST_FILLED
+    if not _LEAST_ROWS <= num_rows <= _MOST_ROWS:
+        return False
+    filled = num_rows / (BLOCK_M * pl.cdiv(num_rows, BLOCK_M))
+    return filled >= _LEAST_FILLED and (not is_bare or num_rows * columns <= _MOST_BARE_NUMBERS)
 
 
 def _cut(lhs: jax.Array, rhs: jax.Array, *, windows: int, adds: bool) -> Sizes | None:
@@ -62,15 +60,15 @@ def _cut(lhs: jax.Array, rhs: jax.Array, *, windows: int, adds: bool) -> Sizes |
     chip = _require(depth, columns, lhs.dtype)
     if 0 in (rows, depth, columns):
         return None
-    sizes = Sizes(rows, depth, columns, windows, adds, lhs.dtype, forced.get() or Config(128, 1))
-    return sizes if forced.get() else pick(chip, sizes)
+    problem = Problem(rows, depth, columns, windows, adds, lhs.dtype)
+    return Sizes(problem, pick(chip, problem))
 
 
 def _require(depth: int, columns: int, dtype: jnp.dtype) -> Chip:
     """The chip; raises Unsupported for what the kernel does not take."""
     if dtype.itemsize != 2:
         raise Unsupported(f"dense_matmul: the kernel multiplies BF16 and FP16, got {dtype}")
-    if depth % _DEPTHS or columns % _COLUMNS:
-        needed = f"K must be a multiple of {_DEPTHS}, N of {_COLUMNS}"
+    if depth % _DEPTH_UNIT or columns % BLOCK_N:
+        needed = f"K must be a multiple of {_DEPTH_UNIT}, N of {BLOCK_N}"
         raise Unsupported(f"dense_matmul: {needed}, got {depth} and {columns}")
     return hopper_chip("dense_matmul")

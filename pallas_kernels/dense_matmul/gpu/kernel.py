@@ -1,11 +1,9 @@
 """The product on Hopper: a tile of the result for each multiprocessor, or for two of them that share its K.
 
-    floor in time = max(bytes of lhs, rhs, residual, out / HBM bandwidth, 2·M·K·N / peak)
-
-Beside that a launch has some 4 µs: its start, its first copies, its last store. So all tiles should be multiplied at
-once, and by all multiprocessors. Where tiles of 64 columns are too few for that, each gets several blocks, a cluster,
-which multiply parts of K. Each sends the others, into their shared memory, what it has of the columns that they finish,
-and adds up what it gets of its own:
+Its floors are `pallas_kernels.cost.dense_matmul_cost`. Beside these a block takes 3.6 µs: its start, its first copies,
+its last store. So all tiles should be multiplied at once, and by all multiprocessors. Where tiles of 64 columns are too
+few for that, each gets several blocks, a cluster, which multiply parts of K. Each sends the others, into their shared
+memory, what it has of the columns that they finish, and adds up what it gets of its own:
 
         K                                   a block of the first part          a block of the second part
      ┌─────┬─────┐   ┌─────┐                    ┌─────┬─────┐                      ┌─────┬─────┐
@@ -14,8 +12,8 @@ and adds up what it gets of its own:
      └─────┴─────┘   │     │                    └─────┴─────┘                      └─────┴─────┘
                      └─────┘                     finishes the left columns          finishes the right ones
 
-What blocks read of the same rows or columns they read each for itself. Copies that a cluster shares gained nothing (an
-H200 has room for 30 clusters of four blocks, and the cache gave 18 TB/s where neighbours read the same).
+What blocks read of the same rows or columns they read each for itself. Copies that a cluster shares gained nothing: the
+cache gives 18 TB/s where neighbours read the same, and an H200 has room for 30 clusters of four blocks, not for 33.
 
 In a block one warpgroup loads, two multiply, each its 64 rows of the tile.
 """
@@ -30,8 +28,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.activations import Activation, gated
-from pallas_kernels.dense_matmul.gpu.sizes import BLOCK_K, BLOCK_M, WARPGROUPS, Sizes
-from pallas_kernels.on_gpu.cluster import Exchange
+from pallas_kernels.dense_matmul.gpu.problem import BLOCK_K, BLOCK_M, WARPGROUPS
+from pallas_kernels.dense_matmul.gpu.sizes import Sizes
+from pallas_kernels.on_gpu.cluster_sum import ClusterSum
 from pallas_kernels.on_gpu.smem import Views, swizzled
 from pallas_kernels.on_gpu.sums import Tile
 from pallas_kernels.on_gpu.wgmma import WGMMA_ROWS
@@ -39,29 +38,32 @@ from pallas_kernels.on_gpu.wgmma import WGMMA_ROWS
 _PART = "part"
 """The axis of a cluster."""
 
-Gate = tuple[Activation, float | None]
-"""An activation and its limit."""
+LimitedActivation = tuple[Activation, float | None]
+"""An activation, and the clamp before it."""
 
 
 def dense_product(
-    lhs: jax.Array, rhs: jax.Array, residual: jax.Array | None, gate: Gate | None, sizes: Sizes
+    lhs: jax.Array,
+    rhs: jax.Array,
+    residual: jax.Array | None,
+    activation: LimitedActivation | None,
+    sizes: Sizes,
 ) -> jax.Array:
     """Runs the kernel.
 
     Args:
       lhs: [M, K].
-      rhs: [K, N], or [K, 2N] with a gate, whose first half is its.
+      rhs: [K, N], or [K, 2N] for a gated product, gate and then up.
       residual: [M, N], or None.
-      gate: None for the product itself.
+      activation: of a gated product; None for a plain one.
       sizes: of all that.
 
     Returns:
       [M, N].
     """
-    config = sizes.config
+    problem, config = sizes.problem, sizes.config
 
-    def body(*refs):
-        lhs, rhs, *theirs, out, scratch = refs
+    def body(lhs, rhs, residual, out, scratch):
         warpgroup = lax.axis_index("warpgroup")
         block = _Block(lhs, rhs, scratch, sizes)
 
@@ -74,22 +76,22 @@ def dense_product(
         def _():
             plgpu.set_max_registers(232, action="increase")
             row = pl.multiple_of(block.row + warpgroup * WGMMA_ROWS, WGMMA_ROWS)
-            column = block.column + block.part * sizes.piece
-            onto = theirs[0] if theirs else None
-            tile = Tile(out, Views.of(scratch.out), scratch.fetched, warpgroup, row, column, onto=onto)
-            if onto is not None:
+            column = block.column + block.part * sizes.finished_columns
+            tile = Tile(out, Views.of(scratch.out), scratch.fetched, warpgroup, row, column, added_to=residual)
+            if problem.adds:
                 tile.fetch()
             total = block.multiply(warpgroup)
             if config.parts > 1:
-                total = Exchange(scratch.received, scratch.landed, _PART).sum(_pieces(total, sizes), warpgroup)
-            if gate is not None:
-                total = gated(total[:, : sizes.piece], total[:, sizes.piece :], *gate)
+                total = ClusterSum(scratch.received, scratch.landed, _PART)(_shares(total, sizes), warpgroup)
+            if activation is not None:
+                gate, up = total[:, : sizes.finished_columns], total[:, sizes.finished_columns :]
+                total = gated(gate, up, *activation)
             tile.store(total)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     kernel = plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((sizes.rows, sizes.columns), sizes.dtype),
+        out_type=jax.ShapeDtypeStruct((problem.rows, problem.columns), problem.dtype),
         scratch_types=[_Scratch.describe(sizes)],
         grid=sizes.grid,
         grid_names=("column", "row"),
@@ -97,7 +99,7 @@ def dense_product(
         cluster_names=(_PART,),
         num_threads=WARPGROUPS + 1,
         thread_name="warpgroup",
-        kernel_name="dense_matmul" if gate is None else "dense_gate_up",
+        kernel_name="dense_matmul" if activation is None else "dense_gate_up",
         compiler_params=plgpu.CompilerParams(
             approx_math=True,
             lowering_semantics=plgpu.LoweringSemantics.Lane,
@@ -105,16 +107,17 @@ def dense_product(
             unsafe_no_auto_barriers=True,
         ),
     )
-    return kernel(lhs, rhs, *(() if residual is None else (residual,)))
+    return kernel(lhs, rhs, residual)
 
 
-def _pieces(total: jax.Array, sizes: Sizes) -> list[jax.Array]:
+def _shares(total: jax.Array, sizes: Sizes) -> list[jax.Array]:
     """What each part finishes of a tile [64, block_n]: its columns, of gate and of up side by side."""
-    pieces = []
-    for begin in range(0, sizes.width, sizes.piece):
-        windows = [total[:, w * sizes.width + begin :][:, : sizes.piece] for w in range(sizes.windows)]
-        pieces.append(windows[0] if len(windows) == 1 else lax.concatenate(windows, 1))
-    return pieces
+    shares = []
+    for share in range(sizes.config.parts):
+        first_columns = range(share * sizes.finished_columns, sizes.config.block_n, sizes.tile_columns)
+        windows = [total[:, first : first + sizes.finished_columns] for first in first_columns]
+        shares.append(windows[0] if len(windows) == 1 else lax.concatenate(windows, 1))
+    return shares
 
 
 class _Block:
@@ -124,10 +127,10 @@ class _Block:
         self.lhs, self.rhs, self.scratch, self.sizes = lhs, rhs, scratch, sizes
         self.lhs_tiles = Views.of(scratch.lhs)
         self.row = lax.axis_index("row") * BLOCK_M
-        self.column = lax.axis_index("column") * sizes.width
+        self.column = lax.axis_index("column") * sizes.tile_columns
         self.part = lax.axis_index(_PART)
         parts = jnp.int32(sizes.config.parts)
-        self.first, end = (lax.div((self.part + i) * sizes.steps, parts) for i in range(2))
+        self.first, end = (lax.div((self.part + i) * sizes.problem.steps, parts) for i in range(2))
         self.steps = end - self.first
 
     def load(self) -> None:
@@ -142,13 +145,13 @@ class _Block:
             for w in range(WARPGROUPS):
                 rows = pl.ds(pl.multiple_of(self.row + w * WGMMA_ROWS, WGMMA_ROWS), WGMMA_ROWS)
                 copy(self.lhs.at[rows, depths], self.lhs_tiles.copied.at[slot, w])
-            for window in range(sizes.windows):
-                columns = pl.ds(window * sizes.columns + self.column, sizes.width)
+            for window in range(sizes.problem.windows):
+                columns = pl.ds(window * sizes.problem.columns + self.column, sizes.tile_columns)
                 copy(self.rhs.at[depths, columns], scratch.rhs.at[slot, window])
             return carry
 
         lax.fori_loop(0, self.steps, one_step, None)
-        # No barrier is left half-way.
+        # Until all has been read: a block must not end with a barrier half-way.
         last = jnp.maximum(self.steps - sizes.config.num_stages, 0)
         lax.fori_loop(last, self.steps, lambda i, _: plgpu.barrier_wait(scratch.empty.at[self._slot(i)]), None)
 
@@ -163,10 +166,10 @@ class _Block:
             def one_step(i, carry):
                 slot = self._slot(i)
                 plgpu.barrier_wait(scratch.full.at[slot])
-                for window in range(sizes.windows):
+                for window in range(sizes.problem.windows):
                     its = accumulator
-                    if sizes.windows > 1:
-                        its = accumulator.at[:, window * sizes.width : (window + 1) * sizes.width]
+                    if sizes.problem.windows > 1:
+                        its = accumulator.at[:, pl.ds(window * sizes.tile_columns, sizes.tile_columns)]
                     plgpu.wgmma(its, self.lhs_tiles.tiled.at[slot, warpgroup], scratch.rhs.at[slot, window])
                 # At most the product that was started last still runs: what the one before it read may be overwritten.
                 plgpu.wgmma_wait(1)
@@ -189,12 +192,12 @@ class _Scratch(NamedTuple):
 
     Attributes:
       lhs: ring [stages, warpgroups, 64, 64].
-      rhs: ring [stages, windows, 64, width].
+      rhs: ring [stages, windows, 64, tile_columns].
       out: what a tile is added to, then the tile; see `Tile`.
       full: a ring buffer has been filled.
       empty: a ring buffer has been read.
       fetched: see `Tile`; None where nothing is added.
-      received: see `Exchange`; None where K is whole.
+      received: see `ClusterSum`; None where K is whole.
       landed: likewise.
     """
 
@@ -210,17 +213,18 @@ class _Scratch(NamedTuple):
     @classmethod
     def describe(cls, sizes: Sizes) -> "_Scratch":
         """The types to allocate."""
-        config, stages, windows = sizes.config, sizes.config.num_stages, sizes.windows
+        problem, config, stages = sizes.problem, sizes.config, sizes.config.num_stages
         received = landed = None
         if config.parts > 1:
-            received, landed = Exchange.scratch(WARPGROUPS, config.parts, windows * sizes.piece)
+            columns = problem.windows * sizes.finished_columns
+            received, landed = ClusterSum.scratch(WARPGROUPS, config.parts, columns)
         return cls(
-            lhs=swizzled((stages, WARPGROUPS, WGMMA_ROWS, BLOCK_K), sizes.dtype),
-            rhs=swizzled((stages, windows, BLOCK_K, sizes.width), sizes.dtype, any_row=False),
-            out=swizzled((WARPGROUPS, sizes.out_slots, WGMMA_ROWS, sizes.out_chunk), sizes.dtype),
-            full=plgpu.Barrier(num_arrivals=WARPGROUPS + windows, num_barriers=stages),
+            lhs=swizzled((stages, WARPGROUPS, WGMMA_ROWS, BLOCK_K), problem.dtype),
+            rhs=swizzled((stages, problem.windows, BLOCK_K, sizes.tile_columns), problem.dtype, any_row=False),
+            out=swizzled((WARPGROUPS, sizes.out_slots, WGMMA_ROWS, sizes.out_chunk), problem.dtype),
+            full=plgpu.Barrier(num_arrivals=WARPGROUPS + problem.windows, num_barriers=stages),
             empty=plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages),
-            fetched=plgpu.Barrier(num_arrivals=sizes.out_slots, num_barriers=WARPGROUPS) if sizes.adds else None,
+            fetched=plgpu.Barrier(num_arrivals=sizes.out_slots, num_barriers=WARPGROUPS) if problem.adds else None,
             received=received,
             landed=landed,
         )

@@ -229,7 +229,7 @@ def test_a_network_by_dots_is_rounded_once(rng):
     """What a gate shuts may be too large for 16 bits."""
     config = MLPConfig(32, 16, dtype=jnp.float16)
     gate_up = jnp.stack([jnp.full((32, 16), -100.0), jnp.ones((32, 16))], axis=1).astype(jnp.float16)
-    y = dense._dots(config, jnp.full((1, 32), 40, jnp.float16), None, gate_up, jnp.ones((16, 32), jnp.float16))
+    y = dense._by_dots(config, jnp.full((1, 32), 40, jnp.float16), gate_up, jnp.ones((16, 32), jnp.float16))
     assert y.dtype == jnp.float16
     np.testing.assert_array_equal(y, jnp.zeros_like(y))
 
@@ -250,13 +250,13 @@ def test_mlp_takes_its_activation_and_limit(rng):
     assert relative_error(network(x), h @ float64(network.down[...])) < LIMIT["float32"]
 
 
-def test_a_dense_network_takes_dots_for_few_tokens_and_kernels_for_many(rng):
+def test_a_dense_network_that_is_trained_takes_dots_for_few_tokens_and_kernels_for_many(rng):
     config = MLPConfig(32, 16, activation="swigluoai", activation_limit=0.3, dtype=jnp.float32)
     weights = normal(rng, 32, 2, 16), normal(rng, 16, 32)
     x = normal(rng, 70, 32)
-    by_dots, by_kernels = (run(config, x, x, *weights) for run in (dense._dots, dense._kernels))
+    by_dots, by_kernels = (run(config, x, *weights) for run in (dense._by_dots, dense._as_one_expert))
     assert relative_error(by_dots, by_kernels) < LIMIT["float32"]
-    dots = str(jax.make_jaxpr(functools.partial(dense._dots, config))(x, None, *weights))
+    dots = str(jax.make_jaxpr(functools.partial(dense._by_dots, config))(x, *weights))
     assert dots.count("dot_general") == dots.count("precision=(Precision.HIGHEST, Precision.HIGHEST)") == 2
     asked = ("xla", 900, 4096), ("pallas_gpu", 1, 8), ("pallas_tpu", 1, 8), ("auto", 900, 4096)
     assert [dense._takes_dots(*each) for each in asked] == [True, False, False, jax.default_backend() == "cpu"]
@@ -268,7 +268,7 @@ def test_a_dense_network_takes_dots_for_few_tokens_and_kernels_for_many(rng):
 
 
 def test_a_residual_is_what_a_network_is_added_to(rng):
-    """As by itself: of more bits, and of what is masked, which comes out as zeros."""
+    """As adding it afterwards: in its dtype, if that has more bits; what is masked comes out as zeros."""
     network = MLP(dataclasses.replace(DENSE.feed_forward, dtype=jnp.bfloat16), rngs=nnx.Rngs(0))
     x, mask = normal(rng, 1, 5, 32, dtype="bfloat16"), jnp.array([[1, 1, 0, 1, 0]], bool)
     residual = normal(rng, 1, 5, 32)
@@ -298,3 +298,24 @@ def test_a_dense_network_has_kernels_for_some_hundred_tokens_where_no_gradient_i
     kernels = "dense_gate_up", "dense_matmul"
     assert [name in served for name in kernels] == [has_kernels] * 2
     assert not any(name in trained for name in kernels)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(4, 64), (1, 500)], ids=str)
+def test_a_dense_block_by_kernels_is_that_of_xla(shape, rng):
+    """Values by `dense_matmul`, gradients by what has them."""
+    by_kernels, by_xla = (
+        new_block(BlockConfig(AttentionConfig(256, 4, 4, 64, backend=backend), MLPConfig(256, 512, backend=backend)))
+        for backend in ("auto", "xla")
+    )
+    x = normal(rng, *shape, 256, dtype="bfloat16")
+    assert "dense_gate_up" in str(jax.make_jaxpr(by_kernels)(x))
+
+    def loss(block, x):
+        return ((block(x)[0].astype(jnp.float32) - x.astype(jnp.float32)) ** 2).sum()
+
+    added, expected = (float64(call(block, x)[0]) - float64(x) for block in (by_kernels, by_xla))
+    assert relative_error(added, expected) < 2e-2
+    gradients, right = (nnx.jit(nnx.grad(loss, argnums=(0, 1)))(block, x) for block in (by_kernels, by_xla))
+    for one, other in zip(jax.tree.leaves(gradients), jax.tree.leaves(right), strict=True):
+        assert relative_error(one, other) < 3e-2

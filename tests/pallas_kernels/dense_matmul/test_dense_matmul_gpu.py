@@ -9,12 +9,15 @@ import pytest
 from jax import lax
 from jax.experimental import io_callback
 
+from pallas_kernels.backend import Unsupported
 from pallas_kernels.chips import get_chip
-from pallas_kernels.dense_matmul import dense_gate_up, dense_matmul, gpu
-from pallas_kernels.dense_matmul.gpu.sizes import Config, Sizes
-from pallas_kernels.dense_matmul.gpu.tiling import candidates, pick
-from pallas_kernels.on_gpu.cluster import Exchange
+from pallas_kernels.dense_matmul import dense_gate_up, dense_matmul, pays
+from pallas_kernels.dense_matmul.gpu.problem import Config, Problem
+from pallas_kernels.dense_matmul.gpu.sizes import Sizes
+from pallas_kernels.dense_matmul.gpu.tiling import candidates, forced, pick
+from pallas_kernels.on_gpu.cluster_sum import ClusterSum
 from pallas_kernels.on_gpu.smem import single_view
+from pallas_kernels.tracing.target import targeting
 from tests.helpers import float64, normal, raises_saying, relative_error
 from tests.pallas_kernels.dense_matmul.test_dense_matmul import TOLERANCE, expected_gate_up, operands
 from tests.pallas_kernels.kernels_gpu import interpreted
@@ -23,15 +26,15 @@ H200 = get_chip("h200")
 
 
 class Meeting:
-    """Stands for the exchange between blocks, which interpret mode does not have: by way of the host."""
+    """Stands for `ClusterSum`, whose stores into other blocks interpret mode does not have: by way of the host."""
 
     def __init__(self):
         self._left, self._changed = {}, threading.Condition()
 
-    def sum(self, exchange: Exchange, values: list[jax.Array], warpgroup: jax.Array) -> jax.Array:
+    def sum(self, blocks: ClusterSum, values: list[jax.Array], warpgroup: jax.Array) -> jax.Array:
         tile = [lax.axis_index(axis) for axis in ("column", "row")]
         total = jax.ShapeDtypeStruct(values[0].shape, jnp.float32)
-        return io_callback(self._meet, total, jnp.stack(values), lax.axis_index(exchange.axis), *tile, warpgroup)
+        return io_callback(self._meet, total, jnp.stack(values), lax.axis_index(blocks.axis), *tile, warpgroup)
 
     def _meet(self, values: jax.Array, rank: jax.Array, *tile: jax.Array) -> np.ndarray:
         rank, tile, blocks = int(rank), tuple(map(int, tile)), range(len(values))
@@ -43,10 +46,10 @@ class Meeting:
             return np.sum([self._left.pop(key) for key in mine], axis=0)
 
 
-@pytest.fixture(autouse=True)
-def exchange_by_host(monkeypatch):
+@pytest.fixture
+def sums_by_host(monkeypatch):
     meeting = Meeting()
-    monkeypatch.setattr(Exchange, "sum", lambda *args: meeting.sum(*args))
+    monkeypatch.setattr(ClusterSum, "__call__", lambda *args: meeting.sum(*args))
 
 
 CASES = {
@@ -67,6 +70,7 @@ RUNS = [(kind, name) for kind in ("plain", "residual") for name in CASES]
 RUNS += [("gated", name) for name, (_, config) in CASES.items() if config.block_n % 128 == 0]
 
 
+@pytest.mark.usefixtures("sums_by_host")
 @pytest.mark.parametrize(("kind", "name"), RUNS)
 @pytest.mark.quick("plain-one tile", "plain-192*", "gated-256*", "residual-two parts of many", "plain-eight parts")
 def test_interpreted(kind, name, rng):
@@ -75,7 +79,7 @@ def test_interpreted(kind, name, rng):
     windows = 2 if kind == "gated" else 1
     lhs, rhs = operands(rng, *sizes, dtype=dtype, windows=windows)
     residual = normal(rng, sizes[0], sizes[2], dtype=dtype) if kind == "residual" else None
-    with interpreted(), single_view(True), gpu.forced(config):
+    with interpreted(), single_view(True), forced(config):
         if kind == "gated":
             y = dense_gate_up(lhs, rhs, backend="pallas_gpu")
             expected = expected_gate_up(lhs, rhs)
@@ -89,18 +93,18 @@ def test_interpreted(kind, name, rng):
 @pytest.mark.parametrize("rows", [1, 64, 128, 200, 256, 512, 1000, 1024, 3000])
 @pytest.mark.parametrize(("depth", "columns"), [(8, 64), (768, 2304), (2048, 2048), (4096, 2048), (7168, 18432)])
 def test_what_is_picked_fits(rows, depth, columns, windows):
-    sizes = Sizes(rows, depth, columns, windows, True, jnp.dtype("bfloat16"), Config(128, 1))
-    found = list(candidates(H200, sizes))
-    assert pick(H200, sizes) in found
-    for cut in found:
-        shared_memory = cut.config.num_stages * cut.stage_bytes + cut.other_bytes
-        assert shared_memory <= H200.fast_memory_bytes
-        assert cut.out_chunk * 2 in (32, 64, 128)  # of which the copy engine knows how to lay them out
-        assert cut.out_slots * cut.out_chunk * cut.config.parts * windows == cut.config.block_n
+    problem = Problem(rows, depth, columns, windows, windows == 1, jnp.dtype("bfloat16"))
+    found = list(candidates(H200, problem))
+    assert pick(H200, problem) in found
+    for config in found:
+        sizes = Sizes(problem, config)
+        assert config.num_stages * sizes.stage_bytes + sizes.other_bytes <= H200.fast_memory_bytes
+        assert sizes.out_chunk * 2 in (32, 64, 128)  # of which the copy engine knows how to lay them out
+        assert sizes.out_slots * sizes.out_chunk * config.parts * windows == config.block_n
 
 
-def test_all_multiprocessors_have_work_at_once():
-    """As measured: one wave of tiles, of the most columns for which there is one; parts of K where they are too few."""
+def test_what_is_picked_is_what_was_measured_to_be_fastest():
+    """The fewest columns that make one wave; the most where none does; parts of K where 64 are too few for a wave."""
     measured = {
         (256, 2048, 2048, 1): (64, 2),
         (256, 4096, 2048, 1): (64, 2),
@@ -113,13 +117,63 @@ def test_all_multiprocessors_have_work_at_once():
         (1024, 2048, 4096, 2): (256, 1),
     }
     for (rows, depth, columns, windows), best in measured.items():
-        sizes = Sizes(rows, depth, columns, windows, windows == 1, jnp.dtype("bfloat16"), Config(128, 1))
-        config = pick(H200, sizes).config
+        config = pick(H200, Problem(rows, depth, columns, windows, windows == 1, jnp.dtype("bfloat16")))
         assert (config.block_n, config.parts) == best
 
 
+@pytest.mark.parametrize(
+    ("rows", "depth", "columns", "options", "expected"),
+    [
+        (127, 64, 64, {}, False),
+        (128, 64, 64, {}, True),
+        (192, 64, 64, {}, False),
+        (205, 64, 64, {}, True),
+        (2048, 4096, 14336, {}, True),
+        (2049, 64, 64, {}, False),
+        (512, 64, 2048, {"is_bare": True}, True),
+        (512, 64, 2112, {"is_bare": True}, False),
+        (512, 64, 2112, {}, True),
+        (512, 64, 96, {}, False),
+        (512, 60, 64, {}, False),
+        (512, 64, 64, {"dtype": "float32"}, False),
+        (0, 64, 64, {}, False),
+        (512, 64, 64, {"chip": "v6e"}, False),
+    ],
+)
+def test_where_it_pays(rows, depth, columns, options, expected):
+    with targeting(get_chip(options.pop("chip", "h200"))):
+        assert pays(rows, depth, columns, **{"dtype": "bfloat16"} | options) == expected
+
+
+def test_it_pays_for_no_unknown_number_of_rows_and_on_no_cpu():
+    (rows,) = jax.export.symbolic_shape("rows")
+    with targeting(H200):
+        assert not pays(rows, 64, 64, "bfloat16")
+    assert pays(512, 64, 64, "bfloat16") == (jax.default_backend() == "gpu")
+
+
 def test_refused(rng):
-    with raises_saying(gpu.Unsupported, "BF16 and FP16", "float32"):
+    with raises_saying(Unsupported, "BF16 and FP16", "float32"):
         dense_matmul(*operands(rng, 8, 64, 32, dtype="float32"), backend="pallas_gpu")
-    with raises_saying(gpu.Unsupported, "N of 64", "64 and 12"):
+    with raises_saying(Unsupported, "N of 64", "64 and 12"):
         dense_matmul(*operands(rng, 8, 64, 12), backend="pallas_gpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", [Config(64, 8), Config(64, 8, parts=2), Config(128, 4, parts=8)], ids=str)
+def test_a_thousand_launches_among_buffers_of_nan(config, rng):
+    """In a program that XLA may capture, each on rows of its own; blocks of a cluster wait for each other's parts."""
+    _, rhs = operands(rng, 1, 2048, 320)
+
+    def agree(key):
+        of_lhs, of_residual = jax.random.split(key)
+        lhs = jax.random.normal(of_lhs, (200, 2048), rhs.dtype)
+        residual = jax.random.normal(of_residual, (200, 320), rhs.dtype)
+        (lhs, residual), _ = jax.lax.optimization_barrier(((lhs, residual), jnp.full(1 << 22, jnp.nan)))
+        with forced(config):
+            y = dense_matmul(lhs, rhs, residual=residual, backend="pallas_gpu").astype(jnp.float32)
+        expected = dense_matmul(lhs, rhs, residual=residual, backend="xla").astype(jnp.float32)
+        return jnp.linalg.norm(y - expected) / jnp.linalg.norm(expected)
+
+    errors = jax.jit(lambda keys: jax.lax.map(agree, keys))(jax.random.split(jax.random.key(0), 1000))
+    assert (np.asarray(errors) < TOLERANCE["bfloat16"]).all()  # a NaN is not below it
