@@ -117,11 +117,15 @@ def free_axes(mesh: AnyMesh) -> tuple[str, ...]:
     return tuple(name for name, kind in pairs if kind != AxisType.Manual)
 
 
-def is_split_here(made_on: AnyMesh | None) -> bool:
-    """Whether XLA spreads arrays over chips here: by the mesh in force, else by the one that a module was made on."""
+def is_split_here(made_on: AnyMesh | None, *arrays: jax.Array | None) -> bool:
+    """Whether XLA spreads `arrays` over chips here, where it would gather them for a kernel.
+
+    By their types, or by the mesh in force, or where there is none, by the one that a module was made on.
+    """
     around = jax.sharding.get_abstract_mesh()
     mesh = made_on if around.empty else around
-    return mesh is not None and any(mesh.shape[name] > 1 for name in free_axes(mesh))
+    is_spread = mesh is not None and any(mesh.shape[name] > 1 for name in free_axes(mesh))
+    return is_spread or any(x is not None and split_by_type(x) is not None for x in arrays)
 
 
 def is_in_order(mesh: AnyMesh) -> bool | None:

@@ -16,7 +16,7 @@ from moejax.models.linear import project
 from moejax.models.masks import kept, real_tokens
 from moejax.models.norm import RMSNorm
 from moejax.models.rotary import beside_rotated, rotate
-from sharding.mesh import is_split_here, mesh_here
+from sharding.mesh import mesh_here
 
 _LECUN = nnx.initializers.lecun_normal()
 _ZEROS = nnx.initializers.zeros
@@ -172,6 +172,6 @@ class Attention(nnx.Module):
 
     def _joined(self, y: jax.Array, dtype: jax.typing.DTypeLike, mask: jax.Array | None) -> jax.Array:
         """[B, L, N, D] -> [B, L, H], zeros where the mask [B, L] is false."""
-        by_kernel = self.config.backend != "xla" and not is_split_here(self._made_on)
-        joined = project(self.out, y.reshape(*y.shape[:-2], -1), by_kernel=by_kernel)
-        return kept(joined.astype(dtype), mask)
+        y = y.reshape(*y.shape[:-2], -1)
+        y = self.out(y) if self.config.backend == "xla" else project(self.out, y, made_on=self._made_on)
+        return kept(y.astype(dtype), mask)

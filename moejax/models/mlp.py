@@ -28,8 +28,8 @@ from pallas_kernels import dense_matmul
 from pallas_kernels.activations import gated_halves
 from pallas_kernels.tracing.concrete import is_less
 from pallas_kernels.tracing.target import target_platform
-from pallas_kernels.tracing.unless_differentiated import unless_differentiated
-from sharding.mesh import mesh_at_call, mesh_here
+from pallas_kernels.tracing.unless_differentiated import unless_transformed
+from sharding.mesh import is_split_here, mesh_at_call, mesh_here
 from sharding.partition import Axes, Partition
 from sharding.per_chip import per_chip
 from sharding.tokens import Tokens
@@ -134,22 +134,25 @@ def _on_chip(
     (x, residual), config = per_token, static
     dtype = x.dtype if residual is None else jnp.promote_types(x.dtype, residual.dtype)
     kept = tokens.keep(x.astype(config.dtype))  # zeros: a gradient multiplies what is masked by 0
-    y = _network(config, kept, residual, params["gate_up"], params["down"])
-    return tokens.keep(y.astype(dtype)), None
+    y = _network(config, kept, residual, params["gate_up"], params["down"], dtype)
+    return tokens.keep(y), None
 
 
 def _network(
-    config: MLPConfig, x: jax.Array, residual: jax.Array | None, gate_up: jax.Array, down: jax.Array
+    config: MLPConfig,
+    x: jax.Array,
+    residual: jax.Array | None,
+    gate_up: jax.Array,
+    down: jax.Array,
+    dtype: jax.typing.DTypeLike,
 ) -> jax.Array:
+    """The network of x [T, H], onto the residual, in `dtype`."""
     network = _by_dots if _takes_dots(config.backend, *x.shape) else _as_one_expert
+    general = functools.partial(_onto, network, config, dtype)
     operands = x, residual, gate_up, down
-    if config.backend == "auto" and _pays(x, residual, down):
-        by_kernels, with_gradients = (
-            functools.partial(_by_dense_kernels, config),
-            functools.partial(_onto, network, config),
-        )
-        return unless_differentiated(by_kernels, with_gradients, *operands)
-    return _onto(network, config, *operands)
+    if config.backend != "auto" or is_split_here(None, *operands) or not _pays(x, down):
+        return general(*operands)
+    return unless_transformed(functools.partial(_by_dense_kernels, config, dtype), general, *operands)
 
 
 def _takes_dots(backend: str, num_tokens: int, hidden_size: int) -> bool:
@@ -160,25 +163,41 @@ def _takes_dots(backend: str, num_tokens: int, hidden_size: int) -> bool:
     return platform == "cpu" or (platform == "gpu" and are_few)
 
 
-def _pays(x: jax.Array, residual: jax.Array | None, down: jax.Array) -> bool:
-    (num_tokens, hidden), width = x.shape, down.shape[0]
-    is_alike = residual is None or residual.dtype == x.dtype
-    pays = dense_matmul.pays
-    return is_alike and pays(num_tokens, hidden, width, x.dtype) and pays(num_tokens, width, hidden, x.dtype)
+def _pays(x: jax.Array, down: jax.Array) -> bool:
+    (num_tokens, hidden), width, pays = x.shape, down.shape[0], dense_matmul.pays
+    return pays(num_tokens, hidden, width, x.dtype) and pays(num_tokens, width, hidden, x.dtype)
 
 
 def _by_dense_kernels(
-    config: MLPConfig, x: jax.Array, residual: jax.Array | None, gate_up: jax.Array, down: jax.Array
+    config: MLPConfig,
+    dtype: jax.typing.DTypeLike,
+    x: jax.Array,
+    residual: jax.Array | None,
+    gate_up: jax.Array,
+    down: jax.Array,
 ) -> jax.Array:
     h = dense_matmul.dense_gate_up(
         x, gate_up.astype(x.dtype), activation=config.activation, activation_limit=config.activation_limit
     )
-    return dense_matmul.dense_matmul(h, down.astype(x.dtype), residual=residual)
+    if residual is not None and residual.dtype == x.dtype == dtype:
+        return dense_matmul.dense_matmul(h, down.astype(x.dtype), residual=residual)
+    return _sum(dense_matmul.dense_matmul(h, down.astype(x.dtype)), residual, dtype)
 
 
-def _onto(network: Callable[..., jax.Array], config: MLPConfig, x: jax.Array, residual: jax.Array | None, *weights):
-    y = network(config, x, *weights)
-    return y if residual is None else y + residual
+def _onto(
+    network: Callable[..., jax.Array],
+    config: MLPConfig,
+    dtype: jax.typing.DTypeLike,
+    x: jax.Array,
+    residual: jax.Array | None,
+    *weights: jax.Array,
+) -> jax.Array:
+    return _sum(network(config, x, *weights), residual, dtype)
+
+
+def _sum(y: jax.Array, residual: jax.Array | None, dtype: jax.typing.DTypeLike) -> jax.Array:
+    y = y.astype(dtype)
+    return y if residual is None else y + residual.astype(dtype)
 
 
 def _by_dots(config: MLPConfig, x: jax.Array, gate_up: jax.Array, down: jax.Array) -> jax.Array:

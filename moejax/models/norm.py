@@ -86,14 +86,14 @@ class RMSNorm(nnx.Module):
         width = self.scale.shape[0]
         require(x.shape[-1:] == (width,), "x", f"[..., {width}]", list(x.shape))
         if residual is None:
-            return rms_norm(x, self.scale[...], eps=self.eps, backend=self._backend_here(x.size))
+            return rms_norm(x, self.scale[...], eps=self.eps, backend=self._backend_here(x, residual))
         is_alike = (residual.shape, residual.dtype) == (x.shape, x.dtype)
         wanted = f"as x, {x.dtype}{list(x.shape)}"
         require(is_alike, "residual", wanted, f"{residual.dtype}{list(residual.shape)}")
-        return rms_norm(x, self.scale[...], residual=residual, eps=self.eps, backend=self._backend_here(x.size))
+        return rms_norm(x, self.scale[...], residual=residual, eps=self.eps, backend=self._backend_here(x, residual))
 
-    def _backend_here(self, size: int) -> str:
+    def _backend_here(self, x: jax.Array, residual: jax.Array | None) -> str:
         """XLA's where a launch costs more than a kernel gains, and over a mesh."""
-        if self.backend == "auto" and is_less(size, _FEW_NUMBERS + 1):
+        if self.backend == "auto" and is_less(x.size, _FEW_NUMBERS + 1):
             return "xla"
-        return "xla" if is_split_here(self._made_on) else self.backend
+        return "xla" if is_split_here(self._made_on, x, residual) else self.backend

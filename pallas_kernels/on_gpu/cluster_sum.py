@@ -48,14 +48,8 @@ class ClusterSum:
 
             @pl.when(rank != block)
             def _(block=block, value=value):
-                place = jnp.where(rank < block, rank, rank - 1)
-                plgpu.async_store_smem(
-                    value,
-                    self.received.at[warpgroup, place],
-                    self.landed,
-                    cluster_idx=jnp.int32(block),
-                    cluster_dim=self.axis,
-                )
+                place = self.received.at[warpgroup, jnp.where(rank < block, rank, rank - 1)]
+                plgpu.async_store_smem(value, place, self.landed, cluster_idx=jnp.int32(block), cluster_dim=self.axis)
 
         plgpu.barrier_wait(self.landed)
         for place in range(len(values) - 1):

@@ -1,4 +1,4 @@
-"""One function where no gradient is asked for, another one where one is."""
+"""One function where no gradient is asked for, another one where one is; and likewise for `jax.vmap`."""
 
 import functools
 from collections.abc import Callable
@@ -43,3 +43,28 @@ def jvp_of_moving(function: Callable[..., Any], primals: Any, tangents: Any) -> 
         return function(*jax.tree.unflatten(structure, merged))
 
     return jax.jvp(of_moving, [leaves[i] for i in moving], [directions[i] for i in moving])
+
+
+def unless_transformed(fast: Callable[..., Any], general: Callable[..., Any], *args: Any) -> Any:
+    """fast(*args), but general(*args) inside `jax.grad`, `jax.vmap` and their kin: for what is fast as it stands only.
+
+    Args:
+      fast: needs neither a gradient nor a batch. Like `general`, it must not close over traced values.
+      general: gives the same result up to rounding.
+      *args: pytrees of arrays.
+    """
+    return unless_differentiated(functools.partial(_unless_batched, fast, general), general, *args)
+
+
+def _unless_batched(fast: Callable[..., Any], general: Callable[..., Any], *args: Any) -> Any:
+    @jax.custom_batching.custom_vmap
+    def run(*args: Any) -> Any:
+        return fast(*args)
+
+    @run.def_vmap
+    def _(axis_size: int, in_batched: Any, *args: Any) -> tuple[Any, Any]:
+        in_axes = jax.tree.map(lambda is_batched: 0 if is_batched else None, tuple(in_batched))
+        result = jax.vmap(general, in_axes, axis_size=axis_size)(*args)
+        return result, jax.tree.map(lambda _: True, result)
+
+    return run(*args)

@@ -221,3 +221,7 @@ def test_arrays_are_split_by_the_mesh_in_force_else_by_the_one_made_on():
         seen = []
         jax.shard_map(lambda: seen.append(is_split_here(four)), in_specs=(), out_specs=None)()
     assert seen == [False], "every chip has its own"
+    explicit = make_mesh(ep=1, axis_type=AxisType.Explicit)
+    x = jax.ShapeDtypeStruct((4,), jnp.float32, sharding=NamedSharding(explicit, PartitionSpec("data")))
+    jax.eval_shape(lambda x: seen.append(is_split_here(None, None, x)), x)
+    assert seen == [False, True], "as its type says"

@@ -184,7 +184,7 @@ class _Block:
         return pl.run_scoped(sum_up, plgpu.ACC((WGMMA_ROWS, sizes.config.block_n), jnp.float32))
 
     def _slot(self, step):
-        return lax.rem(step, self.sizes.config.num_stages)
+        return lax.rem(step, jnp.int32(self.sizes.config.num_stages))
 
 
 class _Scratch(NamedTuple):

@@ -119,7 +119,8 @@ def test_auto_asks_for_the_backend_that_is_best(rng, monkeypatch):
 def test_a_norm_of_few_numbers_is_xlas_unless_a_backend_is_named():
     for asked, few, many in (("auto", "xla", "auto"), ("pallas_gpu", "pallas_gpu", "pallas_gpu")):
         norm = RMSNorm(8, backend=asked, rngs=nnx.Rngs(0))
-        assert (norm._backend_here(1 << 17), norm._backend_here((1 << 17) + 1)) == (few, many)
+        arrays = (jax.ShapeDtypeStruct((size,), jnp.bfloat16) for size in (1 << 17, (1 << 17) + 1))
+        assert [norm._backend_here(x, None) for x in arrays] == [few, many]
 
 
 @pytest.mark.parametrize(

@@ -280,6 +280,48 @@ def test_a_residual_is_what_a_network_is_added_to(rng):
         network(x, residual=residual[:, :4])
 
 
+def test_a_dense_networks_kernels_make_what_its_dots_make(rng):
+    """By the operators' references, with an activation that has a limit."""
+    config = MLPConfig(32, 16, activation="swigluoai", activation_limit=0.3)
+    x, weights = normal(rng, 70, 32, dtype="bfloat16"), (normal(rng, 32, 2, 16), normal(rng, 16, 32))
+    for dtype, residual in (
+        ("bfloat16", normal(rng, 70, 32, dtype="bfloat16")),
+        ("float32", normal(rng, 70, 32)),
+        ("float32", normal(rng, 70, 32, dtype="bfloat16")),
+        ("bfloat16", None),
+    ):
+        y = dense._by_dense_kernels(config, jnp.dtype(dtype), x, residual, *weights)
+        expected = dense._onto(dense._by_dots, config, jnp.dtype(dtype), x, residual, *weights)
+        assert (y.shape, y.dtype) == ((70, 32), jnp.dtype(dtype))
+        assert relative_error(y, expected) < LIMIT["bfloat16"]
+
+
+def test_a_residual_is_added_in_the_dtype_of_the_result(rng):
+    """Which has more bits than what is computed in, and more range."""
+    network = MLP(MLPConfig(32, 16, dtype=jnp.float16), rngs=nnx.Rngs(0))
+    x = normal(rng, 1, 4, 32)
+    y = network(x, residual=jnp.full(x.shape, 65504, jnp.float16))
+    assert y.dtype == jnp.float32
+    assert relative_error(y - 65504, network(x)) < 2e-2
+
+
+def test_where_a_dense_network_has_kernels():
+    def names(config: MLPConfig, *, dtype=jnp.bfloat16) -> list[str]:
+        x = jax.ShapeDtypeStruct((1, 512, config.hidden_size), dtype)
+        network = MLP(config, rngs=nnx.Rngs(0))
+        with targeting(get_chip("h200")):
+            text = str(jax.make_jaxpr(lambda x: network(x, residual=x))(x))
+        return [name for name in ("dense_gate_up", "dense_matmul") if f"{name}[" in text]
+
+    both = ["dense_gate_up", "dense_matmul"]
+    assert names(MLPConfig(256, 512)) == both
+    assert names(MLPConfig(256, 512), dtype=jnp.float32) == both
+    assert names(MLPConfig(256, 512, backend="xla")) == []
+    assert names(MLPConfig(256, 512, dtype=jnp.float32)) == []
+    assert names(MLPConfig(264, 512)) == [], "y has columns that the kernel does not take"
+    assert names(MLPConfig(256, 520)) == [], "nor has h"
+
+
 @pytest.mark.parametrize(
     ("tokens", "has_kernels"), [(64, False), (128, True), (192, False), (500, True), (4096, False)]
 )

@@ -1,5 +1,7 @@
 """The kernel for Hopper on a machine without one: interpreted; how it is cut; what it refuses."""
 
+import functools
+import math
 import threading
 
 import jax
@@ -12,6 +14,7 @@ from jax.experimental import io_callback
 from pallas_kernels.backend import Unsupported
 from pallas_kernels.chips import get_chip
 from pallas_kernels.dense_matmul import dense_gate_up, dense_matmul, pays
+from pallas_kernels.dense_matmul.gpu.kernel import _Scratch
 from pallas_kernels.dense_matmul.gpu.problem import Config, Problem
 from pallas_kernels.dense_matmul.gpu.sizes import Sizes
 from pallas_kernels.dense_matmul.gpu.tiling import candidates, forced, pick
@@ -81,12 +84,22 @@ def test_interpreted(kind, name, rng):
     residual = normal(rng, sizes[0], sizes[2], dtype=dtype) if kind == "residual" else None
     with interpreted(), single_view(True), forced(config):
         if kind == "gated":
-            y = dense_gate_up(lhs, rhs, backend="pallas_gpu")
-            expected = expected_gate_up(lhs, rhs)
+            y = dense_gate_up(lhs, rhs, activation="swigluoai", activation_limit=0.5, backend="pallas_gpu")
+            expected = expected_gate_up(lhs, rhs, "swigluoai", 0.5)
         else:
             y = dense_matmul(lhs, rhs, residual=residual, backend="pallas_gpu")
             expected = float64(lhs) @ float64(rhs) + (0 if residual is None else float64(residual))
     assert relative_error(y, expected) < TOLERANCE[dtype]
+
+
+def test_a_sum_onto_a_residual_is_rounded_once(rng):
+    """What a residual that cancels the rounded product leaves is what rounding it took away."""
+    lhs, rhs = operands(rng, 70, 128, 64, dtype="float16")
+    product = float64(lhs) @ float64(rhs)
+    residual = -jnp.asarray(product, "float16")
+    with interpreted(), single_view(True), forced(Config(64, 2)):
+        y = dense_matmul(lhs, rhs, residual=residual, backend="pallas_gpu")
+    assert relative_error(y, product + float64(residual)) < 2e-2
 
 
 @pytest.mark.parametrize("windows", [1, 2])
@@ -98,7 +111,15 @@ def test_what_is_picked_fits(rows, depth, columns, windows):
     assert pick(H200, problem) in found
     for config in found:
         sizes = Sizes(problem, config)
-        assert config.num_stages * sizes.stage_bytes + sizes.other_bytes <= H200.fast_memory_bytes
+        with single_view(True):
+            described = _Scratch.describe(sizes)
+        buffers = (
+            each for each in (described.lhs, described.rhs, described.out, described.received) if each is not None
+        )
+        num_bytes = sum(math.prod(each.shape) * jnp.dtype(each.dtype).itemsize for each in buffers)
+        assert num_bytes + 2048 <= H200.fast_memory_bytes
+        assert config.num_stages >= 3
+        assert config.parts == 1 or problem.steps >= 4 * config.parts
         assert sizes.out_chunk * 2 in (32, 64, 128)  # of which the copy engine knows how to lay them out
         assert sizes.out_slots * sizes.out_chunk * config.parts * windows == config.block_n
 
@@ -124,12 +145,14 @@ def test_what_is_picked_is_what_was_measured_to_be_fastest():
 @pytest.mark.parametrize(
     ("rows", "depth", "columns", "options", "expected"),
     [
+        (103, 64, 64, {}, False),
         (127, 64, 64, {}, False),
         (128, 64, 64, {}, True),
         (192, 64, 64, {}, False),
         (205, 64, 64, {}, True),
         (2048, 4096, 14336, {}, True),
         (2049, 64, 64, {}, False),
+        (4000, 64, 64, {}, False),
         (512, 64, 2048, {"is_bare": True}, True),
         (512, 64, 2112, {"is_bare": True}, False),
         (512, 64, 2112, {}, True),
@@ -138,6 +161,7 @@ def test_what_is_picked_is_what_was_measured_to_be_fastest():
         (512, 64, 64, {"dtype": "float32"}, False),
         (0, 64, 64, {}, False),
         (512, 64, 64, {"chip": "v6e"}, False),
+        (512, 64, 64, {"chip": "b200"}, False),
     ],
 )
 def test_where_it_pays(rows, depth, columns, options, expected):
@@ -157,6 +181,23 @@ def test_refused(rng):
         dense_matmul(*operands(rng, 8, 64, 32, dtype="float32"), backend="pallas_gpu")
     with raises_saying(Unsupported, "N of 64", "64 and 12"):
         dense_matmul(*operands(rng, 8, 64, 12), backend="pallas_gpu")
+    with raises_saying(Unsupported, "K must be a multiple of 8", "12 and 64"):
+        dense_matmul(*operands(rng, 8, 12, 64), backend="pallas_gpu")
+
+
+def test_traced_in_64_bits():
+    lhs, rhs = jax.ShapeDtypeStruct((256, 512), jnp.bfloat16), jax.ShapeDtypeStruct((512, 512), jnp.bfloat16)
+    with jax.enable_x64(True), targeting(H200):
+        traced = jax.make_jaxpr(functools.partial(dense_matmul, backend="pallas_gpu"))(lhs, rhs)
+    assert traced.out_avals[0].dtype == jnp.bfloat16
+
+
+def test_nothing_to_multiply_needs_no_kernel():
+    zeros = functools.partial(jnp.zeros, dtype=jnp.bfloat16)
+    with interpreted():
+        nothing = dense_matmul(zeros((5, 0)), zeros((0, 64)), residual=zeros((5, 64)) + 2, backend="pallas_gpu")
+        assert dense_gate_up(zeros((0, 64)), zeros((64, 2, 64)), backend="pallas_gpu").shape == (0, 64)
+    assert (nothing == 2).all()
 
 
 @pytest.mark.gpu

@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.tracing.unless_differentiated import unless_differentiated
+from pallas_kernels.tracing.unless_differentiated import unless_differentiated, unless_transformed
 
 
 def fast(x, table, places):
@@ -57,3 +57,21 @@ def test_what_does_not_move_has_no_derivatives():
 
     # Of the table, an addition to one of its places would be.
     assert "scatter" not in str(jax.make_jaxpr(jax.grad(loss))(ARGUMENTS[0]))
+
+
+def test_the_other_one_in_a_batch_too():
+    """Of any of the arguments, and of the gradient of a batch and a batch of gradients."""
+    x, table, places = ARGUMENTS
+
+    def of(*args):
+        return unless_transformed(fast, differentiable, *args)[0]
+
+    np.testing.assert_array_equal(jax.jit(of)(*ARGUMENTS), [5.0, -6.0])
+    np.testing.assert_array_equal(jax.grad(lambda x: of(x, table, places).sum())(x), [5.0, 3.0])
+    xs, tables = jnp.stack([x, 2 * x]), jnp.stack([table, table + 1])
+    np.testing.assert_array_equal(jax.vmap(of, (0, None, None))(xs, table, places), [[6.25, -7.5], [12.5, -15.0]])
+    np.testing.assert_array_equal(jax.vmap(of, (None, 0, None))(x, tables, places), [[6.25, -7.5], [7.5, -10.0]])
+    of_batch = jax.grad(lambda xs: jax.vmap(of, (0, None, None))(xs, table, places).sum())(xs)
+    batch_of = jax.vmap(jax.grad(lambda x: of(x, table, places).sum()))(xs)
+    np.testing.assert_array_equal(of_batch, [[5.0, 3.0]] * 2)
+    np.testing.assert_array_equal(batch_of, of_batch)
