@@ -10,7 +10,7 @@ from flax.nnx.nn.dtypes import promote_dtype
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from moejax.models import MLP, MLPConfig
+from moejax.models import MLP, BlockConfig, DecoderBlock, MLPConfig
 from moejax.models.attention import Attention
 from moejax.models.config import AttentionConfig
 from moejax.models.linear import project
@@ -117,6 +117,9 @@ def test_attention_has_it_on_one_chip_unless_it_is_to_be_of_xla_alone():
     assert has_it(Attention(config, rngs=nnx.Rngs(0), mesh=mesh_of(data=1)))
     assert not has_it(Attention(dataclasses.replace(config, backend="xla"), rngs=nnx.Rngs(0)))
     assert not has_it(Attention(config, rngs=nnx.Rngs(0), mesh=mesh))
+    block = BlockConfig(config, MLPConfig(64, 128))
+    assert has_it(DecoderBlock(block, rngs=nnx.Rngs(0)).attention)
+    assert not has_it(DecoderBlock(block, rngs=nnx.Rngs(0), mesh=mesh).attention)
     with jax.set_mesh(mesh):
         made_there = Attention(config, rngs=nnx.Rngs(0))
         assert not has_it(made_there)
