@@ -1,4 +1,4 @@
-"""The product on Hopper: a tile of the result for each multiprocessor, or for two of them that share its K.
+"""The product on Hopper: tiles of the result for each multiprocessor, or a tile for several of them that share its K.
 
 Its floors are `pallas_kernels.cost.dense_matmul_cost`. Beside these a block takes 3.6 µs: its start, its first copies,
 its last store. So all tiles should be multiplied at once, and by all multiprocessors. Where tiles of 64 columns are too
