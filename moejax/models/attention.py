@@ -161,8 +161,7 @@ class Attention(nnx.Module):
     def _heads(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries [B, L, N, D], and keys and values [B, L, G, D], of tokens at `positions`."""
         config = self.config
-        # By XLA: of 256 and 512 tokens and 2048 by 6144 a kernel of ours was slower or 4 % faster (docs/results.md).
-        heads = self.qkv(x).reshape(*x.shape[:-1], -1, config.head_dim)
+        heads = self._project(self.qkv, x).reshape(*x.shape[:-1], -1, config.head_dim)
         ends = config.num_attention_heads, config.num_attention_heads + config.num_key_value_heads
         q, k, v = jnp.split(heads, ends, axis=-2)
         q = q if self.q_norm is None else self.q_norm(q)
@@ -172,6 +171,8 @@ class Attention(nnx.Module):
 
     def _joined(self, y: jax.Array, dtype: jax.typing.DTypeLike, mask: jax.Array | None) -> jax.Array:
         """[B, L, N, D] -> [B, L, H], zeros where the mask [B, L] is false."""
-        y = y.reshape(*y.shape[:-2], -1)
-        y = self.out(y) if self.config.backend == "xla" else project(self.out, y, made_on=self._made_on)
+        y = self._project(self.out, y.reshape(*y.shape[:-2], -1))
         return kept(y.astype(dtype), mask)
+
+    def _project(self, linear: nnx.Module, x: jax.Array) -> jax.Array:
+        return linear(x) if self.config.backend == "xla" else project(linear, x, made_on=self._made_on)

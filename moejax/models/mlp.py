@@ -2,7 +2,7 @@
 
 A GPU runs it in one of three ways:
 
-- 128 to 2048 tokens, where no gradient is asked for, by two kernels of `pallas_kernels.dense_matmul`;
+- 16 to 2048 tokens, where no gradient is asked for, by two kernels of `pallas_kernels.dense_matmul`;
 - else few tokens, or few numbers of y, by two dots of XLA's, which cut K in parts: of 64 tokens and 2048 columns the
   experts' kernels would have a tile for every fourth multiprocessor;
 - else by the experts' kernels, of which it is a group of one.

@@ -254,6 +254,7 @@ CASES: dict[str, Callable[[], Case]] = {
         array("float32", 512, 4),
         Plan(array("int32", 2048), array("int32", 512, 4), array("int32", 8), array("int32", 8), array("int32")),
     ),
+    "dense network, 16 rows": lambda: dense(16, 2048, 4096),
     "dense network, 64 rows": lambda: dense(64, 2048, 4096),
     "dense network, 128 rows": lambda: dense(128, 768, 3072, dtype="float16"),
     "dense network, 256 rows": lambda: dense(256, 2048, 4096),

@@ -9,22 +9,29 @@ from pallas_kernels.backend import Unsupported
 from pallas_kernels.chips import Chip
 from pallas_kernels.dense_matmul import reference
 from pallas_kernels.dense_matmul.gpu.kernel import dense_product
-from pallas_kernels.dense_matmul.gpu.problem import BLOCK_M, BLOCK_N, Problem
+from pallas_kernels.dense_matmul.gpu.problem import BLOCK_N, Problem
 from pallas_kernels.dense_matmul.gpu.sizes import Sizes
 from pallas_kernels.dense_matmul.gpu.tiling import pick
 from pallas_kernels.on_gpu.device import hopper_chip
+from pallas_kernels.on_gpu.wgmma import WGMMA_ROWS
 
 _DEPTH_UNIT = 8
 """What divides K, in numbers of 16 bits, as the copy engine needs it."""
 
-_LEAST_ROWS, _MOST_ROWS = 128, 2048
-"""Of tokens: with fewer XLA was faster, more were not measured."""
+_LEAST_ROWS, _MOST_ROWS = 16, 2048
+"""Of tokens: with fewer XLA is as fast, more were not measured."""
 
 _LEAST_FILLED = 0.8
-"""Of the rows of tiles: between 0.75, with which a network takes 12 % longer than XLA's, and 1."""
+"""Of 128 rows, or a multiple: between 0.75, with which networks took 8 % less and 40 % more time than XLA's, and 1."""
+
+_LEAST_WEIGHTS = 1 << 19
+"""Numbers of rhs: of fewer, XLA's kernels take less than ours need to start."""
 
 _MOST_BARE_NUMBERS = 1 << 20
 """Of a bare product's result. Of more XLA does not cut K: it has one kernel, too, for 0.83 to 1.12 of the time."""
+
+_FEW_ROWS, _MOST_BARE_NUMBERS_OF_FEW = 256, 3 << 19
+"""The same of few tokens, whose tiles are half as high."""
 
 
 def dense_matmul(lhs: jax.Array, rhs: jax.Array, *, residual: jax.Array | None) -> jax.Array:
@@ -50,8 +57,9 @@ def pays(num_rows: int, depth: int, columns: int, dtype: jnp.dtype, *, is_bare: 
     _require(depth, columns, dtype)
     if not _LEAST_ROWS <= num_rows <= _MOST_ROWS:
         return False
-    filled = num_rows / (BLOCK_M * pl.cdiv(num_rows, BLOCK_M))
-    return filled >= _LEAST_FILLED and (not is_bare or num_rows * columns <= _MOST_BARE_NUMBERS)
+    is_filled = num_rows <= WGMMA_ROWS or num_rows >= _LEAST_FILLED * 128 * pl.cdiv(num_rows, 128)
+    most = _MOST_BARE_NUMBERS_OF_FEW if num_rows <= _FEW_ROWS else _MOST_BARE_NUMBERS
+    return is_filled and depth * columns >= _LEAST_WEIGHTS and (not is_bare or num_rows * columns <= most)
 
 
 def _cut(lhs: jax.Array, rhs: jax.Array, *, windows: int, adds: bool) -> Sizes | None:

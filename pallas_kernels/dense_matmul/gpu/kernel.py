@@ -1,9 +1,10 @@
 """The product on Hopper: tiles of the result for each multiprocessor, or a tile for several of them that share its K.
 
-Its floors are `pallas_kernels.cost.dense_matmul_cost`. Beside these a block takes 3.6 µs: its start, its first copies,
-its last store. So all tiles should be multiplied at once, and by all multiprocessors. Where tiles of 64 columns are too
-few for that, each gets several blocks, a cluster, which multiply parts of K. Each sends the others, into their shared
-memory, what it has of the columns that they finish, and adds up what it gets of its own:
+Its floors are `pallas_kernels.cost.dense_matmul_cost`. Beside its steps a block takes 2 to 3 µs: its start, its first
+copies, its last store. So all tiles should be multiplied at once, and by all multiprocessors: of few tokens tiles have
+64 rows, with one warpgroup, else 128. Where tiles of 64 columns are too few for that, each gets several blocks, a
+cluster, which multiply parts of K. Each sends the others, into their shared memory, what it has of the columns that
+they finish, and adds up what it gets of its own:
 
         K                                   a block of the first part          a block of the second part
      ┌─────┬─────┐   ┌─────┐                    ┌─────┬─────┐                      ┌─────┬─────┐
@@ -15,7 +16,9 @@ memory, what it has of the columns that they finish, and adds up what it gets of
 What blocks read of the same rows or columns they read each for itself. Copies that a cluster shares gained nothing: the
 cache gives 18 TB/s where neighbours read the same, and an H200 has room for 30 clusters of four blocks, not for 33.
 
-In a block one warpgroup loads, two multiply, each its 64 rows of the tile.
+In a block one warpgroup loads, and one or two multiply, each its 64 rows of the tile. No copy has more rows than lhs:
+the copy engine fills those beyond its end with zeros, and took so long for it that of 8 tokens, 2048 by 2 × 4096, the
+product was 3 µs slower than of 64.
 """
 
 import functools
@@ -28,7 +31,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.activations import Activation, gated
-from pallas_kernels.dense_matmul.gpu.problem import BLOCK_K, BLOCK_M, WARPGROUPS
+from pallas_kernels.dense_matmul.gpu.problem import BLOCK_K
 from pallas_kernels.dense_matmul.gpu.sizes import Sizes
 from pallas_kernels.on_gpu.cluster_sum import ClusterSum
 from pallas_kernels.on_gpu.smem import Views, swizzled
@@ -62,19 +65,22 @@ def dense_product(
       [M, N].
     """
     problem, config = sizes.problem, sizes.config
+    warpgroups = config.warpgroups
 
     def body(lhs, rhs, residual, out, scratch):
         warpgroup = lax.axis_index("warpgroup")
         block = _Block(lhs, rhs, scratch, sizes)
 
-        @pl.when(warpgroup == WARPGROUPS)
+        @pl.when(warpgroup == warpgroups)
         def _():
-            plgpu.set_max_registers(40, action="decrease")
+            if warpgroups > 1:  # one has enough as it is
+                plgpu.set_max_registers(40, action="decrease")
             block.load()
 
-        @pl.when(warpgroup < WARPGROUPS)
+        @pl.when(warpgroup < warpgroups)
         def _():
-            plgpu.set_max_registers(232, action="increase")
+            if warpgroups > 1:
+                plgpu.set_max_registers(232, action="increase")
             row = pl.multiple_of(block.row + warpgroup * WGMMA_ROWS, WGMMA_ROWS)
             column = block.column + block.part * sizes.finished_columns
             tile = Tile(out, Views.of(scratch.out), scratch.fetched, warpgroup, row, column, added_to=residual)
@@ -97,7 +103,7 @@ def dense_product(
         grid_names=("column", "row"),
         cluster=(config.parts,),
         cluster_names=(_PART,),
-        num_threads=WARPGROUPS + 1,
+        num_threads=warpgroups + 1,
         thread_name="warpgroup",
         kernel_name="dense_matmul" if activation is None else "dense_gate_up",
         compiler_params=plgpu.CompilerParams(
@@ -126,7 +132,7 @@ class _Block:
     def __init__(self, lhs: Any, rhs: Any, scratch: "_Scratch", sizes: Sizes):
         self.lhs, self.rhs, self.scratch, self.sizes = lhs, rhs, scratch, sizes
         self.lhs_tiles = Views.of(scratch.lhs)
-        self.row = lax.axis_index("row") * BLOCK_M
+        self.row = lax.axis_index("row") * sizes.config.block_m
         self.column = lax.axis_index("column") * sizes.tile_columns
         self.part = lax.axis_index(_PART)
         parts = jnp.int32(sizes.config.parts)
@@ -142,9 +148,9 @@ class _Block:
             pl.when(i >= sizes.config.num_stages)(lambda: plgpu.barrier_wait(scratch.empty.at[slot]))
             copy = functools.partial(plgpu.copy_gmem_to_smem, barrier=scratch.full.at[slot])
             depths = pl.ds(pl.multiple_of((self.first + i) * BLOCK_K, BLOCK_K), BLOCK_K)
-            for w in range(WARPGROUPS):
-                rows = pl.ds(pl.multiple_of(self.row + w * WGMMA_ROWS, WGMMA_ROWS), WGMMA_ROWS)
-                copy(self.lhs.at[rows, depths], self.lhs_tiles.copied.at[slot, w])
+            for w in range(sizes.config.warpgroups):
+                rows = pl.ds(pl.multiple_of(self.row + w * WGMMA_ROWS, WGMMA_ROWS), sizes.copied_rows)
+                copy(self.lhs.at[rows, depths], self.lhs_tiles.copied.at[slot, w, pl.ds(0, sizes.copied_rows)])
             for window in range(sizes.problem.windows):
                 columns = pl.ds(window * sizes.problem.columns + self.column, sizes.tile_columns)
                 copy(self.rhs.at[depths, columns], scratch.rhs.at[slot, window])
@@ -214,17 +220,18 @@ class _Scratch(NamedTuple):
     def describe(cls, sizes: Sizes) -> "_Scratch":
         """The types to allocate."""
         problem, config, stages = sizes.problem, sizes.config, sizes.config.num_stages
+        warpgroups = config.warpgroups
         received = landed = None
         if config.parts > 1:
             columns = problem.windows * sizes.finished_columns
-            received, landed = ClusterSum.scratch(WARPGROUPS, config.parts, columns)
+            received, landed = ClusterSum.scratch(warpgroups, config.parts, columns)
         return cls(
-            lhs=swizzled((stages, WARPGROUPS, WGMMA_ROWS, BLOCK_K), problem.dtype),
+            lhs=swizzled((stages, warpgroups, WGMMA_ROWS, BLOCK_K), problem.dtype),
             rhs=swizzled((stages, problem.windows, BLOCK_K, sizes.tile_columns), problem.dtype, any_row=False),
-            out=swizzled((WARPGROUPS, sizes.out_slots, WGMMA_ROWS, sizes.out_chunk), problem.dtype),
-            full=plgpu.Barrier(num_arrivals=WARPGROUPS + problem.windows, num_barriers=stages),
-            empty=plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages),
-            fetched=plgpu.Barrier(num_arrivals=sizes.out_slots, num_barriers=WARPGROUPS) if problem.adds else None,
+            out=swizzled((warpgroups, sizes.out_slots, WGMMA_ROWS, sizes.out_chunk), problem.dtype),
+            full=plgpu.Barrier(num_arrivals=warpgroups + problem.windows, num_barriers=stages),
+            empty=plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
+            fetched=plgpu.Barrier(num_arrivals=sizes.out_slots, num_barriers=warpgroups) if problem.adds else None,
             received=received,
             landed=landed,
         )

@@ -7,12 +7,6 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.on_gpu.wgmma import WGMMA_ROWS
 
-WARPGROUPS = 2
-"""That multiply, each 64 rows of a tile."""
-
-BLOCK_M = WARPGROUPS * WGMMA_ROWS
-"""Rows of a tile."""
-
 BLOCK_K = 64
 """Of a step: a row of lhs has 128 bytes."""
 
@@ -45,6 +39,11 @@ class Problem:
         """Of the whole of K."""
         return pl.cdiv(self.depth, BLOCK_K)
 
+    @property
+    def rhs_bytes(self) -> int:
+        """Of the weights."""
+        return self.depth * self.windows * self.columns * self.dtype.itemsize
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -54,8 +53,15 @@ class Config:
       block_n: columns of rhs that a block multiplies, of gate and up together.
       num_stages: buffers in the ring.
       parts: of K, each of a block.
+      warpgroups: 1 or 2 that multiply, each 64 rows of a tile.
     """
 
     block_n: int
     num_stages: int
     parts: int = 1
+    warpgroups: int = 2
+
+    @property
+    def block_m(self) -> int:
+        """Rows of a tile."""
+        return self.warpgroups * WGMMA_ROWS

@@ -5,8 +5,9 @@ import math
 
 from jax.experimental import pallas as pl
 
-from pallas_kernels.dense_matmul.gpu.problem import BLOCK_K, BLOCK_M, Config, Problem
+from pallas_kernels.dense_matmul.gpu.problem import BLOCK_K, Config, Problem
 from pallas_kernels.on_gpu.smem import SWIZZLE
+from pallas_kernels.on_gpu.wgmma import WGMMA_ROWS
 
 _RESERVED_BYTES = 2 * 1024  # barriers, and what lies between buffers
 
@@ -22,6 +23,11 @@ class Sizes:
 
     problem: Problem
     config: Config
+
+    @property
+    def copied_rows(self) -> int:
+        """Rows of lhs that a warpgroup is given; what lies below them in its buffers is multiplied and not stored."""
+        return min(WGMMA_ROWS, self.problem.rows)
 
     @property
     def tile_columns(self) -> int:
@@ -46,20 +52,30 @@ class Sizes:
     @property
     def grid(self) -> tuple[int, int]:
         """Tiles along the columns and along the rows; neighbours along the rows read the same of rhs."""
-        return pl.cdiv(self.problem.columns, self.tile_columns), pl.cdiv(self.problem.rows, BLOCK_M)
+        return pl.cdiv(self.problem.columns, self.tile_columns), pl.cdiv(self.problem.rows, self.config.block_m)
+
+    @property
+    def rhs_bytes(self) -> int:
+        """Of rhs that a block copies in a step."""
+        return self.config.block_n * BLOCK_K * self.problem.dtype.itemsize
+
+    @property
+    def step_bytes(self) -> int:
+        """All that a block copies in a step."""
+        return self.rhs_bytes + self.config.warpgroups * self.copied_rows * BLOCK_K * self.problem.dtype.itemsize
 
     @property
     def stage_bytes(self) -> int:
         """Shared memory of a buffer in the ring."""
-        return (BLOCK_M + self.config.block_n) * BLOCK_K * self.problem.dtype.itemsize
+        return self.rhs_bytes + self.config.block_m * BLOCK_K * self.problem.dtype.itemsize
 
     @property
     def sent_bytes(self) -> int:
         """What a block sends the others of its tile in float32, and gets of theirs."""
-        return (self.config.parts - 1) * BLOCK_M * self.problem.windows * self.finished_columns * 4
+        return (self.config.parts - 1) * self.config.block_m * self.problem.windows * self.finished_columns * 4
 
     @property
     def other_bytes(self) -> int:
         """Shared memory of all but the ring."""
-        out = BLOCK_M * self.finished_columns * self.problem.dtype.itemsize
+        out = self.config.block_m * self.finished_columns * self.problem.dtype.itemsize
         return self.sent_bytes + out + _RESERVED_BYTES

@@ -314,20 +314,20 @@ def test_where_a_dense_network_has_kernels():
         return [name for name in ("dense_gate_up", "dense_matmul") if f"{name}[" in text]
 
     both = ["dense_gate_up", "dense_matmul"]
-    assert names(MLPConfig(256, 512)) == both
-    assert names(MLPConfig(256, 512), dtype=jnp.float32) == both
-    assert names(MLPConfig(256, 512, backend="xla")) == []
-    assert names(MLPConfig(256, 512, dtype=jnp.float32)) == []
-    assert names(MLPConfig(264, 512)) == [], "y has columns that the kernel does not take"
-    assert names(MLPConfig(256, 520)) == [], "nor has h"
+    assert names(MLPConfig(1024, 512)) == both
+    assert names(MLPConfig(1024, 512), dtype=jnp.float32) == both
+    assert names(MLPConfig(1024, 512, backend="xla")) == []
+    assert names(MLPConfig(1024, 512, dtype=jnp.float32)) == []
+    assert names(MLPConfig(1032, 512)) == [], "y has columns that the kernel does not take"
+    assert names(MLPConfig(1024, 520)) == [], "nor has h"
 
 
 @pytest.mark.parametrize(
-    ("tokens", "has_kernels"), [(64, False), (128, True), (192, False), (500, True), (4096, False)]
+    ("tokens", "has_kernels"), [(15, False), (16, True), (128, True), (192, False), (500, True), (4096, False)]
 )
-def test_a_dense_network_has_kernels_for_some_hundred_tokens_where_no_gradient_is_asked_for(tokens, has_kernels):
-    network = MLP(MLPConfig(256, 512), rngs=nnx.Rngs(0))
-    x = jax.ShapeDtypeStruct((1, tokens, 256), jnp.bfloat16)
+def test_a_dense_network_has_kernels_for_some_tokens_where_no_gradient_is_asked_for(tokens, has_kernels):
+    network = MLP(MLPConfig(1024, 512), rngs=nnx.Rngs(0))
+    x = jax.ShapeDtypeStruct((1, tokens, 1024), jnp.bfloat16)
 
     def run(x):
         return network(x, residual=x)
@@ -343,14 +343,14 @@ def test_a_dense_network_has_kernels_for_some_hundred_tokens_where_no_gradient_i
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("shape", [(4, 64), (1, 500)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 16), (4, 64), (1, 500)], ids=str)
 def test_a_dense_block_by_kernels_is_that_of_xla(shape, rng):
     """Values by `dense_matmul`, gradients by what has them."""
     by_kernels, by_xla = (
-        new_block(BlockConfig(AttentionConfig(256, 4, 4, 64, backend=backend), MLPConfig(256, 512, backend=backend)))
+        new_block(BlockConfig(AttentionConfig(1024, 8, 8, 64, backend=backend), MLPConfig(1024, 512, backend=backend)))
         for backend in ("auto", "xla")
     )
-    x = normal(rng, *shape, 256, dtype="bfloat16")
+    x = normal(rng, *shape, 1024, dtype="bfloat16")
     assert "dense_gate_up" in str(jax.make_jaxpr(by_kernels)(x))
 
     def loss(block, x):

@@ -20,11 +20,14 @@ from pallas_kernels.chips import get_chip
 from pallas_kernels.tracing.target import targeting
 from tests.helpers import LIMIT, mesh_of, normal, relative_error
 
-TOKENS = jax.ShapeDtypeStruct((4, 64, 64), jnp.bfloat16)
+DEPTH, COLUMNS = 1024, 512
+"""Of weights that are just many enough for the kernel."""
+
+TOKENS = jax.ShapeDtypeStruct((4, 64, DEPTH), jnp.bfloat16)
 
 
 def make(**options) -> nnx.Linear:
-    return nnx.Linear(64, 128, rngs=nnx.Rngs(0), **({"use_bias": False, "dtype": jnp.bfloat16} | options))
+    return nnx.Linear(DEPTH, COLUMNS, rngs=nnx.Rngs(0), **({"use_bias": False, "dtype": jnp.bfloat16} | options))
 
 
 def traced(run, *args) -> str:
@@ -37,15 +40,16 @@ def calls_kernel(linear: nnx.Module, *shape: int, dtype=jnp.bfloat16) -> bool:
     return "dense_matmul" in traced(lambda x: project(linear, x, made_on=None), x)
 
 
-def test_the_kernel_is_for_some_hundred_tokens():
+def test_the_kernel_is_for_some_tokens_to_some_hundred():
     assert calls_kernel(make())
-    assert not calls_kernel(make(), 4, 8, 64), "of 32 tokens"
-    assert not calls_kernel(make(), 64, 256, 64), "of 16384 tokens"
-    assert calls_kernel(make(), 512, 64)
-    wide = nnx.Linear(64, 2112, use_bias=False, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
-    assert not calls_kernel(wide, 512, 64), "of more numbers than XLA cuts K for"
+    assert calls_kernel(make(), 4, 4, DEPTH), "of 16 tokens"
+    assert not calls_kernel(make(), 3, 5, DEPTH), "of 15 tokens"
+    assert not calls_kernel(make(), 64, 256, DEPTH), "of 16384 tokens"
+    assert calls_kernel(make(), 512, DEPTH)
+    wide = nnx.Linear(DEPTH, 2112, use_bias=False, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    assert not calls_kernel(wide, 512, DEPTH), "of more numbers than XLA cuts K for"
     wide.kernel = nnx.Param(wide.kernel[:, :2048])
-    assert calls_kernel(wide, 512, 64), "of the kernel that is there"
+    assert calls_kernel(wide, 512, DEPTH), "of the kernel that is there"
 
 
 def test_the_kernel_is_for_what_is_a_product_and_nothing_else():
@@ -60,10 +64,10 @@ def test_the_kernel_is_for_what_is_a_product_and_nothing_else():
 
 
 def test_what_stands_in_the_place_of_a_linear_is_called_as_it_is(rng):
-    x, linear, rngs = normal(rng, 4, 64, 64, dtype="bfloat16"), make(), nnx.Rngs(0)
+    x, linear, rngs = normal(rng, 4, 64, DEPTH, dtype="bfloat16"), make(), nnx.Rngs(0)
     for other in (
-        nnx.LoRA(64, 4, 128, base_module=linear, rngs=rngs),
-        nnx.LoRALinear(64, 128, lora_rank=4, use_bias=False, dtype=jnp.bfloat16, rngs=rngs),
+        nnx.LoRA(DEPTH, 4, COLUMNS, base_module=linear, rngs=rngs),
+        nnx.LoRALinear(DEPTH, COLUMNS, lora_rank=4, use_bias=False, dtype=jnp.bfloat16, rngs=rngs),
         nnx.Sequential(linear, nnx.Dropout(0.0)),
     ):
         assert (project(other, x, made_on=None) == other(x)).all()
@@ -72,11 +76,11 @@ def test_what_stands_in_the_place_of_a_linear_is_called_as_it_is(rng):
 
 def test_values_and_gradients_are_those_of_the_linear(monkeypatch, rng):
     monkeypatch.setattr(dense_matmul, "pays", lambda *_, **__: True)
-    linear, x = make(), normal(rng, 2, 3, 64)  # float32, which is computed in BF16
+    linear, x = make(), normal(rng, 2, 3, DEPTH)  # float32, which is computed in BF16
     by_kernel = project(linear, x, made_on=None)
-    assert (by_kernel.shape, by_kernel.dtype) == ((2, 3, 128), jnp.bfloat16)
+    assert (by_kernel.shape, by_kernel.dtype) == ((2, 3, COLUMNS), jnp.bfloat16)
     assert relative_error(by_kernel, linear(x)) < LIMIT["bfloat16"]
-    assert project(linear, x[:0], made_on=None).shape == (0, 3, 128)
+    assert project(linear, x[:0], made_on=None).shape == (0, 3, COLUMNS)
 
     def loss(linear, x, run):
         return (run(linear, x).astype(jnp.float32) ** 2).sum()
@@ -92,7 +96,7 @@ def test_values_and_gradients_are_those_of_the_linear(monkeypatch, rng):
 @pytest.mark.parametrize("of_weights", [False, True])
 def test_a_batch_is_xlas_in_one_product(of_weights, monkeypatch, rng):
     monkeypatch.setattr(dense_matmul, "pays", lambda *_, **__: True)
-    x, weights = normal(rng, 3, 5, 64, dtype="bfloat16"), normal(rng, 3, 64, 128, dtype="bfloat16")
+    x, weights = normal(rng, 3, 5, DEPTH, dtype="bfloat16"), normal(rng, 3, DEPTH, COLUMNS, dtype="bfloat16")
 
     def run(x, weights):
         linear = make()
@@ -108,16 +112,18 @@ def test_a_batch_is_xlas_in_one_product(of_weights, monkeypatch, rng):
 
 
 def test_attention_has_it_on_one_chip_unless_it_is_to_be_of_xla_alone():
-    config, mesh = AttentionConfig(64, 2, 2, 32), mesh_of(data=4)
+    config, mesh = AttentionConfig(DEPTH, 2, 2, COLUMNS // 2), mesh_of(data=4)
 
     def has_it(attention: Attention) -> bool:
-        return "dense_matmul" in traced(attention, TOKENS)
+        calls = traced(attention, TOKENS).count("name=dense_matmul")
+        assert calls in (0, 2), "its own product, and that of queries, keys and values"
+        return calls == 2
 
     assert has_it(Attention(config, rngs=nnx.Rngs(0)))
     assert has_it(Attention(config, rngs=nnx.Rngs(0), mesh=mesh_of(data=1)))
     assert not has_it(Attention(dataclasses.replace(config, backend="xla"), rngs=nnx.Rngs(0)))
     assert not has_it(Attention(config, rngs=nnx.Rngs(0), mesh=mesh))
-    block = BlockConfig(config, MLPConfig(64, 128))
+    block = BlockConfig(config, MLPConfig(DEPTH, COLUMNS))
     assert has_it(DecoderBlock(block, rngs=nnx.Rngs(0)).attention)
     assert not has_it(DecoderBlock(block, rngs=nnx.Rngs(0), mesh=mesh).attention)
     with jax.set_mesh(mesh):
@@ -131,10 +137,10 @@ def test_attention_has_it_on_one_chip_unless_it_is_to_be_of_xla_alone():
 def test_what_explicit_axes_split_is_left_to_xla(size):
     """By the types of arrays, where no mesh is in force either."""
     mesh = mesh_of(AxisType.Explicit, data=size)
-    x = jax.ShapeDtypeStruct((4, 1024, 64), jnp.bfloat16, sharding=NamedSharding(mesh, PartitionSpec("data")))
-    attention = Attention(AttentionConfig(64, 2, 2, 32), rngs=nnx.Rngs(0))
-    for module in attention, MLP(MLPConfig(64, 128), rngs=nnx.Rngs(0)):
+    x = jax.ShapeDtypeStruct((4, 128, DEPTH), jnp.bfloat16, sharding=NamedSharding(mesh, PartitionSpec("data")))
+    attention = Attention(AttentionConfig(DEPTH, 2, 2, COLUMNS // 2), rngs=nnx.Rngs(0))
+    for module in attention, MLP(MLPConfig(DEPTH, COLUMNS), rngs=nnx.Rngs(0)):
         assert not any(f"{name}[" in traced(module, x) for name in ("dense_matmul", "dense_gate_up"))
-    seen, norm = [], RMSNorm(64, rngs=nnx.Rngs(0))
+    seen, norm = [], RMSNorm(DEPTH, rngs=nnx.Rngs(0))
     jax.eval_shape(lambda x: seen.append(norm._backend_here(x, None)), x)
     assert seen == ["xla"]

@@ -66,6 +66,10 @@ CASES = {
     "two parts of 192": ((60, 520, 192), Config(192, 2, parts=2)),
     "four parts": ((60, 520, 128), Config(64, 2, parts=4)),
     "eight parts": ((40, 1160, 128), Config(256, 2, parts=8)),
+    "64 rows": ((64, 264, 192), Config(64, 3, warpgroups=1)),
+    "tiles of 64 rows": ((130, 136, 320), Config(128, 2, warpgroups=1)),
+    "a row, in four parts": ((1, 1032, 256), Config(128, 3, parts=4, warpgroups=1)),
+    "some rows": ((13, 200, 128), Config(128, 2, warpgroups=1)),
 }
 
 
@@ -125,43 +129,57 @@ def test_what_is_picked_fits(rows, depth, columns, windows):
 
 
 def test_what_is_picked_is_what_was_measured_to_be_fastest():
-    """The fewest columns that make one wave; the most where none does; parts of K where 64 are too few for a wave."""
+    """The smallest tiles that make one wave; the largest where none does; parts of K where those make less than one."""
     measured = {
-        (256, 2048, 2048, 1): (64, 2),
-        (256, 4096, 2048, 1): (64, 2),
-        (256, 2048, 4096, 2): (128, 1),
-        (512, 2048, 2048, 1): (64, 1),
-        (512, 4096, 2048, 1): (64, 1),
-        (512, 2048, 4096, 2): (256, 1),
-        (512, 2048, 6144, 1): (192, 1),
-        (1024, 4096, 2048, 1): (128, 1),
-        (1024, 2048, 4096, 2): (256, 1),
+        (16, 2048, 4096, 2): (64, 128, 1),
+        (32, 4096, 2048, 1): (64, 64, 2),
+        (64, 4096, 14336, 2): (64, 256, 1),
+        (64, 14336, 4096, 1): (64, 64, 2),
+        (128, 2048, 2048, 1): (64, 64, 2),
+        (128, 2048, 4096, 2): (64, 128, 1),
+        (128, 2048, 6144, 1): (64, 128, 1),
+        (128, 4096, 14336, 2): (128, 256, 1),
+        (256, 2048, 2048, 1): (64, 64, 1),
+        (256, 2048, 6144, 1): (64, 192, 1),
+        (256, 4096, 4096, 1): (64, 128, 1),
+        (512, 2048, 2048, 1): (64, 128, 1),
+        (512, 4096, 2048, 1): (64, 128, 1),
+        (512, 2048, 4096, 2): (128, 256, 1),
+        (512, 2048, 6144, 1): (128, 192, 1),
+        (1024, 4096, 2048, 1): (128, 128, 1),
+        (1024, 2048, 4096, 2): (128, 256, 1),
     }
     for (rows, depth, columns, windows), best in measured.items():
         config = pick(H200, Problem(rows, depth, columns, windows, windows == 1, jnp.dtype("bfloat16")))
-        assert (config.block_n, config.parts) == best
+        assert (config.block_m, config.block_n, config.parts) == best
 
 
 @pytest.mark.parametrize(
     ("rows", "depth", "columns", "options", "expected"),
     [
-        (103, 64, 64, {}, False),
-        (127, 64, 64, {}, False),
-        (128, 64, 64, {}, True),
-        (192, 64, 64, {}, False),
-        (205, 64, 64, {}, True),
+        (15, 1024, 512, {}, False),
+        (16, 1024, 512, {}, True),
+        (64, 1024, 512, {}, True),
+        (65, 1024, 512, {}, False),
+        (102, 1024, 512, {}, False),
+        (103, 1024, 512, {}, True),
+        (192, 1024, 512, {}, False),
+        (205, 1024, 512, {}, True),
         (2048, 4096, 14336, {}, True),
-        (2049, 64, 64, {}, False),
-        (4000, 64, 64, {}, False),
-        (512, 64, 2048, {"is_bare": True}, True),
-        (512, 64, 2112, {"is_bare": True}, False),
-        (512, 64, 2112, {}, True),
-        (512, 64, 96, {}, False),
-        (512, 60, 64, {}, False),
-        (512, 64, 64, {"dtype": "float32"}, False),
-        (0, 64, 64, {}, False),
-        (512, 64, 64, {"chip": "v6e"}, False),
-        (512, 64, 64, {"chip": "b200"}, False),
+        (2049, 1024, 512, {}, False),
+        (4000, 1024, 512, {}, False),
+        (128, 1016, 512, {}, False),
+        (256, 1024, 6144, {"is_bare": True}, True),
+        (257, 1024, 6144, {"is_bare": True}, False),
+        (512, 1024, 2048, {"is_bare": True}, True),
+        (512, 1024, 2112, {"is_bare": True}, False),
+        (512, 1024, 2112, {}, True),
+        (512, 1024, 544, {}, False),
+        (512, 1028, 512, {}, False),
+        (512, 1024, 512, {"dtype": "float32"}, False),
+        (0, 1024, 512, {}, False),
+        (512, 1024, 512, {"chip": "v6e"}, False),
+        (512, 1024, 512, {"chip": "b200"}, False),
     ],
 )
 def test_where_it_pays(rows, depth, columns, options, expected):
@@ -172,8 +190,8 @@ def test_where_it_pays(rows, depth, columns, options, expected):
 def test_it_pays_for_no_unknown_number_of_rows_and_on_no_cpu():
     (rows,) = jax.export.symbolic_shape("rows")
     with targeting(H200):
-        assert not pays(rows, 64, 64, "bfloat16")
-    assert pays(512, 64, 64, "bfloat16") == (jax.default_backend() == "gpu")
+        assert not pays(rows, 1024, 512, "bfloat16")
+    assert pays(512, 1024, 512, "bfloat16") == (jax.default_backend() == "gpu")
 
 
 def test_refused(rng):
@@ -201,7 +219,9 @@ def test_nothing_to_multiply_needs_no_kernel():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("config", [Config(64, 8), Config(64, 8, parts=2), Config(128, 4, parts=8)], ids=str)
+@pytest.mark.parametrize(
+    "config", [Config(64, 8), Config(64, 8, parts=2), Config(128, 4, parts=8), Config(64, 8, 2, warpgroups=1)], ids=str
+)
 def test_a_thousand_launches_among_buffers_of_nan(config, rng):
     """In a program that XLA may capture, each on rows of its own; blocks of a cluster wait for each other's parts."""
     _, rhs = operands(rng, 1, 2048, 320)
