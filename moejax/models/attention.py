@@ -175,4 +175,5 @@ class Attention(nnx.Module):
         return kept(y.astype(dtype), mask)
 
     def _project(self, linear: nnx.Module, x: jax.Array) -> jax.Array:
+        """linear(x), by XLA alone if that is asked for."""
         return linear(x) if self.config.backend == "xla" else project(linear, x, made_on=self._made_on)

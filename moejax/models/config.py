@@ -31,8 +31,8 @@ class AttentionConfig:
       param_dtype: of the parameters.
       backend: whose product of queries and keys: "cudnn", "xla", or "auto" for the first where it runs. cuDNN's
         gradient adds in no fixed order: equal bits in training want "xla". With "xla" all of attention is XLA's; with
-        the others its products with weights are `pallas_kernels.dense_matmul` where that is faster, on one chip, and no
-        gradient is asked for.
+        the others products with weights, if they have no bias, are `pallas_kernels.dense_matmul`'s where it is faster:
+        on one Hopper GPU, where no gradient is asked for.
 
     Raises:
       ValueError: on construction, when a field or a combination of fields makes no sense.

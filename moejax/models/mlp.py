@@ -2,7 +2,7 @@
 
 A GPU runs it in one of three ways:
 
-- 16 to 2048 tokens, where no gradient is asked for, by two kernels of `pallas_kernels.dense_matmul`;
+- where `pallas_kernels.dense_matmul` pays, of some of 16 to 2048 tokens, and no gradient is asked for, by its kernels;
 - else few tokens, or few numbers of y, by two dots of XLA's, which cut K in parts: of 64 tokens and 2048 columns the
   experts' kernels would have a tile for every fourth multiprocessor;
 - else by the experts' kernels, of which it is a group of one.
@@ -37,10 +37,11 @@ from sharding.tokens import Tokens
 _LECUN = nnx.initializers.lecun_normal()
 
 _FEW_TOKENS = 64
-"""As many as XLA's dots are as fast for on GPUs, or faster (H200, 2048 by 4096: 7.5 µs in place of 14.8 for down)."""
+"""Up to which XLA's dots are as fast as the experts' kernels on GPUs, or faster (H200, 2048 by 4096: 7.5 µs in place of
+14.8 for down)."""
 
 _FEW_NUMBERS = 1 << 20
-"""Numbers of y, T · H, up to which dots are as fast for any T: the kernel's tiles would leave most of a GPU idle (H200,
+"""Numbers of y, T · H, up to which they are for any T: the tiles of those would leave most of a GPU idle (H200,
 down of 128 tokens, I by H: 3072 by 768 7.8 µs in place of 11.2; 4096 by 2048 9.2 in place of 14.6. Of 512 tokens, I by
 H 4096 by 2048, all with the sum onto a residual: 48.0 in place of 56.3)."""
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from bench.tpu.libtpu import run_job
+from tests.pallas_kernels.hopper_gate import CASES, OVER_TWO_CHIPS
 
 COMPILER = Path(sys.prefix, "cuda")
 """Where `make` puts the compiler for GPUs: a jax that sees it looks for a GPU wherever it starts."""
@@ -68,7 +69,7 @@ KERNELS = {
         "eight rows, many columns": ["float32_matmul"],
     },
     "dense networks": {
-        f"dense network, {rows} rows": ["dense_gate_up", "dense_matmul"] for rows in (64, 128, 256, 512, 1024)
+        f"dense network, {rows} rows": ["dense_gate_up", "dense_matmul"] for rows in (16, 64, 128, 256, 512, 1024)
     },
     "norms, weights and activations": {
         "weights in float32": ["quantize_transpose"],
@@ -125,3 +126,7 @@ def test_kernels_compile(part, monkeypatch):
     monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
     answers = run_job("tests.pallas_kernels.hopper_gate", {"cases": list(KERNELS[part])}, timeout=500)
     assert answers == KERNELS[part]
+
+
+def test_every_case_is_compiled():
+    assert {case for part in KERNELS.values() for case in part} == {*CASES, *OVER_TWO_CHIPS}

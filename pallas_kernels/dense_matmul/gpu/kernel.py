@@ -1,8 +1,8 @@
 """The product on Hopper: tiles of the result for each multiprocessor, or a tile for several of them that share its K.
 
-Its floors are `pallas_kernels.cost.dense_matmul_cost`. Beside its steps a block takes 2 to 3 µs: its start, its first
-copies, its last store. So all tiles should be multiplied at once, and by all multiprocessors: of few tokens tiles have
-64 rows, with one warpgroup, else 128. Where tiles of 64 columns are too few for that, each gets several blocks, a
+Its floors are `pallas_kernels.cost.dense_matmul_cost`. Beside its steps a block takes about 2 µs: its start, its first
+copies, its last store. So all tiles should be multiplied at once, and by all multiprocessors. They have 128 rows, or 64
+where so many more still make one wave. Where tiles of 64 by 64 are too few for that, each gets several blocks, a
 cluster, which multiply parts of K. Each sends the others, into their shared memory, what it has of the columns that
 they finish, and adds up what it gets of its own:
 
@@ -16,9 +16,9 @@ they finish, and adds up what it gets of its own:
 What blocks read of the same rows or columns they read each for itself. Copies that a cluster shares gained nothing: the
 cache gives 18 TB/s where neighbours read the same, and an H200 has room for 30 clusters of four blocks, not for 33.
 
-In a block one warpgroup loads, and one or two multiply, each its 64 rows of the tile. No copy has more rows than lhs:
-the copy engine fills those beyond its end with zeros, and took so long for it that of 8 tokens, 2048 by 2 × 4096, the
-product was 3 µs slower than of 64.
+In a block one warpgroup loads, and one or two multiply, each its 64 rows of the tile. Copies of an lhs of fewer
+rows are no higher than it is: the copy engine fills what lies past its end with zeros, and with copies of 64 rows a
+product of 8, 2048 by 2 × 4096, took 13.3 µs for 10.1. The last tiles of more rows, and residuals, are still filled.
 """
 
 import functools
@@ -73,7 +73,7 @@ def dense_product(
 
         @pl.when(warpgroup == warpgroups)
         def _():
-            if warpgroups > 1:  # one has enough as it is
+            if warpgroups > 1:  # threads of two in all have up to 255 as it is
                 plgpu.set_max_registers(40, action="decrease")
             block.load()
 
@@ -149,8 +149,8 @@ class _Block:
             copy = functools.partial(plgpu.copy_gmem_to_smem, barrier=scratch.full.at[slot])
             depths = pl.ds(pl.multiple_of((self.first + i) * BLOCK_K, BLOCK_K), BLOCK_K)
             for w in range(sizes.config.warpgroups):
-                rows = pl.ds(pl.multiple_of(self.row + w * WGMMA_ROWS, WGMMA_ROWS), sizes.copied_rows)
-                copy(self.lhs.at[rows, depths], self.lhs_tiles.copied.at[slot, w, pl.ds(0, sizes.copied_rows)])
+                rows = pl.ds(pl.multiple_of(self.row + w * WGMMA_ROWS, WGMMA_ROWS), sizes.lhs_copy_rows)
+                copy(self.lhs.at[rows, depths], self.lhs_tiles.copied.at[slot, w, pl.ds(0, sizes.lhs_copy_rows)])
             for window in range(sizes.problem.windows):
                 columns = pl.ds(window * sizes.problem.columns + self.column, sizes.tile_columns)
                 copy(self.rhs.at[depths, columns], scratch.rhs.at[slot, window])

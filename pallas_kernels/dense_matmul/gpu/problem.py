@@ -36,12 +36,12 @@ class Problem:
 
     @property
     def steps(self) -> int:
-        """Of the whole of K."""
+        """Steps of BLOCK_K in the whole of K."""
         return pl.cdiv(self.depth, BLOCK_K)
 
     @property
     def rhs_bytes(self) -> int:
-        """Of the weights."""
+        """Bytes of rhs."""
         return self.depth * self.windows * self.columns * self.dtype.itemsize
 
 
@@ -50,18 +50,18 @@ class Config:
     """How the work is cut.
 
     Attributes:
+      block_m: rows of a tile, 64 or 128.
       block_n: columns of rhs that a block multiplies, of gate and up together.
       num_stages: buffers in the ring.
       parts: of K, each of a block.
-      warpgroups: 1 or 2 that multiply, each 64 rows of a tile.
     """
 
+    block_m: int
     block_n: int
     num_stages: int
     parts: int = 1
-    warpgroups: int = 2
 
     @property
-    def block_m(self) -> int:
-        """Rows of a tile."""
-        return self.warpgroups * WGMMA_ROWS
+    def warpgroups(self) -> int:
+        """Those of a block that multiply, each 64 rows; one more loads."""
+        return self.block_m // WGMMA_ROWS

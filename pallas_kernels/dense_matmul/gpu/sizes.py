@@ -25,11 +25,6 @@ class Sizes:
     config: Config
 
     @property
-    def copied_rows(self) -> int:
-        """Rows of lhs that a warpgroup is given; what lies below them in its buffers is multiplied and not stored."""
-        return min(WGMMA_ROWS, self.problem.rows)
-
-    @property
     def tile_columns(self) -> int:
         """Columns of a tile of the result."""
         return self.config.block_n // self.problem.windows
@@ -55,19 +50,28 @@ class Sizes:
         return pl.cdiv(self.problem.columns, self.tile_columns), pl.cdiv(self.problem.rows, self.config.block_m)
 
     @property
-    def rhs_bytes(self) -> int:
-        """Of rhs that a block copies in a step."""
+    def lhs_copy_rows(self) -> int:
+        """Rows of a warpgroup's copy of lhs: 64, or all where lhs has fewer.
+
+        Whatever its buffer holds below them is multiplied with the rest, and not stored.
+        """
+        return min(WGMMA_ROWS, self.problem.rows)
+
+    @property
+    def step_rhs_bytes(self) -> int:
+        """Bytes of rhs that a block copies in a step."""
         return self.config.block_n * BLOCK_K * self.problem.dtype.itemsize
 
     @property
     def step_bytes(self) -> int:
-        """All that a block copies in a step."""
-        return self.rhs_bytes + self.config.warpgroups * self.copied_rows * BLOCK_K * self.problem.dtype.itemsize
+        """Bytes that a block copies in a step."""
+        rows = self.config.warpgroups * self.lhs_copy_rows
+        return self.step_rhs_bytes + rows * BLOCK_K * self.problem.dtype.itemsize
 
     @property
     def stage_bytes(self) -> int:
         """Shared memory of a buffer in the ring."""
-        return self.rhs_bytes + self.config.block_m * BLOCK_K * self.problem.dtype.itemsize
+        return self.step_rhs_bytes + self.config.block_m * BLOCK_K * self.problem.dtype.itemsize
 
     @property
     def sent_bytes(self) -> int:

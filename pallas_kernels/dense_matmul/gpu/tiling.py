@@ -1,10 +1,11 @@
 """How the kernel cuts a product: the least modelled time.
 
 The model adds up the steps of a block, each as long as its multiplications or its copies, and what a block takes beside
-its steps. Blocks work in waves. No product is faster than the memory gives its operands, nor than it gives what all
-blocks wait for at once: its latency for every so many bytes. Constants were fitted to an H200, to 151 cuts of 42
-products of 8 to 512 rows: 122 are within 10 %, and the cut with the least modelled time is the fastest one measured of
-all products but two (docs/results.md).
+its steps. Blocks work in waves. No product is faster than the memory's bandwidth gives its operands, nor than its
+latency allows: what the rings of all blocks hold of rhs is asked for at once, and comes once in 1.15 µs.
+
+Constants were fitted to 151 cuts of 42 products of 8 to 512 rows on an H200: 122 are within 10 %, and of 40 products
+the cut with the least modelled time was the fastest one measured (docs/results.md). More rows are extrapolated.
 """
 
 import itertools
@@ -20,15 +21,16 @@ from pallas_kernels.dense_matmul.gpu.sizes import Sizes
 from pallas_kernels.on_gpu.wgmma import WGMMA_ROWS
 from pallas_kernels.tracing.override import Override
 
-_ISSUE_RATE = 0.76  # share of the peak that wgmma sustains in launches too short for the limit of the chip's power
+_ISSUE_RATE = 0.76  # share of the peak that wgmma sustains, with all that a step waits for
 _COPY_BANDWIDTH = 140e9  # bytes/s of a block, from the cache
-_MEMORY_SHARE = 0.97  # of the data sheet's bandwidth
+_MEMORY_SHARE = 0.97  # of the data sheet's bandwidth; long kernels reach 0.96
 _MEMORY_SECONDS = 1.15e-6  # from a request to its answer, when the memory is busy
 _BLOCK_SECONDS = 2.1e-6  # of a block: its start, the first copies, the last store
 _SUM_SECONDS = 0.6e-6  # of a cluster that adds up parts
 _SENDING_BANDWIDTH = 7.6e9  # bytes/s of a warpgroup into another block
 _CLUSTERED = 10 / 11  # of the multiprocessors have room for clusters of four or eight blocks: 120 of 132
 
+_BLOCKS_M = 64, 128
 _BLOCKS_N = 64, 128, 192, 256
 _PARTS = 1, 2, 4, 8
 _STAGES = range(3, 9)
@@ -40,12 +42,12 @@ forced = Override[Config]("forced_dense")
 
 
 def pick(chip: Chip, problem: Problem) -> Config:
-    """The configuration that is modelled to be fastest; of those, one that copies least, by one warpgroup."""
+    """The configuration that is modelled to be fastest; of equals, that whose blocks copy least in a step."""
     if (config := forced.get()) is not None:
         return config
 
     def rank(config: Config) -> tuple[float, int, int]:
-        return modelled_seconds(chip, problem, config), Sizes(problem, config).step_bytes, config.warpgroups
+        return modelled_seconds(chip, problem, config), Sizes(problem, config).step_bytes, config.block_m
 
     return min(candidates(chip, problem), key=rank)
 
@@ -53,9 +55,7 @@ def pick(chip: Chip, problem: Problem) -> Config:
 def modelled_seconds(chip: Chip, problem: Problem, config: Config) -> float:
     """Modelled seconds of a product that is cut in this way."""
     sizes = Sizes(problem, config)
-    columns, rows = sizes.grid
-    room = int(chip.cores * (1 if config.parts <= 2 else _CLUSTERED)) // config.parts
-    waves = pl.cdiv(columns * rows, room)
+    waves = _waves(chip, sizes)
     flops = 2 * config.block_m * config.block_n * BLOCK_K
     step = max(flops / (chip.peak(problem.dtype) / chip.cores * _ISSUE_RATE), sizes.step_bytes / _COPY_BANDWIDTH)
     cost = dense_matmul_cost(
@@ -66,9 +66,10 @@ def modelled_seconds(chip: Chip, problem: Problem, config: Config) -> float:
         gated=problem.windows == 2,
         has_residual=problem.adds,
     )
-    # Tiles along the rows ask for the same of rhs.
-    asked_at_once = min(columns, room / rows) * config.parts * config.num_stages * sizes.rhs_bytes
-    memory = max(cost.memory_seconds(chip) / _MEMORY_SHARE, problem.rhs_bytes / asked_at_once * _MEMORY_SECONDS)
+    across, down = sizes.grid
+    # Tiles below each other ask for the same of rhs.
+    bytes_in_flight = min(across, _room(chip, config) / down) * config.parts * config.num_stages * sizes.step_rhs_bytes
+    memory = max(cost.memory_seconds(chip) / _MEMORY_SHARE, problem.rhs_bytes / bytes_in_flight * _MEMORY_SECONDS)
     beside = _BLOCK_SECONDS
     if config.parts > 1:
         beside += _SUM_SECONDS + sizes.sent_bytes / config.warpgroups / _SENDING_BANDWIDTH
@@ -77,17 +78,30 @@ def modelled_seconds(chip: Chip, problem: Problem, config: Config) -> float:
 
 def candidates(chip: Chip, problem: Problem) -> Iterator[Config]:
     """Configurations that the kernel can do, with as many stages as fit."""
-    for block_n, parts, warpgroups in itertools.product(_BLOCKS_N, _PARTS, (1, 2)):
-        sizes = Sizes(problem, Config(block_n, 1, parts, warpgroups))
+    for block_m, block_n, parts in itertools.product(_BLOCKS_M, _BLOCKS_N, _PARTS):
+        sizes = Sizes(problem, Config(block_m, block_n, 1, parts))
         stages = min(max(_STAGES), (chip.fast_memory_bytes - sizes.other_bytes) // sizes.stage_bytes)
         has_work = parts == 1 or problem.steps >= parts * _LEAST_STEPS
         can_be = sizes.tile_columns % BLOCK_N == 0 and sizes.finished_columns in _FINISHED and stages in _STAGES
-        if has_work and can_be and _is_right_height(chip, sizes):
-            yield Config(block_n, stages, parts, warpgroups)
+        if has_work and can_be and _has_fit_height(chip, sizes):
+            yield Config(block_m, block_n, stages, parts)
 
 
-def _is_right_height(chip: Chip, sizes: Sizes) -> bool:
-    """Tiles of 128 rows for more than 64; of 64 for no more, or where all are multiplied at once."""
-    if sizes.config.warpgroups > 1:
-        return sizes.problem.rows > WGMMA_ROWS
-    return sizes.problem.rows <= WGMMA_ROWS or math.prod(sizes.grid) * sizes.config.parts <= chip.cores
+def _has_fit_height(chip: Chip, sizes: Sizes) -> bool:
+    """Whether tiles are 64 rows high for at most 64, and for more only where they make one wave.
+
+    In two, 128 by 4096 by 2 × 14336 took 63.8 µs, with tiles of 128 rows 57.2.
+    """
+    if sizes.problem.rows <= WGMMA_ROWS:
+        return sizes.config.block_m == WGMMA_ROWS
+    return sizes.config.block_m > WGMMA_ROWS or _waves(chip, sizes) == 1
+
+
+def _waves(chip: Chip, sizes: Sizes) -> int:
+    """Rounds in which all tiles are multiplied."""
+    return pl.cdiv(math.prod(sizes.grid), _room(chip, sizes.config))
+
+
+def _room(chip: Chip, config: Config) -> int:
+    """Tiles that are multiplied at once."""
+    return int(chip.cores * (1 if config.parts <= 2 else _CLUSTERED)) // config.parts

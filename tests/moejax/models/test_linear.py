@@ -40,12 +40,12 @@ def calls_kernel(linear: nnx.Module, *shape: int, dtype=jnp.bfloat16) -> bool:
     return "dense_matmul" in traced(lambda x: project(linear, x, made_on=None), x)
 
 
-def test_the_kernel_is_for_some_tokens_to_some_hundred():
+def test_the_kernel_is_for_16_to_some_thousand_tokens():
     assert calls_kernel(make())
     assert calls_kernel(make(), 4, 4, DEPTH), "of 16 tokens"
     assert not calls_kernel(make(), 3, 5, DEPTH), "of 15 tokens"
     assert not calls_kernel(make(), 64, 256, DEPTH), "of 16384 tokens"
-    assert calls_kernel(make(), 512, DEPTH)
+    assert calls_kernel(make(), 2048, DEPTH)
     wide = nnx.Linear(DEPTH, 2112, use_bias=False, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     assert not calls_kernel(wide, 512, DEPTH), "of more numbers than XLA cuts K for"
     wide.kernel = nnx.Param(wide.kernel[:, :2048])
@@ -115,8 +115,8 @@ def test_attention_has_it_on_one_chip_unless_it_is_to_be_of_xla_alone():
     config, mesh = AttentionConfig(DEPTH, 2, 2, COLUMNS // 2), mesh_of(data=4)
 
     def has_it(attention: Attention) -> bool:
-        calls = traced(attention, TOKENS).count("name=dense_matmul")
-        assert calls in (0, 2), "its own product, and that of queries, keys and values"
+        calls = traced(attention, TOKENS).count("dense_matmul[")
+        assert calls in (0, 2), "one of its two products only"
         return calls == 2
 
     assert has_it(Attention(config, rngs=nnx.Rngs(0)))

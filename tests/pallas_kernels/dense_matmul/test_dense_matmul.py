@@ -1,4 +1,4 @@
-"""Products of a few hundred rows, against float64; what no tile divides, what is not finite, and what is refused."""
+"""Products of 1 to 1024 rows, against float64; what no tile divides, what is not finite, and what is refused."""
 
 import jax
 import jax.numpy as jnp
