@@ -133,6 +133,27 @@ def test_attention_has_it_on_one_chip_unless_it_is_to_be_of_xla_alone():
     assert not has_it(made_there)
 
 
+def test_attention_by_cudnn_has_it():
+    """cuDNN itself is asked for while tracing, and is not here."""
+    attention = Attention(AttentionConfig(DEPTH, 2, 2, COLUMNS // 2, backend="cudnn"), rngs=nnx.Rngs(0))
+    assert "dense_matmul" in traced(lambda x: attention._project(attention.qkv, x), TOKENS)
+
+
+def test_weights_that_explicit_axes_split_are_left_to_xla():
+    mesh = mesh_of(AxisType.Explicit, data=4)
+
+    def run(x, weights):
+        linear = make(dtype=None, param_dtype=jnp.bfloat16)
+        linear.kernel = nnx.Param(weights)
+        return project(linear, x, made_on=None)
+
+    x, weights = (
+        jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, spec))
+        for shape, spec in ((TOKENS.shape, PartitionSpec()), ((DEPTH, COLUMNS), PartitionSpec(None, "data")))
+    )
+    assert "dense_matmul" not in traced(run, x, weights)
+
+
 @pytest.mark.parametrize("size", [1, 4])
 def test_what_explicit_axes_split_is_left_to_xla(size):
     """By the types of arrays, where no mesh is in force either."""

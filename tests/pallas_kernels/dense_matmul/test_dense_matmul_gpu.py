@@ -126,8 +126,11 @@ def test_what_is_picked_fits(rows, depth, columns, windows):
         assert num_bytes + 2048 <= H200.fast_memory_bytes
         assert config.num_stages >= 3
         assert config.parts == 1 or problem.steps >= 4 * config.parts
+        if config.parts > 1:
+            assert described.received.shape[0] == config.warpgroups
+            assert described.landed.num_arrivals == config.warpgroups * (config.parts - 1)
         has_one_wave = math.prod(sizes.grid) * config.parts <= H200.cores
-        assert config.block_m == (64 if rows <= 64 else 128) or has_one_wave
+        assert config.block_m == 64 if rows <= 64 else config.block_m == 128 or has_one_wave
         assert sizes.out_chunk * 2 in (32, 64, 128)  # of which the copy engine knows how to lay them out
         assert sizes.out_slots * sizes.out_chunk * config.parts * windows == config.block_n
 
@@ -144,9 +147,12 @@ def test_what_is_picked_is_what_was_measured_to_be_fastest():
         (128, 2048, 4096, 2): (64, 128, 1),
         (128, 2048, 6144, 1): (64, 128, 1),
         (128, 4096, 14336, 2): (128, 256, 1),
+        (128, 14336, 4096, 1): (128, 64, 2),
+        (128, 4096, 4096, 1): (64, 64, 1),
         (256, 2048, 2048, 1): (64, 64, 1),
         (256, 2048, 6144, 1): (64, 192, 1),
         (256, 4096, 4096, 1): (64, 128, 1),
+        (256, 4096, 14336, 2): (128, 256, 1),
         (512, 2048, 2048, 1): (64, 128, 1),
         (512, 4096, 2048, 1): (64, 128, 1),
         (512, 2048, 4096, 2): (128, 256, 1),
@@ -157,6 +163,23 @@ def test_what_is_picked_is_what_was_measured_to_be_fastest():
     for (rows, depth, columns, windows), best in measured.items():
         config = pick(H200, Problem(rows, depth, columns, windows, windows == 1, jnp.dtype("bfloat16")))
         assert (config.block_m, config.block_n, config.parts) == best
+
+
+@pytest.mark.parametrize(("rows", "copied"), [(13, 13), (64, 64), (130, 64)])
+def test_copies_are_no_higher_than_lhs(rows, copied):
+    sizes = Sizes(Problem(rows, 512, 128, 1, False, jnp.dtype("bfloat16")), Config(64, 128, 3))
+    assert sizes.lhs_copy_rows == copied
+    assert sizes.step_bytes == (copied + 128) * 64 * 2
+
+
+@pytest.mark.parametrize(("block_m", "warpgroups", "registers"), [(64, 2, 0), (128, 3, 2)])
+def test_warpgroups_of_a_block(block_m, warpgroups, registers):
+    """One loads; registers are moved to those that multiply where there are two."""
+    lhs, rhs = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((128, 512), (512, 128)))
+    with targeting(H200), forced(Config(block_m, 64, 3)):
+        text = str(jax.make_jaxpr(functools.partial(dense_matmul, backend="pallas_gpu"))(lhs, rhs))
+    assert f"num_threads={warpgroups}," in text
+    assert text.count("set_max_registers") == registers
 
 
 @pytest.mark.parametrize(
