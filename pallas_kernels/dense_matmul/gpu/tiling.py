@@ -5,8 +5,8 @@ its steps. Blocks work in waves. No product is faster than the memory's bandwidt
 latency allows: what the rings of all blocks hold of rhs is asked for at once, and comes once in 1.15 µs.
 
 Constants were fitted to cuts of 43 products of 8 to 512 rows on an H200 (docs/results.md). Of 140 cuts that can be
-taken 115 are within 10 %, and of 40 products the one with the least modelled time was the fastest one measured; of one
-product it was not measured, of one it took 11 % longer. More rows are extrapolated.
+taken 115 are within 10 %. The one with the least modelled time was the fastest one measured of 39 products, took 1, 3
+and 11 % longer of three, and was not measured of one. More rows are extrapolated.
 """
 
 import itertools
