@@ -41,7 +41,7 @@ _FEW_TOKENS = 64
 14.8 for down)."""
 
 _FEW_NUMBERS = 1 << 20
-"""Numbers of y, T · H, up to which they are for any T: the tiles of those would leave most of a GPU idle (H200,
+"""Numbers of y, T · H, up to which dots are for any T: the experts' tiles would leave most of a GPU idle (H200,
 down of 128 tokens, I by H: 3072 by 768 7.8 µs in place of 11.2; 4096 by 2048 9.2 in place of 14.6. Of 512 tokens, I by
 H 4096 by 2048, all with the sum onto a residual: 48.0 in place of 56.3)."""
 
