@@ -161,7 +161,8 @@ class Attention(nnx.Module):
     def _heads(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries [B, L, N, D], and keys and values [B, L, G, D], of tokens at `positions`."""
         config = self.config
-        heads = self._project(self.qkv, x).reshape(*x.shape[:-1], -1, config.head_dim)
+        # What stands in the place of a Linear, an adapter in float32 say, may give another dtype than the cache has.
+        heads = self._project(self.qkv, x).astype(config.dtype).reshape(*x.shape[:-1], -1, config.head_dim)
         ends = config.num_attention_heads, config.num_attention_heads + config.num_key_value_heads
         q, k, v = jnp.split(heads, ends, axis=-2)
         q = q if self.q_norm is None else self.q_norm(q)

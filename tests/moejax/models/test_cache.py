@@ -8,7 +8,7 @@ from flax import nnx
 
 from moejax import MoEConfig
 from moejax.models import AttentionConfig, BlockConfig, DecoderBlock, KVCache, MLPConfig
-from tests.helpers import normal, raises_saying, relative_error
+from tests.helpers import LIMIT, normal, raises_saying, relative_error
 
 ATTENTION = AttentionConfig(32, 4, 2, 8, qk_norm=True, dtype=jnp.float32)
 FEED_FORWARDS = {
@@ -158,3 +158,16 @@ def test_a_slot_forgets_a_fault_of_its_last_sequence(rng):
     _, _, broken = block.prefill(x.at[0, 3].set(jnp.nan), empty(), slots=slots)
     y, expected = (block.decode(token, block.prefill(x[:, :2], c, slots=slots)[2])[0] for c in (broken, empty()))
     np.testing.assert_array_equal(y[0], expected[0])
+
+
+def test_an_adapter_in_float32_in_the_place_of_a_linear_in_bf16(rng):
+    """The cache, and what is attended to, stay in the dtype of the configuration."""
+    config = AttentionConfig(32, 4, 2, 8)
+    block = DecoderBlock(BlockConfig(config, MLPConfig(32, 16)), rngs=nnx.Rngs(0))
+    block.attention.qkv = nnx.LoRA(32, 4, 64, base_module=block.attention.qkv, rngs=nnx.Rngs(1))
+    x = normal(rng, 1, 3, 32, dtype="bfloat16")
+    cache = KVCache.empty(config, num_slots=1, max_length=4)
+    _, _, cache = block.prefill(x[:, :2], cache, slots=jnp.array([0]))
+    y, _, cache = block.decode(x[:, 2:], cache)
+    assert y.dtype == cache.keys.dtype == jnp.bfloat16
+    assert relative_error(y, block(x)[0][:, 2:]) < LIMIT["bfloat16"]
